@@ -1,0 +1,286 @@
+"""Every way in which qsnap can fail, and the exit code of each.
+
+::
+
+    QsnapError                  1   anything without a code of its own
+    ├── CommandFailed           1   QEMU refused a monitor command
+    ├── OperationTimeout        1   --timeout has passed; the guest was resumed
+    ├── BadUsage                2   an address, name or option that cannot be meant
+    ├── PartialFailure          3   of several tags, some were done and some not
+    ├── MonitorError            4   the monitor: anything without a class of its own
+    │   ├── ConnectError        4   nothing listens there, or it may not be opened
+    │   ├── MonitorBusy         4   it accepts, but does not greet: another client holds it
+    │   └── MonitorLost         4   the connection broke; what QEMU did is not known
+    ├── NotSupported            5   this QEMU, or this transport, cannot do it
+    ├── PrecheckRefused         6   a pre-check found why it would fail; the guest was not touched
+    ├── SnapshotNotFound        7   no device holds that tag
+    ├── SnapshotExists          8   the tag is taken, and replacing it was ruled out
+    ├── JobFailed               9   QEMU began the work and reported an error
+    ├── VerifyFailed           10   QEMU reported success, and what is there says otherwise
+    ├── GuestLeftStopped       20   the guest was running and is stopped now: alert on this one
+    └── Interrupted      128 + n   signal n ended the command; the guest was resumed
+
+Data are attributes; ``str()`` is the sentence for people. Errors of libraries and of the system are
+turned into these in ``qsnap.monitor`` alone, with the first error as ``__cause__``.
+"""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, ClassVar
+
+if TYPE_CHECKING:
+    from qsnap.model import Finding
+
+
+class QsnapError(Exception):
+    """Base class: whatever qsnap raises on purpose."""
+
+    exit_code: ClassVar[int] = 1
+    #: What the code means, as the exit table prints it.
+    meaning: ClassVar[str] = "any other failure"
+
+    def details(self) -> Mapping[str, object]:
+        """What ``--json`` adds to the error document beyond class, code and message."""
+        return {}
+
+
+class CommandFailed(QsnapError):
+    """QEMU answered a monitor command with an error.
+
+    :ivar command: the QMP command.
+    :ivar reason: QEMU's own sentence.
+    """
+
+    def __init__(self, command: str, reason: str) -> None:
+        super().__init__(f"QEMU refused {command}: {reason}")
+        self.command = command
+        self.reason = reason
+
+
+class OperationTimeout(QsnapError):
+    """The time that the caller gave has passed. The guest was resumed before this was raised."""
+
+
+class BadUsage(QsnapError):
+    """What was asked for cannot be meant; nothing was tried."""
+
+    exit_code = 2
+    meaning = "usage"
+
+
+class PartialFailure(QsnapError):
+    """Of several tags some were done and some were not.
+
+    :ivar done: the tags that were done.
+    :ivar failed: the others, with the error of each.
+    """
+
+    exit_code = 3
+    meaning = "some done, some not (several tags)"
+
+    def __init__(self, done: Sequence[str], failed: Mapping[str, QsnapError]) -> None:
+        reasons = "; ".join(f"{tag!r}: {error}" for tag, error in failed.items())
+        super().__init__(f"{len(done)} done, {len(failed)} failed: {reasons}")
+        self.done = tuple(done)
+        self.failed = dict(failed)
+
+    def details(self) -> Mapping[str, object]:
+        return {
+            "done": list(self.done),
+            "failed": [
+                {
+                    "tag": tag,
+                    "error": type(error).__name__,
+                    "exit_code": error.exit_code,
+                    "message": str(error),
+                }
+                for tag, error in self.failed.items()
+            ],
+        }
+
+
+class MonitorError(QsnapError):
+    """The monitor could not be used."""
+
+    exit_code = 4
+    meaning = "monitor: cannot connect, busy, or lost"
+
+
+class ConnectError(MonitorError):
+    """Nothing listens at the address, or it may not be opened."""
+
+
+class MonitorBusy(MonitorError):
+    """The socket takes the connection, and then no greeting comes."""
+
+
+class MonitorLost(MonitorError):
+    """The connection broke, or QEMU is gone. What the last command did is not known."""
+
+
+class NotSupported(QsnapError):
+    """This QEMU, or the way it is reached, cannot do what was asked. Nothing was changed."""
+
+    exit_code = 5
+    meaning = "this QEMU or transport cannot do it"
+
+
+class PrecheckRefused(QsnapError):
+    """The pre-checks found reasons why it would fail or do harm. The guest was not touched.
+
+    :ivar findings: all that was found, warnings included.
+    """
+
+    exit_code = 6
+    meaning = "a pre-check refused: a device, a blocker, no room, run state"
+
+    def __init__(self, what: str, findings: Sequence[Finding]) -> None:
+        refusals = [finding for finding in findings if finding.refuses]
+        lines = [f"{what}; the guest was not touched"]
+        for finding in refusals:
+            lines.append(f"- {finding.message}")
+            if finding.cure:
+                lines.append(f"  {finding.cure}")
+        super().__init__("\n".join(lines))
+        self.findings = tuple(findings)
+
+    def details(self) -> Mapping[str, object]:
+        return {"findings": [finding.to_json() for finding in self.findings]}
+
+
+class SnapshotNotFound(QsnapError):
+    """No device holds the tag.
+
+    :ivar tag: the tag looked for.
+    """
+
+    exit_code = 7
+    meaning = "no such snapshot"
+
+    def __init__(self, tag: str, message: str | None = None) -> None:
+        super().__init__(message or f"no snapshot {tag!r} on any device")
+        self.tag = tag
+
+    def details(self) -> Mapping[str, object]:
+        return {"tag": self.tag}
+
+
+class SnapshotExists(QsnapError):
+    """The tag is taken, and the caller ruled out replacing it.
+
+    :ivar tag: the tag.
+    :ivar node_names: the nodes that hold it.
+    """
+
+    exit_code = 8
+    meaning = "the snapshot exists (`--no-replace`)"
+
+    def __init__(self, tag: str, node_names: Sequence[str]) -> None:
+        super().__init__(
+            f"snapshot {tag!r} already exists on {', '.join(node_names)}; nothing was changed. "
+            "Leave out --no-replace to replace it, or choose another tag"
+        )
+        self.tag = tag
+        self.node_names = tuple(node_names)
+
+    def details(self) -> Mapping[str, object]:
+        return {"tag": self.tag, "devices": list(self.node_names)}
+
+
+class JobFailed(QsnapError):
+    """QEMU began the work and reported an error.
+
+    :ivar command: the QMP command or HMP line that failed.
+    :ivar reason: QEMU's own sentence, unedited.
+    :ivar outcome: what that leaves behind, as far as it is known; the sequences fill it in.
+    """
+
+    exit_code = 9
+    meaning = "QEMU reported that the job failed"
+
+    def __init__(self, command: str, reason: str, outcome: str = "") -> None:
+        super().__init__(command, reason, outcome)
+        self.command = command
+        self.reason = reason
+        self.outcome = outcome
+
+    def __str__(self) -> str:
+        sentence = f"{self.command} failed: {self.reason}"
+        return f"{sentence}; {self.outcome}" if self.outcome else sentence
+
+    def details(self) -> Mapping[str, object]:
+        return {"command": self.command, "reason": self.reason}
+
+
+class VerifyFailed(QsnapError):
+    """The work ended, but what it left does not pass the check.
+
+    :ivar tag: the tag.
+    :ivar problems: what is wrong, a sentence each.
+    """
+
+    exit_code = 10
+    meaning = "the job ended, but what it left does not verify"
+
+    def __init__(self, tag: str, problems: Sequence[str], outcome: str = "") -> None:
+        super().__init__(tag, problems, outcome)
+        self.tag = tag
+        self.problems = tuple(problems)
+        self.outcome = outcome
+
+    def __str__(self) -> str:
+        sentence = f"snapshot {self.tag!r} does not verify: {'; '.join(self.problems)}"
+        return f"{sentence}; {self.outcome}" if self.outcome else sentence
+
+    def details(self) -> Mapping[str, object]:
+        return {"tag": self.tag, "problems": list(self.problems)}
+
+
+class GuestLeftStopped(QsnapError):
+    """The guest was running and is stopped now.
+
+    Raised *from* the error that led there. After a failed load the guest is left so on purpose.
+    """
+
+    exit_code = 20
+    meaning = "**the guest was running and is stopped now**: the one to alert on"
+
+
+class Interrupted(QsnapError):
+    """A signal ended the command. The guest was resumed before this was raised.
+
+    :ivar signum: the signal; the exit code is 128 + signum.
+    """
+
+    exit_code = 130
+    meaning = "interrupted by SIGINT, SIGTERM (guest resumed)"
+
+    def __init__(self, signum: int, outcome: str = "") -> None:
+        name = signal.Signals(signum).name
+        super().__init__(f"interrupted by {name}; {outcome}" if outcome else f"interrupted by {name}")
+        self.signum = signum
+
+
+#: The exit table, code by code, in the order in which it is printed.
+EXIT_TABLE: tuple[tuple[str, str], ...] = (
+    ("0", "done"),
+    *(
+        (str(error.exit_code), error.meaning)
+        for error in (
+            QsnapError,
+            BadUsage,
+            PartialFailure,
+            MonitorError,
+            NotSupported,
+            PrecheckRefused,
+            SnapshotNotFound,
+            SnapshotExists,
+            JobFailed,
+            VerifyFailed,
+            GuestLeftStopped,
+        )
+    ),
+    ("130, 143", Interrupted.meaning),
+)

@@ -1,0 +1,382 @@
+"""What QEMU tells us and what qsnap says about it, typed. No I/O here.
+
+Sizes are bytes, dates are aware datetimes, and times that QEMU counts in nanoseconds say so in their name.
+"""
+
+from __future__ import annotations
+
+import re
+from datetime import datetime
+from enum import StrEnum
+from typing import Any, NamedTuple
+
+import msgspec
+
+from qsnap.errors import BadUsage
+
+#: A tag's greatest length in bytes of UTF-8: QEMUSnapshotInfo.name is char[256] (block/snapshot.h).
+MAX_TAG_BYTES = 255
+
+
+class RunState(StrEnum):
+    """The guest's run state, in QEMU's words (qapi/run-state.json). One that is not known is kept as it is."""
+
+    RUNNING = "running"
+    PAUSED = "paused"
+    PRELAUNCH = "prelaunch"
+    PRECONFIG = "preconfig"
+    INMIGRATE = "inmigrate"
+    POSTMIGRATE = "postmigrate"
+    FINISH_MIGRATE = "finish-migrate"
+    SAVE_VM = "save-vm"
+    RESTORE_VM = "restore-vm"
+    COLO = "colo"
+    SUSPENDED = "suspended"
+    SHUTDOWN = "shutdown"
+    IO_ERROR = "io-error"
+    INTERNAL_ERROR = "internal-error"
+
+    @classmethod
+    def _missing_(cls, value: object) -> RunState:
+        member = str.__new__(cls, value)
+        member._name_ = member._value_ = str(value)
+        return member
+
+
+class QemuVersion(NamedTuple):
+    """QEMU's version, from the monitor's greeting."""
+
+    major: int
+    minor: int
+    micro: int
+
+    def __str__(self) -> str:
+        return ".".join(map(str, self))
+
+
+class Struct(msgspec.Struct, frozen=True, kw_only=True):
+    """Base of the types below: immutable, named arguments only."""
+
+    def to_json(self) -> dict[str, Any]:
+        """The same as plain dicts, lists, strings and numbers."""
+        plain: dict[str, Any] = msgspec.to_builtins(self)
+        return plain
+
+
+class NodeSnapshot(Struct, frozen=True):
+    """One internal snapshot of one block node: a row of that image's snapshot table."""
+
+    tag: str
+    id: str
+    vm_state_size: int
+    """Bytes of VM state in this image; 0 on all nodes but the vmstate one."""
+    date: datetime
+    vm_clock_ns: int
+
+
+class BlockNode(Struct, frozen=True):
+    """A block node, as query-named-block-nodes and the block graph have it."""
+
+    node_name: str
+    driver: str
+    read_only: bool = False
+    active: bool = True
+    """False: an image that is inactive because of a migration (QEMU 10.0 and later tell)."""
+    filename: str = ""
+    external_data_file: bool = False
+    refcount_bits: int | None = None
+    dirty_bitmaps: int = 0
+    snapshots: tuple[NodeSnapshot, ...] = ()
+    children: tuple[tuple[str, str], ...] = ()
+    """(name of the edge, node-name) of each child: "file", "backing", "data-file", …"""
+
+    @property
+    def is_temporary(self) -> bool:
+        """Whether this is the overlay of ``snapshot=on``, which QEMU deletes when it ends.
+
+        QEMU names it vl.XXXXXX, in $TMPDIR or /var/tmp (block.c: create_tmp_file), and tells no other way.
+        """
+        has_backing = any(name == "backing" for name, _ in self.children)
+        return has_backing and bool(re.search(r"(^|/)vl\.\w{6}$", self.filename))
+
+    def tagged(self, tag: str) -> tuple[NodeSnapshot, ...]:
+        """This node's snapshots of that tag: in one image the same tag can stand more than once."""
+        return tuple(snapshot for snapshot in self.snapshots if snapshot.tag == tag)
+
+
+class BlockBackend(Struct, frozen=True):
+    """A user of a block node: a guest device, an export, a block job."""
+
+    name: str = ""
+    """The -drive id; "" for a -blockdev disk and for exports and jobs."""
+    qdev: str = ""
+    """The guest device: its id or its path in the object tree; "" where it is no guest device."""
+    qdev_type: str = ""
+    """The device model, such as ``cfi.pflash01``; "" where it was not asked for."""
+    removable: bool = False
+    root: str | None = None
+    """The node-name; None in an empty drive."""
+
+    @property
+    def label(self) -> str:
+        """The shortest name that a user gave it."""
+        if self.name:
+            return self.name
+        return self.device_id
+
+    @property
+    def device_id(self) -> str:
+        """The device's id, out of ``id`` or ``/machine/peripheral/id/virtio-backend``; "" without one."""
+        parts = [part for part in self.qdev.split("/") if part not in ("virtio-backend", "")]
+        return "" if not parts or "peripheral-anon" in parts else parts[-1]
+
+
+class BlockGraph(Struct, frozen=True):
+    """All block nodes and their users, in QEMU's own order.
+
+    :ivar nodes: by node-name, oldest first.
+    :ivar backends: in the order of QEMU's ``blk_all``, which is the order of their creation.
+    :ivar with_parents: the node-names that another node, a device, an export or a job uses.
+    :ivar has_edges: False where QEMU does not tell how nodes are connected.
+    """
+
+    nodes: dict[str, BlockNode]
+    backends: tuple[BlockBackend, ...]
+    with_parents: frozenset[str] = frozenset()
+    has_edges: bool = True
+
+
+class Migration(Struct, frozen=True):
+    """What query-migrate and query-migrate-capabilities say."""
+
+    status: str | None = None
+    blocked_reasons: tuple[str, ...] = ()
+    capabilities: frozenset[str] = frozenset()
+
+
+class Role(StrEnum):
+    """What a device is for the guest."""
+
+    DISK = "disk"
+    CDROM = "cdrom"
+    FLOPPY = "floppy"
+    PFLASH = "pflash"
+    EXPORT = "export or job"
+    NODE = "unattached node"
+
+
+#: What people call a node: the user's name for the device of each node-name that QEMU made up ("#block123").
+Labels = dict[str, str]
+
+
+class Verdict(StrEnum):
+    """What a save does with a device."""
+
+    SAVED = "saved"
+    """It gets a snapshot."""
+    CARRIED = "carried"
+    """It cannot have a snapshot, and its contents travel inside the VM state."""
+    IGNORED = "ignored"
+    """Empty or read-only: there is nothing to save."""
+    EXCLUDED = "excluded"
+    """Left out because the user said so."""
+    REFUSED = "refused"
+    """Writable and unable to snapshot."""
+
+
+class Device(Struct, frozen=True):
+    """A block device of the guest, and what becomes of it in a save."""
+
+    node: str | None
+    """The node-name; None in an empty drive."""
+    device: str
+    driver: str
+    role: Role
+    verdict: Verdict
+    why: str = ""
+    cure: str = ""
+    image: str | None = None
+    """The node that takes the snapshot: this one, or the one below its filters; None where none can."""
+
+
+class Severity(StrEnum):
+    """What a finding does: refuse the operation, or warn and go on."""
+
+    REFUSE = "refuse"
+    WARN = "warn"
+
+
+class Finding(Struct, frozen=True):
+    """Something that a pre-check has to say. ``code`` is for scripts; ``message`` and ``cure`` for people."""
+
+    code: str
+    severity: Severity
+    message: str
+    cure: str = ""
+    node: str | None = None
+
+    @property
+    def refuses(self) -> bool:
+        """Whether it stands in the way, rather than only warns."""
+        return self.severity is Severity.REFUSE
+
+
+class Kind(StrEnum):
+    """How much of the guest a tag holds."""
+
+    FULL = "full"
+    """RAM, and every device."""
+    DISK_ONLY = "disk-only"
+    """Devices, but no VM state."""
+    PARTIAL = "partial"
+    """Not on all devices."""
+
+
+class Snapshot(Struct, frozen=True):
+    """All that one tag names, over all devices."""
+
+    tag: str
+    kind: Kind
+    vm_state_size: int
+    """Bytes of VM state: RAM and devices; 0 without."""
+    date: datetime
+    vm_clock_ns: int
+    vmstate: str | None
+    """The node-name that holds the VM state."""
+    devices: tuple[str, ...]
+    missing: tuple[str, ...] = ()
+    """The node-names of writable devices without it."""
+    problems: tuple[str, ...] = ()
+    """Why it cannot be trusted, a sentence each: held twice by a node, or made at different moments."""
+    labels: Labels = {}
+
+
+class CheckReport(Struct, frozen=True):
+    """The answer of the pre-checks."""
+
+    ok: bool
+    runstate: RunState
+    vmstate: str | None
+    devices: tuple[Device, ...]
+    findings: tuple[Finding, ...]
+
+    @property
+    def saved(self) -> tuple[str, ...]:
+        """The node-names that a save takes a snapshot of, in QEMU's order; an image with two users once."""
+        return tuple(dict.fromkeys(d.image for d in self.devices if d.verdict is Verdict.SAVED and d.image))
+
+    @property
+    def excluded(self) -> tuple[str, ...]:
+        """The node-names that are left out because the user said so."""
+        left_out = (d.image or d.node for d in self.devices if d.verdict is Verdict.EXCLUDED)
+        return tuple(name for name in left_out if name)
+
+    @property
+    def warnings(self) -> tuple[Finding, ...]:
+        """The findings that do not refuse."""
+        return tuple(finding for finding in self.findings if not finding.refuses)
+
+
+class SaveResult(Struct, frozen=True):
+    """What a save has made. ``dry_run`` results describe what one would make, with sizes and times 0."""
+
+    tag: str
+    replaced: bool
+    kind: Kind
+    vmstate: str
+    devices: tuple[str, ...]
+    excluded: tuple[str, ...]
+    carried: tuple[str, ...]
+    vm_state_size: int
+    date: datetime
+    vm_clock_ns: int
+    pause_ms: float
+    """Milliseconds from QEMU's STOP to its RESUME; 0 where the guest was not running."""
+    duration_ms: float
+    runstate: RunState
+    warnings: tuple[Finding, ...] = ()
+    dry_run: bool = False
+    labels: Labels = {}
+
+
+class LoadResult(Struct, frozen=True):
+    """What a load has put back."""
+
+    tag: str
+    vmstate: str
+    devices: tuple[str, ...]
+    excluded: tuple[str, ...]
+    vm_state_size: int
+    date: datetime
+    vm_clock_ns: int
+    duration_ms: float
+    runstate: RunState
+    labels: Labels = {}
+
+
+class DeleteResult(Struct, frozen=True):
+    """What a delete has removed: for each tag the node-names that held it; no names where none did."""
+
+    deleted: dict[str, tuple[str, ...]]
+    labels: Labels = {}
+
+
+class Job(Struct, frozen=True):
+    """A row of query-jobs."""
+
+    id: str
+    type: str
+    status: str
+    error: str | None = None
+
+    @property
+    def is_concluded(self) -> bool:
+        """Whether it only waits for job-dismiss."""
+        return self.status == "concluded"
+
+
+class Status(Struct, frozen=True):
+    """The guest, and what of ours is left behind on it."""
+
+    version: str
+    name: str
+    runstate: RunState
+    monitor: str
+    transport: str
+    snapshots: int
+    vmstate: str | None
+    devices: tuple[Device, ...]
+    leftover_jobs: tuple[Job, ...]
+
+
+def tag_problem(tag: str) -> str | None:
+    """Why QEMU or a terminal would make something else of this tag; None for a good one.
+
+    QEMU takes an empty tag, cuts a long one without a word, and HMP is wrecked by control characters.
+    """
+    if not tag:
+        return "the tag is empty"
+    try:
+        size = len(tag.encode())
+    except UnicodeEncodeError:
+        return "the tag is not valid UTF-8"
+    if size > MAX_TAG_BYTES:
+        return f"the tag has {size} bytes, and QEMU keeps {MAX_TAG_BYTES}"
+    if any(ord(char) < 0x20 or 0x7F <= ord(char) < 0xA0 for char in tag):
+        return "the tag holds control characters"
+    return None
+
+
+def automatic_tag(now: datetime) -> str:
+    """The name of a snapshot that was given none: do_savevm's, from the local time *now*."""
+    return now.strftime("vm-%Y%m%d%H%M%S")
+
+
+def positive(what: str, value: float | None) -> float | None:
+    """*value*, if it can be a number of seconds or is None.
+
+    :raise BadUsage: it is not above 0.
+    """
+    if value is not None and not value > 0:
+        raise BadUsage(f"{what} must be above 0, not {value:g}")
+    return value
