@@ -1,0 +1,119 @@
+"""How qsnap talks to a QEMU: the verbs that the sequences need, whatever the transport.
+
+A sequence gets a :class:`Monitor` and never learns which one. :func:`open_monitor` finds out what stands
+at an address. Errors of libraries and of the system are mapped to qsnap's own inside this package.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Protocol
+
+from qsnap.errors import QsnapError
+from qsnap.model import BlockGraph, Job, Migration, QemuVersion, RunState
+
+if TYPE_CHECKING:
+    from qsnap.monitor.address import Address
+
+#: Seconds for connecting and for the greeting. QEMU greets within milliseconds unless its main loop is
+#: frozen by a save, or another client holds the monitor.
+GREETING_TIMEOUT_S = 5.0
+
+
+class Monitor(Protocol):
+    """A QEMU, as the sequences see it.
+
+    The ``snapshot_*`` verbs return when the work has ended well and nothing of it is left in QEMU's job list,
+    or raise JobFailed with QEMU's own sentence. They have no time-out of their own: QEMU answers nobody while
+    it writes. Any verb may raise MonitorLost. When one is cancelled, the work goes on inside QEMU;
+    :meth:`settle` waits for its end.
+    """
+
+    version: QemuVersion
+    #: "qmp" (snapshot jobs) or "qmp-hmp" (savevm by human-monitor-command), for people and logs.
+    transport: str
+    #: False: QEMU itself chooses the devices and the vmstate node (HMP savevm).
+    chooses_devices: bool
+    #: The QEMU process, where it is on this machine and the socket tells.
+    pid: int | None
+
+    async def runstate(self) -> RunState:
+        """The guest's run state."""
+
+    async def stop(self) -> float | None:
+        """Stop the guest; return QEMU's time stamp of it in seconds since 1970, None where there is none."""
+
+    async def cont(self) -> float | None:
+        """Resume the guest; return QEMU's time stamp of it in seconds since 1970, None where there is none.
+
+        :raise CommandFailed: QEMU will not resume it.
+        """
+
+    async def name(self) -> str:
+        """The guest's -name; "" without."""
+
+    async def block_graph(self) -> BlockGraph:
+        """Every block node with its snapshots, and who uses it."""
+
+    async def migration(self) -> Migration:
+        """The state of migration, which shares its code with savevm."""
+
+    async def memory_size(self) -> int:
+        """Bytes of RAM, hot-plugged memory included."""
+
+    async def snapshot_save(self, tag: str, vmstate: str, devices: Sequence[str]) -> None:
+        """Write RAM and device state to *vmstate* and snapshot *devices*, all under *tag*."""
+
+    async def snapshot_load(self, tag: str, vmstate: str, devices: Sequence[str]) -> None:
+        """Put back what *tag* holds. A failure may leave RAM and disks half restored."""
+
+    async def snapshot_delete(self, tag: str, devices: Sequence[str]) -> None:
+        """Remove one snapshot of that *tag* from each of *devices*; none there is no error to QEMU."""
+
+    async def is_half_restored(self) -> bool:
+        """Whether :meth:`mark_half_restored` was called, by whichever qsnap, since this QEMU was started."""
+
+    async def mark_half_restored(self, yes: bool) -> None:
+        """Leave a mark in QEMU after a load that failed midway, or take it away after one that went well.
+
+        The run state tells only of a guest that QEMU itself has stopped for the load.
+        """
+
+    async def settle(self) -> QsnapError | None:
+        """Wait until nothing that a cancelled verb began is under way any more, and clear it away.
+
+        Return the error in which it ended, None where it ended well or nothing was under way.
+        """
+
+    async def leftover_jobs(self) -> Sequence[Job]:
+        """Jobs of an earlier qsnap that has ended: they stay in QEMU until somebody dismisses them."""
+
+    async def dismiss(self, jobs: Sequence[Job]) -> None:
+        """Clear concluded jobs away."""
+
+    async def reconnect(self, timeout_s: float) -> None:
+        """Open the connection anew after it was lost. What was under way is then known to :meth:`settle`.
+
+        :param timeout_s: seconds until the greeting; QEMU sends none while it writes.
+        :raise MonitorError: as :func:`open_monitor`.
+        """
+
+    async def aclose(self) -> None:
+        """Close the connection. Never raises, and takes no time."""
+
+
+async def open_monitor(
+    address: Address, *, timeout_s: float = GREETING_TIMEOUT_S, snapshot_jobs: bool | None = None
+) -> Monitor:
+    """Connect to the monitor at *address*.
+
+    :param timeout_s: seconds until the greeting has come. Default 5.
+    :param snapshot_jobs: whether to use the jobs that QEMU has since 6.0. Default: if this QEMU has them;
+        False goes by HMP's savevm inside QMP.
+    :raise ConnectError: nothing listens there, or it may not be opened.
+    :raise MonitorBusy: it does not greet in time.
+    :raise NotSupported: it does not speak QMP.
+    """
+    from qsnap.monitor.qmp import connect
+
+    return await connect(address, timeout_s=timeout_s, snapshot_jobs=snapshot_jobs)
