@@ -1,0 +1,315 @@
+"""Which devices a save must hold, which holds the VM state, and which stand in the way. Pure.
+
+The rules are QEMU's own, recomputed from what its monitor tells (block/snapshot.c, block/block-backend.c;
+each was held against HMP savevm on real QEMU):
+
+* Counted is the root node of every user of a node (guest devices, exports, block jobs), in the order of
+  their creation, and then every node that nobody uses. Inserted and writable ones must snapshot.
+* qcow2 and rbd can snapshot. A driver that cannot hands over to its child if it has just one besides a
+  backing file (raw, throttle, copy-on-read, …); one over several images (quorum, blkverify) cannot.
+* Only qcow2 can hold the VM state. Without a name for it, QEMU takes the first counted device.
+
+What QEMU is then told to snapshot is not the device's top node but the image below its filters. QEMU would
+find that itself, and save well; but a load through a filter hangs the guest's disk or crashes QEMU (seen
+with raw, copy-on-read, throttle, preallocate and blkdebug on 5.2 and 7.2, and with the second and third on
+10.0 and 11.1 too), and one of the image itself works on all of them.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from typing import NamedTuple
+
+from qsnap.model import (
+    BlockBackend,
+    BlockGraph,
+    BlockNode,
+    Device,
+    Finding,
+    Labels,
+    Role,
+    Severity,
+    Verdict,
+)
+
+#: Drivers with internal snapshots of their own. rbd keeps them on the server, and holds no VM state.
+SNAPSHOT_DRIVERS = frozenset({"qcow2", "rbd", "sheepdog"})
+#: ... and with a place for the VM state.
+VMSTATE_DRIVERS = frozenset({"qcow2", "sheepdog"})
+#: Filters whose one child is called "backing" (block/mirror.c, block/commit.c).
+_BACKING_FILTERS = frozenset({"mirror_top", "commit_top"})
+#: Drivers without a primary child, however many they have.
+_NO_PRIMARY_CHILD = frozenset({"quorum", "blkverify"})
+
+#: A raw one of this model keeps its contents in guest RAM, writes them back to its file when a loaded state
+#: starts to run (hw/block/pflash_cfi01.c: postload_update_cb), and needs no snapshot. cfi.pflash02 does not.
+_CARRIED_MODEL = "cfi.pflash01"
+
+
+class Survey(NamedTuple):
+    """All devices with their verdicts, the vmstate node if there is one, and what is in the way."""
+
+    devices: tuple[Device, ...]
+    vmstate: str | None
+    findings: tuple[Finding, ...]
+
+
+def labels(devices: Iterable[Device]) -> Labels:
+    """The names to show instead of node-names that QEMU made up, and that change at every start."""
+    nodes = ((name, d.device) for d in devices for name in (d.node, d.image) if name and d.device)
+    return {name: device for name, device in nodes if name.startswith("#")}
+
+
+def spoken(nodes: Iterable[str], devices: Iterable[Device]) -> list[str]:
+    """Node-names as a message says them and an option takes them: the device's name for a made-up one."""
+    names = labels(devices)
+    return [names.get(node, node) for node in nodes]
+
+
+def pasteable(node: str, device: str = "") -> str:
+    """A device's name for a command line: ``#block123`` would begin a comment there."""
+    return shlex.quote(device if node.startswith("#") and device else node)
+
+
+def snapshot_image(graph: BlockGraph, node_name: str) -> BlockNode | None:
+    """The node at or below *node_name* whose driver makes the snapshot; None where there is none."""
+    node = graph.nodes.get(node_name)
+    if node is None or node.read_only or not node.active:
+        return None
+    if node.driver in SNAPSHOT_DRIVERS:
+        return node
+    child = _primary_child(node)
+    return snapshot_image(graph, child) if child else None
+
+
+def _primary_child(node: BlockNode) -> str | None:
+    if node.driver in _BACKING_FILTERS:
+        return next((child for name, child in node.children if name == "backing"), None)
+    if node.driver in _NO_PRIMARY_CHILD:
+        return None
+    others = [child for name, child in node.children if name != "backing"]
+    return others[0] if len(others) == 1 else None
+
+
+def image_file(graph: BlockGraph, image: str) -> BlockNode | None:
+    """The protocol node that stores the image node *image* as a plain file; None if it is stored otherwise."""
+    node = graph.nodes.get(image)
+    while node is not None and node.driver != "file":
+        child = next((child for name, child in node.children if name in ("file", "image")), None)
+        node = graph.nodes.get(child) if child else None
+    return node
+
+
+def survey(
+    graph: BlockGraph,
+    *,
+    exclude: Collection[str] = (),
+    vmstate: str | None = None,
+    chooses_devices: bool = True,
+) -> Survey:
+    """Decide for each device what a save does with it, and where the VM state goes.
+
+    :param exclude: devices to leave out, each by node-name, -drive id, device id or path.
+    :param vmstate: the device for the VM state, by one of the same names. Default: QEMU's own choice.
+    :param chooses_devices: False where QEMU itself takes all devices (HMP), so that none can be carried.
+    """
+    devices: list[Device] = []
+    findings: list[Finding] = []
+    matched: set[str] = set()
+    for node_name, backend in _counted(graph):
+        names = _names(node_name, backend)
+        image = snapshot_image(graph, node_name) if node_name else None
+        names |= {image.node_name} if image else set()
+        matched |= names.intersection(exclude)
+        device = _judge(graph, node_name, backend, bool(names.intersection(exclude)), chooses_devices)
+        devices.append(device)
+        if device.verdict is Verdict.CARRIED and names.intersection(exclude):
+            findings.append(
+                Finding(
+                    code="exclude-carried",
+                    severity=Severity.WARN,
+                    message=f"--exclude {device.device or node_name} changes nothing: {device.why}",
+                    node=node_name,
+                )
+            )
+        if device.verdict is Verdict.REFUSED:
+            findings.append(
+                Finding(
+                    code="device-cannot-snapshot",
+                    severity=Severity.REFUSE,
+                    message=device.why,
+                    cure=device.cure,
+                    node=node_name,
+                )
+            )
+        findings.extend(_warnings(graph, device))
+    findings.extend(
+        Finding(
+            code="exclude-unknown",
+            severity=Severity.REFUSE,
+            message=f"--exclude {name}: the guest has no such block device",
+            cure=f"its devices: {_choices(devices, Verdict.SAVED, Verdict.REFUSED)}",
+        )
+        for name in sorted(set(exclude) - matched)
+    )
+    chosen, problem = _vmstate(graph, devices, vmstate)
+    return Survey(tuple(devices), chosen, (*findings, *problem))
+
+
+def _counted(graph: BlockGraph) -> Iterator[tuple[str | None, BlockBackend]]:
+    """The devices in QEMU's order (bdrv_next), each node once; None for an empty drive."""
+    seen: set[str] = set()
+    for backend in graph.backends:
+        if backend.root is None:
+            if backend.name or backend.qdev:
+                yield None, backend
+        elif backend.root not in seen:
+            seen.add(backend.root)
+            yield backend.root, backend
+    for node_name in graph.nodes:
+        if graph.has_edges and node_name not in seen and node_name not in graph.with_parents:
+            yield node_name, BlockBackend(root=node_name)
+
+
+def _names(node_name: str | None, backend: BlockBackend) -> set[str]:
+    return {name for name in (node_name, backend.name, backend.qdev, backend.device_id) if name}
+
+
+def _role(graph: BlockGraph, backend: BlockBackend) -> Role:
+    model = backend.qdev_type
+    if model.startswith("cfi.pflash"):
+        return Role.PFLASH
+    if model.endswith("-cd"):
+        return Role.CDROM
+    if model == "floppy":
+        return Role.FLOPPY
+    if backend.qdev:
+        return Role.DISK
+    used = backend.root in graph.with_parents and not backend.name
+    return Role.EXPORT if used else Role.NODE
+
+
+def _judge(
+    graph: BlockGraph, node_name: str | None, backend: BlockBackend, excluded: bool, chooses_devices: bool
+) -> Device:
+    def device(verdict: Verdict, why: str = "", cure: str = "") -> Device:
+        return Device(
+            node=node_name,
+            device=backend.label,
+            driver=node.driver if node else "",
+            role=_role(graph, backend),
+            verdict=verdict,
+            why=why,
+            cure=cure,
+            image=image.node_name if image else None,
+        )
+
+    node = graph.nodes.get(node_name) if node_name else None
+    image = snapshot_image(graph, node.node_name) if node else None
+    if node is None:
+        return device(Verdict.IGNORED, "empty")
+    if node.read_only:
+        return device(Verdict.IGNORED, "read-only")
+    if image is None and backend.qdev_type == _CARRIED_MODEL and chooses_devices:
+        return device(Verdict.CARRIED, "its contents travel inside the VM state and are written back on load")
+    if excluded:
+        return device(Verdict.EXCLUDED, "left out as asked: a load will leave its contents as they are then")
+
+    name = pasteable(node.node_name, backend.label)
+
+    def refused(why: str, cure: str) -> Device:
+        leave_out = f"; or leave it out knowingly: --exclude {name}" if chooses_devices else ""
+        return device(Verdict.REFUSED, why, cure + leave_out)
+
+    if image is None:
+        label = backend.label or node.node_name
+        return refused(
+            f"Device {label!r} is writable but does not support snapshots ({_why_not(graph, node)})",
+            _cure(node),
+        )
+    convert = "with the guest off: qemu-img convert -O qcow2 IMAGE NEW.qcow2, and use that"
+    too_late = "cannot be snapshotted, and QEMU notices only after it has written the whole VM state"
+    if image.external_data_file:
+        return refused(
+            f"{node.node_name}: a qcow2 image with an external data file {too_late}",
+            convert,
+        )
+    if image.refcount_bits == 1:
+        return refused(
+            f"{node.node_name}: a qcow2 image with refcount_bits=1 {too_late}",
+            convert,
+        )
+    return device(Verdict.SAVED, "" if image is node else f"in its image {image.node_name}")
+
+
+def _why_not(graph: BlockGraph, node: BlockNode) -> str:
+    if not node.active:
+        return "the image is inactive: a migration has handed it over"
+    if not node.children and not graph.has_edges:
+        return f"driver {node.driver}; this QEMU does not tell what lies below it"
+    below = [graph.nodes[child].driver for name, child in node.children if child in graph.nodes]
+    return f"driver {node.driver}" + (f" over {', '.join(sorted(set(below)))}" if below else "")
+
+
+def _cure(node: BlockNode) -> str:
+    if node.driver in _NO_PRIMARY_CHILD:
+        return "QEMU cannot snapshot several images as one"
+    path = node.filename or "IMAGE"
+    return f"with the guest off: qemu-img convert -O qcow2 {path} NEW.qcow2, and use that"
+
+
+def _warnings(graph: BlockGraph, device: Device) -> Iterator[Finding]:
+    if device.verdict is not Verdict.SAVED or device.image is None:
+        return
+    if device.image is not None and graph.nodes[device.image].is_temporary:
+        yield Finding(
+            code="temporary-overlay",
+            severity=Severity.WARN,
+            message=f"{device.node} was opened with snapshot=on: its snapshots vanish when QEMU ends",
+            cure="start QEMU without -snapshot and snapshot=on to keep them",
+            node=device.node,
+        )
+
+
+def _choices(devices: Sequence[Device], *verdicts: Verdict) -> str:
+    return ", ".join(pasteable(d.node, d.device) for d in devices if d.node and d.verdict in verdicts) or "none"
+
+
+def _vmstate(
+    graph: BlockGraph, devices: Sequence[Device], wanted: str | None
+) -> tuple[str | None, tuple[Finding, ...]]:
+    able = [
+        d.image
+        for d in devices
+        if d.verdict is Verdict.SAVED and d.image and graph.nodes[d.image].driver in VMSTATE_DRIVERS
+    ]
+    if wanted is None:
+        if able:
+            return able[0], ()
+        return None, (
+            Finding(
+                code="no-vmstate-device",
+                severity=Severity.REFUSE,
+                message="no block device can store vmstate for snapshot",
+                cure="the VM state needs a writable qcow2 image: give the guest one, of any size",
+            ),
+        )
+    names = {
+        name: device.image
+        for device, (node, backend) in zip(devices, _counted(graph), strict=True)
+        for name in (*_names(node, backend), *filter(None, [device.image]))
+    }
+    if (node := names.get(wanted)) in able:
+        return node, ()
+    known = wanted in names or wanted in graph.nodes
+    return None, (
+        Finding(
+            code="vmstate-unable" if known else "vmstate-unknown",
+            severity=Severity.REFUSE,
+            message=f"--vmstate {wanted}: "
+            + ("this device cannot hold the VM state" if known else f"vmstate block device {wanted!r} does not exist"),
+            cure=f"devices that can: {', '.join(spoken(able, devices)) or 'none'}",
+            node=node,
+        ),
+    )

@@ -1,0 +1,180 @@
+"""What can be seen of a QEMU from the machine it runs on: its image files and how much of its RAM is in use.
+
+All of it is optional. A monitor over TCP, another user's QEMU or another operating system shows nothing, and
+then ``None`` comes back. Read from proc(5): smaps for the mappings, pagemap for the pages that exist.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+PAGE = 4096
+#: Pages looked at: enough for an error below 1.6 % of RAM (one standard deviation), in about 5 ms.
+SAMPLE_PAGES = 1024
+#: Device state and qcow2 metadata beside the RAM: what guests with a few devices were seen to need, doubled.
+OVERHEAD_BYTES = 32 << 20
+
+
+class StateEstimate(NamedTuple):
+    """How large a guest's VM state will be, in bytes.
+
+    :ivar at_least: it is almost surely larger (4 standard deviations); 0 where only the upper bound is known.
+    :ivar expected: the most likely size.
+    :ivar at_most: it cannot be larger, unless the guest goes on filling RAM.
+    """
+
+    at_least: int
+    expected: int
+    at_most: int
+
+
+class _Mapping(NamedTuple):
+    start: int
+    size: int
+    touched: int
+    permissions: str
+
+
+def is_alive(pid: int) -> bool:
+    """Whether the process runs; one that has ended and was not waited for (a zombie) does not."""
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()[0]
+    except (FileNotFoundError, ProcessLookupError, IndexError):
+        return False
+    except OSError:
+        return True
+    return state not in "ZX"
+
+
+def visible_file(pid: int | None, filename: str) -> Path | None:
+    """A path by which this process can stat the file that QEMU has open as *filename*; None without.
+
+    :param pid: the QEMU process, None if it is not on this machine.
+    """
+    if pid is None or not filename:
+        return None
+    try:
+        descriptors = list(Path(f"/proc/{pid}/fd").iterdir())
+        absolute = filename if filename.startswith("/") else f"{Path(f'/proc/{pid}/cwd').readlink()}/{filename}"
+    except OSError:
+        # Another user's process: the path is all there is, and the file may be open to us all the same.
+        path = Path(filename)
+        return path if path.is_absolute() and _exists(path) else None
+    wanted = os.path.normpath(absolute)
+    try:
+        real = os.path.realpath(f"/proc/{pid}/root{wanted}").removeprefix(f"/proc/{pid}/root")
+    except OSError:
+        real = wanted
+    for descriptor in descriptors:
+        try:
+            if str(descriptor.readlink()) in (wanted, real, os.path.realpath(wanted)):
+                return descriptor
+        except OSError:
+            continue
+    return None
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:
+        return False
+
+
+def allocated_bytes(path: Path) -> int:
+    """Bytes that the file takes on its file system; its length says nothing for an image with holes."""
+    return path.stat().st_blocks * 512
+
+
+def free_bytes(path: Path) -> tuple[int, int]:
+    """Free space of the file's file system: what any user may take, and with root's reserve."""
+    info = os.statvfs(path)
+    return info.f_bavail * info.f_frsize, info.f_bfree * info.f_frsize
+
+
+def state_estimate(pid: int | None, ram_bytes: int) -> StateEstimate | None:
+    """How large the VM state of the guest in process *pid* will be; None where /proc does not show it.
+
+    QEMU writes a page of zeroes as 9 bytes and any other whole, so the state is as large as the pages that
+    hold something. A sample of them says how many do; where memory may not be read, all touched ones count.
+    """
+    if pid is None:
+        return None
+    try:
+        mappings = _ram_mappings(pid, ram_bytes)
+    except (OSError, ValueError):
+        return None
+    touched = sum(mapping.touched for mapping in mappings)
+    fallback = StateEstimate(0, touched, touched + OVERHEAD_BYTES)
+    if not mappings or not all(mapping.permissions == "rw-p" for mapping in mappings):
+        return fallback
+    try:
+        share = _used_share(pid, mappings)
+    except OSError:
+        return fallback
+    size = sum(mapping.size for mapping in mappings)
+    deviation = (share * (1 - share) / SAMPLE_PAGES) ** 0.5
+    # A share of 0 or 1 in the sample does not mean 0 or 1 in all: no fewer than 4 pages of doubt.
+    doubt = max(4 * deviation, 4 / SAMPLE_PAGES)
+    return StateEstimate(
+        at_least=int(size * max(0.0, share - doubt)),
+        expected=int(size * share),
+        at_most=int(min(touched, size * min(1.0, share + doubt))) + OVERHEAD_BYTES,
+    )
+
+
+def _ram_mappings(pid: int, ram_bytes: int) -> list[_Mapping]:
+    """The largest mappings that together are as large as the guest's RAM. (TCG's code buffer is executable.)"""
+    chosen = []
+    total = 0
+    data = (mapping for mapping in _mappings(pid) if mapping.permissions.startswith("rw-"))
+    for mapping in sorted(data, key=lambda mapping: mapping.size, reverse=True):
+        if total >= ram_bytes:
+            break
+        chosen.append(mapping)
+        total += mapping.size
+    return chosen if total >= ram_bytes else []
+
+
+def _mappings(pid: int) -> Iterator[_Mapping]:
+    header = re.compile(r"^([0-9a-f]+)-([0-9a-f]+) (\S{4}) ")
+    start = end = touched = 0
+    permissions = ""
+    with Path(f"/proc/{pid}/smaps").open() as smaps:
+        for line in smaps:
+            if match := header.match(line):
+                if end:
+                    yield _Mapping(start, end - start, touched, permissions)
+                start, end, permissions, touched = int(match[1], 16), int(match[2], 16), match[3], 0
+            elif line.startswith(("Rss:", "Swap:")):
+                touched += int(line.split()[1]) * 1024
+    if end:
+        yield _Mapping(start, end - start, touched, permissions)
+
+
+def _used_share(pid: int, mappings: list[_Mapping]) -> float:
+    """The share of pages that are not all zeroes, from a random sample. A page that never was is all zeroes."""
+    import random
+
+    pages = [mapping.size // PAGE for mapping in mappings]
+    zeroes = bytes(PAGE)
+    used = 0
+    memory = os.open(f"/proc/{pid}/mem", os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        pagemap = os.open(f"/proc/{pid}/pagemap", os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            for mapping in random.choices(mappings, weights=pages, k=SAMPLE_PAGES):  # noqa: S311 (statistics)
+                address = mapping.start + random.randrange(mapping.size // PAGE) * PAGE  # noqa: S311
+                entry = os.pread(pagemap, 8, address // PAGE * 8)
+                # Bits 63 and 62: in RAM, in swap. Reading a page that is neither would make QEMU have it.
+                if len(entry) == 8 and entry[7] & 0xC0:
+                    used += os.pread(memory, PAGE, address) != zeroes
+        finally:
+            os.close(pagemap)
+    finally:
+        os.close(memory)
+    return used / SAMPLE_PAGES

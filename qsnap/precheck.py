@@ -1,0 +1,359 @@
+"""The pre-checks: all that would make a save or a load fail or do harm, found before the guest is touched.
+
+Each finding says what is wrong and how to cure it. All are collected; the first one does not end the search.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Collection, Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from qsnap import devices as rules
+from qsnap import local, snapshots
+from qsnap.errors import CommandFailed, NotSupported, PrecheckRefused, SnapshotNotFound
+from qsnap.model import (
+    BlockGraph,
+    CheckReport,
+    Finding,
+    Job,
+    Migration,
+    QemuVersion,
+    RunState,
+    Severity,
+    Snapshot,
+    Verdict,
+    tag_problem,
+)
+from qsnap.monitor import Monitor
+
+#: Run states in which QEMU refuses a save, or crashes in it (before 9.0: an assertion on inactive images).
+_RUNSTATES_REFUSED = {
+    RunState.INMIGRATE: ("it waits for an incoming migration", "wait for its end"),
+    RunState.POSTMIGRATE: ("it has been migrated away, and its images are inactive", "`cont` takes it back"),
+    RunState.FINISH_MIGRATE: ("a migration is about to end", "wait for its end, or `migrate_cancel`"),
+    RunState.PRECONFIG: ("its machine is not built yet (-preconfig)", "`x-exit-preconfig` builds it"),
+    RunState.COLO: ("it is one half of a COLO pair", "end that first"),
+    RunState.SAVE_VM: ("another save is under way", "wait for its end"),
+}
+#: Run states that only a reset ends (softmmu: runstate_needs_reset); a load keeps them, and `cont` is refused.
+_NEED_RESET = frozenset({RunState.SHUTDOWN, RunState.INTERNAL_ERROR})
+#: What QEMU answers to most commands under -preconfig; query-status says "prelaunch" (qapi/qmp-dispatch.c).
+_NO_MACHINE = "permitted only after machine initialization"
+#: query-migrate's words for a migration that is not under way (qapi/migration.json: MigrationStatus).
+_MIGRATION_IDLE = frozenset({None, "none", "completed", "failed", "cancelled"})
+#: Capabilities with which savevm fails or crashes QEMU, and the version from which they are harmless.
+#: multifd: seen to crash 7.2, refused since 10.2. mapped-ram: since 10.2 savevm can write it.
+#: block: "Block migration and snapshots are incompatible"; it went in 9.1.
+_CAPABILITIES_REFUSED: dict[str, QemuVersion | None] = {
+    "multifd": None,
+    "mapped-ram": QemuVersion(10, 2, 0),
+    "block": None,
+}
+
+
+class SavePlan(NamedTuple):
+    """What a save will do, and what it was decided on.
+
+    :ivar image: the vmstate image's file, where this process can stat it.
+    :ivar estimate: how large the VM state will be, where that can be seen.
+    """
+
+    report: CheckReport
+    graph: BlockGraph
+    image: Path | None
+    estimate: local.StateEstimate | None
+
+    def refuse_if_needed(self) -> None:
+        """:raise PrecheckRefused: if a finding stands in the way."""
+        if not self.report.ok:
+            raise PrecheckRefused("the guest cannot be saved now", self.report.findings)
+
+
+class LoadPlan(NamedTuple):
+    """What a load will do: the snapshot, and the devices that it puts back."""
+
+    snapshot: Snapshot
+    vmstate: str
+    devices: tuple[str, ...]
+    excluded: tuple[str, ...]
+
+
+async def plan_save(
+    monitor: Monitor,
+    tag: str | None,
+    *,
+    vmstate: str | None = None,
+    exclude: Collection[str] = (),
+    force: bool = False,
+) -> SavePlan:
+    """Find out whether the guest can be saved now, and how.
+
+    :param tag: the tag that is wanted; None leaves it unchecked.
+    :param force: let a lack of room only warn.
+    :raise NotSupported: *vmstate* or *exclude* go beyond what HMP can honour.
+    """
+    try:
+        runstate, migration, graph, ram_bytes, half_restored, leftovers = await asyncio.gather(
+            monitor.runstate(),
+            monitor.migration(),
+            monitor.block_graph(),
+            monitor.memory_size(),
+            monitor.is_half_restored(),
+            monitor.leftover_jobs(),
+        )
+    except CommandFailed as error:
+        if _NO_MACHINE not in error.reason:
+            raise
+        refusal = next(runstate_findings(RunState.PRECONFIG))
+        report = CheckReport(ok=False, runstate=RunState.PRECONFIG, vmstate=None, devices=(), findings=(refusal,))
+        return SavePlan(report, BlockGraph(nodes={}, backends=()), None, None)
+    _refuse_hmp_choices(monitor, graph, vmstate, exclude)
+    survey = rules.survey(graph, exclude=exclude, vmstate=vmstate, chooses_devices=monitor.chooses_devices)
+    file = rules.image_file(graph, survey.vmstate) if survey.vmstate else None
+    image = local.visible_file(monitor.pid, file.filename) if file else None
+    estimate = local.state_estimate(monitor.pid, ram_bytes)
+    findings = [
+        *_tag_findings(tag),
+        *runstate_findings(runstate),
+        *_aftermath_findings(runstate, half_restored, leftovers),
+        *_migration_findings(migration, monitor.version),
+        *survey.findings,
+        *_room_findings(graph, survey.vmstate, tag, image, estimate, force),
+    ]
+    report = CheckReport(
+        ok=not any(finding.refuses for finding in findings),
+        runstate=runstate,
+        vmstate=survey.vmstate,
+        devices=survey.devices,
+        findings=tuple(findings),
+    )
+    return SavePlan(report, graph, image, estimate)
+
+
+async def plan_load(monitor: Monitor, tag: str, *, exclude: Collection[str] = ()) -> LoadPlan:
+    """Find out whether *tag* can be loaded now, and how.
+
+    :param exclude: devices whose contents are to stay as they are now.
+    :raise SnapshotNotFound: no device holds the tag, or one that is not excluded lacks it.
+    :raise PrecheckRefused: a load would fail, or mix disks of different moments.
+    :raise NotSupported: HMP cannot load it in this way.
+    """
+    runstate, migration, graph = await asyncio.gather(monitor.runstate(), monitor.migration(), monitor.block_graph())
+    if exclude and not monitor.chooses_devices:
+        raise NotSupported(f"this QEMU ({monitor.version}) loads all devices or none: --exclude is beyond it")
+    survey = rules.survey(graph, exclude=exclude, chooses_devices=monitor.chooses_devices)
+    snapshot = snapshots.find(graph, survey.devices, tag)
+    if snapshot is None:
+        raise SnapshotNotFound(tag, f"no snapshot {tag!r} on any device; the guest was not touched")
+    left_out = {d.image or d.node for d in survey.devices if d.verdict is Verdict.EXCLUDED}
+    missing = [node for node in snapshot.missing if node not in left_out]
+    unable = {d.image or d.node for d in survey.devices if d.verdict is Verdict.REFUSED}
+    exclude_all = " ".join(
+        f"--exclude {rules.pasteable(node, snapshot.labels.get(node, ''))}" for node in missing if node
+    )
+    loadable = snapshot.vmstate is not None and monitor.chooses_devices
+    if lacking := [node for node in missing if node not in unable]:
+        raise SnapshotNotFound(
+            tag,
+            f"snapshot {tag!r} is partial: {', '.join(rules.spoken(lacking, survey.devices))} lacks it; the guest "
+            "was not touched." + (f" To load the rest and leave that as it is now: {exclude_all}" if loadable else ""),
+        )
+    devices = tuple(node for node in snapshot.devices if node not in left_out)
+    findings = [
+        *runstate_findings(runstate),
+        *_migration_findings(migration, monitor.version),
+        *_device_findings_for_load(survey, exclude_all),
+        *_reset_findings(runstate),
+        *_load_findings(graph, snapshot, devices),
+    ]
+    if any(finding.refuses for finding in findings):
+        raise PrecheckRefused(f"snapshot {tag!r} cannot be loaded now", findings)
+    assert snapshot.vmstate is not None  # _load_findings refuses without
+    if not monitor.chooses_devices and snapshot.vmstate != survey.vmstate:
+        raise NotSupported(
+            f"the VM state of {tag!r} is on {snapshot.vmstate}, and this QEMU ({monitor.version}) looks for it on "
+            f"{survey.vmstate} alone; the guest was not touched"
+        )
+    if not monitor.chooses_devices and any(d.image not in (d.node, None) for d in survey.devices):
+        raise NotSupported(
+            f"this QEMU ({monitor.version}) cannot load through the filters above a disk's image: the guest would "
+            "hang. With the guest off: qemu-img snapshot -a TAG IMAGE, on every disk; the guest was not touched"
+        )
+    return LoadPlan(snapshot, snapshot.vmstate, devices, tuple(sorted(filter(None, left_out))))
+
+
+def _device_findings_for_load(survey: rules.Survey, exclude_all: str) -> Iterator[Finding]:
+    for finding in survey.findings:
+        if finding.code == "device-cannot-snapshot":
+            yield _refusal(
+                finding.code,
+                f"{finding.message}: it would keep the contents that it has now, while the rest goes back",
+                f"if that is meant: {exclude_all}",
+                finding.node,
+            )
+        elif finding.code == "exclude-unknown":
+            yield finding
+
+
+def _refuse_hmp_choices(monitor: Monitor, graph: BlockGraph, vmstate: str | None, exclude: Collection[str]) -> None:
+    if monitor.chooses_devices:
+        return
+    if exclude:
+        raise NotSupported(f"this QEMU ({monitor.version}) saves all devices or none: --exclude is beyond it")
+    if vmstate is not None:
+        chosen = rules.survey(graph, vmstate=vmstate, chooses_devices=False).vmstate
+        default = rules.survey(graph, chooses_devices=False).vmstate
+        if chosen is None or chosen != default:
+            raise NotSupported(
+                f"this QEMU ({monitor.version}) chooses the vmstate device itself ({default}): "
+                f"--vmstate {vmstate} is beyond it"
+            )
+
+
+def _refusal(code: str, message: str, cure: str = "", node: str | None = None) -> Finding:
+    return Finding(code=code, severity=Severity.REFUSE, message=message, cure=cure, node=node)
+
+
+def _warning(code: str, message: str, cure: str = "", node: str | None = None) -> Finding:
+    return Finding(code=code, severity=Severity.WARN, message=message, cure=cure, node=node)
+
+
+def _tag_findings(tag: str | None) -> Iterator[Finding]:
+    if tag is not None and (problem := tag_problem(tag)):
+        yield _refusal("bad-tag", problem, "choose a tag of 1 to 255 bytes, without control characters")
+
+
+def runstate_findings(runstate: RunState) -> Iterator[Finding]:
+    """What a run state has against any change of snapshots."""
+    if runstate in _RUNSTATES_REFUSED:
+        reason, cure = _RUNSTATES_REFUSED[runstate]
+        yield _refusal("runstate", f"the guest is in run state {runstate}: {reason}", cure)
+    elif runstate is RunState.RESTORE_VM:
+        yield _warning(
+            "restore-vm",
+            "the guest is in run state restore-vm: a load has failed, and RAM and disks may be half restored",
+            "load a good snapshot first, or `cont` if you know that nothing was changed",
+        )
+
+
+def _aftermath_findings(runstate: RunState, half_restored: bool, leftovers: Sequence[Job]) -> Iterator[Finding]:
+    """What earlier qsnaps have left behind in the guest."""
+    if half_restored:
+        yield _refusal(
+            "half-restored",
+            "a load has failed midway: RAM and disks may be of different moments, and a save would keep that",
+            "load a good snapshot first: qsnap load TAG --running; or restart QEMU",
+        )
+    if leftovers and runstate is RunState.PAUSED:
+        yield _warning(
+            "killed-qsnap",
+            "an earlier qsnap was killed before it could resume the guest, which may be paused only for that",
+            "if nobody else has paused it: `cont` in its monitor",
+        )
+
+
+def _reset_findings(runstate: RunState) -> Iterator[Finding]:
+    if runstate in _NEED_RESET:
+        yield _refusal(
+            "runstate",
+            f"the guest is in run state {runstate}, which outlasts a load: it could not run afterwards",
+            "`system_reset` in its monitor, then load",
+        )
+
+
+def _migration_findings(migration: Migration, version: QemuVersion) -> Iterator[Finding]:
+    if migration.status not in _MIGRATION_IDLE:
+        yield _refusal(
+            "migration-running",
+            f"There's a migration process in progress (status {migration.status})",
+            "wait for its end, or `migrate_cancel`",
+        )
+    for reason in migration.blocked_reasons:
+        yield _refusal(
+            "migration-blocker",
+            reason,
+            "unplug that device, or start the guest without it: its state cannot be saved",
+        )
+    for capability, harmless_since in _CAPABILITIES_REFUSED.items():
+        if capability not in migration.capabilities:
+            continue
+        if harmless_since is None or version < harmless_since:
+            yield _refusal(
+                "migration-capability",
+                f"the migration capability {capability} is set: with it a save fails, or QEMU crashes",
+                f"switch it off: migrate_set_capability {capability} off",
+            )
+    if "x-ignore-shared" in migration.capabilities:
+        yield _warning(
+            "migration-capability",
+            "the migration capability x-ignore-shared is set: RAM in shared memory will not be in the snapshot",
+            "switch it off: migrate_set_capability x-ignore-shared off",
+        )
+
+
+def _room_findings(
+    graph: BlockGraph,
+    vmstate: str | None,
+    tag: str | None,
+    image: Path | None,
+    estimate: local.StateEstimate | None,
+    force: bool,
+) -> Iterator[Finding]:
+    if vmstate is None or image is None or estimate is None:
+        return
+    try:
+        for_users, with_reserve = local.free_bytes(image)
+    except OSError:
+        return
+    # What replacing gives back can be taken again.
+    freed = sum(row.vm_state_size for row in graph.nodes[vmstate].tagged(tag)) if tag else 0
+    cure = "make room, or delete snapshots, or put the VM state on another disk: --vmstate NODE"
+    if with_reserve + freed < estimate.at_least:
+        message = (
+            f"{vmstate}: no room: the VM state takes at least {estimate.at_least:,} bytes, about "
+            f"{estimate.expected:,}, and {with_reserve + freed:,} are free"
+        )
+        if force:
+            yield _warning("no-room", message, cure, vmstate)
+        else:
+            yield _refusal("no-room", message, f"{cure}; --force tries all the same", vmstate)
+    elif for_users + freed < estimate.at_most:
+        yield _warning(
+            "little-room",
+            f"{vmstate}: little room: the VM state may take {estimate.at_most:,} bytes, about "
+            f"{estimate.expected:,}, and {for_users + freed:,} are free",
+            cure,
+            vmstate,
+        )
+
+
+def _load_findings(graph: BlockGraph, snapshot: Snapshot, devices: Collection[str]) -> Iterator[Finding]:
+    if snapshot.vmstate is None:
+        yield _refusal(
+            "disk-only",
+            f"{snapshot.tag!r} is a disk-only snapshot: there is no RAM in it to go on from",
+            "with the guest off: qemu-img snapshot -a TAG IMAGE, on every disk",
+        )
+    elif snapshot.vmstate not in devices:
+        yield _refusal(
+            "vmstate-excluded",
+            f"{snapshot.vmstate} holds the VM state and cannot be excluded",
+            "",
+            snapshot.vmstate,
+        )
+    for problem in snapshot.problems:
+        yield _refusal(
+            "mixed-snapshot",
+            f"{snapshot.tag!r}: {problem}: loading it would mix different moments",
+            "delete the tag, or sort it out with the guest off: qemu-img snapshot -l IMAGE",
+        )
+    for name in devices:
+        if graph.nodes[name].dirty_bitmaps:
+            yield _refusal(
+                "dirty-bitmaps",
+                f"{name}: Device has active dirty bitmaps, and QEMU reverts no disk that has",
+                "remove them first: block-dirty-bitmap-remove",
+                name,
+            )

@@ -1,0 +1,143 @@
+"""The one place that stops a guest and makes sure that it runs again."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import NoReturn
+
+from qsnap.errors import GuestLeftStopped, MonitorBusy, MonitorError, MonitorLost, QsnapError
+from qsnap.local import is_alive
+from qsnap.model import RunState
+from qsnap.monitor import Monitor
+from qsnap.undisturbed import undisturbed
+
+#: Seconds that a resume and a clean-up may take. QEMU answers nobody while it writes, and after an interrupt
+#: the write has to end first: this bounds a save of several hundred GiB.
+AFTERMATH_TIMEOUT_S = 900.0
+
+#: Seconds for a new connection, where the old one is lost: QEMU greets nobody either while it writes.
+RECONNECT_TIMEOUT_S = 120.0
+#: New connections that are tried, with a little time between them: what cut one may cut the next.
+RECONNECT_ATTEMPTS = 4
+
+
+class Pause:
+    """A stop of the guest.
+
+    :ivar was_running: whether the guest was running before.
+    :ivar resume: whether it will run afterwards; the sequence may change its mind.
+    :ivar runstate: the guest's run state, before and, once the block is left, after it.
+    """
+
+    def __init__(self, runstate: RunState) -> None:
+        self.runstate = runstate
+        self.was_running = runstate is RunState.RUNNING
+        self.resume = self.was_running
+        self._began: tuple[float | None, float] = (None, 0.0)
+        self._ended: tuple[float | None, float] = (None, 0.0)
+
+    @property
+    def pause_ms(self) -> float:
+        """Milliseconds that the guest stood still, once it runs again: by QEMU's STOP and RESUME time stamps,
+        by our own clock where they did not come; 0.0 if it was not stopped or does not run."""
+        (qemu_began, began), (qemu_ended, ended) = self._began, self._ended
+        if not ended or not began:
+            return 0.0
+        if qemu_began is not None and qemu_ended is not None:
+            return (qemu_ended - qemu_began) * 1000
+        return (ended - began) * 1000
+
+    async def _stop(self, monitor: Monitor) -> None:
+        began = time.monotonic()
+        self._began = (await monitor.stop(), began)
+
+    async def _resume(self, monitor: Monitor) -> None:
+        self._ended = (await monitor.cont(), time.monotonic())
+        self.runstate = await monitor.runstate()
+        if self.was_running and self.runstate is not RunState.RUNNING:
+            raise GuestLeftStopped(f"QEMU took `cont`, but the guest is {self.runstate}: {cure_of(self.runstate)}")
+
+
+def cure_of(runstate: RunState) -> str:
+    """What makes a guest run again that was running and is not."""
+    match runstate:
+        case RunState.IO_ERROR:
+            return "its own writes fail. Make room on the file system of its images, then `cont` in its monitor"
+        case RunState.SHUTDOWN | RunState.INTERNAL_ERROR:
+            return "it has ended by itself. `system_reset` in its monitor, then `cont`"
+        case _:
+            return "try `cont` in its monitor"
+
+
+@asynccontextmanager
+async def stopped(monitor: Monitor) -> AsyncIterator[Pause]:
+    """Keep the guest stopped for the duration of a block.
+
+    On leaving, however that comes about (an error, a cancellation, several of them), a guest that was running
+    runs again, and one that was paused stays paused: unless the block set ``pause.resume`` otherwise.
+
+    :raise GuestLeftStopped: the guest was running and could not be resumed; what happened first is the context.
+    """
+    pause = Pause(await monitor.runstate())
+    try:
+        if pause.was_running:
+            await pause._stop(monitor)
+        yield pause
+        if not pause.resume:
+            pause.runstate = await monitor.runstate()
+    finally:
+        if pause.resume:
+            try:
+                await undisturbed(_resume(monitor, pause), AFTERMATH_TIMEOUT_S)
+            except QsnapError as error:
+                await _explain_failed_resume(monitor, pause, error)
+
+
+async def _resume(monitor: Monitor, pause: Pause) -> None:
+    """Resume the guest; over a new connection, if the one that stopped it is lost."""
+    try:
+        await pause._resume(monitor)
+    except MonitorLost:
+        await reconnect(monitor)
+        await pause._resume(monitor)
+
+
+async def reconnect(monitor: Monitor) -> None:
+    """Make a new connection to the same QEMU.
+
+    :raise MonitorError: none of several tries came through, or there is another QEMU now.
+    """
+    for attempt in range(1, 1 + RECONNECT_ATTEMPTS):
+        try:
+            await monitor.reconnect(RECONNECT_TIMEOUT_S)
+        except MonitorBusy:
+            raise
+        except MonitorError:
+            if attempt == RECONNECT_ATTEMPTS:
+                raise
+            await asyncio.sleep(0.2 * attempt)
+        else:
+            return
+
+
+async def _explain_failed_resume(monitor: Monitor, pause: Pause, error: Exception) -> NoReturn:
+    if isinstance(error, GuestLeftStopped):
+        raise error
+    if isinstance(error, MonitorError) and await has_ended(monitor):
+        raise MonitorLost("QEMU has ended; there is no guest any more") from error
+    state = "was running and is stopped now" if pause.was_running else "is still stopped"
+    cure = "Connect again and send `cont`" if isinstance(error, MonitorError) else "Try `cont` in its monitor"
+    failure = GuestLeftStopped if pause.was_running else QsnapError
+    raise failure(f"the guest {state}, and resuming it failed: {error}. {cure}") from error
+
+
+async def has_ended(monitor: Monitor) -> bool:
+    """Whether QEMU is seen to end within a second: its sockets are closed a little before it is gone."""
+    for _ in range(20 if monitor.pid is not None else 0):
+        if not is_alive(monitor.pid or 0):
+            return True
+        await asyncio.sleep(0.05)
+    return False
