@@ -1,0 +1,288 @@
+"""The command line: parse, run, render. Nothing below this package knows click or rich.
+
+Modules that take time to load are imported where a command needs them, so that ``qsnap --version`` and the
+shell's completion stay quick.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import signal
+import sys
+from collections.abc import Callable
+from contextlib import suppress
+from functools import wraps
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import click
+
+from qsnap import __version__
+from qsnap.errors import EXIT_TABLE, BadUsage, Interrupted, PrecheckRefused, QsnapError
+
+if TYPE_CHECKING:
+    from qsnap.cli.session import Options
+
+
+def main() -> NoReturn:
+    """Run the command, say what went wrong, exit with its code.
+
+    A list takes 0.1 s, and a quarter of that would go into collecting the garbage of imports and into taking
+    the interpreter apart at the end. Both are left out; all that is open has been closed by then.
+    """
+    gc.disable()
+    _prepare_streams()
+    code = _exit_code(sys.argv[1:])
+    for stream in (sys.stdout, sys.stderr):
+        # Whoever read our output may have gone; what was asked for is done all the same.
+        with suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(code)
+
+
+def _prepare_streams() -> None:
+    """A closed stream becomes one that takes everything, and no character is one too many for any."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, Path(os.devnull).open("w"))  # noqa: SIM115 (for good)
+        elif hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _exit_code(arguments: list[str]) -> int:
+    as_json = "--json" in arguments
+    try:
+        code = cli.main(arguments, prog_name="qsnap", standalone_mode=False)
+    except click.exceptions.Exit as done:
+        return done.exit_code
+    except (click.Abort, KeyboardInterrupt):
+        return _said(Interrupted(signal.SIGINT), as_json)
+    except click.exceptions.NoArgsIsHelpError as error:
+        with suppress(OSError):
+            sys.stderr.write(error.format_message() + "\n")
+        return BadUsage.exit_code
+    except click.ClickException as error:
+        return _said(BadUsage(_usage_message(error)), as_json)
+    except QsnapError as error:
+        return _said(error, as_json)
+    return code if isinstance(code, int) else 0
+
+
+def _said(error: QsnapError, as_json: bool) -> int:
+    """The error's exit code, whether or not it can be told to anybody."""
+    from qsnap.cli.render import say_error
+
+    code = 128 + error.signum if isinstance(error, Interrupted) else error.exit_code
+    with suppress(OSError):
+        say_error(error, code, as_json=as_json)
+    return code
+
+
+def _shown(show: Callable[[], None], exit_code: int = 0) -> int:
+    """Show a result; the exit code of what was done, also if nobody reads it any more.
+
+    :raise QsnapError: the result cannot be written; what was asked for is done.
+    """
+    try:
+        show()
+        sys.stdout.flush()
+    except BrokenPipeError:
+        pass
+    except OSError as error:
+        raise QsnapError(f"done, but the result could not be written: {error.strerror}") from error
+    return exit_code
+
+
+def _usage_message(error: click.ClickException) -> str:
+    context = getattr(error, "ctx", None)
+    hint = f" (see {context.command_path} --help)" if context else ""
+    return error.format_message() + hint
+
+
+def _exit_table() -> str:
+    rows = "\n".join(f"  {code:<9} {meaning.replace('**', '').replace('`', '')}" for code, meaning in EXIT_TABLE)
+    return f"\b\nExit codes:\n{rows}"
+
+
+def common_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The options that every command takes, handed on as one ``options`` argument."""
+
+    @click.option(
+        "-m",
+        "--monitor",
+        metavar="ADDRESS",
+        envvar="QSNAP_MONITOR",
+        show_envvar=True,
+        help="QEMU's monitor: a path, unix:PATH, tcp:HOST:PORT, or QEMU's own -qmp argument.",
+    )
+    @click.option("--json", "as_json", is_flag=True, help="One JSON document on standard output.")
+    @click.option("-q", "--quiet", is_flag=True, help="Say nothing on success (list: the tags alone).")
+    @click.option("-v", "--verbose", is_flag=True, help="Show the dialogue with QEMU on standard error.")
+    @click.option(
+        "--timeout",
+        "timeout_s",
+        type=float,
+        metavar="SECONDS",
+        help="End the command after that time, as an interrupt does. Default: none.",
+    )
+    @wraps(command)
+    def wrapper(
+        monitor: str | None, as_json: bool, quiet: bool, verbose: bool, timeout_s: float | None, **rest: object
+    ) -> object:
+        from qsnap.cli.session import Options
+
+        return command(Options(monitor, as_json, quiet, verbose, timeout_s), **rest)
+
+    return wrapper  # fmt: skip
+
+
+_HELP = {"help_option_names": ["-h", "--help"]}
+
+
+@click.group(context_settings=_HELP, epilog=_exit_table())
+@click.version_option(__version__, prog_name="qsnap", message="%(prog)s %(version)s")
+def cli() -> None:
+    """Named, checked, restorable snapshots of running QEMU guests, from the monitor socket alone."""
+
+
+_exclude = click.option(
+    "--exclude", multiple=True, metavar="NODE", help="Leave this device out, knowingly. May be repeated."
+)
+_vmstate = click.option(
+    "--vmstate", metavar="NODE", help="The device that holds the VM state. Default: QEMU's own choice."
+)
+
+
+@cli.command()
+@click.argument("tag", required=False)
+@click.option("--no-replace", is_flag=True, help="Refuse if the snapshot exists, instead of replacing it.")
+@_vmstate
+@_exclude
+@click.option("--force", is_flag=True, help="Try even if there seems to be no room. Overrides nothing else.")
+@click.option("-n", "--dry-run", is_flag=True, help="Check and decide everything, and do nothing.")
+@common_options
+def save(
+    options: Options,
+    tag: str | None,
+    no_replace: bool,
+    vmstate: str | None,
+    exclude: tuple[str, ...],
+    force: bool,
+    dry_run: bool,
+) -> int:
+    """Save RAM, device state and all disks as snapshot TAG.
+
+    Without TAG it is named vm-YYYYmmddHHMMSS. The guest is paused while QEMU writes, and runs again
+    afterwards. A snapshot of that name is replaced, unless --no-replace is given.
+    """
+    from qsnap.cli.bar import save_bar
+    from qsnap.cli.session import run
+
+    with save_bar(quiet=options.quiet or dry_run) as watch:
+        result = run(
+            options,
+            lambda vm: vm.save(
+                tag,
+                replace=not no_replace,
+                vmstate=vmstate,
+                exclude=exclude,
+                force=force,
+                dry_run=dry_run,
+                watch=watch,
+            ),
+        )
+    return _shown(lambda: options.renderer.save(result))
+
+
+@cli.command()
+@click.argument("tag")
+@click.option("--paused", is_flag=True, help="Leave the guest paused.")
+@click.option("--running", is_flag=True, help="Run the guest, even if it was paused.")
+@click.option("--exclude", multiple=True, metavar="NODE", help="Leave this device as it is now. May be repeated.")
+@common_options
+def load(options: Options, tag: str, paused: bool, running: bool, exclude: tuple[str, ...]) -> int:
+    """Put the guest back to snapshot TAG: RAM, device state and all disks.
+
+    What the guest has done since is lost. It is left in the run state that it had, running or paused.
+    """
+    from qsnap.cli.session import run
+
+    if paused and running:
+        raise BadUsage("--paused and --running exclude each other")
+    wanted = running if paused or running else None
+    result = run(options, lambda vm: vm.load(tag, running=wanted, exclude=exclude))
+    return _shown(lambda: options.renderer.load(result))
+
+
+@cli.command("list")
+@common_options
+def list_(options: Options) -> int:
+    """List the snapshots, oldest first."""
+    from qsnap.cli.session import run
+
+    snapshots = run(options, lambda vm: vm.list())
+    return _shown(lambda: options.renderer.list(snapshots))
+
+
+@cli.command()
+@click.argument("tag")
+@common_options
+def show(options: Options, tag: str) -> int:
+    """Show snapshot TAG, device by device."""
+    from qsnap.cli.session import run
+
+    found = run(options, lambda vm: vm.show(tag))
+    return _shown(lambda: options.renderer.show(*found))
+
+
+@cli.command()
+@click.argument("tags", metavar="TAG...", nargs=-1, required=True)
+@click.option("--missing-ok", is_flag=True, help="A snapshot that does not exist is no error.")
+@common_options
+def delete(options: Options, tags: tuple[str, ...], missing_ok: bool) -> int:
+    """Delete snapshots, from every device that holds them."""
+    from qsnap.cli.session import run
+
+    result = run(options, lambda vm: vm.delete(*tags, missing_ok=missing_ok))
+    return _shown(lambda: options.renderer.delete(result))
+
+
+@cli.command()
+@_vmstate
+@_exclude
+@common_options
+def check(options: Options, vmstate: str | None, exclude: tuple[str, ...]) -> int:
+    """Tell whether the guest can be saved now; if not, why and what to do.
+
+    Exits with 0 or 6. The guest is not touched.
+    """
+    from qsnap.cli.session import run
+
+    report = run(options, lambda vm: vm.check(vmstate=vmstate, exclude=exclude))
+    return _shown(lambda: options.renderer.check(report), 0 if report.ok else PrecheckRefused.exit_code)
+
+
+@cli.command()
+@common_options
+def status(options: Options) -> int:
+    """Show the guest's run state and devices, and what of an earlier qsnap is left behind."""
+    from qsnap.cli.session import run
+
+    result = run(options, lambda vm: vm.status())
+    return _shown(lambda: options.renderer.status(result))
+
+
+@cli.command()
+@click.option("--qemu", metavar="PROGRAM", envvar="QSNAP_QEMU", show_envvar=True, help="The QEMU to run.")
+def demo(qemu: str | None) -> None:
+    """Boot a tiny guest of qsnap's own and walk through save, list and load.
+
+    Needs no VM: only qemu-system-x86_64 and qemu-img. Nothing is left behind.
+    """
+    from qsnap.cli.demo import demo as walk_through
+    from qsnap.cli.session import run_interruptibly
+
+    with suppress(BrokenPipeError):
+        run_interruptibly(walk_through(qemu or "qemu-system-x86_64"))

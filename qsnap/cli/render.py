@@ -1,0 +1,333 @@
+"""How results look. Whether that is for people or for scripts is decided once, when a renderer is made.
+
+Results go to standard output, everything else to standard error. ``rich`` draws on a terminal alone, and is
+loaded only then.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any, Literal, TextIO
+
+from qsnap.cli.text import age, clock, date, printable, seconds, size, table
+from qsnap.model import (
+    CheckReport,
+    DeleteResult,
+    Device,
+    Finding,
+    Kind,
+    Labels,
+    LoadResult,
+    NodeSnapshot,
+    SaveResult,
+    Snapshot,
+    Status,
+    Struct,
+    Verdict,
+)
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.text import Text
+
+    from qsnap.errors import QsnapError
+
+_STYLES = {
+    Verdict.SAVED: "green",
+    Verdict.CARRIED: "cyan",
+    Verdict.IGNORED: "dim",
+    Verdict.EXCLUDED: "yellow",
+    Verdict.REFUSED: "bold red",
+    Kind.FULL: "green",
+    Kind.DISK_ONLY: "yellow",
+    Kind.PARTIAL: "red",
+}
+
+#: Columns whose cells may take several lines, and the width that they then need at least.
+_FOLDING = frozenset({"WHY", "DEVICES"})
+_FOLDED_TO = 14
+
+
+def is_terminal(stream: TextIO) -> bool:
+    """Whether colours and bars belong there."""
+    return stream.isatty() and os.environ.get("TERM") != "dumb"
+
+
+def write_json(document: Mapping[str, Any], stream: TextIO) -> None:
+    """One document, on one line, in ASCII."""
+    stream.write(json.dumps(document) + "\n")
+
+
+def say_error(error: QsnapError, exit_code: int, *, as_json: bool) -> None:
+    """An error, on standard error."""
+    if as_json:
+        document = {"error": type(error).__name__, "exit_code": exit_code, "message": str(error)}
+        write_json({**document, **error.details()}, sys.stderr)
+    else:
+        sys.stderr.write(f"qsnap: {printable(str(error), keep_newlines=True)}\n")
+
+
+class Renderer:
+    """Shows results to people; the base of the other two."""
+
+    def __init__(self, console: Console | None = None) -> None:
+        self._console = console
+
+    # Results
+
+    def save(self, result: SaveResult) -> None:
+        self._warn(result.warnings)
+        vmstate = _names([result.vmstate], result.labels)
+        whole = "" if result.kind is Kind.FULL else f"  NOT WHOLE: without {_names(result.excluded, result.labels)}\n"
+        carried = (
+            f"  {_names(result.carried, result.labels)}: contents are inside the VM state\n" if result.carried else ""
+        )
+        old = "replacing the older one" if result.replaced else "new"
+        if result.dry_run:
+            head = f"would save {printable(result.tag)} ({old}): VM state on {vmstate}"
+            self._print(f"{head}, snapshots on {_names(result.devices, result.labels)}\n{whole}{carried}")
+            return
+        pause = f", guest paused {seconds(result.pause_ms)}" if result.pause_ms else f", guest {result.runstate}"
+        replaced = ", replaced the older one" if result.replaced else ""
+        self._print(
+            f"saved {printable(result.tag)}: {size(result.vm_state_size)} on {vmstate}, "
+            f"{_count(result.devices, 'device')}{pause}{replaced}\n{whole}{carried}"
+        )
+
+    def load(self, result: LoadResult) -> None:
+        left = f"  left as it is: {_names(result.excluded, result.labels)}\n" if result.excluded else ""
+        self._print(
+            f"loaded {printable(result.tag)} of {date(result.date)}: {size(result.vm_state_size)} from "
+            f"{_names([result.vmstate], result.labels)}, {_count(result.devices, 'device')}, "
+            f"{seconds(result.duration_ms)}, guest {result.runstate}\n{left}"
+        )
+
+    def delete(self, result: DeleteResult) -> None:
+        for tag, nodes in result.deleted.items():
+            text = (
+                f"deleted {printable(tag)} from {_names(nodes, result.labels)}"
+                if nodes
+                else f"no snapshot {printable(tag)}"
+            )
+            self._print(text + "\n")
+
+    def list(self, snapshots: Sequence[Snapshot]) -> None:
+        if not snapshots:
+            self._say("no snapshots")
+            return
+        now = datetime.now(UTC)
+        self._table(
+            ("TAG", "KIND", "STATE", "DATE", "AGE", "VM CLOCK", "VMSTATE", "DEVICES"),
+            [
+                (
+                    snapshot.tag,
+                    snapshot.kind,
+                    size(snapshot.vm_state_size) if snapshot.vm_state_size else "-",
+                    date(snapshot.date),
+                    age(snapshot.date, now),
+                    clock(snapshot.vm_clock_ns),
+                    _names([snapshot.vmstate], snapshot.labels) if snapshot.vmstate else "-",
+                    _names(snapshot.devices, snapshot.labels)
+                    + (f" (not {_names(snapshot.missing, snapshot.labels)})" if snapshot.missing else "")
+                    + (" (!)" if snapshot.problems else ""),
+                )
+                for snapshot in snapshots
+            ],
+        )
+
+    def show(self, snapshot: Snapshot, rows: Mapping[str, Sequence[NodeSnapshot]]) -> None:
+        now = datetime.now(UTC)
+        facts = [
+            ("tag", snapshot.tag),
+            ("kind", snapshot.kind),
+            (
+                "VM state",
+                f"{size(snapshot.vm_state_size)} on {_names([snapshot.vmstate], snapshot.labels)}"
+                if snapshot.vmstate
+                else "none",
+            ),
+            ("date", f"{date(snapshot.date)} ({age(snapshot.date, now)} ago)"),
+            ("VM clock", clock(snapshot.vm_clock_ns)),
+            ("missing on", _names(snapshot.missing, snapshot.labels)),
+            *(("problem", problem) for problem in snapshot.problems),
+        ]
+        for name, value in facts:
+            if value:
+                self._print(f"{name + ':':<12}{printable(value)}\n")
+        self._table(
+            ("NODE", "ID", "STATE", "DATE", "VM CLOCK"),
+            [
+                (
+                    _names([node], snapshot.labels),
+                    row.id,
+                    size(row.vm_state_size),
+                    date(row.date),
+                    clock(row.vm_clock_ns),
+                )
+                for node, held in rows.items()
+                for row in held
+            ],
+        )
+
+    def check(self, report: CheckReport) -> None:
+        self._devices(report.devices, report.vmstate)
+        for finding in report.findings:
+            self._print(_finding(finding) + "\n")
+        state = f"guest {report.runstate}"
+        if report.ok:
+            self._print(f"ok: this guest can be saved ({state})\n")
+        else:
+            self._print(f"not ok: this guest cannot be saved now ({state})\n")
+
+    def status(self, status: Status) -> None:
+        facts = (
+            ("guest", f"{status.name or '(no name)'}, {status.runstate}"),
+            ("QEMU", status.version),
+            ("monitor", f"{status.monitor} ({status.transport})"),
+            ("snapshots", str(status.snapshots)),
+            (
+                "left behind",
+                ", ".join(f"{job.id} ({job.error or 'done'})" for job in status.leftover_jobs) or "nothing",
+            ),
+        )
+        for name, value in facts:
+            self._print(f"{name + ':':<13}{printable(value)}\n")
+        self._devices(status.devices, status.vmstate)
+
+    # How they get out
+
+    def _devices(self, devices: Sequence[Device], vmstate: str | None) -> None:
+        self._table(
+            ("NODE", "DEVICE", "DRIVER", "ROLE", "VERDICT", "WHY"),
+            [
+                (
+                    device.node or "-",
+                    device.device or "-",
+                    device.driver or "-",
+                    device.role,
+                    device.verdict,
+                    "; ".join(filter(None, ("holds the VM state" if device.image == vmstate else "", device.why)))
+                    if vmstate
+                    else device.why,
+                )
+                for device in devices
+            ],
+        )
+
+    def _print(self, text: str) -> None:
+        sys.stdout.write(text)
+
+    def _say(self, text: str) -> None:
+        sys.stderr.write(f"qsnap: {text}\n")
+
+    def _warn(self, findings: Sequence[Finding]) -> None:
+        for finding in findings:
+            sys.stderr.write(_finding(finding) + "\n")
+
+    def _table(self, head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+        clean = [[printable(cell) for cell in row] for row in rows]
+        if self._console is None and not is_terminal(sys.stdout):
+            sys.stdout.write(table(head, clean) + "\n")
+            return
+        from rich import box
+        from rich.cells import cell_len
+        from rich.console import Console
+        from rich.table import Table
+
+        console = self._console or Console()
+        widths = [
+            _FOLDED_TO if name in _FOLDING else max(map(cell_len, column))
+            for name, *column in zip(head, head, *clean, strict=True)
+        ]
+        if sum(widths) + 3 * len(widths) > console.width:
+            # Too narrow: whole lines, which the terminal wraps. Nothing is cut, and a tag can still be copied.
+            console.print(table(head, clean), soft_wrap=True, markup=False, highlight=False)
+            return
+        drawing = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold")
+        for name in head:
+            folds = name in _FOLDING
+            drawing.add_column(name, overflow="fold", no_wrap=not folds, justify=_justified(name))
+        for original, row in zip(rows, clean, strict=True):
+            drawing.add_row(*(_cell(value, text) for value, text in zip(original, row, strict=True)))
+        console.print(drawing)
+
+
+class QuietRenderer(Renderer):
+    """Shows nothing but what goes wrong; of a list the tags alone, for a loop in a script."""
+
+    def list(self, snapshots: Sequence[Snapshot]) -> None:
+        for snapshot in snapshots:
+            sys.stdout.write(printable(snapshot.tag) + "\n")
+
+    def _print(self, text: str) -> None:
+        pass
+
+    def _say(self, text: str) -> None:
+        pass
+
+    def _table(self, head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+        pass
+
+
+class JsonRenderer(Renderer):
+    """Shows one JSON document."""
+
+    def _write(self, result: Struct, **more: object) -> None:
+        write_json({**result.to_json(), **more}, sys.stdout)
+
+    def save(self, result: SaveResult) -> None:
+        self._write(result)
+
+    def load(self, result: LoadResult) -> None:
+        self._write(result)
+
+    def delete(self, result: DeleteResult) -> None:
+        self._write(result)
+
+    def list(self, snapshots: Sequence[Snapshot]) -> None:
+        write_json({"snapshots": [snapshot.to_json() for snapshot in snapshots]}, sys.stdout)
+
+    def show(self, snapshot: Snapshot, rows: Mapping[str, Sequence[NodeSnapshot]]) -> None:
+        self._write(snapshot, rows={node: [row.to_json() for row in held] for node, held in rows.items()})
+
+    def check(self, report: CheckReport) -> None:
+        self._write(report)
+
+    def status(self, status: Status) -> None:
+        self._write(status)
+
+
+def renderer(*, as_json: bool, quiet: bool) -> Renderer:
+    """The one that the options ask for."""
+    if as_json:
+        return JsonRenderer()
+    return QuietRenderer() if quiet else Renderer()
+
+
+def _finding(finding: Finding) -> str:
+    head = "refused" if finding.refuses else "warning"
+    cure = f"\n  {finding.cure}" if finding.cure else ""
+    return printable(f"{head}: {finding.message}{cure}", keep_newlines=True)
+
+
+def _names(nodes: Sequence[str], labels: Labels) -> str:
+    return printable(", ".join(labels.get(node, node) for node in nodes))
+
+
+def _count(things: Sequence[object], noun: str) -> str:
+    return f"{len(things)} {noun}{'' if len(things) == 1 else 's'}"
+
+
+def _justified(name: str) -> Literal["left", "right"]:
+    return "right" if name in ("STATE", "AGE", "VM CLOCK") else "left"
+
+
+def _cell(value: str, text: str) -> Text:
+    from rich.text import Text
+
+    # A Text is taken as it is: a tag like "[red]" is no markup.
+    return Text(text, style=_STYLES.get(value, "") if isinstance(value, (Verdict, Kind)) else "")

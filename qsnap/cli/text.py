@@ -1,0 +1,71 @@
+"""Numbers and names as people read them. Pure, and light: no rich here."""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Sequence
+from datetime import datetime, timedelta
+
+
+def printable(text: str, *, keep_newlines: bool = False) -> str:
+    r"""*text* with everything that could move a cursor, change a colour or hide itself shown as ``\x1b``.
+
+    Tags, node names and QEMU's messages are data: a terminal must not obey them.
+    """
+    return "".join(
+        char
+        if (char == "\n" and keep_newlines) or unicodedata.category(char) not in ("Cc", "Cf", "Cs", "Zl", "Zp")
+        else char.encode("unicode_escape", "surrogatepass").decode()
+        for char in text
+    )
+
+
+def size(number: int) -> str:
+    """``1.5 GiB``; bytes below 1 KiB."""
+    if number < 1024:
+        return f"{number} B"
+    value = float(number)
+    for unit in ("KiB", "MiB", "GiB", "TiB"):
+        value /= 1024
+        if value < 1024 or unit == "TiB":
+            break
+    return f"{value:.1f} {unit}"
+
+
+def date(moment: datetime) -> str:
+    """Local time, to the second."""
+    return moment.astimezone().strftime("%Y-%m-%d %H:%M:%S")
+
+
+def age(then: datetime, now: datetime) -> str:
+    """``5 min``, ``3 h``, ``12 d``: in the largest unit of which there are at least two, rounded down."""
+    seconds = int((now - then).total_seconds())
+    if seconds < 0:
+        return "in the future"
+    for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= 2 * length:
+            return f"{seconds // length} {unit}"
+    return f"{seconds} s"
+
+
+def seconds(milliseconds: float) -> str:
+    """``3.2 ms``, ``0.31 s``, ``75 s``."""
+    if milliseconds < 100:
+        return f"{milliseconds:.1f} ms"
+    value = milliseconds / 1000
+    return f"{value:.2f} s" if value < 10 else f"{value:.0f} s"
+
+
+def clock(nanoseconds: int) -> str:
+    """Time since the guest's start, as QEMU's own table shows it: ``0000:02:13.118``."""
+    whole, rest = divmod(timedelta(milliseconds=nanoseconds // 1_000_000), timedelta(seconds=1))
+    minutes, second = divmod(whole, 60)
+    hours, minute = divmod(minutes, 60)
+    return f"{hours:04d}:{minute:02d}:{second:02d}.{rest // timedelta(milliseconds=1):03d}"
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Columns side by side, for a pipe or a file: nothing is cut or wrapped."""
+    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
+    lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in (head, *rows))
+    return "\n".join(line.rstrip() for line in lines)

@@ -1,0 +1,211 @@
+; The guest that fits into a boot sector: it counts, and checks its disks against its RAM.
+;
+; Assemble: nasm -f bin boot.asm -o boot.bin
+;
+; At start it fills all RAM above 2 MiB with a pattern that is not zero, so that QEMU has to
+; save every page. Then, on every tick of a 100 Hz timer, it
+;   adds one to a counter in RAM,
+;   writes the counter to slot (counter mod 32) of a table in RAM and of a table on every disk,
+;   reads the disks' tables back and counts the slots that differ from RAM,
+;   prints "c=<counter> bad=<differences so far>" to the first serial port, in hexadecimal.
+; RAM and disks that come from two different moments are therefore seen within one tick.
+;
+; Memory: 0x600 counter, 0x604 bad, 0x608 number of disks, 0x610 disk address packet,
+; 0x8000 one sector to write, 0x10000 the 32 sectors read, 0x200000 the table in RAM (a page a slot).
+; Disks: the table is in sectors 64 to 95.
+
+        bits 16
+        org 0x7c00
+
+COUNTER equ 0x600
+BAD     equ 0x604
+DISKS   equ 0x608
+DAP     equ 0x610
+SECTOR  equ 0x8000
+TABLE   equ 0x200000
+SLOTS   equ 32
+LBA     equ 64
+
+start:  cli
+        cld
+        xor ax, ax
+        mov ds, ax
+        mov ss, ax
+        mov sp, 0x7c00
+        mov al, [0x475]                 ; BIOS data area: number of hard disks
+        mov [DISKS], al
+        in al, 0x92                     ; A20
+        or al, 2
+        out 0x92, al
+        mov ax, 0xe801                  ; ax: KiB from 1 to 16 MiB, bx: 64 KiB blocks above
+        int 0x15
+        movzx ecx, bx
+        shl ecx, 16
+        add ecx, 0x1000000 - TABLE
+        test bx, bx
+        jnz .fill
+        movzx ecx, ax
+        shl ecx, 10
+        sub ecx, TABLE - 0x100000
+.fill:  shr ecx, 2
+        call flat
+        mov edi, TABLE
+        mov eax, 0x51534e50             ; "PNSQ"
+        a32 rep stosd
+        xor eax, eax
+        mov [COUNTER], eax
+        mov [BAD], eax
+        mov al, 0x34                    ; timer 0: 1193182 / 11932 = 100 Hz
+        out 0x43, al
+        mov ax, 11932
+        out 0x40, al
+        mov al, ah
+        out 0x40, al
+        mov cx, SLOTS                   ; both tables start as zeroes
+.clear: push cx
+        dec cx
+        xor eax, eax
+        call store
+        pop cx
+        loop .clear
+
+tick:   sti
+        hlt
+        inc dword [COUNTER]
+        mov eax, [COUNTER]
+        mov cx, ax
+        and cx, SLOTS - 1
+        call store
+        mov dl, [DISKS]
+.disk:  or dl, dl
+        jz .print
+        dec dl
+        mov ax, 0x42 << 8
+        mov cx, SLOTS
+        xor bx, bx
+        mov di, 0x1000                  ; segment of the buffer
+        call disk
+        call flat
+        mov ax, 0x1000
+        mov gs, ax
+        mov esi, TABLE
+        xor bx, bx
+.slot:  mov eax, [es:esi]
+        cmp eax, [gs:bx]
+        je .same
+        inc word [BAD]
+.same:  add esi, 4096
+        add bx, 512
+        cmp bx, SLOTS * 512
+        jne .slot
+        jmp .disk
+.print: mov si, text_c
+        mov eax, [COUNTER]
+        mov cx, 8
+        call print
+        mov si, text_bad
+        mov eax, [BAD]
+        shl eax, 16
+        mov cx, 4
+        call print
+        mov al, 13
+        call putc
+        mov al, 10
+        call putc
+        jmp tick
+
+; eax to slot cx, in RAM and on every disk
+store:  call flat
+        movzx edi, cx
+        shl edi, 12
+        mov [es:edi + TABLE], eax
+        push cx
+        push ds
+        pop es
+        mov di, SECTOR
+        mov cx, 128
+        rep stosd
+        pop bx                          ; slot
+        mov dl, [DISKS]
+.next:  or dl, dl
+        jz .ret
+        dec dl
+        mov ax, 0x43 << 8
+        mov cx, 1
+        xor di, di
+        call disk
+        jmp .next
+.ret:   ret
+
+; BIOS disk function ax on disk dl (0 = first): cx sectors at table slot bx.
+; Buffer: segment di:0, or SECTOR when di is 0. Keeps bx, dl.
+disk:   mov si, DAP
+        mov word [si], 16
+        mov [si + 2], cx
+        mov word [si + 4], 0
+        mov [si + 6], di
+        or di, di
+        jnz .lba
+        mov word [si + 4], SECTOR
+.lba:   movzx ecx, bx
+        add ecx, LBA
+        mov [si + 8], ecx
+        mov dword [si + 12], 0
+        pushad
+        or dl, 0x80
+        int 0x13
+        popad
+        ret
+
+; es: base 0, limit 4 GiB ("unreal mode"); the BIOS may have taken it back
+flat:   cli
+        push eax
+        lgdt [gdtr]
+        mov eax, cr0
+        or al, 1
+        mov cr0, eax
+        mov bx, 8
+        mov es, bx
+        and al, 0xfe
+        mov cr0, eax
+        xor bx, bx
+        mov es, bx
+        pop eax
+        ret
+
+; text at si (ends with 0), then cx hexadecimal digits of eax, highest first
+print:  xchg eax, ebp
+.text:  lodsb
+        or al, al
+        jz .digit
+        call putc
+        jmp .text
+.digit: rol ebp, 4
+        mov ax, bp
+        and al, 15
+        cmp al, 10
+        sbb al, 0x69
+        das
+        call putc
+        loop .digit
+        ret
+
+putc:   push ax
+        mov dx, 0x3fd
+.busy:  in al, dx
+        test al, 0x20
+        jz .busy
+        pop ax
+        mov dx, 0x3f8
+        out dx, al
+        ret
+
+text_c: db "c=", 0
+text_bad: db " bad=", 0
+        align 8, db 0
+gdt:    dq 0, 0x00cf92000000ffff
+gdtr:   dw 15
+        dd gdt
+
+        times 510 - ($ - $$) db 0
+        dw 0xaa55
