@@ -1,0 +1,62 @@
+"""Fixtures: guests that end with their test, and a directory for images."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from guest import QEMU, Guest, blockdev, make_boot_disk, make_disk
+from proxy import Hook, Proxy
+
+Launch = Callable[..., Guest]
+Intercept = Callable[..., Proxy]
+
+
+def pytest_sessionstart() -> None:
+    """A missing QEMU fails the run: a green one without it would say nothing."""
+    if shutil.which(QEMU) is None:
+        pytest.exit(f"{QEMU} is not installed (or not what QSNAP_QEMU should name)", returncode=3)
+
+
+@pytest.fixture
+def launch() -> Iterator[Launch]:
+    """Start guests; they are ended with the test."""
+    guests: list[Guest] = []
+
+    def start(*args: str, **more: str) -> Guest:
+        guests.append(Guest(*args, **more))  # type: ignore[arg-type]
+        return guests[-1]
+
+    yield start
+    for guest in guests:
+        guest.kill()
+
+
+@pytest.fixture
+def intercept(launch: Launch) -> Iterator[Intercept]:
+    """Proxies in front of a guest's monitor; they are closed with the test."""
+    proxies: list[Proxy] = []
+
+    def start(guest: Guest, **hooks: Hook) -> Proxy:
+        proxies.append(Proxy(guest.address, guest.directory / f"proxy{len(proxies)}", **hooks))
+        return proxies[-1]
+
+    yield start
+    for running in proxies:
+        running.close()
+
+
+@pytest.fixture
+def guest(launch: Launch, tmp_path: Path) -> Guest:
+    """The counting guest on two qcow2 disks, nodes "disk0" and "disk1"."""
+    make_boot_disk(tmp_path / "disk0.qcow2")
+    make_disk(tmp_path / "disk1.qcow2")
+    running = launch(
+        *blockdev("disk0", tmp_path / "disk0.qcow2"), "-device", "virtio-blk,drive=disk0,id=vd0",
+        *blockdev("disk1", tmp_path / "disk1.qcow2"), "-device", "virtio-blk,drive=disk1,id=vd1",
+    )  # fmt: skip
+    running.wait_for_ticks()
+    return running

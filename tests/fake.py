@@ -1,0 +1,125 @@
+"""A monitor in memory, for faults that QEMU will not produce on demand. It passes the contract test too."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+
+import msgspec
+
+from qsnap.errors import CommandFailed, JobFailed, QsnapError
+from qsnap.model import (
+    BlockBackend,
+    BlockGraph,
+    BlockNode,
+    Job,
+    Migration,
+    NodeSnapshot,
+    QemuVersion,
+    RunState,
+)
+
+
+@dataclass
+class FakeMonitor:
+    """A guest with two qcow2 disks. The fields below are the faults."""
+
+    cont_fails: bool = False
+    save_hangs: bool = False
+    delete_does_nothing: bool = False
+    #: Node-names that a save forgets.
+    forgets: frozenset[str] = frozenset()
+    #: A disk appears when the guest stops.
+    hot_plugs: bool = False
+
+    version: QemuVersion = field(default=QemuVersion(11, 1, 0))
+    transport: str = "fake"
+    chooses_devices: bool = True
+    pid: int | None = None
+
+    state: RunState = RunState.RUNNING
+    half_restored: bool = False
+    rows: dict[str, list[NodeSnapshot]] = field(default_factory=lambda: {"disk0": [], "disk1": []})
+    calls: list[str] = field(default_factory=list)
+
+    async def runstate(self) -> RunState:
+        return self.state
+
+    async def stop(self) -> float | None:
+        self.calls.append("stop")
+        self.state = RunState.PAUSED
+        if self.hot_plugs:
+            self.rows["disk2"] = []
+        return None
+
+    async def cont(self) -> float | None:
+        self.calls.append("cont")
+        if self.cont_fails:
+            raise CommandFailed("cont", "There is a dump in process, please wait.")
+        self.state = RunState.RUNNING
+        return None
+
+    async def name(self) -> str:
+        return ""
+
+    async def block_graph(self) -> BlockGraph:
+        await asyncio.sleep(0)
+        return BlockGraph(
+            nodes={
+                name: BlockNode(node_name=name, driver="qcow2", snapshots=tuple(rows))
+                for name, rows in self.rows.items()
+            },
+            backends=tuple(BlockBackend(qdev=f"/machine/peripheral/{name}", root=name) for name in self.rows),
+            with_parents=frozenset(self.rows),
+        )
+
+    async def migration(self) -> Migration:
+        return Migration()
+
+    async def memory_size(self) -> int:
+        return 32 << 20
+
+    async def snapshot_save(self, tag: str, vmstate: str, devices: Sequence[str]) -> None:
+        self.calls.append("save")
+        if self.save_hangs:
+            await asyncio.Event().wait()
+        row = NodeSnapshot(tag=tag, id="1", vm_state_size=0, date=datetime.now(UTC), vm_clock_ns=1)
+        for name in devices:
+            if name not in self.forgets:
+                size = 1 << 20 if name == vmstate else 0
+                self.rows[name].append(msgspec.structs.replace(row, vm_state_size=size))
+
+    async def snapshot_load(self, tag: str, vmstate: str, devices: Sequence[str]) -> None:
+        self.calls.append("load")
+        if not all(any(row.tag == tag for row in self.rows[name]) for name in devices):
+            raise JobFailed("snapshot-load", f"Snapshot '{tag}' does not exist in one or more devices")
+
+    async def snapshot_delete(self, tag: str, devices: Sequence[str]) -> None:
+        self.calls.append("delete")
+        for name in devices if not self.delete_does_nothing else ():
+            first = next((row for row in self.rows[name] if row.tag == tag), None)
+            if first is not None:
+                self.rows[name].remove(first)
+
+    async def is_half_restored(self) -> bool:
+        return self.half_restored
+
+    async def mark_half_restored(self, yes: bool) -> None:
+        self.half_restored = yes
+
+    async def settle(self) -> QsnapError | None:
+        return None
+
+    async def leftover_jobs(self) -> Sequence[Job]:
+        return ()
+
+    async def dismiss(self, jobs: Sequence[Job]) -> None:
+        pass
+
+    async def reconnect(self, timeout_s: float) -> None:
+        pass
+
+    async def aclose(self) -> None:
+        pass

@@ -1,0 +1,102 @@
+"""A proxy between qsnap and QEMU's monitor, for what happens between two messages: a hook sees each of them."""
+
+from __future__ import annotations
+
+import json
+import socket
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+Hook = Callable[[dict[str, Any]], None]
+
+
+def deed(message: dict[str, Any]) -> str:
+    """The command of a message; what HMP calls savevm is a snapshot-save too."""
+    line = str(message.get("arguments", {}).get("command-line", ""))
+    by_hmp = {"savevm": "snapshot-save", "loadvm": "snapshot-load", "delvm": "snapshot-delete"}
+    return by_hmp.get(line.partition(" ")[0], str(message.get("execute", "")))
+
+
+class Proxy:
+    """Listens at ``address``, and connects each client on to QEMU.
+
+    :ivar commands: the names of the commands that have passed.
+    """
+
+    def __init__(self, target: str, address: Path, *, on_command: Hook | None = None) -> None:
+        self.address = str(address)
+        self.commands: list[str] = []
+        self._target = target
+        self._on_command = on_command
+        self._sockets: list[socket.socket] = []
+        self._listener = socket.socket(socket.AF_UNIX)
+        self._listener.bind(self.address)
+        self._listener.listen()
+        self._threads = [threading.Thread(target=self._accept, daemon=True)]
+        self._threads[0].start()
+
+    def _accept(self) -> None:
+        with suppress(OSError):
+            while True:
+                client, _ = self._listener.accept()
+                server = socket.socket(socket.AF_UNIX)
+                self._sockets += [client, server]
+                try:
+                    server.connect(self._target)
+                except OSError:
+                    client.shutdown(socket.SHUT_RDWR)
+                    continue
+                for source, sink, hook in ((client, server, self._saw), (server, client, None)):
+                    thread = threading.Thread(target=self._pump, args=(source, sink, hook), daemon=True)
+                    self._threads.append(thread)
+                    thread.start()
+
+    def _saw(self, message: dict[str, Any]) -> None:
+        self.commands.append(deed(message))
+        if self._on_command:
+            self._on_command(message)
+
+    def _pump(self, source: socket.socket, sink: socket.socket, hook: Hook | None) -> None:
+        decoder = json.JSONDecoder()
+        pending = ""
+        with suppress(OSError):
+            while data := source.recv(65536):
+                pending += data.decode() if hook else ""
+                # qemu.qmp puts nothing between its messages.
+                while hook and pending.strip():
+                    try:
+                        message, end = decoder.raw_decode(pending.lstrip())
+                    except ValueError:
+                        break
+                    pending = pending.lstrip()[end:]
+                    hook(message)
+                sink.sendall(data)
+        with suppress(OSError):
+            sink.shutdown(socket.SHUT_RDWR)
+
+    def cut(self) -> None:
+        """Break every connection."""
+        for sock in list(self._sockets):
+            with suppress(OSError):
+                sock.shutdown(socket.SHUT_RDWR)
+
+    def refuse(self) -> None:
+        """Take no more connections, and break those that there are."""
+        with suppress(OSError):
+            self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+        self.cut()
+
+    def close(self) -> None:
+        """End it."""
+        with suppress(OSError):
+            self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+        self.cut()
+        for thread in self._threads:
+            thread.join(10)
+        for sock in self._sockets:
+            sock.close()

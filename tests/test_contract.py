@@ -1,0 +1,140 @@
+"""The contract of a monitor: the same assertions for every transport, and for the fake that the tests use."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from conftest import Launch
+from fake import FakeMonitor
+from guest import HAS_SNAPSHOT_JOBS, Guest, blockdev, make_boot_disk, make_disk, tags
+from qsnap.errors import JobFailed
+from qsnap.model import RunState
+from qsnap.monitor import Monitor, open_monitor
+from qsnap.monitor.address import UnixAddress
+
+#: What the QEMU under test offers.
+TRANSPORTS = ["qmp", "qmp-hmp", "fake"] if HAS_SNAPSHOT_JOBS else ["qmp-hmp", "fake"]
+
+
+@pytest.fixture(params=TRANSPORTS)
+async def monitor(request: pytest.FixtureRequest, launch: Launch, tmp_path: Path) -> AsyncIterator[Monitor]:
+    if request.param == "fake":
+        yield FakeMonitor()
+        return
+    guest = launch(
+        *blockdev("disk0", make_boot_disk(tmp_path / "disk0")), "-device", "virtio-blk,drive=disk0",
+        *blockdev("disk1", make_disk(tmp_path / "disk1")), "-device", "virtio-blk,drive=disk1", "-name", "the guest",
+    )  # fmt: skip
+    guest.wait_for_ticks()
+    opened = await open_monitor(UnixAddress(guest.address), snapshot_jobs=request.param == "qmp")
+    assert opened.transport == request.param
+    try:
+        yield opened
+    finally:
+        await opened.aclose()
+
+
+async def held(monitor: Monitor, tag: str) -> dict[str, list[int]]:
+    """The VM state sizes of a tag's rows, by node."""
+    graph = await monitor.block_graph()
+    return {name: [row.vm_state_size for row in graph.nodes[name].tagged(tag)] for name in ("disk0", "disk1")}
+
+
+DISKS = ("disk0", "disk1")
+
+
+async def test_stop_and_cont(monitor: Monitor) -> None:
+    assert await monitor.runstate() is RunState.RUNNING
+    began = await monitor.stop()
+    assert await monitor.runstate() is RunState.PAUSED
+    await monitor.stop()
+    assert await monitor.runstate() is RunState.PAUSED
+    ended = await monitor.cont()
+    assert await monitor.runstate() is RunState.RUNNING
+    await monitor.cont()
+    assert await monitor.runstate() is RunState.RUNNING
+    assert (began is None) == (ended is None)
+    if began is not None and ended is not None:
+        assert 0 < ended - began < 10
+
+
+@pytest.mark.parametrize("paused", [False, True])
+async def test_save_load_delete(monitor: Monitor, paused: bool) -> None:
+    if paused:
+        await monitor.stop()
+    before = await monitor.runstate()
+    await monitor.snapshot_save("t", "disk0", DISKS)
+    assert await monitor.runstate() is before
+    ((size,), other) = (await held(monitor, "t")).values()
+    assert size > 0
+    assert other == [0]
+    await monitor.snapshot_load("t", "disk0", DISKS)
+    assert await monitor.runstate() is before
+    await monitor.snapshot_delete("t", DISKS)
+    assert await held(monitor, "t") == {"disk0": [], "disk1": []}
+    assert await monitor.settle() is None
+    assert list(await monitor.leftover_jobs()) == []
+
+
+async def test_dates_and_clocks_agree_on_all_devices(monitor: Monitor) -> None:
+    await monitor.snapshot_save("t", "disk0", DISKS)
+    graph = await monitor.block_graph()
+    moments = {(row.date, row.vm_clock_ns) for name in DISKS for row in graph.nodes[name].tagged("t")}
+    assert len(moments) == 1
+    ((date, clock),) = moments
+    assert date.tzinfo is not None
+    assert clock > 0
+
+
+async def test_deleting_what_is_not_there_is_no_error(monitor: Monitor) -> None:
+    await monitor.snapshot_delete("nope", DISKS)
+
+
+async def test_loading_what_is_not_there_fails_with_the_reason(monitor: Monitor) -> None:
+    await monitor.stop()
+    with pytest.raises(JobFailed, match="nope") as failure:
+        await monitor.snapshot_load("nope", "disk0", DISKS)
+    assert not failure.value.reason.startswith("Error:")
+    assert await monitor.settle() is None
+
+
+@pytest.mark.parametrize("tag", ["a b", 'quo"te', "back\\slash", "-x", "1", "ü", "x;y", "%s%n", "'", "$HOME", "[b]"])
+async def test_tags_are_data(monitor: Monitor, tag: str) -> None:
+    await monitor.snapshot_save("decoy", "disk0", DISKS)
+    await monitor.snapshot_save(tag, "disk0", DISKS)
+    assert len((await held(monitor, tag))["disk1"]) == 1
+    await monitor.stop()
+    await monitor.snapshot_load(tag, "disk0", DISKS)
+    await monitor.snapshot_delete(tag, DISKS)
+    assert await held(monitor, tag) == {"disk0": [], "disk1": []}
+    assert len((await held(monitor, "decoy"))["disk0"]) == 1
+
+
+async def test_what_it_tells(monitor: Monitor) -> None:
+    assert await monitor.memory_size() == 32 << 20
+    assert await monitor.name() in ("the guest", "")
+    migration = await monitor.migration()
+    assert (migration.status in (None, "none"), migration.blocked_reasons) == (True, ())
+    graph = await monitor.block_graph()
+    assert [graph.nodes[backend.root or ""].driver for backend in graph.backends] == ["qcow2", "qcow2"]
+    assert monitor.version[0] >= 5
+
+
+async def test_one_transport_loads_what_another_saved(guest: Guest, tmp_path: Path) -> None:
+    order = [name for name in TRANSPORTS if name != "fake"]
+    for name in order:
+        monitor = await open_monitor(UnixAddress(guest.address), snapshot_jobs=name == "qmp")
+        await monitor.snapshot_save(f"by-{name}", "disk0", DISKS)
+        await monitor.aclose()
+    assert sorted(tags(tmp_path / "disk0.qcow2")) == sorted(f"by-{name}" for name in order)
+    for name in order:
+        monitor = await open_monitor(UnixAddress(guest.address), snapshot_jobs=name == "qmp")
+        for saver in order:
+            await monitor.stop()
+            await monitor.snapshot_load(f"by-{saver}", "disk0", DISKS)
+            await monitor.cont()
+        await monitor.aclose()
+        guest.assert_running()

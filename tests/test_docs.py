@@ -1,0 +1,81 @@
+"""Docs and code check each other: exit codes, commands, options, scripts, files."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import click
+import pytest
+
+import qsnap
+from guest import cli as run_cli
+from qsnap.cli import cli
+from qsnap.errors import EXIT_TABLE
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def test_the_exit_table_is_the_readme_s() -> None:
+    section = README.split("### Exit codes")[1].split("\n## ")[0]
+    rows = [
+        tuple(cell.strip() for cell in line.strip("| ").split(" | ")) for line in section.splitlines() if "|" in line
+    ]
+    assert tuple(rows[2:]) == EXIT_TABLE
+
+
+def test_the_exit_table_is_in_the_help() -> None:
+    text = run_cli("--help").out
+    for code, meaning in EXIT_TABLE:
+        assert re.search(rf"^ *{re.escape(code)} +{re.escape(meaning.replace('**', '').replace('`', ''))}$", text, re.M)
+
+
+@pytest.mark.parametrize("name", sorted(cli.commands))
+def test_commands_are_in_the_readme(name: str) -> None:
+    assert f"qsnap {name}" in README
+
+
+def options_of(command: click.Command) -> set[str]:
+    return {
+        name for item in command.params if isinstance(item, click.Option) for name in item.opts if name.startswith("--")
+    }
+
+
+@pytest.mark.parametrize("name", sorted(cli.commands))
+def test_options_are_in_the_readme(name: str) -> None:
+    missing = {option for option in options_of(cli.commands[name]) if option not in README}
+    assert missing <= {"--qemu", "--help"}
+
+
+def test_options_in_the_readme_exist() -> None:
+    known = {option for command in cli.commands.values() for option in options_of(command)}
+    shown = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", README))
+    assert shown <= known
+
+
+@pytest.mark.parametrize("name", sorted(cli.commands))
+def test_every_command_but_demo_takes_the_common_options(name: str) -> None:
+    common = {"--monitor", "--json", "--quiet", "--verbose", "--timeout"}
+    assert (common <= options_of(cli.commands[name])) == (name != "demo")
+
+
+def test_files_that_the_readme_names_exist() -> None:
+    for name in re.findall(r"\((docs/[\w.]+)\)", README) + re.findall(r"scripts/[\w-]+", README):
+        assert (ROOT / name).exists(), name
+    laid_out = README.split("```\nqsnap/\n")[1].split("```")[0]
+    for name in re.findall(r"[\w/]+\.py|^  \w+/", laid_out, re.M):
+        assert (ROOT / "qsnap" / name.strip()).exists(), name
+
+
+def test_the_library_example_names_what_there_is() -> None:
+    example = README.split("```python")[1].split("```")[0]
+    for name in re.findall(r"qsnap\.(\w+)\(", example):
+        assert name in qsnap.__all__
+    for name in qsnap.__all__:
+        assert getattr(qsnap, name)
+
+
+def test_the_changelog_has_an_unreleased_block_on_top() -> None:
+    headings = re.findall(r"^## (.+)$", (ROOT / "CHANGELOG.md").read_text(), re.M)
+    assert headings[0] == "Unreleased"
