@@ -10,7 +10,7 @@ from qsnap import snapshots
 from qsnap.errors import PartialFailure, PrecheckRefused, QsnapError, SnapshotNotFound, VerifyFailed
 from qsnap.model import DeleteResult, Device, Labels
 from qsnap.monitor import Monitor
-from qsnap.precheck import runstate_findings
+from qsnap.precheck import refuse_untransportable, runstate_findings
 from qsnap.stopped import AFTERMATH_TIMEOUT_S
 from qsnap.undisturbed import undisturbed
 
@@ -23,6 +23,7 @@ async def do_delvm(monitor: Monitor, tags: Sequence[str], *, missing_ok: bool = 
     :param tags: deleted one after another; an error with one does not keep the others from being deleted.
     :param missing_ok: a tag that no device holds is no error.
     :return: for each tag the node-names that held it.
+    :raise NotSupported: the tag cannot go through a human monitor.
     :raise SnapshotNotFound: no device holds the tag (with several tags: any of them).
     :raise PrecheckRefused: in a run state with inactive images; QEMU 5.2 crashes there.
     :raise JobFailed: QEMU reported an error; the tag may be left on some devices.
@@ -55,6 +56,7 @@ async def do_delvm(monitor: Monitor, tags: Sequence[str], *, missing_ok: bool = 
 
 
 async def _delete(monitor: Monitor, tag: str, missing_ok: bool) -> tuple[tuple[str, ...], Labels]:
+    refuse_untransportable(monitor, tag)
     graph = await monitor.block_graph()
     devices = rules.survey(graph, chooses_devices=monitor.chooses_devices).devices
     held = snapshots.holders(graph, devices, tag)

@@ -92,7 +92,7 @@ async def plan_save(
 
     :param tag: the tag that is wanted; None leaves it unchecked.
     :param force: let a lack of room only warn.
-    :raise NotSupported: *vmstate* or *exclude* go beyond what HMP can honour.
+    :raise NotSupported: *tag*, *vmstate* or *exclude* go beyond what HMP can honour.
     """
     try:
         runstate, migration, graph, ram_bytes, half_restored, leftovers = await asyncio.gather(
@@ -110,6 +110,7 @@ async def plan_save(
         report = CheckReport(ok=False, runstate=RunState.PRECONFIG, vmstate=None, devices=(), findings=(refusal,))
         return SavePlan(report, BlockGraph(nodes={}, backends=()), None, None)
     _refuse_hmp_choices(monitor, graph, vmstate, exclude)
+    refuse_untransportable(monitor, tag)
     survey = rules.survey(graph, exclude=exclude, vmstate=vmstate, chooses_devices=monitor.chooses_devices)
     file = rules.image_file(graph, survey.vmstate) if survey.vmstate else None
     image = local.visible_file(monitor.pid, file.filename) if file else None
@@ -140,9 +141,10 @@ async def plan_load(monitor: Monitor, tag: str, *, exclude: Collection[str] = ()
     :raise PrecheckRefused: a load would fail, or mix disks of different moments.
     :raise NotSupported: HMP cannot load it in this way.
     """
+    refuse_untransportable(monitor, tag)
     runstate, migration, graph = await asyncio.gather(monitor.runstate(), monitor.migration(), monitor.block_graph())
     if exclude and not monitor.chooses_devices:
-        raise NotSupported(f"this QEMU ({monitor.version}) loads all devices or none: --exclude is beyond it")
+        raise NotSupported(f"{monitor.limit} loads all devices or none: --exclude is beyond it")
     survey = rules.survey(graph, exclude=exclude, chooses_devices=monitor.chooses_devices)
     snapshot = snapshots.find(graph, survey.devices, tag)
     if snapshot is None:
@@ -173,12 +175,12 @@ async def plan_load(monitor: Monitor, tag: str, *, exclude: Collection[str] = ()
     assert snapshot.vmstate is not None  # _load_findings refuses without
     if not monitor.chooses_devices and snapshot.vmstate != survey.vmstate:
         raise NotSupported(
-            f"the VM state of {tag!r} is on {snapshot.vmstate}, and this QEMU ({monitor.version}) looks for it on "
+            f"the VM state of {tag!r} is on {snapshot.vmstate}, and {monitor.limit} looks for it on "
             f"{survey.vmstate} alone; the guest was not touched"
         )
     if not monitor.chooses_devices and any(d.image not in (d.node, None) for d in survey.devices):
         raise NotSupported(
-            f"this QEMU ({monitor.version}) cannot load through the filters above a disk's image: the guest would "
+            f"{monitor.limit} cannot load through the filters above a disk's image: the guest would "
             "hang. With the guest off: qemu-img snapshot -a TAG IMAGE, on every disk; the guest was not touched"
         )
     return LoadPlan(snapshot, snapshot.vmstate, devices, tuple(sorted(filter(None, left_out))))
@@ -197,18 +199,26 @@ def _device_findings_for_load(survey: rules.Survey, exclude_all: str) -> Iterato
             yield finding
 
 
+def refuse_untransportable(monitor: Monitor, tag: str | None) -> None:
+    """Refuse a tag that this monitor would make another one of.
+
+    :raise NotSupported: it would; nothing has been done.
+    """
+    if tag is not None and tag_problem(tag) is None and (obstacle := monitor.tag_obstacle(tag)):
+        raise NotSupported(f"{monitor.limit} cannot be given the tag {tag!r}: {obstacle}. By QMP it can")
+
+
 def _refuse_hmp_choices(monitor: Monitor, graph: BlockGraph, vmstate: str | None, exclude: Collection[str]) -> None:
     if monitor.chooses_devices:
         return
     if exclude:
-        raise NotSupported(f"this QEMU ({monitor.version}) saves all devices or none: --exclude is beyond it")
+        raise NotSupported(f"{monitor.limit} saves all devices or none: --exclude is beyond it")
     if vmstate is not None:
         chosen = rules.survey(graph, vmstate=vmstate, chooses_devices=False).vmstate
         default = rules.survey(graph, chooses_devices=False).vmstate
         if chosen is None or chosen != default:
             raise NotSupported(
-                f"this QEMU ({monitor.version}) chooses the vmstate device itself ({default}): "
-                f"--vmstate {vmstate} is beyond it"
+                f"{monitor.limit} chooses the vmstate device itself ({default}): --vmstate {vmstate} is beyond it"
             )
 
 

@@ -36,6 +36,7 @@ class FakeMonitor:
 
     version: QemuVersion = field(default=QemuVersion(11, 1, 0))
     transport: str = "fake"
+    limit: str = "the fake"
     chooses_devices: bool = True
     pid: int | None = None
 
@@ -43,6 +44,9 @@ class FakeMonitor:
     half_restored: bool = False
     rows: dict[str, list[NodeSnapshot]] = field(default_factory=lambda: {"disk0": [], "disk1": []})
     calls: list[str] = field(default_factory=list)
+
+    def tag_obstacle(self, tag: str) -> str | None:
+        return None
 
     async def runstate(self) -> RunState:
         return self.state

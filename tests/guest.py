@@ -139,15 +139,17 @@ class QmpError(Exception):
 
 
 class Guest:
-    """A running QEMU with two QMP sockets: one for qsnap, one for the test.
+    """A running QEMU with two QMP sockets, one for qsnap and one for the test, and a human monitor.
 
     :ivar qmp: the test's own monitor.
     :ivar address: the other one.
+    :ivar hmp_address: the human one.
     """
 
     def __init__(self, *args: str, memory: str = "32", machine: str = "q35,accel=tcg", wait_s: float = 20) -> None:
         self.directory = Path(tempfile.mkdtemp(prefix="qs-"))
         self.address = str(self.directory / "qmp")
+        self.hmp_address = str(self.directory / "hmp")
         self.serial = self.directory / "serial"
         self.args = args
         self._log = (self.directory / "log").open("w+b")
@@ -156,6 +158,7 @@ class Guest:
                 QEMU, "-machine", machine, "-m", memory, "-nodefaults", "-display", "none",
                 "-qmp", f"unix:{self.address},server=on,wait=off",
                 "-qmp", f"unix:{self.directory}/test,server=on,wait=off",
+                "-monitor", f"unix:{self.hmp_address},server=on,wait=off",
                 "-chardev", f"file,id=serial,path={self.serial}", "-serial", "chardev:serial",
                 *args,
             ],

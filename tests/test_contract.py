@@ -16,10 +16,18 @@ from qsnap.monitor import Monitor, open_monitor
 from qsnap.monitor.address import UnixAddress
 
 #: What the QEMU under test offers.
-TRANSPORTS = ["qmp", "qmp-hmp", "fake"] if HAS_SNAPSHOT_JOBS else ["qmp-hmp", "fake"]
+TRANSPORTS = ["qmp", "qmp-hmp", "hmp"] if HAS_SNAPSHOT_JOBS else ["qmp-hmp", "hmp"]
 
 
-@pytest.fixture(params=TRANSPORTS)
+async def opened(guest: Guest, transport: str) -> Monitor:
+    """The guest's monitor by one of them."""
+    where = guest.hmp_address if transport == "hmp" else guest.address
+    monitor = await open_monitor(UnixAddress(where), snapshot_jobs=transport == "qmp")
+    assert monitor.transport == transport
+    return monitor
+
+
+@pytest.fixture(params=[*TRANSPORTS, "fake"])
 async def monitor(request: pytest.FixtureRequest, launch: Launch, tmp_path: Path) -> AsyncIterator[Monitor]:
     if request.param == "fake":
         yield FakeMonitor()
@@ -29,12 +37,11 @@ async def monitor(request: pytest.FixtureRequest, launch: Launch, tmp_path: Path
         *blockdev("disk1", make_disk(tmp_path / "disk1")), "-device", "virtio-blk,drive=disk1", "-name", "the guest",
     )  # fmt: skip
     guest.wait_for_ticks()
-    opened = await open_monitor(UnixAddress(guest.address), snapshot_jobs=request.param == "qmp")
-    assert opened.transport == request.param
+    running = await opened(guest, request.param)
     try:
-        yield opened
+        yield running
     finally:
-        await opened.aclose()
+        await running.aclose()
 
 
 async def held(monitor: Monitor, tag: str) -> dict[str, list[int]]:
@@ -123,18 +130,24 @@ async def test_what_it_tells(monitor: Monitor) -> None:
     assert monitor.version[0] >= 5
 
 
-async def test_one_transport_loads_what_another_saved(guest: Guest, tmp_path: Path) -> None:
-    order = [name for name in TRANSPORTS if name != "fake"]
-    for name in order:
-        monitor = await open_monitor(UnixAddress(guest.address), snapshot_jobs=name == "qmp")
-        await monitor.snapshot_save(f"by-{name}", "disk0", DISKS)
+async def test_one_transport_loads_and_deletes_what_another_saved(guest: Guest, tmp_path: Path) -> None:
+    for saver in TRANSPORTS:
+        monitor = await opened(guest, saver)
+        for other in TRANSPORTS:
+            await monitor.snapshot_save(f"by {saver} for {other}", "disk0", DISKS)
         await monitor.aclose()
-    assert sorted(tags(tmp_path / "disk0.qcow2")) == sorted(f"by-{name}" for name in order)
-    for name in order:
-        monitor = await open_monitor(UnixAddress(guest.address), snapshot_jobs=name == "qmp")
-        for saver in order:
+    everything = {f"by {saver} for {other}" for saver in TRANSPORTS for other in TRANSPORTS}
+    assert set(tags(tmp_path / "disk0.qcow2")) == everything
+    for other in TRANSPORTS:
+        monitor = await opened(guest, other)
+        graph = await monitor.block_graph()
+        assert {row.tag for row in graph.nodes["disk1"].snapshots} == everything
+        for saver in TRANSPORTS:
             await monitor.stop()
-            await monitor.snapshot_load(f"by-{saver}", "disk0", DISKS)
+            await monitor.snapshot_load(f"by {saver} for {other}", "disk0", DISKS)
             await monitor.cont()
+            await monitor.snapshot_delete(f"by {saver} for {other}", DISKS)
+            everything.remove(f"by {saver} for {other}")
         await monitor.aclose()
         guest.assert_running()
+    assert tags(tmp_path / "disk0.qcow2") == tags(tmp_path / "disk1.qcow2") == []

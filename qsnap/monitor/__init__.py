@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 #: frozen by a save, or another client holds the monitor.
 GREETING_TIMEOUT_S = 5.0
 
+#: An object of no effect in QEMU whose presence is the mark of a load that failed midway; it ends with its QEMU.
+HALF_RESTORED = "qsnap-half-restored"
+
 
 class Monitor(Protocol):
     """A QEMU, as the sequences see it.
@@ -30,12 +33,19 @@ class Monitor(Protocol):
     """
 
     version: QemuVersion
-    #: "qmp" (snapshot jobs) or "qmp-hmp" (savevm by human-monitor-command), for people and logs.
+    #: "qmp" (snapshot jobs), "qmp-hmp" (savevm by human-monitor-command) or "hmp", for people and logs.
     transport: str
     #: False: QEMU itself chooses the devices and the vmstate node (HMP savevm).
     chooses_devices: bool
     #: The QEMU process, where it is on this machine and the socket tells.
     pid: int | None
+
+    @property
+    def limit(self) -> str:
+        """Who it is that cannot do what HMP cannot, for messages."""
+
+    def tag_obstacle(self, tag: str) -> str | None:
+        """Why a good *tag* cannot go over this transport; None where it can."""
 
     async def runstate(self) -> RunState:
         """The guest's run state."""
@@ -105,15 +115,21 @@ class Monitor(Protocol):
 async def open_monitor(
     address: Address, *, timeout_s: float = GREETING_TIMEOUT_S, snapshot_jobs: bool | None = None
 ) -> Monitor:
-    """Connect to the monitor at *address*.
+    """Connect to the monitor at *address*, and find out by its first bytes which one it is.
 
     :param timeout_s: seconds until the greeting has come. Default 5.
-    :param snapshot_jobs: whether to use the jobs that QEMU has since 6.0. Default: if this QEMU has them;
-        False goes by HMP's savevm inside QMP.
-    :raise ConnectError: nothing listens there, or it may not be opened.
+    :param snapshot_jobs: for QMP: whether to use the jobs that QEMU has since 6.0. Default: if this QEMU has
+        them; False goes by HMP's savevm inside QMP.
+    :raise ConnectError: nothing listens there, it may not be opened, or it is no monitor.
     :raise MonitorBusy: it does not greet in time.
-    :raise NotSupported: it does not speak QMP.
     """
-    from qsnap.monitor.qmp import connect
+    from qsnap.monitor.connection import connection
 
-    return await connect(address, timeout_s=timeout_s, snapshot_jobs=snapshot_jobs)
+    async with connection(address, timeout_s) as link:
+        if link.is_human:
+            from qsnap.monitor import hmp
+
+            return await hmp.connect(link, address)
+        from qsnap.monitor import qmp
+
+        return await qmp.connect(link, address, snapshot_jobs)

@@ -5,8 +5,6 @@ Facts it rests on (QEMU's qapi/job.json, docs/interop/qmp-spec; measured on 5.2 
 * A snapshot job answers ``{}`` at once or late, in any order with its events, and its error stands in
   query-jobs alone, until job-dismiss. So query-jobs is the authority and events only wake us up.
 * QEMU's main loop is frozen while it writes: no answer comes, for as long as that takes.
-* A QMP socket serves one client. A second one is connected by the kernel and then gets no greeting.
-* HMP's errors are text in a successful reply; no text at all is success.
 """
 
 from __future__ import annotations
@@ -17,8 +15,6 @@ import json
 import logging
 import os
 import re
-import socket
-import struct
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
@@ -30,15 +26,15 @@ from qsnap.errors import (
     CommandFailed,
     ConnectError,
     JobFailed,
-    MonitorBusy,
     MonitorError,
-    MonitorLost,
     NotSupported,
     QsnapError,
 )
 from qsnap.model import BlockGraph, Job, Migration, QemuVersion, RunState
-from qsnap.monitor import hmp_text, wire
-from qsnap.monitor.address import Address, UnixAddress
+from qsnap.monitor import HALF_RESTORED, wire
+from qsnap.monitor.address import Address
+from qsnap.monitor.connection import Connection, another_answers, connection, lost
+from qsnap.monitor.human import HumanSnapshots
 
 _T = TypeVar("_T")
 
@@ -57,8 +53,6 @@ EVENT_S = 0.5
 SNAPSHOT_JOBS_SINCE = (6, 0)
 
 _JOB_PREFIX = "qsnap-"
-#: An object of no effect whose presence is the mark of a load that failed midway; it ends with its QEMU.
-HALF_RESTORED = "qsnap-half-restored"
 _numbers = itertools.count(1)
 
 
@@ -79,115 +73,25 @@ def _compact(msg: Message) -> str:
     return json.dumps(dict(msg)) if dialogue.isEnabledFor(logging.DEBUG) else ""
 
 
-async def connect(address: Address, *, timeout_s: float, snapshot_jobs: bool | None) -> QmpMonitor:
-    """Connect, make sure that it is QMP, negotiate. See :func:`qsnap.monitor.open_monitor`."""
-    client, pid = await _greeted(address, timeout_s)
+async def connect(link: Connection, address: Address, snapshot_jobs: bool | None) -> QmpMonitor:
+    """Negotiate on *link*, and see which monitor this QEMU is. See :func:`qsnap.monitor.open_monitor`."""
+    client = await _negotiated(link, address)
     try:
         version = _version(client)
     except MonitorError:
         await client.disconnect()
         raise
     jobs = version >= SNAPSHOT_JOBS_SINCE if snapshot_jobs is None else snapshot_jobs
-    return (QmpMonitor if jobs else HumanQmpMonitor)(client, version, address, pid)
+    return (QmpMonitor if jobs else HumanQmpMonitor)(client, version, address, link.pid)
 
 
-async def _greeted(address: Address, timeout_s: float) -> tuple[_Client, int | None]:
-    """A client that has negotiated, and the process at the other end."""
-    sock: socket.socket | None = None
+async def _negotiated(link: Connection, address: Address) -> _Client:
     client = _Client("qsnap")
     try:
-        async with asyncio.timeout(timeout_s):
-            sock = await _connected(address)
-            await _expect_qmp(sock, address)
-            await client.connect(sock)
-    except TimeoutError as error:
-        if sock is None:
-            raise ConnectError(f"{address} does not take connections; nothing came of it in {timeout_s:g} s") from error
-        sock.close()
-        raise MonitorBusy(
-            f"{address} accepts connections but has sent no greeting within {timeout_s:g} s: another client "
-            "holds this monitor (it serves one at a time), or QEMU is in the middle of a save or stopped. "
-            "End the other client, or give QEMU a second -qmp socket"
-        ) from error
-    except BaseException as error:
-        _close(sock)
-        if isinstance(error, (QMPError, OSError, EOFError)):
-            raise _connect_error(address, error) from error
-        raise
-    return client, _peer_pid(sock)
-
-
-def _close(sock: socket.socket | None) -> None:
-    if sock is not None:
-        sock.close()
-
-
-async def _connected(address: Address) -> socket.socket:
-    loop = asyncio.get_running_loop()
-    if not isinstance(address, UnixAddress):
-        infos = await loop.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM)
-        failure: OSError | None = None
-        for family, kind, protocol, _, target in infos:
-            sock = socket.socket(family, kind | socket.SOCK_NONBLOCK, protocol)
-            try:
-                await loop.sock_connect(sock, target)
-            except OSError as error:
-                sock.close()
-                failure = error
-            else:
-                return sock
-        raise failure or OSError(f"no address for {address.host}")
-    while True:
-        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
-        try:
-            sock.connect(address.path)
-        except BlockingIOError:  # EAGAIN: the queue of waiting clients is full (connect(2))
-            sock.close()
-            await asyncio.sleep(0.05)
-        except BaseException:
-            sock.close()
-            raise
-        else:
-            return sock
-
-
-async def _expect_qmp(sock: socket.socket, address: Address) -> None:
-    """Look at the first byte, and leave it there: QMP greets with a JSON object, HMP with a banner."""
-    loop = asyncio.get_running_loop()
-    readable = loop.create_future()
-    loop.add_reader(sock, _set, readable)
-    try:
-        await readable
-    finally:
-        loop.remove_reader(sock)
-    start = sock.recv(5, socket.MSG_PEEK)
-    if start.startswith(b"QEMU"):
-        raise NotSupported(
-            f"{address} is a human monitor (HMP), and qsnap speaks QMP: give QEMU a QMP socket beside it, "
-            "-qmp unix:PATH,server=on,wait=off"
-        )
-    if start and not start.lstrip().startswith(b"{"):
-        raise ConnectError(f"{address} is no QEMU monitor: it greets with {start!r}")
-
-
-def _set(future: asyncio.Future[None]) -> None:
-    if not future.done():
-        future.set_result(None)
-
-
-def _connect_error(address: Address, error: Exception) -> QsnapError:
-    cure = "is QEMU running, with -qmp unix:PATH,server=on,wait=off?"
-    match error:
-        case FileNotFoundError():
-            return ConnectError(f"there is no socket {address}; {cure}")
-        case ConnectionRefusedError():
-            return ConnectError(f"nobody listens at {address}; {cure}")
-        case PermissionError():
-            return ConnectError(f"{address} may not be opened by this user: {error.strerror}")
-        case EOFError() | ConnectionError():
-            return ConnectError(f"{address} was closed before the greeting; {cure}")
-        case _:
-            return ConnectError(f"cannot use {address} as a monitor: {error}")
+        await client.connect(link.sock)
+    except QMPError as error:
+        raise ConnectError(f"cannot use {address} as a monitor: {error}") from error
+    return client
 
 
 def _version(client: QMPClient) -> QemuVersion:
@@ -197,16 +101,6 @@ def _version(client: QMPClient) -> QemuVersion:
         return QemuVersion(int(qemu["major"]), int(qemu["minor"]), int(qemu["micro"]))
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise MonitorError("the greeting does not tell QEMU's version") from error
-
-
-def _peer_pid(sock: socket.socket | None) -> int | None:
-    """The process at the other end of a Unix socket (SO_PEERCRED: whoever called listen)."""
-    if sock is None or sock.family != socket.AF_UNIX:
-        return None
-    with suppress(OSError):
-        pid, _, _ = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
-        return int(pid) or None
-    return None
 
 
 @contextmanager
@@ -221,10 +115,7 @@ def _mapped_errors(command: str) -> Iterator[None]:
     except msgspec.ValidationError as error:
         raise MonitorError(f"QEMU's answer to {command} has not the form it should have: {error}") from error
     except (QMPError, OSError, EOFError) as error:
-        raise MonitorLost(
-            f"the monitor was lost during {command}: {str(error) or type(error).__name__}. QEMU has ended, or "
-            "closed the connection; what it had done by then is not known"
-        ) from error
+        raise lost(command, error) from error
 
 
 class QmpMonitor:
@@ -232,6 +123,10 @@ class QmpMonitor:
 
     transport = "qmp"
     chooses_devices = True
+
+    @property
+    def limit(self) -> str:
+        return f"this QEMU ({self.version})"
 
     def __init__(self, client: QMPClient, version: QemuVersion, address: Address, pid: int | None) -> None:
         self.version = version
@@ -250,6 +145,9 @@ class QmpMonitor:
     async def _query(self, kind: type[_T], command: str, arguments: Mapping[str, object] | None = None) -> _T:
         with _mapped_errors(command):
             return msgspec.convert(await self._client.execute(command, dict(arguments) if arguments else None), kind)
+
+    def tag_obstacle(self, tag: str) -> str | None:
+        return None
 
     async def runstate(self) -> RunState:
         return RunState((await self._query(wire.StatusInfo, "query-status")).status)
@@ -389,10 +287,10 @@ class QmpMonitor:
 
     async def reconnect(self, timeout_s: float) -> None:
         await self.aclose()
-        client, pid = await _greeted(self.address, timeout_s)
-        if pid != self.pid:
-            await client.disconnect()
-            raise MonitorLost(f"another QEMU answers at {self.address} now; the one that was there has ended")
+        async with connection(self.address, timeout_s) as link:
+            if link.is_human or link.pid != self.pid:
+                raise another_answers(self.address)
+            client = await _negotiated(link, self.address)
         self._client = client
         self._client.register_listener(self._turns)
 
@@ -412,49 +310,10 @@ def _is_abandoned(job_id: str) -> bool:
     return int(match[1]) != os.getpid() and not is_alive(int(match[1]))
 
 
-class HumanQmpMonitor(QmpMonitor):
-    """A QEMU without snapshot jobs (before 6.0): savevm, loadvm and delvm by human-monitor-command.
-
-    They take no devices and no vmstate node: QEMU takes all that a save must hold, and the first of them
-    for the VM state. The sequences make sure beforehand that it is the same choice.
-    """
+class HumanQmpMonitor(HumanSnapshots, QmpMonitor):
+    """A QEMU without snapshot jobs (before 6.0): savevm, loadvm and delvm by human-monitor-command."""
 
     transport = "qmp-hmp"
-    chooses_devices = False
 
-    _under_way: asyncio.Task[None] | None = None
-
-    async def snapshot_save(self, tag: str, vmstate: str, devices: Sequence[str]) -> None:
-        await self._hmp("savevm", tag)
-
-    async def snapshot_load(self, tag: str, vmstate: str, devices: Sequence[str]) -> None:
-        await self._hmp("loadvm", tag)
-
-    async def snapshot_delete(self, tag: str, devices: Sequence[str]) -> None:
-        await self._hmp("delvm", tag)
-
-    async def _hmp(self, command: str, tag: str) -> None:
-        line = f"{command} {hmp_text.quoted(tag)}"
-        # A task of its own: a cancelled caller must not lose the answer, which settle() waits for.
-        self._under_way = asyncio.create_task(self._human_command(command, line))
-        try:
-            await asyncio.shield(self._under_way)
-        finally:
-            if self._under_way.done():
-                self._under_way = None
-
-    async def _human_command(self, command: str, line: str) -> None:
-        answer = await self._query(str, "human-monitor-command", {"command-line": line})
-        if reason := hmp_text.error_in(answer):
-            raise JobFailed(command, reason)
-
-    async def settle(self) -> QsnapError | None:
-        if self._under_way is None:
-            return None
-        try:
-            await self._under_way
-        except JobFailed as failure:
-            return failure
-        finally:
-            self._under_way = None
-        return None
+    async def human_answer(self, line: str) -> str:
+        return await self._query(str, "human-monitor-command", {"command-line": line})

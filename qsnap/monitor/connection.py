@@ -1,0 +1,164 @@
+"""A connection to a monitor, up to its first bytes: they tell QMP from HMP.
+
+Read in QEMU's chardev/char-socket.c and monitor/, and measured on 5.2 to 11.1:
+
+* A monitor socket serves one client. A second one is connected by the kernel and then gets no greeting; once
+  the queue of waiting clients is full, connecting fails with EAGAIN.
+* QMP greets with a JSON object, HMP with ``QEMU 7.2.22 monitor - type …``. Neither waits for the client.
+* QEMU's main loop is frozen while it writes a snapshot, and greets nobody then.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import struct
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+from typing import NamedTuple
+
+from qsnap.errors import ConnectError, MonitorBusy, MonitorLost, QsnapError
+from qsnap.monitor.address import Address, UnixAddress
+
+#: Seconds between two tries to get into the queue of waiting clients.
+_QUEUE_POLL_S = 0.05
+
+_CURE = "is QEMU running, with -qmp unix:PATH,server=on,wait=off?"
+
+
+class Connection(NamedTuple):
+    """A socket on which a monitor has begun to greet. What it sent is still there to be read.
+
+    :ivar pid: the process at the other end, where it is on this machine and the socket tells.
+    :ivar is_human: it is HMP.
+    """
+
+    sock: socket.socket
+    pid: int | None
+    is_human: bool
+
+
+@asynccontextmanager
+async def connection(address: Address, timeout_s: float) -> AsyncIterator[Connection]:
+    """Connect to *address*, wait for the first bytes, and let the block greet back.
+
+    The block's work is under the same time-out. If it fails, the connection is closed; else it stays open.
+
+    :param timeout_s: seconds for all of it.
+    :raise ConnectError: nothing listens there, it may not be opened, or it is no monitor.
+    :raise MonitorBusy: it does not greet in time.
+    """
+    sock: socket.socket | None = None
+    try:
+        async with asyncio.timeout(timeout_s):
+            sock = await _connected(address)
+            is_human = _is_human(await _first_bytes(sock), address)
+            yield Connection(sock, peer_pid(sock), is_human)
+    except TimeoutError as error:
+        if sock is None:
+            raise ConnectError(f"{address} does not take connections; nothing came of it in {timeout_s:g} s") from error
+        sock.close()
+        raise MonitorBusy(
+            f"{address} accepts connections but has sent no greeting within {timeout_s:g} s: another client "
+            "holds this monitor (it serves one at a time), or QEMU is in the middle of a save or stopped. "
+            "End the other client, or give QEMU a second -qmp socket"
+        ) from error
+    except BaseException as error:
+        if sock is not None:
+            sock.close()
+        if isinstance(error, (OSError, EOFError)):
+            raise _connect_error(address, error) from error
+        raise
+
+
+async def _connected(address: Address) -> socket.socket:
+    loop = asyncio.get_running_loop()
+    if not isinstance(address, UnixAddress):
+        infos = await loop.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM)
+        failure: OSError | None = None
+        for family, kind, protocol, _, target in infos:
+            sock = socket.socket(family, kind | socket.SOCK_NONBLOCK, protocol)
+            try:
+                await loop.sock_connect(sock, target)
+            except OSError as error:
+                sock.close()
+                failure = error
+            else:
+                return sock
+        raise failure or OSError(f"no address for {address.host}")
+    while True:
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+        try:
+            sock.connect(address.path)
+        except BlockingIOError:  # EAGAIN: the queue of waiting clients is full (connect(2))
+            sock.close()
+            await asyncio.sleep(_QUEUE_POLL_S)
+        except BaseException:
+            sock.close()
+            raise
+        else:
+            return sock
+
+
+async def _first_bytes(sock: socket.socket) -> bytes:
+    """A look at what the other side sends first; it stays in the socket."""
+    loop = asyncio.get_running_loop()
+    readable = loop.create_future()
+    loop.add_reader(sock, _set, readable)
+    try:
+        await readable
+    finally:
+        loop.remove_reader(sock)
+    return sock.recv(5, socket.MSG_PEEK)
+
+
+def _set(future: asyncio.Future[None]) -> None:
+    if not future.done():
+        future.set_result(None)
+
+
+def _is_human(start: bytes, address: Address) -> bool:
+    if not start:
+        raise EOFError
+    if start.startswith(b"QEMU"):
+        return True
+    if start.lstrip().startswith(b"{"):
+        return False
+    raise ConnectError(f"{address} is no QEMU monitor: it greets with {start!r}")
+
+
+def _connect_error(address: Address, error: Exception) -> QsnapError:
+    match error:
+        case FileNotFoundError():
+            return ConnectError(f"there is no socket {address}; {_CURE}")
+        case ConnectionRefusedError():
+            return ConnectError(f"nobody listens at {address}; {_CURE}")
+        case PermissionError():
+            return ConnectError(f"{address} may not be opened by this user: {error.strerror}")
+        case EOFError() | ConnectionError():
+            return ConnectError(f"{address} was closed before the greeting; {_CURE}")
+        case _:
+            return ConnectError(f"cannot use {address} as a monitor: {error}")
+
+
+def peer_pid(sock: socket.socket) -> int | None:
+    """The process at the other end of a Unix socket (SO_PEERCRED: whoever called listen)."""
+    if sock.family != socket.AF_UNIX:
+        return None
+    with suppress(OSError):
+        pid, _, _ = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+        return int(pid) or None
+    return None
+
+
+def another_answers(address: Address) -> MonitorLost:
+    """The error of a new connection that does not lead to the same process as the old one."""
+    return MonitorLost(f"another QEMU answers at {address} now; the one that was there has ended")
+
+
+def lost(command: str, error: BaseException) -> MonitorLost:
+    """The error of a connection that broke during *command*."""
+    return MonitorLost(
+        f"the monitor was lost during {command}: {str(error) or type(error).__name__}. QEMU has ended, or "
+        "closed the connection; what it had done by then is not known"
+    )

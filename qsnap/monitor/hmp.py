@@ -1,0 +1,200 @@
+"""HMP: the human monitor over a socket of its own (``-monitor unix:…``), for a QEMU without a ``-qmp`` one.
+
+Less than QMP can be had by it: no events (so no time stamps of QEMU's own), no jobs, no choice of devices, and
+sizes and times as they are shown to people. How its lines and tables read is in :mod:`hmp_text` and
+:mod:`hmp_tables`; here is the connection.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import secrets
+from collections.abc import Sequence
+from contextlib import suppress
+
+from qsnap.errors import CommandFailed, NotSupported, QsnapError
+from qsnap.model import BlockGraph, Job, Migration, QemuVersion, RunState
+from qsnap.monitor import HALF_RESTORED, hmp_tables, hmp_text
+from qsnap.monitor.address import Address
+from qsnap.monitor.connection import Connection, another_answers, connection, lost
+from qsnap.monitor.human import HumanSnapshots
+
+_log = logging.getLogger("qsnap.hmp")
+
+_CHUNK = 1 << 16
+
+
+class _Line:
+    """The connection: one line at a time, each with its answer."""
+
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._reader = reader
+        self._writer = writer
+        self._turn = asyncio.Lock()
+        self._rest = b""
+
+    async def banner(self) -> QemuVersion:
+        """QEMU's version; what may have come from before our time is read away."""
+        stream = b""
+        while (version := hmp_text.banner(stream)) is None:
+            stream += await self._more("connecting")
+        self._rest = stream
+        await self.answer("")
+        return version
+
+    async def answer(self, line: str) -> str:
+        """Give HMP *line* and return its answer, however long that takes.
+
+        The connection is held to the end of the answer, also if the caller is cancelled.
+        """
+        task = asyncio.create_task(self._exchange(line))
+        task.add_done_callback(_seen)
+        return await asyncio.shield(task)
+
+    async def _exchange(self, line: str) -> str:
+        command = line.split(" ")[0]
+        async with self._turn:
+            number = secrets.randbits(62)
+            _log.debug("-> %s", json.dumps(line))
+            try:
+                self._writer.write(hmp_text.typed(line, number))
+                stream = self._rest
+                while (found := hmp_text.answer(stream, number)) is None:
+                    stream += await self._more(command)
+            except OSError as error:
+                raise lost(command, error) from error
+            text, self._rest = found
+            _log.debug("<- %s", json.dumps(text))
+            return text
+
+    async def _more(self, command: str) -> bytes:
+        chunk = await self._reader.read(_CHUNK)
+        if not chunk:
+            raise lost(command, EOFError("it was closed"))
+        return chunk
+
+    async def close(self) -> None:
+        self._writer.close()
+        with suppress(OSError, TimeoutError):
+            async with asyncio.timeout(1):
+                await self._writer.wait_closed()
+
+
+def _seen(task: asyncio.Task[str]) -> None:
+    """Take note of a failure that nobody waits for any more."""
+    if not task.cancelled():
+        task.exception()
+
+
+async def connect(link: Connection, address: Address) -> HmpMonitor:
+    """Read the banner on *link*. See :func:`qsnap.monitor.open_monitor`."""
+    line, version = await _greeted(link)
+    return HmpMonitor(line, version, address, link.pid)
+
+
+async def _greeted(link: Connection) -> tuple[_Line, QemuVersion]:
+    reader, writer = await asyncio.open_connection(sock=link.sock)
+    line = _Line(reader, writer)
+    try:
+        return line, await line.banner()
+    except BaseException:
+        await line.close()
+        raise
+
+
+class HmpMonitor(HumanSnapshots):
+    """A QEMU reached by a human monitor's socket. See :class:`qsnap.monitor.Monitor`."""
+
+    transport = "hmp"
+    limit = "the human monitor (HMP)"
+
+    def __init__(self, line: _Line, version: QemuVersion, address: Address, pid: int | None) -> None:
+        self.version = version
+        self.address = address
+        self.pid = pid
+        self._line = line
+        self._qdev_types: dict[str, str] = {}
+
+    async def human_answer(self, line: str) -> str:
+        return await self._line.answer(line)
+
+    async def _silent(self, line: str) -> None:
+        """A command that says nothing when it succeeds."""
+        if reason := hmp_text.error_in(await self._line.answer(line)):
+            raise CommandFailed(line.split(" ")[0], reason)
+
+    async def _query(self, line: str) -> str:
+        text = await self._line.answer(line)
+        if text.startswith("unknown command"):
+            raise NotSupported(f"this QEMU's human monitor has no {line!r}")
+        if text.startswith("Error: "):
+            raise CommandFailed(line, hmp_text.error_in(text))
+        return text
+
+    def tag_obstacle(self, tag: str) -> str | None:
+        return hmp_text.tag_obstacle(tag)
+
+    async def runstate(self) -> RunState:
+        return hmp_tables.runstate(await self._query("info status"))
+
+    async def stop(self) -> float | None:
+        await self._silent("stop")
+        return None
+
+    async def cont(self) -> float | None:
+        await self._silent("cont")
+        return None
+
+    async def name(self) -> str:
+        return (await self._query("info name")).removesuffix("\n")
+
+    async def block_graph(self) -> BlockGraph:
+        backends = await self._query("info block")
+        nodes = await self._query("info block -n -v")
+        for qdev in hmp_tables.attached_to(backends):
+            await self._learn_qdev_type(qdev)
+        return hmp_tables.block_graph(backends, nodes, self._qdev_types, self.version)
+
+    async def _learn_qdev_type(self, qdev: str) -> None:
+        if qdev in self._qdev_types:
+            return
+        path = qdev if qdev.startswith("/") else f"/machine/peripheral/{qdev}"
+        try:
+            kind = json.loads(await self._query(f"qom-get {hmp_text.quoted(path)} type"))
+        except (NotSupported, CommandFailed, ValueError):
+            kind = ""
+        self._qdev_types[qdev] = str(kind)
+
+    async def migration(self) -> Migration:
+        return hmp_tables.migration(await self._query("info migrate"), await self._query("info migrate_capabilities"))
+
+    async def memory_size(self) -> int:
+        return hmp_tables.memory_size(await self._query("info memory_size_summary"))
+
+    async def is_half_restored(self) -> bool:
+        return HALF_RESTORED in hmp_tables.object_names(await self._query("qom-list /objects"))
+
+    async def mark_half_restored(self, yes: bool) -> None:
+        if yes == await self.is_half_restored():
+            return
+        await self._silent(f"object_add throttle-group,id={HALF_RESTORED}" if yes else f"object_del {HALF_RESTORED}")
+
+    async def leftover_jobs(self) -> Sequence[Job]:
+        return ()  # HMP neither makes jobs nor shows them
+
+    async def dismiss(self, jobs: Sequence[Job]) -> None:
+        pass
+
+    async def reconnect(self, timeout_s: float) -> None:
+        await self.aclose()
+        self._under_way = None
+        async with connection(self.address, timeout_s) as link:
+            if not link.is_human or link.pid != self.pid:
+                raise another_answers(self.address)
+            self._line, _ = await _greeted(link)
+
+    async def aclose(self) -> None:
+        with suppress(QsnapError):
+            await self._line.close()
