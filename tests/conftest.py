@@ -22,12 +22,18 @@ def pytest_sessionstart() -> None:
 
 
 @pytest.fixture
-def launch() -> Iterator[Launch]:
+def transport(request: pytest.FixtureRequest) -> str:
+    """Which of a guest's monitors qsnap is given, "qmp" or "hmp". Set by ``both_monitors``."""
+    return getattr(request, "param", "qmp")
+
+
+@pytest.fixture
+def launch(transport: str) -> Iterator[Launch]:
     """Start guests; they are ended with the test."""
     guests: list[Guest] = []
 
     def start(*args: str, **more: str) -> Guest:
-        guests.append(Guest(*args, **more))  # type: ignore[arg-type]
+        guests.append(Guest(*args, transport=transport, **more))  # type: ignore[arg-type]
         return guests[-1]
 
     yield start

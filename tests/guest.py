@@ -20,6 +20,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
+import pytest
+
 import qsnap.guest
 
 _T = TypeVar("_T")
@@ -36,6 +38,9 @@ def qemu_version() -> tuple[int, int]:
 
 
 HAS_SNAPSHOT_JOBS = qemu_version() >= (6, 0) if shutil.which(QEMU) else True
+
+#: Runs a test with qsnap on the guest's QMP socket, and again on its human monitor.
+both_monitors = pytest.mark.parametrize("transport", ["qmp", "hmp"], indirect=True)
 
 #: Seconds for anything that takes milliseconds on an idle machine.
 DEADLINE_S = 30.0
@@ -142,21 +147,30 @@ class Guest:
     """A running QEMU with two QMP sockets, one for qsnap and one for the test, and a human monitor.
 
     :ivar qmp: the test's own monitor.
-    :ivar address: the other one.
+    :ivar address: the one for qsnap: the other QMP socket, or the human one if *transport* is "hmp".
+    :ivar qmp_address: the QMP socket for qsnap.
     :ivar hmp_address: the human one.
     """
 
-    def __init__(self, *args: str, memory: str = "32", machine: str = "q35,accel=tcg", wait_s: float = 20) -> None:
+    def __init__(
+        self,
+        *args: str,
+        memory: str = "32",
+        machine: str = "q35,accel=tcg",
+        wait_s: float = 20,
+        transport: str = "qmp",
+    ) -> None:
         self.directory = Path(tempfile.mkdtemp(prefix="qs-"))
-        self.address = str(self.directory / "qmp")
+        self.qmp_address = str(self.directory / "qmp")
         self.hmp_address = str(self.directory / "hmp")
+        self.address = self.hmp_address if transport == "hmp" else self.qmp_address
         self.serial = self.directory / "serial"
         self.args = args
         self._log = (self.directory / "log").open("w+b")
         self.process = subprocess.Popen(
             [
                 QEMU, "-machine", machine, "-m", memory, "-nodefaults", "-display", "none",
-                "-qmp", f"unix:{self.address},server=on,wait=off",
+                "-qmp", f"unix:{self.qmp_address},server=on,wait=off",
                 "-qmp", f"unix:{self.directory}/test,server=on,wait=off",
                 "-monitor", f"unix:{self.hmp_address},server=on,wait=off",
                 "-chardev", f"file,id=serial,path={self.serial}", "-serial", "chardev:serial",

@@ -13,11 +13,41 @@ from typing import Any
 Hook = Callable[[dict[str, Any]], None]
 
 
+#: What HMP calls it, for what QMP calls it.
+HMP_NAMES = {
+    "savevm": "snapshot-save",
+    "loadvm": "snapshot-load",
+    "delvm": "snapshot-delete",
+    "info block": "query-block",
+    "stop": "stop",
+    "cont": "cont",
+}
+
+
 def deed(message: dict[str, Any]) -> str:
     """The command of a message; what HMP calls savevm is a snapshot-save too."""
     line = str(message.get("arguments", {}).get("command-line", ""))
-    by_hmp = {"savevm": "snapshot-save", "loadvm": "snapshot-load", "delvm": "snapshot-delete"}
-    return by_hmp.get(line.partition(" ")[0], str(message.get("execute", "")))
+    return HMP_NAMES.get(line, HMP_NAMES.get(line.partition(" ")[0], str(message.get("execute", ""))))
+
+
+def messages(pending: str) -> tuple[list[dict[str, Any]], str]:
+    """The whole messages at the beginning of a stream, and the rest; HMP's lines as if they came inside QMP."""
+    found = []
+    decoder = json.JSONDecoder()
+    while pending := pending.lstrip():
+        if pending[0] == "{":  # qemu.qmp puts nothing between its messages
+            try:
+                message, end = decoder.raw_decode(pending)
+            except ValueError:
+                break
+        else:
+            line, newline, _ = pending.partition("\n")
+            if not newline:
+                break
+            message, end = {"execute": "hmp", "arguments": {"command-line": line}}, len(line) + 1
+        pending = pending[end:]
+        found.append(message)
+    return found, pending
 
 
 class Proxy:
@@ -60,19 +90,13 @@ class Proxy:
             self._on_command(message)
 
     def _pump(self, source: socket.socket, sink: socket.socket, hook: Hook | None) -> None:
-        decoder = json.JSONDecoder()
         pending = ""
         with suppress(OSError):
             while data := source.recv(65536):
-                pending += data.decode() if hook else ""
-                # qemu.qmp puts nothing between its messages.
-                while hook and pending.strip():
-                    try:
-                        message, end = decoder.raw_decode(pending.lstrip())
-                    except ValueError:
-                        break
-                    pending = pending.lstrip()[end:]
-                    hook(message)
+                if hook:
+                    passing, pending = messages(pending + data.decode())
+                    for message in passing:
+                        hook(message)
                 sink.sendall(data)
         with suppress(OSError):
             sink.shutdown(socket.SHUT_RDWR)

@@ -119,16 +119,24 @@ TOPOLOGIES: list[Topology] = [
 NEED_JOBS = (filters, pflash_raw)
 
 
-@pytest.fixture(
-    params=[topology for topology in TOPOLOGIES if HAS_SNAPSHOT_JOBS or topology not in NEED_JOBS],
-    ids=lambda topology: topology.__name__,
-)
+#: ... and so it is over a human monitor of its own, with any QEMU.
+CASES = [
+    pytest.param(transport, topology, id=f"{transport}-{topology.__name__}")
+    for transport in ("qmp", "hmp")
+    for topology in TOPOLOGIES
+    if topology not in NEED_JOBS or (HAS_SNAPSHOT_JOBS and transport == "qmp")
+]
+everywhere = pytest.mark.parametrize(("transport", "booted"), CASES, indirect=True)
+
+
+@pytest.fixture
 def booted(request: pytest.FixtureRequest, launch: Launch, tmp_path: Path) -> Guest:
     guest = launch(*request.param(tmp_path))
     guest.wait_for_ticks()
     return guest
 
 
+@everywhere
 def test_contents_are_back(booted: Guest, tmp_path: Path) -> None:
     booted.qmp("stop")
     saved = booted.counter
@@ -151,6 +159,7 @@ def test_contents_are_back(booted: Guest, tmp_path: Path) -> None:
     qemu_img("check", tmp_path / "a")
 
 
+@everywhere
 def test_a_running_guest_runs_on(booted: Guest) -> None:
     before = booted.lines()[-1][0]
     result = cli("save", "t", "--json", monitor=booted.address).json

@@ -16,6 +16,7 @@ from guest import (
     Qmp,
     assert_nothing_left,
     blockdev,
+    both_monitors,
     cli,
     failing_disk,
     finish,
@@ -40,11 +41,13 @@ def with_tags(disks: dict[Path, list[str]], *expected: str) -> dict[Path, list[s
     return {image: list(expected) for image in disks}
 
 
+@both_monitors
 def test_0_done(guest: Guest, disks: dict[Path, list[str]]) -> None:
     cli("save", "t", monitor=guest.address)
     assert_nothing_left(guest, with_tags(disks, "t"))
 
 
+@both_monitors
 def test_1_timeout(launch: Launch, tmp_path: Path) -> None:
     guest, image = big_guest(launch, tmp_path)
     run = cli("save", "t", "--timeout", "0.4", "--json", monitor=guest.address, expect=1)
@@ -71,6 +74,7 @@ def test_2_usage(guest: Guest, disks: dict[Path, list[str]]) -> None:
     assert_nothing_left(guest, disks)
 
 
+@both_monitors
 def test_3_some_done_some_not(guest: Guest, disks: dict[Path, list[str]]) -> None:
     cli("save", "a", monitor=guest.address)
     cli("save", "b", monitor=guest.address)
@@ -100,6 +104,7 @@ def test_4_not_a_monitor(guest: Guest, launch: Launch) -> None:
     assert cli("list", "-m", f"{guest.directory}/serial-socket", "--timeout", "2", expect=4).err
 
 
+@both_monitors
 def test_4_qemu_dies_in_the_middle(guest: Guest, intercept: Intercept) -> None:
     def kill(message: dict[str, Any]) -> None:
         if deed(message) == "snapshot-save":
@@ -110,6 +115,7 @@ def test_4_qemu_dies_in_the_middle(guest: Guest, intercept: Intercept) -> None:
     assert run.code in (4, 20), run.err  # through the proxy qsnap cannot see that the process is gone
 
 
+@both_monitors
 def test_4_qemu_dies_in_the_middle_and_is_seen_to(launch: Launch, tmp_path: Path) -> None:
     guest, image = big_guest(launch, tmp_path)
     process = start_cli("save", "t", "--json", monitor=guest.address)
@@ -121,13 +127,23 @@ def test_4_qemu_dies_in_the_middle_and_is_seen_to(launch: Launch, tmp_path: Path
     assert "no guest any more" in run.error["message"]
 
 
-def test_5_hmp_socket(launch: Launch, tmp_path: Path) -> None:
-    launch("-monitor", f"unix:{tmp_path}/hmp,server=on,wait=off", memory="16")
-    run = cli("list", "--json", "-m", f"{tmp_path}/hmp", expect=5)
-    assert run.error["error"] == "NotSupported"
-    assert "human monitor" in run.error["message"]
+@pytest.mark.parametrize("transport", ["hmp"], indirect=True)
+def test_5_what_hmp_cannot_do(guest: Guest, disks: dict[Path, list[str]]) -> None:
+    for arguments in (
+        ("save", "t", "--exclude", "disk1"),
+        ("save", "t", "--vmstate", "disk1"),
+        ("save", "\u00db"),
+        ("load", "t", "--exclude", "disk1"),
+        ("delete", "t "),
+    ):
+        run = cli(*arguments, "--json", monitor=guest.address, expect=5)
+        assert run.error["error"] == "NotSupported"
+        assert "human monitor" in run.error["message"]
+    assert "STOP" not in [event["event"] for event in guest.qmp.events]
+    assert_nothing_left(guest, disks)
 
 
+@both_monitors
 def test_6_raw_disk(launch: Launch, tmp_path: Path) -> None:
     image = make_boot_disk(tmp_path / "a")
     raw = make_disk(tmp_path / "b", "8M", "raw")
@@ -144,6 +160,7 @@ def test_6_raw_disk(launch: Launch, tmp_path: Path) -> None:
     assert_nothing_left(guest, {image: []})
 
 
+@both_monitors
 def test_7_no_such_snapshot(guest: Guest, disks: dict[Path, list[str]]) -> None:
     for verb in ("load", "show", "delete"):
         error = cli(verb, "nope", "--json", monitor=guest.address, expect=7).error
@@ -154,6 +171,7 @@ def test_7_no_such_snapshot(guest: Guest, disks: dict[Path, list[str]]) -> None:
     assert_nothing_left(guest, disks)
 
 
+@both_monitors
 def test_8_exists(guest: Guest, disks: dict[Path, list[str]]) -> None:
     first = cli("save", "t", "--json", monitor=guest.address).json
     guest.qmp("query-status")
@@ -176,6 +194,7 @@ def full_disk_guest(launch: Launch, tmp_path: Path) -> Guest:
     return guest
 
 
+@both_monitors
 def test_9_disk_full(full_disk_guest: Guest, tmp_path: Path) -> None:
     error = cli("save", "t", "--json", monitor=full_disk_guest.address, expect=9).error
     assert error["error"] == "JobFailed"
@@ -184,6 +203,7 @@ def test_9_disk_full(full_disk_guest: Guest, tmp_path: Path) -> None:
     assert_nothing_left(full_disk_guest, {tmp_path / "a": []})
 
 
+@both_monitors
 def test_9_says_that_the_old_snapshot_is_gone(full_disk_guest: Guest, tmp_path: Path) -> None:
     full_disk_guest.qmp("blockdev-snapshot-internal-sync", device="a", name="t")
     run = cli("save", "t", monitor=full_disk_guest.address, expect=9)
@@ -191,6 +211,7 @@ def test_9_says_that_the_old_snapshot_is_gone(full_disk_guest: Guest, tmp_path: 
     assert_nothing_left(full_disk_guest, {tmp_path / "a": []})
 
 
+@both_monitors
 def test_9_or_10_second_disk_fails(launch: Launch, tmp_path: Path) -> None:
     """The seed's case: an error while creating one device's snapshot. Nobody is left with half a set.
 
@@ -207,6 +228,7 @@ def test_9_or_10_second_disk_fails(launch: Launch, tmp_path: Path) -> None:
     assert_nothing_left(guest, {image: [], spare: []})
 
 
+@both_monitors
 def test_10_does_not_verify(guest: Guest, disks: dict[Path, list[str]], intercept: Intercept) -> None:
     """Another client deletes the snapshot from one disk, between the end of the save and the look at it."""
 
@@ -222,6 +244,7 @@ def test_10_does_not_verify(guest: Guest, disks: dict[Path, list[str]], intercep
     assert_nothing_left(guest, disks)
 
 
+@both_monitors
 def test_20_load_fails_in_the_middle(launch: Launch, tmp_path: Path) -> None:
     image = make_boot_disk(tmp_path / "a")
     guest = launch(*failing_disk("a", image, "vmstate_load", errno.EIO), "-device", "virtio-blk,drive=a")
@@ -237,6 +260,7 @@ def test_20_load_fails_in_the_middle(launch: Launch, tmp_path: Path) -> None:
     assert tags(image) == ["t"]
 
 
+@both_monitors
 def test_9_load_fails_in_the_middle_of_a_paused_guest(launch: Launch, tmp_path: Path) -> None:
     image = make_boot_disk(tmp_path / "a")
     guest = launch(*failing_disk("a", image, "vmstate_load", errno.EIO), "-device", "virtio-blk,drive=a")
@@ -248,6 +272,7 @@ def test_9_load_fails_in_the_middle_of_a_paused_guest(launch: Launch, tmp_path: 
     assert guest.runstate != "running"
 
 
+@both_monitors
 def test_20_no_room_for_the_guest_either(launch: Launch, tmp_path: Path) -> None:
     """The save fails for want of room, and so do the guest's own writes once it runs again: QEMU stops it."""
     image = make_boot_disk(tmp_path / "a")
@@ -262,6 +287,7 @@ def test_20_no_room_for_the_guest_either(launch: Launch, tmp_path: Path) -> None
     assert "Make room" in run.error["message"]
 
 
+@both_monitors
 def test_6_nothing_is_saved_over_a_good_one_after_a_failed_load(launch: Launch, tmp_path: Path) -> None:
     image = make_boot_disk(tmp_path / "a")
     guest = launch(*failing_disk("a", image, "vmstate_load", errno.EIO), "-device", "virtio-blk,drive=a")
@@ -279,6 +305,7 @@ def test_6_nothing_is_saved_over_a_good_one_after_a_failed_load(launch: Launch, 
     assert sorted(tags(image)) == ["good", "other"]
 
 
+@both_monitors
 def test_20_load_into_another_machine(launch: Launch, tmp_path: Path) -> None:
     image = make_boot_disk(tmp_path / "a")
     disk = [*blockdev("a", image), "-device", "virtio-blk,drive=a"]
@@ -294,6 +321,7 @@ def test_20_load_into_another_machine(launch: Launch, tmp_path: Path) -> None:
     assert large.jobs() == []
 
 
+@both_monitors
 def test_20_the_monitor_is_gone_while_the_guest_is_stopped(guest: Guest, intercept: Intercept) -> None:
     def cut(message: dict[str, Any]) -> None:
         if deed(message) == "snapshot-save":
@@ -305,6 +333,7 @@ def test_20_the_monitor_is_gone_while_the_guest_is_stopped(guest: Guest, interce
     assert guest.runstate == "paused"
 
 
+@both_monitors
 @pytest.mark.parametrize("command", ["stop", "snapshot-save", "cont"])
 def test_4_the_connection_is_cut_and_made_anew(
     guest: Guest, disks: dict[Path, list[str]], intercept: Intercept, command: str
@@ -325,7 +354,10 @@ def test_4_the_connection_is_cut_and_made_anew(
     assert_nothing_left(guest, disks)
 
 
-def test_20_the_connection_is_cut_in_a_load_that_fails(launch: Launch, tmp_path: Path, intercept: Intercept) -> None:
+@both_monitors
+def test_20_the_connection_is_cut_in_a_load_that_fails(
+    launch: Launch, tmp_path: Path, intercept: Intercept, transport: str
+) -> None:
     """A guest that may be half restored is not resumed over the new connection either."""
     disk = [*blockdev("a", make_boot_disk(tmp_path / "a")), "-device", "virtio-blk,drive=a"]
     small = launch(*disk, memory="32")
@@ -340,13 +372,14 @@ def test_20_the_connection_is_cut_in_a_load_that_fails(launch: Launch, tmp_path:
             proxy.commands.append("cut")
             proxy.cut()
 
-    proxy = intercept(guest, on_command=cut if HAS_SNAPSHOT_JOBS else None)
+    proxy = intercept(guest, on_command=cut if HAS_SNAPSHOT_JOBS and transport == "qmp" else None)
     cli("load", "t", monitor=proxy.address, expect=20)
     assert guest.runstate != "running"
     assert guest.jobs() == []
     cli("save", "t", monitor=guest.address, expect=6)
 
 
+@both_monitors
 def test_4_the_connection_of_a_paused_guest_is_cut(
     guest: Guest, disks: dict[Path, list[str]], intercept: Intercept
 ) -> None:
@@ -363,6 +396,7 @@ def test_4_the_connection_of_a_paused_guest_is_cut(
     assert_nothing_left(guest, disks)
 
 
+@both_monitors
 def test_4_the_connection_is_cut_while_qemu_writes(launch: Launch, tmp_path: Path, intercept: Intercept) -> None:
     guest, image = big_guest(launch, tmp_path)
     proxy = intercept(guest)
@@ -375,6 +409,7 @@ def test_4_the_connection_is_cut_while_qemu_writes(launch: Launch, tmp_path: Pat
     assert_nothing_left(guest, {image: []})
 
 
+@both_monitors
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_128_and_the_signal(launch: Launch, tmp_path: Path, signum: signal.Signals) -> None:
     guest, image = big_guest(launch, tmp_path)
@@ -387,6 +422,7 @@ def test_128_and_the_signal(launch: Launch, tmp_path: Path, signum: signal.Signa
     assert_nothing_left(guest, {image: []})
 
 
+@both_monitors
 def test_an_interrupted_replacement_keeps_the_new_one(launch: Launch, tmp_path: Path, intercept: Intercept) -> None:
     guest, image = big_guest(launch, tmp_path)
     cli("save", "t", monitor=guest.address)
@@ -408,6 +444,7 @@ def test_an_interrupted_replacement_keeps_the_new_one(launch: Launch, tmp_path: 
     guest.assert_running()
 
 
+@both_monitors
 def test_a_paused_guest_stays_paused_when_interrupted(launch: Launch, tmp_path: Path) -> None:
     guest, image = big_guest(launch, tmp_path)
     guest.qmp("stop")
@@ -419,6 +456,7 @@ def test_a_paused_guest_stays_paused_when_interrupted(launch: Launch, tmp_path: 
     assert tags(image) == []
 
 
+@both_monitors
 def test_an_interrupted_load_ends_with_the_guest_running(launch: Launch, tmp_path: Path, intercept: Intercept) -> None:
     guest, image = big_guest(launch, tmp_path)
     cli("save", "t", monitor=guest.address)
@@ -447,6 +485,7 @@ def wait_for_write(image: Path) -> None:
     until("the VM state to be written", lambda: image.stat().st_blocks > base + (64 << 20) // 512 or None)
 
 
+@both_monitors
 def test_images_stay_clean(guest: Guest, disks: dict[Path, list[str]]) -> None:
     cli("save", "t", monitor=guest.address)
     cli("save", "t", monitor=guest.address)
