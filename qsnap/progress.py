@@ -77,7 +77,8 @@ async def _look(watch: Watcher, image: Path | None, expected: int | None) -> Non
         if image is None or not expected:
             watch(Progress(Phase.SAVING, elapsed_s))
         else:
-            now = max(0, allocated_bytes(image) - base)
+            # A file system may give back what it had reserved ahead; the state does not shrink for that.
+            now = max(written, allocated_bytes(image) - base)
             standstill = standstill + 1 if now == written else 0
             written = now
             flushing = standstill >= _STANDSTILL and written >= _NEARLY_ALL * expected

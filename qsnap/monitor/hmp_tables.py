@@ -47,8 +47,9 @@ def table_layout(header: str, version: QemuVersion) -> TableLayout | None:
             return None
 
 
+#: Before 9.0, nothing parts the date from a VM clock of 100 hours or more.
 _ROW_END = re.compile(
-    rb"(?P<size>(?P<number>\d+(?:\.\d+)?(?:e\+\d+)?) (?P<unit>[KMGTPE]i)?B) +(?P<date>\d{4}-\d\d-\d\d \d\d:\d\d:\d\d) +"
+    rb"(?P<size>(?P<number>\d+(?:\.\d+)?(?:e\+\d+)?) (?P<unit>[KMGTPE]i)?B) +(?P<date>\d{4}-\d\d-\d\d \d\d:\d\d:\d\d) *"
     rb"(?P<h>\d+):(?P<m>\d\d):(?P<s>\d\d)\.(?P<ms>\d{3}) *(?:\d+|--)? *$"
 )
 _UNITS = {None: 0, b"Ki": 10, b"Mi": 20, b"Gi": 30, b"Ti": 40, b"Pi": 50, b"Ei": 60}
