@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -19,6 +20,9 @@ def pytest_sessionstart() -> None:
     """A missing QEMU fails the run: a green one without it would say nothing."""
     if shutil.which(QEMU) is None:
         pytest.exit(f"{QEMU} is not installed (or not what QSNAP_QEMU should name)", returncode=3)
+    # A shell starts its background jobs with SIGINT ignored, and so would we every qsnap.
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture

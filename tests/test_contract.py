@@ -108,16 +108,27 @@ async def test_loading_what_is_not_there_fails_with_the_reason(monitor: Monitor)
     assert await monitor.settle() is None
 
 
-@pytest.mark.parametrize("tag", ["a b", 'quo"te', "back\\slash", "-x", "1", "ü", "x;y", "%s%n", "'", "$HOME", "[b]"])
-async def test_tags_are_data(monitor: Monitor, tag: str) -> None:
-    await monitor.snapshot_save("decoy", "disk0", DISKS)
-    await monitor.snapshot_save(tag, "disk0", DISKS)
-    assert len((await held(monitor, tag))["disk1"]) == 1
+#: What a shell, HMP, a table or a file system might take for something else; "1" is the decoy's id.
+TAGS = [
+    "a b", " a", 'quo"te', "back\\slash", "\\n", "-x", "--", "1", "ü", "日本語", "x;y", "%s%n", "'", "$(HOME)",
+    "[b]", "a|b&c>d", "../a/b", "(qemu) x", "None", "5 MiB 2020-01-01 00:00:00 00:00:00.000", "x" * 255, "ü" * 127,
+]  # fmt: skip
+
+
+async def test_tags_are_data(monitor: Monitor) -> None:
+    """Each is saved, listed, loaded and deleted, and never hits another one."""
     await monitor.stop()
-    await monitor.snapshot_load(tag, "disk0", DISKS)
-    await monitor.snapshot_delete(tag, DISKS)
-    assert await held(monitor, tag) == {"disk0": [], "disk1": []}
-    assert len((await held(monitor, "decoy"))["disk0"]) == 1
+    await monitor.snapshot_save("decoy", "disk0", DISKS)
+    for tag in TAGS:
+        assert monitor.tag_obstacle(tag) is None
+        await monitor.snapshot_save(tag, "disk0", DISKS)
+        graph = await monitor.block_graph()
+        for name in DISKS:
+            assert [row.tag for row in graph.nodes[name].snapshots] == ["decoy", tag]
+        await monitor.snapshot_load(tag, "disk0", DISKS)
+        await monitor.snapshot_delete(tag, DISKS)
+        assert await held(monitor, tag) == {"disk0": [], "disk1": []}
+        assert len((await held(monitor, "decoy"))["disk0"]) == 1
 
 
 async def test_what_it_tells(monitor: Monitor) -> None:
