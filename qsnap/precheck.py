@@ -39,8 +39,9 @@ _RUNSTATES_REFUSED = {
 }
 #: Run states that only a reset ends (softmmu: runstate_needs_reset); a load keeps them, and `cont` is refused.
 _NEED_RESET = frozenset({RunState.SHUTDOWN, RunState.INTERNAL_ERROR})
-#: What QEMU answers to most commands under -preconfig; query-status says "prelaunch" (qapi/qmp-dispatch.c).
-_NO_MACHINE = "permitted only after machine initialization"
+#: What QEMU answers to most commands under -preconfig (qapi/qmp-dispatch.c), where query-status says "prelaunch";
+#: before 6.0 the other sentence, and query-status says "preconfig".
+_NO_MACHINE = ("permitted only after machine initialization", "isn't permitted in 'preconfig' state")
 #: query-migrate's words for a migration that is not under way (qapi/migration.json: MigrationStatus).
 _MIGRATION_IDLE = frozenset({None, "none", "completed", "failed", "cancelled"})
 #: Capabilities with which savevm fails or crashes QEMU, and the version from which they are harmless.
@@ -104,9 +105,7 @@ async def plan_save(
             monitor.leftover_jobs(),
         )
     except CommandFailed as error:
-        if _NO_MACHINE not in error.reason:
-            raise
-        refusal = next(runstate_findings(RunState.PRECONFIG))
+        refusal = _no_machine(error)
         report = CheckReport(ok=False, runstate=RunState.PRECONFIG, vmstate=None, devices=(), findings=(refusal,))
         return SavePlan(report, BlockGraph(nodes={}, backends=()), None, None)
     _refuse_hmp_choices(monitor, graph, vmstate, exclude)
@@ -142,7 +141,12 @@ async def plan_load(monitor: Monitor, tag: str, *, exclude: Collection[str] = ()
     :raise NotSupported: HMP cannot load it in this way.
     """
     refuse_untransportable(monitor, tag)
-    runstate, migration, graph = await asyncio.gather(monitor.runstate(), monitor.migration(), monitor.block_graph())
+    try:
+        runstate, migration, graph = await asyncio.gather(
+            monitor.runstate(), monitor.migration(), monitor.block_graph()
+        )
+    except CommandFailed as error:
+        raise PrecheckRefused(f"snapshot {tag!r} cannot be loaded now", [_no_machine(error)]) from error
     if exclude and not monitor.chooses_devices:
         raise NotSupported(f"{monitor.limit} loads all devices or none: --exclude is beyond it")
     survey = rules.survey(graph, exclude=exclude, chooses_devices=monitor.chooses_devices)
@@ -246,6 +250,16 @@ def runstate_findings(runstate: RunState) -> Iterator[Finding]:
             "the guest is in run state restore-vm: a load has failed, and RAM and disks may be half restored",
             "load a good snapshot first, or `cont` if you know that nothing was changed",
         )
+
+
+def _no_machine(error: CommandFailed) -> Finding:
+    """What *error* means under -preconfig, where QEMU refuses to answer.
+
+    :raise CommandFailed: *error*, if it means something else.
+    """
+    if not any(sentence in error.reason for sentence in _NO_MACHINE):
+        raise error
+    return next(runstate_findings(RunState.PRECONFIG))
 
 
 def _aftermath_findings(runstate: RunState, half_restored: bool, leftovers: Sequence[Job]) -> Iterator[Finding]:

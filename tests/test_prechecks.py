@@ -187,7 +187,9 @@ def test_run_state_preconfig(launch: Launch, tmp_path: Path) -> None:
     guest = launch(*disk(tmp_path, "a"), "-preconfig", memory="16")
     report = cli("check", "--json", monitor=guest.address, expect=6).json
     assert [finding["code"] for finding in report["findings"]] == ["runstate"]
-    cli("save", "t", monitor=guest.address, expect=6)
+    for verb in ("save", "load"):
+        error = cli(verb, "t", "--json", monitor=guest.address, expect=6).error
+        assert [finding["code"] for finding in error["findings"]] == ["runstate"]
 
 
 @pytest.mark.parametrize("tag", ["", "x" * 256, "é" * 128, "a\nb", "\x1b[31mred", "tab\there", "\x7f", "\u0085"])
