@@ -120,7 +120,7 @@ async def plan_save(
         *_aftermath_findings(runstate, half_restored, leftovers),
         *_migration_findings(migration, monitor.version),
         *survey.findings,
-        *_room_findings(graph, survey.vmstate, tag, image, estimate, force),
+        *_room_findings(graph, survey.vmstate, tag, image, estimate, force, monitor.chooses_devices),
     ]
     report = CheckReport(
         ok=not any(finding.refuses for finding in findings),
@@ -155,9 +155,10 @@ async def plan_load(monitor: Monitor, tag: str, *, exclude: Collection[str] = ()
         raise SnapshotNotFound(tag, f"no snapshot {tag!r} on any device; the guest was not touched")
     left_out = {d.image or d.node for d in survey.devices if d.verdict is Verdict.EXCLUDED}
     missing = [node for node in snapshot.missing if node not in left_out]
-    unable = {d.image or d.node for d in survey.devices if d.verdict is Verdict.REFUSED}
+    unable = [node for d in survey.devices if d.verdict is Verdict.REFUSED and (node := d.image or d.node)]
     exclude_all = " ".join(
-        f"--exclude {rules.pasteable(node, snapshot.labels.get(node, ''))}" for node in missing if node
+        f"--exclude {rules.pasteable(node, snapshot.labels.get(node, ''))}"
+        for node in dict.fromkeys((*missing, *unable))
     )
     loadable = snapshot.vmstate is not None and monitor.chooses_devices
     if lacking := [node for node in missing if node not in unable]:
@@ -170,7 +171,7 @@ async def plan_load(monitor: Monitor, tag: str, *, exclude: Collection[str] = ()
     findings = [
         *runstate_findings(runstate),
         *_migration_findings(migration, monitor.version),
-        *_device_findings_for_load(survey, exclude_all),
+        *_device_findings_for_load(survey, exclude_all if monitor.chooses_devices else ""),
         *_reset_findings(runstate),
         *_load_findings(graph, snapshot, devices),
     ]
@@ -196,7 +197,7 @@ def _device_findings_for_load(survey: rules.Survey, exclude_all: str) -> Iterato
             yield _refusal(
                 finding.code,
                 f"{finding.message}: it would keep the contents that it has now, while the rest goes back",
-                f"if that is meant: {exclude_all}",
+                f"if that is meant: {exclude_all}" if exclude_all else "if the snapshot was made without it: unplug it",
                 finding.node,
             )
         elif finding.code == "exclude-unknown":
@@ -324,6 +325,7 @@ def _room_findings(
     image: Path | None,
     estimate: local.StateEstimate | None,
     force: bool,
+    chooses_devices: bool,
 ) -> Iterator[Finding]:
     if vmstate is None or image is None or estimate is None:
         return
@@ -333,7 +335,9 @@ def _room_findings(
         return
     # What replacing gives back can be taken again.
     freed = sum(row.vm_state_size for row in graph.nodes[vmstate].tagged(tag)) if tag else 0
-    cure = "make room, or delete snapshots, or put the VM state on another disk: --vmstate NODE"
+    cure = "make room, or delete snapshots"
+    if chooses_devices:
+        cure += ", or put the VM state on another disk: --vmstate NODE"
     if with_reserve + freed < estimate.at_least:
         message = (
             f"{vmstate}: no room: the VM state takes at least {estimate.at_least:,} bytes, about "

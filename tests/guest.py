@@ -41,6 +41,8 @@ HAS_SNAPSHOT_JOBS = qemu_version() >= (6, 0) if shutil.which(QEMU) else True
 
 #: Runs a test with qsnap on the guest's QMP socket, and again on its human monitor.
 both_monitors = pytest.mark.parametrize("transport", ["qmp", "hmp"], indirect=True)
+#: For a test whose subject is not there without them: choosing devices, carrying raw ones, jobs.
+needs_snapshot_jobs = pytest.mark.skipif(not HAS_SNAPSHOT_JOBS, reason="QEMU before 6.0 has no snapshot jobs")
 
 #: Seconds for anything that takes milliseconds on an idle machine.
 DEADLINE_S = 30.0
