@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import errno
+import os
 import signal
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,6 @@ from conftest import Intercept, Launch
 from guest import (
     HAS_SNAPSHOT_JOBS,
     Guest,
-    Qmp,
     assert_nothing_left,
     blockdev,
     both_monitors,
@@ -91,12 +92,26 @@ def test_4_nobody_there(tmp_path: Path) -> None:
     assert "nobody listens" in cli("list", "-m", "tcp:127.0.0.1:1", expect=4).err
 
 
+@both_monitors
 def test_4_busy(guest: Guest, disks: dict[Path, list[str]]) -> None:
-    other = Qmp(Path(guest.address))
-    run = cli("save", "t", "--json", monitor=guest.address, expect=4)
+    with socket.socket(socket.AF_UNIX) as other:
+        other.connect(guest.address)
+        assert other.recv(1), "it is served"
+        run = cli("save", "t", "--json", "--timeout", "2", monitor=guest.address, expect=4)
     assert run.error["error"] == "MonitorBusy"
-    other.close()
+    assert f"process {os.getpid()} holds it" in run.error["message"]
+    assert "pytest" in run.error["message"]
     assert_nothing_left(guest, disks)
+
+
+def test_4_stopped_is_not_busy(guest: Guest) -> None:
+    """A QEMU that does not answer at all, with nobody else on its monitor."""
+    guest.process.send_signal(signal.SIGSTOP)
+    try:
+        run = cli("list", "--timeout", "1", monitor=guest.address, expect=4)
+    finally:
+        guest.process.send_signal(signal.SIGCONT)
+    assert f"QEMU, process {guest.pid}, is in the middle of a save or stopped" in run.err
 
 
 def test_4_not_a_monitor(guest: Guest, launch: Launch) -> None:

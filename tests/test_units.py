@@ -229,7 +229,7 @@ LAYERS = [
     ["stopped", "progress"],
     ["devices", "snapshots"],
     ["monitor"],
-    ["local", "undisturbed", "guest"],
+    ["local", "holder", "undisturbed", "guest"],
     ["model"],
     ["errors"],
     ["__init__"],

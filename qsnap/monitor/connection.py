@@ -23,6 +23,9 @@ from qsnap.monitor.address import Address, UnixAddress
 #: Seconds between two tries to get into the queue of waiting clients.
 _QUEUE_POLL_S = 0.05
 
+#: Characters of a command line that a message shows.
+_COMMAND_SHOWN = 80
+
 _CURE = "is QEMU running, with -qmp unix:PATH,server=on,wait=off?"
 
 
@@ -57,18 +60,34 @@ async def connection(address: Address, timeout_s: float) -> AsyncIterator[Connec
     except TimeoutError as error:
         if sock is None:
             raise ConnectError(f"{address} does not take connections; nothing came of it in {timeout_s:g} s") from error
+        busy = _busy(sock, address, timeout_s)
         sock.close()
-        raise MonitorBusy(
-            f"{address} accepts connections but has sent no greeting within {timeout_s:g} s: another client "
-            "holds this monitor (it serves one at a time), or QEMU is in the middle of a save or stopped. "
-            "End the other client, or give QEMU a second -qmp socket"
-        ) from error
+        raise busy from error
     except BaseException as error:
         if sock is not None:
             sock.close()
         if isinstance(error, (OSError, EOFError)):
             raise _connect_error(address, error) from error
         raise
+
+
+def _busy(sock: socket.socket, address: Address, timeout_s: float) -> MonitorBusy:
+    """The error of a monitor that does not greet: who holds it, where the system tells."""
+    from qsnap.holder import holder
+
+    silence = f"{address} accepts connections but has sent no greeting within {timeout_s:g} s"
+    pid = peer_pid(sock)
+    if other := holder(sock, pid):
+        command = other.command if len(other.command) <= _COMMAND_SHOWN else f"{other.command[:_COMMAND_SHOWN]}…"
+        return MonitorBusy(
+            f"{silence}: it serves one client at a time, and process {other.pid} holds it ({command}). "
+            "End that one, or give QEMU a second -qmp socket"
+        )
+    return MonitorBusy(
+        f"{silence}: another client holds this monitor (it serves one at a time), or QEMU"
+        f"{f', process {pid},' if pid else ''} is in the middle of a save or stopped. "
+        "End the other client, or give QEMU a second -qmp socket"
+    )
 
 
 async def _connected(address: Address) -> socket.socket:
