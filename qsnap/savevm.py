@@ -99,8 +99,8 @@ async def do_savevm(
             replaced = snapshots.holders(graph, report.devices, name)
             if replaced and not replace:
                 raise SnapshotExists(name, rules.spoken(replaced, report.devices))
-            if replaced:
-                attempt.older = replaced
+            attempt.older = replaced
+            if replaced and not attempt.leaves_deletion_to_qemu(graph):
                 await delete_everywhere(monitor, report.devices, name)
 
             # Save the VM state, and create the snapshots
@@ -150,7 +150,8 @@ class _Attempt:
     """How far a save has come, and how it is undone.
 
     :ivar older: the node-names that held an older snapshot of the tag when its deletion began.
-    :ivar saving: QEMU may have been told to save; what is there under the tag from then on is ours.
+    :ivar older_rows: the same by node-name, where their deletion is left to QEMU: what is left of it is not ours.
+    :ivar saving: QEMU may have been told to save; what else is there under the tag from then on is ours.
     """
 
     def __init__(self, monitor: Monitor, tag: str, report: CheckReport) -> None:
@@ -158,7 +159,27 @@ class _Attempt:
         self.tag = tag
         self.report = report
         self.older: tuple[str, ...] = ()
+        self.older_rows: dict[str, tuple[NodeSnapshot, ...]] = {}
         self.saving = False
+
+    def leaves_deletion_to_qemu(self, graph: BlockGraph) -> bool:
+        """Whether QEMU's own savevm is to replace the older snapshot.
+
+        Where HMP saves, it does, and it looks for what blocks a save before it deletes: some QEMUs tell of
+        that in no other way (before 6.0). It deletes one row a device, so no more than that may be there.
+        """
+        rows = {node: tuple(graph.nodes[node].tagged(self.tag)) for node in self.older}
+        if self.monitor.chooses_devices or any(len(of_node) > 1 for of_node in rows.values()):
+            return False
+        self.older_rows = rows
+        return True
+
+    def has_made_something(self, graph: BlockGraph) -> bool:
+        """Whether anything under the tag is not of the older snapshot."""
+        held = snapshots.holders(graph, self.report.devices, self.tag)
+        return any(
+            row not in self.older_rows.get(node, ()) for node in held for row in graph.nodes[node].tagged(self.tag)
+        )
 
     async def clear_up(self, failure: BaseException) -> None:
         """Remove what the save left half made, and say in *failure* how things stand.
@@ -180,7 +201,7 @@ class _Attempt:
             await self.monitor.settle()
             graph = await self.monitor.block_graph()
             held = snapshots.holders(graph, self.report.devices, self.tag)
-            if not self.saving:
+            if not self.saving or (held and not self.has_made_something(graph)):
                 outcome = self._older_outcome(held)
             elif self._is_worth_keeping(graph, failure):
                 outcome = f"the new snapshot {self.tag!r} was complete and is kept: it replaced an older one"
@@ -220,6 +241,8 @@ class _Attempt:
             return ""
         if not held:
             return f"; the older snapshot {self.tag!r} had been deleted by then"
+        if held == self.older and self.saving:
+            return f"; the older snapshot {self.tag!r} is as it was"
         was, now = ", ".join(self._spoken(self.older)), ", ".join(self._spoken(held))
         return f"; the older snapshot {self.tag!r} was to be deleted from {was}, and is on {now}"
 

@@ -181,6 +181,24 @@ def test_migration_blocker(launch: Launch, tmp_path: Path) -> None:
         assert "does not support live migration" in found["migration-blocker"]["message"]
 
 
+def test_a_blocker_costs_nobody_the_older_snapshot(launch: Launch, tmp_path: Path) -> None:
+    """Before 6.0 QEMU tells of it only when it refuses to save: what was to be replaced must be there then."""
+    args = disk(tmp_path, "a")
+    blocked = launch(*args, "-device", "amd-iommu", memory="16")
+    blocked.qmp("blockdev-snapshot-internal-sync", device="a", name="t")
+    before = cli("list", "--json", monitor=blocked.address).json
+    if HAS_SNAPSHOT_JOBS:
+        assert "amd-iommu" in findings(blocked)["migration-blocker"]["message"]
+    else:
+        findings(blocked, ok=True)
+        error = cli("save", "t", "--json", monitor=blocked.address, expect=9).error
+        assert "State blocked by non-migratable device 'amd-iommu'" in error["reason"]
+        assert "the older snapshot 't' is as it was; the guest is running" in error["message"]
+        assert "nothing of it is left; the guest is running" in cli("save", "u", monitor=blocked.address, expect=9).err
+    assert blocked.runstate == "running"
+    assert cli("list", "--json", monitor=blocked.address).json == before
+
+
 def test_a_migration_is_running(launch: Launch, tmp_path: Path) -> None:
     guest = launch(*disk(tmp_path, "a"), memory="64")
     guest.qmp("migrate-set-parameters", max_bandwidth=4096)
