@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+import qsnap
 from conftest import Launch
 from guest import (
     HAS_SNAPSHOT_JOBS,
@@ -346,10 +347,29 @@ def test_a_snapshot_of_different_moments_is_not_loaded(guest: Guest) -> None:
     guest.assert_running()
 
 
+@pytest.mark.parametrize("jobs", [None, False])
+async def test_a_tag_that_qemu_img_made_twice(launch: Launch, tmp_path: Path, jobs: bool | None) -> None:
+    """By HMP too: savevm would delete one of them."""
+    image = make_boot_disk(tmp_path / "a")
+    for _ in range(2):
+        qemu_img("snapshot", "-c", "t", image)
+    guest = launch(*blockdev("a", image), "-device", "virtio-blk,drive=a")
+    guest.wait_for_ticks()
+    assert tags(image) == ["t", "t"]
+    async with qsnap.connect(guest.address, snapshot_jobs=jobs) as vm:
+        (listed,) = await vm.list()
+        assert listed.problems == ("a holds it 2 times",)
+        with pytest.raises(qsnap.errors.PrecheckRefused):
+            await vm.load("t")
+        assert (await vm.save("t")).replaced
+        assert tags(image) == ["t"]
+        await vm.load("t")
+    guest.assert_running()
+
+
+@needs_snapshot_jobs
 def test_a_tag_that_one_image_holds_twice(guest: Guest) -> None:
     """QEMU's own check looks only for tags that are on all devices (its first match is then the oldest)."""
-    if guest.qmp("query-version")["qemu"]["major"] < 6:
-        return  # without snapshot jobs it does not come about
     for devices in (["disk0"], ["disk0", "disk1"]):
         guest.qmp("snapshot-save", job_id="j", tag="t", vmstate="disk0", devices=devices)
         until("the job", lambda: guest.qmp("query-jobs")[0]["status"] == "concluded" or None)
