@@ -112,6 +112,9 @@ async def do_savevm(
             graph = await monitor.block_graph()
             if problems := snapshots.save_problems(graph, name, state_node, report.saved):
                 raise VerifyFailed(name, problems)
+            # Two saves of a paused guest in one second look the same in HMP's tables.
+            if pause.was_running and not attempt.has_made_something(graph):
+                raise VerifyFailed(name, ["the older snapshot is still there, and no new one"])
         # the_end: if (saved_vm_running) vm_start(): done by leaving the block
     except BaseException as failure:
         await undisturbed(attempt.clear_up(failure), AFTERMATH_TIMEOUT_S)

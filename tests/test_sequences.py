@@ -17,6 +17,7 @@ from guest import (
     HAS_SNAPSHOT_JOBS,
     Guest,
     assert_nothing_left,
+    both_monitors,
     cli,
     needs_snapshot_jobs,
     state_sizes,
@@ -404,6 +405,16 @@ async def test_a_savevm_that_fails_before_it_writes(left: tuple[str, ...], outco
     assert failure.value.outcome == outcome
     assert monitor.calls == ["stop", "cont"]
     assert monitor.rows == older
+
+
+@both_monitors
+async def test_a_paused_guest_is_saved_twice_within_a_second(guest: Guest, tmp_path: Path) -> None:
+    guest.qmp("stop")
+    async with qsnap.connect(guest.address) as vm:
+        for _ in range(4):
+            await vm.save("t")
+    assert on_both(tmp_path) == [["t"], ["t"]]
+    assert guest.runstate == "paused"
 
 
 async def test_a_savevm_that_says_nothing_and_does_nothing() -> None:
