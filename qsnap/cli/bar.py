@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from qsnap.cli.render import is_terminal
-from qsnap.progress import Phase, Progress, Watcher
+from qsnap.progress import Progress, Watcher
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -48,13 +48,12 @@ def update(bar: Bar, task: int, progress: Progress) -> None:
     if progress.written is None or progress.expected is None:
         bar.update(TaskID(task), description=f"{progress.phase} (QEMU does not answer meanwhile)")
         return
-    flushing = progress.phase is Phase.FLUSHING
     total = progress.expected
     bar.update(
         TaskID(task),
         description=f"{progress.phase:<8}",
         total=total,
-        completed=min(progress.written, int(total * (0.99 if flushing else 0.98))),
+        completed=min(progress.written, int(total * 0.99)),
     )
 
 
