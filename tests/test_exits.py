@@ -109,7 +109,7 @@ def test_4_busy(guest: Guest, disks: dict[Path, list[str]]) -> None:
         run = cli("save", "t", "--json", "--timeout", "2", monitor=guest.address, expect=4)
     assert run.error["error"] == "MonitorBusy"
     if tells_who_is_connected():
-        command = Path("/proc/self/cmdline").read_bytes().decode().replace("\0", " ")
+        command = Path("/proc/self/cmdline").read_bytes().decode().replace("\0", " ").strip()
         assert f"process {os.getpid()} holds it ({command[:60]}" in run.error["message"]
     else:
         assert "another client holds this monitor" in run.error["message"]
