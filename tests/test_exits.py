@@ -6,6 +6,8 @@ import errno
 import os
 import signal
 import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -146,8 +148,8 @@ def test_4_qemu_dies_in_the_middle(guest: Guest, intercept: Intercept) -> None:
 def test_4_qemu_dies_in_the_middle_and_is_seen_to(launch: Launch, tmp_path: Path) -> None:
     guest, image = big_guest(launch, tmp_path)
     process = start_cli("save", "t", "--json", monitor=guest.address)
-    wait_for_write(image)
-    guest.process.kill()
+    with in_the_write(guest, image):
+        guest.process.kill()
     run = finish(process)
     assert run.code == 4, run.err
     assert run.error["error"] == "MonitorLost"
@@ -428,8 +430,8 @@ def test_4_the_connection_is_cut_while_qemu_writes(launch: Launch, tmp_path: Pat
     guest, image = big_guest(launch, tmp_path)
     proxy = intercept(guest)
     process = start_cli("save", "t", "--json", monitor=proxy.address)
-    wait_for_write(image)
-    proxy.cut()
+    with in_the_write(guest, image):
+        proxy.cut()
     run = finish(process)
     assert run.code == 4, run.err
     assert "the guest is running" in run.error["message"]
@@ -441,8 +443,8 @@ def test_4_the_connection_is_cut_while_qemu_writes(launch: Launch, tmp_path: Pat
 def test_128_and_the_signal(launch: Launch, tmp_path: Path, signum: signal.Signals) -> None:
     guest, image = big_guest(launch, tmp_path)
     process = start_cli("save", "t", "--json", monitor=guest.address)
-    wait_for_write(image)
-    process.send_signal(signum)
+    with in_the_write(guest, image):
+        process.send_signal(signum)
     run = finish(process)
     assert run.code == 128 + signum, run.err
     assert run.error["exit_code"] == 128 + signum
@@ -476,8 +478,8 @@ def test_a_paused_guest_stays_paused_when_interrupted(launch: Launch, tmp_path: 
     guest, image = big_guest(launch, tmp_path)
     guest.qmp("stop")
     process = start_cli("save", "t", monitor=guest.address)
-    wait_for_write(image)
-    process.send_signal(signal.SIGINT)
+    with in_the_write(guest, image):
+        process.send_signal(signal.SIGINT)
     assert finish(process).code == 130
     assert guest.runstate == "paused"
     assert tags(image) == []
@@ -506,10 +508,20 @@ def big_guest(launch: Launch, tmp_path: Path) -> tuple[Guest, Path]:
     return guest, image
 
 
-def wait_for_write(image: Path) -> None:
-    """Wait until QEMU is in the middle of writing the VM state: only the image shows it."""
+@contextmanager
+def in_the_write(guest: Guest, image: Path) -> Iterator[None]:
+    """QEMU held still in the middle of writing the VM state, however fast or busy the machine is.
+
+    Only the image shows how far it is.
+    """
     base = image.stat().st_blocks
     until("the VM state to be written", lambda: image.stat().st_blocks > base + (64 << 20) // 512 or None)
+    guest.process.send_signal(signal.SIGSTOP)
+    try:
+        assert tags(image) == [], "the save has ended already"
+        yield
+    finally:
+        guest.process.send_signal(signal.SIGCONT)
 
 
 @both_monitors
