@@ -218,7 +218,12 @@ def test_the_error_tree_is_drawn() -> None:
 
 PACKAGE = Path(qsnap.__file__).parent
 #: Which modules may import which library: each has one home.
-HOMES = {"rich": ("cli/render.py", "cli/bar.py"), "click": ("cli/__init__.py",), "qemu": ("monitor/qmp.py",)}
+HOMES = {
+    "rich": ("cli/render.py", "cli/bar.py"),
+    "click": ("cli/__init__.py",),
+    "qemu": ("monitor/qmp.py",),
+    "psutil": ("discovery.py",),
+}
 #: From top to bottom; a module imports from its own layer and those below.
 LAYERS = [
     ["cli", "__main__"],
@@ -228,8 +233,8 @@ LAYERS = [
     ["precheck"],
     ["stopped", "progress"],
     ["devices", "snapshots"],
-    ["monitor"],
-    ["local", "holder", "undisturbed", "guest"],
+    ["monitor", "discovery"],
+    ["local", "undisturbed", "guest"],
     ["model"],
     ["errors"],
     ["__init__"],
