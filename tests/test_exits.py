@@ -32,7 +32,7 @@ from guest import (
     until,
 )
 from proxy import deed
-from qsnap import holder
+from qsnap import discovery
 
 
 @pytest.fixture
@@ -95,14 +95,6 @@ def test_4_nobody_there(tmp_path: Path) -> None:
     assert "nobody listens" in cli("list", "-m", "tcp:127.0.0.1:1", expect=4).err
 
 
-def tells_who_is_connected() -> bool:
-    """Whether this kernel has unix_diag."""
-    try:
-        return any(True for _ in holder._ends())
-    except OSError:
-        return False
-
-
 @both_monitors
 def test_4_busy(guest: Guest, disks: dict[Path, list[str]]) -> None:
     with socket.socket(socket.AF_UNIX) as other:
@@ -110,7 +102,7 @@ def test_4_busy(guest: Guest, disks: dict[Path, list[str]]) -> None:
         assert other.recv(1), "it is served"
         run = cli("save", "t", "--json", "--timeout", "2", monitor=guest.address, expect=4)
     assert run.error["error"] == "MonitorBusy"
-    if tells_who_is_connected():
+    if discovery._from_netlink() is not None:  # this kernel tells who is connected
         command = Path("/proc/self/cmdline").read_bytes().decode().replace("\0", " ").strip()
         assert f"process {os.getpid()} holds it ({command[:60]}" in run.error["message"]
     else:

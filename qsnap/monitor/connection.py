@@ -73,11 +73,11 @@ async def connection(address: Address, timeout_s: float) -> AsyncIterator[Connec
 
 def _busy(sock: socket.socket, address: Address, timeout_s: float) -> MonitorBusy:
     """The error of a monitor that does not greet: who holds it, where the system tells."""
-    from qsnap.holder import holder
+    from qsnap.discovery import holder
 
     silence = f"{address} accepts connections but has sent no greeting within {timeout_s:g} s"
     pid = peer_pid(sock)
-    if other := holder(sock, pid):
+    if isinstance(address, UnixAddress) and (other := holder(address.path)):
         command = other.command if len(other.command) <= _COMMAND_SHOWN else f"{other.command[:_COMMAND_SHOWN]}…"
         return MonitorBusy(
             f"{silence}: it serves one client at a time, and process {other.pid} holds it ({command}). "
