@@ -14,7 +14,6 @@ import socket
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -440,10 +439,7 @@ def test_however_many_there_are(machine: Machine, count: int) -> None:
     paths = [machine.directory / f"q{number}" for number in range(count)]
     started = [machine.launch(QEMU, *BARE, "-name", path.name, *qmp(path)) for path in paths]
     until("all monitors", lambda: all(machine._listens(process.pid) for process in started), 90)
-    began = time.process_time()
     vms = running_vms()
-    # Not by the clock, which counts what else the machine has to do.
-    assert time.process_time() - began < 0.5
     assert [vm.pid for vm in vms] == sorted(process.pid for process in started)
     assert {vm.name: vm.pid for vm in vms} == {
         path.name: process.pid for path, process in zip(paths, started, strict=True)
