@@ -9,6 +9,7 @@ import base64
 import json
 import os
 import random
+import shlex
 import signal
 import socket
 import subprocess
@@ -24,7 +25,6 @@ import psutil
 import pytest
 
 from guest import DEADLINE_S, QEMU, until
-from qsnap import discovery
 from qsnap.discovery import (
     Holder,
     MonitorPoint,
@@ -35,6 +35,7 @@ from qsnap.discovery import (
     parse_arguments,
     qemu_arguments,
     running_vms,
+    sockets,
     usable,
 )
 from qsnap.local import is_alive
@@ -118,6 +119,14 @@ def test_memory(size: str, mib: int) -> None:
 def test_memory_by_default_and_of_the_last_option() -> None:
     assert parse().memory == 128 << 20
     assert parse("-m", "64", "-m", "slots=1").memory == 64 << 20
+
+
+def test_memory_of_a_backend() -> None:
+    for size in ("64M", "67108864"):
+        backend = ("-object", f"memory-backend-ram,id=ram,size={size}", "-machine", "q35,memory-backend=ram")
+        assert parse(*backend).memory == 64 << 20
+    assert parse("-object", '{"qom-type":"memory-backend-ram","id":"r","size":67108864}',
+                 "-M", "pc,memory-backend=r").memory == 64 << 20  # fmt: skip
 
 
 def test_uuid() -> None:
@@ -710,23 +719,23 @@ def test_a_container(machine: Machine) -> None:
     assert best.address == UnixAddress(f"{machine.proc}/{pid}/root{inside}/q")
     assert b'"QMP"' in greeting(best.address)
     client = machine.connect(best.address.path)
-    assert holder(best.address.path) == Holder(pid=client.pid, command=discovery._command(client.pid))
+    assert holder(best.address.path) == Holder(pid=client.pid, command=shlex.join(psutil.Process(client.pid).cmdline()))
 
 
 def refused() -> None:
-    """What _from_netlink says in a sandbox."""
+    """What from_netlink says in a sandbox."""
 
 
-def other_devices(original: Callable[[], list[discovery._Socket] | None]) -> list[discovery._Socket]:
+def other_devices(original: Callable[[], list[sockets.Socket] | None]) -> list[sockets.Socket]:
     """What it says where socket files are on btrfs or overlayfs: device numbers that stat does not give."""
     return [row._replace(file=row.file and (0, row.file[1])) for row in original() or ()]
 
 
 @pytest.mark.parametrize(("kind", "of_second"), [("refused", "unknown"), ("other devices", "free")])
 def test_less_information(machine: Machine, monkeypatch: pytest.MonkeyPatch, kind: str, of_second: str) -> None:
-    original = discovery._from_netlink
+    original = sockets.from_netlink
     told = refused if kind == "refused" else lambda: other_devices(original)
-    monkeypatch.setattr(discovery, "_from_netlink", told)
+    monkeypatch.setattr(sockets, "from_netlink", told)
     path = machine.directory / f"less-{os.getpid()}"
     first = machine.start(*qmp(path))
     assert states() == ["free"]

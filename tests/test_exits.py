@@ -32,7 +32,7 @@ from guest import (
     until,
 )
 from proxy import deed
-from qsnap import discovery
+from qsnap.discovery import sockets
 
 
 @pytest.fixture
@@ -102,7 +102,7 @@ def test_4_busy(guest: Guest, disks: dict[Path, list[str]]) -> None:
         assert other.recv(1), "it is served"
         run = cli("save", "t", "--json", "--timeout", "2", monitor=guest.address, expect=4)
     assert run.error["error"] == "MonitorBusy"
-    if discovery._from_netlink() is not None:  # this kernel tells who is connected
+    if sockets.from_netlink() is not None:  # this kernel tells who is connected
         command = Path("/proc/self/cmdline").read_bytes().decode().replace("\0", " ").strip()
         assert f"process {os.getpid()} holds it ({command[:60]}" in run.error["message"]
     else:

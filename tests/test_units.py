@@ -222,7 +222,7 @@ HOMES = {
     "rich": ("cli/render.py", "cli/bar.py"),
     "click": ("cli/__init__.py",),
     "qemu": ("monitor/qmp.py",),
-    "psutil": ("discovery.py",),
+    "psutil": ("discovery/machine.py",),
 }
 #: From top to bottom; a module imports from its own layer and those below.
 LAYERS = [
