@@ -6,9 +6,11 @@
     ├── CommandFailed           1   QEMU refused a monitor command
     ├── OperationTimeout        1   --timeout has passed; the guest was resumed
     ├── BadUsage                2   an address, name or option that cannot be meant
+    │   └── SeveralVMs          2   it is not said which of them is meant
     ├── PartialFailure          3   of several tags, some were done and some not
     ├── MonitorError            4   the monitor: anything without a class of its own
     │   ├── ConnectError        4   nothing listens there, or it may not be opened
+    │   │   └── NoVM            4   no such VM runs, or it has no monitor for us
     │   ├── MonitorBusy         4   it accepts, but does not greet: another client holds it
     │   └── MonitorLost         4   the connection broke; what QEMU did is not known
     ├── NotSupported            5   this QEMU, or this transport, cannot do it
@@ -31,6 +33,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, ClassVar
 
 if TYPE_CHECKING:
+    from qsnap.choice import KnownVM
     from qsnap.model import Finding
 
 
@@ -68,6 +71,20 @@ class BadUsage(QsnapError):
 
     exit_code = 2
     meaning = "usage"
+
+
+class SeveralVMs(BadUsage):
+    """More than one running VM could be meant; nothing was tried.
+
+    :ivar vms: them, and how to name each.
+    """
+
+    def __init__(self, message: str, vms: Sequence[KnownVM]) -> None:
+        super().__init__(message)
+        self.vms = tuple(vms)
+
+    def details(self) -> Mapping[str, object]:
+        return {"vms": [vm.to_json() for vm in self.vms]}
 
 
 class PartialFailure(QsnapError):
@@ -110,6 +127,10 @@ class MonitorError(QsnapError):
 
 class ConnectError(MonitorError):
     """Nothing listens at the address, or it may not be opened."""
+
+
+class NoVM(ConnectError):
+    """No VM runs that is meant, or it has no monitor that qsnap could use."""
 
 
 class MonitorBusy(MonitorError):

@@ -48,6 +48,11 @@ class VM:
         self._monitor = monitor
         self.address = address
 
+    @property
+    def pid(self) -> int | None:
+        """The QEMU process, where it is on this machine and the socket tells."""
+        return self._monitor.pid
+
     async def save(
         self,
         tag: str | None = None,

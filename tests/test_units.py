@@ -227,7 +227,8 @@ HOMES = {
 #: From top to bottom; a module imports from its own layer and those below.
 LAYERS = [
     ["cli", "__main__"],
-    ["vm"],
+    ["vm", "choice"],
+    ["config"],
     ["savevm", "loadvm"],
     ["delvm"],
     ["precheck"],

@@ -22,7 +22,14 @@ from qsnap import __version__
 from qsnap.errors import EXIT_TABLE, BadUsage, Interrupted, PrecheckRefused, QsnapError
 
 if TYPE_CHECKING:
+    from click.shell_completion import CompletionItem
+
     from qsnap.cli.session import Options
+    from qsnap.config import Settings
+
+
+#: Set by the scripts of ``qsnap completion``: what they ask for.
+COMPLETE_VARIABLE = "_QSNAP_COMPLETE"
 
 
 def main() -> NoReturn:
@@ -32,6 +39,10 @@ def main() -> NoReturn:
     the interpreter apart at the end. Both are left out; all that is open has been closed by then.
     """
     gc.disable()
+    if instruction := os.environ.get(COMPLETE_VARIABLE):
+        from qsnap.cli.completion import answer
+
+        os._exit(answer(cli, instruction))
     _prepare_streams()
     code = _exit_code(sys.argv[1:])
     for stream in (sys.stdout, sys.stderr):
@@ -80,7 +91,7 @@ def _said(error: QsnapError, as_json: bool) -> int:
     return code
 
 
-def _shown(show: Callable[[], None], exit_code: int = 0) -> int:
+def _shown(show: Callable[[], object], exit_code: int = 0) -> int:
     """Show a result; the exit code of what was done, also if nobody reads it any more.
 
     :raise QsnapError: the result cannot be written; what was asked for is done.
@@ -106,36 +117,88 @@ def _exit_table() -> str:
     return f"\b\nExit codes:\n{rows}"
 
 
-def common_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """The options that every command takes, handed on as one ``options`` argument."""
+def _completes(kind: str) -> Callable[[click.Context, click.Parameter, str], list[CompletionItem[str]]]:
+    """What the shell is offered: the names that ``qsnap.cli.completion`` finds under that *kind*."""
 
-    @click.option(
+    def offer(context: click.Context, _: click.Parameter, incomplete: str) -> list[CompletionItem[str]]:
+        from qsnap.cli import completion
+
+        return completion.offer(kind, _options(context), context.params.get("tags") or (), incomplete)
+
+    return offer
+
+
+_output_options = (
+    click.option("--json", "as_json", is_flag=True, help="One JSON document on standard output."),
+    click.option("-q", "--quiet", is_flag=True, help="Say nothing on success (list, vms: the names alone)."),
+    click.option("-v", "--verbose", is_flag=True, help="Show the dialogue with QEMU on standard error."),
+    click.option(
+        "--config",
+        metavar="FILE",
+        envvar="QSNAP_CONFIG",
+        shell_complete=_completes("files"),
+        show_envvar=True,
+        help="The config file. Default: ~/.config/qsnap/config.toml.",
+    ),
+)
+_vm_options = (
+    click.option(
         "-m",
         "--monitor",
         metavar="ADDRESS",
         envvar="QSNAP_MONITOR",
+        shell_complete=_completes("files"),
         show_envvar=True,
         help="QEMU's monitor: a path, unix:PATH, tcp:HOST:PORT, or QEMU's own -qmp argument.",
-    )
-    @click.option("--json", "as_json", is_flag=True, help="One JSON document on standard output.")
-    @click.option("-q", "--quiet", is_flag=True, help="Say nothing on success (list: the tags alone).")
-    @click.option("-v", "--verbose", is_flag=True, help="Show the dialogue with QEMU on standard error.")
-    @click.option(
+    ),
+    click.option(
+        "--vm",
+        metavar="NAME",
+        shell_complete=_completes("vms"),
+        help="The VM: a name of the config file, QEMU's -name, its pid or UUID. See: qsnap vms. "
+        "Without -m and --vm: the only VM that runs.",
+    ),
+    click.option(
         "--timeout",
         "timeout_s",
         type=float,
         metavar="SECONDS",
         help="End the command after that time, as an interrupt does. Default: none.",
-    )
-    @wraps(command)
-    def wrapper(
-        monitor: str | None, as_json: bool, quiet: bool, verbose: bool, timeout_s: float | None, **rest: object
-    ) -> object:
-        from qsnap.cli.session import Options
+    ),
+)
 
-        return command(Options(monitor, as_json, quiet, verbose, timeout_s), **rest)
 
-    return wrapper  # fmt: skip
+def _takes(*options: Callable[[Any], Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """A command with these options, handed on as one ``options`` argument."""
+
+    def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(command)
+        def wrapper(**given: Any) -> object:  # noqa: ANN401 (whatever click gives)
+            from qsnap.cli.session import Options
+
+            options = _options(click.get_current_context())
+            return command(options, **{name: given[name] for name in given.keys() - set(Options._fields)})
+
+        for option in reversed(options):
+            wrapper = option(wrapper)
+        return wrapper
+
+    return decorate
+
+
+def _options(context: click.Context) -> Options:
+    """Those that every command takes, of a command line."""
+    from qsnap.cli.session import Options
+
+    common = {name: value for name, value in context.params.items() if name in Options._fields}
+    if common.get("vm") is not None:
+        source = context.get_parameter_source("monitor")
+        if source is not click.core.ParameterSource.COMMANDLINE:
+            common["monitor"] = None  # --vm wins over the environment
+    return Options(**common)
+
+
+common_options = _takes(*_vm_options, *_output_options)
 
 
 _HELP = {"help_option_names": ["-h", "--help"]}
@@ -147,17 +210,34 @@ def cli() -> None:
     """Named, checked, restorable snapshots of running QEMU guests, from the monitor socket alone."""
 
 
+_tag = click.argument("tag", shell_complete=_completes("tags"))
 _exclude = click.option(
-    "--exclude", multiple=True, metavar="NODE", help="Leave this device out, knowingly. May be repeated."
+    "--exclude",
+    multiple=True,
+    metavar="NODE",
+    shell_complete=_completes("nodes"),
+    help="Leave this device out, knowingly. May be repeated; '' for none.",
 )
 _vmstate = click.option(
-    "--vmstate", metavar="NODE", help="The device that holds the VM state. Default: QEMU's own choice."
+    "--vmstate",
+    metavar="NODE",
+    shell_complete=_completes("nodes"),
+    help="The device that holds the VM state. Default: QEMU's own choice.",
 )
+
+
+def _excluded(given: tuple[str, ...], settings: Settings) -> tuple[str, ...]:
+    """What is left out: as the command line says, else as the config file does. "" is a word for nothing."""
+    return tuple(filter(None, given)) if given else settings.exclude or ()
 
 
 @cli.command()
 @click.argument("tag", required=False)
-@click.option("--no-replace", is_flag=True, help="Refuse if the snapshot exists, instead of replacing it.")
+@click.option(
+    "--replace/--no-replace",
+    default=None,
+    help="What to do if the snapshot exists: replace it (the default), or refuse.",
+)
 @_vmstate
 @_exclude
 @click.option("--force", is_flag=True, help="Try even if there seems to be no room. Overrides nothing else.")
@@ -166,7 +246,7 @@ _vmstate = click.option(
 def save(
     options: Options,
     tag: str | None,
-    no_replace: bool,
+    replace: bool | None,
     vmstate: str | None,
     exclude: tuple[str, ...],
     force: bool,
@@ -183,11 +263,11 @@ def save(
     with save_bar(quiet=options.quiet or dry_run) as watch:
         result = run(
             options,
-            lambda vm: vm.save(
+            lambda vm, settings: vm.save(
                 tag,
-                replace=not no_replace,
-                vmstate=vmstate,
-                exclude=exclude,
+                replace=not settings.no_replace if replace is None else replace,
+                vmstate=vmstate or settings.vmstate,
+                exclude=_excluded(exclude, settings),
                 force=force,
                 dry_run=dry_run,
                 watch=watch,
@@ -197,10 +277,10 @@ def save(
 
 
 @cli.command()
-@click.argument("tag")
+@_tag
 @click.option("--paused", is_flag=True, help="Leave the guest paused.")
 @click.option("--running", is_flag=True, help="Run the guest, even if it was paused.")
-@click.option("--exclude", multiple=True, metavar="NODE", help="Leave this device as it is now. May be repeated.")
+@_exclude
 @common_options
 def load(options: Options, tag: str, paused: bool, running: bool, exclude: tuple[str, ...]) -> int:
     """Put the guest back to snapshot TAG: RAM, device state and all disks.
@@ -212,7 +292,7 @@ def load(options: Options, tag: str, paused: bool, running: bool, exclude: tuple
     if paused and running:
         raise BadUsage("--paused and --running exclude each other")
     wanted = running if paused or running else None
-    result = run(options, lambda vm: vm.load(tag, running=wanted, exclude=exclude))
+    result = run(options, lambda vm, settings: vm.load(tag, running=wanted, exclude=_excluded(exclude, settings)))
     return _shown(lambda: options.renderer.load(result))
 
 
@@ -222,30 +302,30 @@ def list_(options: Options) -> int:
     """List the snapshots, oldest first."""
     from qsnap.cli.session import run
 
-    snapshots = run(options, lambda vm: vm.list())
+    snapshots = run(options, lambda vm, _: vm.list())
     return _shown(lambda: options.renderer.list(snapshots))
 
 
 @cli.command()
-@click.argument("tag")
+@_tag
 @common_options
 def show(options: Options, tag: str) -> int:
     """Show snapshot TAG, device by device."""
     from qsnap.cli.session import run
 
-    found = run(options, lambda vm: vm.show(tag))
+    found = run(options, lambda vm, _: vm.show(tag))
     return _shown(lambda: options.renderer.show(*found))
 
 
 @cli.command()
-@click.argument("tags", metavar="TAG...", nargs=-1, required=True)
+@click.argument("tags", metavar="TAG...", nargs=-1, required=True, shell_complete=_completes("tags"))
 @click.option("--missing-ok", is_flag=True, help="A snapshot that does not exist is no error.")
 @common_options
 def delete(options: Options, tags: tuple[str, ...], missing_ok: bool) -> int:
     """Delete snapshots, from every device that holds them."""
     from qsnap.cli.session import run
 
-    result = run(options, lambda vm: vm.delete(*tags, missing_ok=missing_ok))
+    result = run(options, lambda vm, _: vm.delete(*tags, missing_ok=missing_ok))
     return _shown(lambda: options.renderer.delete(result))
 
 
@@ -260,7 +340,10 @@ def check(options: Options, vmstate: str | None, exclude: tuple[str, ...]) -> in
     """
     from qsnap.cli.session import run
 
-    report = run(options, lambda vm: vm.check(vmstate=vmstate, exclude=exclude))
+    report = run(
+        options,
+        lambda vm, settings: vm.check(vmstate=vmstate or settings.vmstate, exclude=_excluded(exclude, settings)),
+    )
     return _shown(lambda: options.renderer.check(report), 0 if report.ok else PrecheckRefused.exit_code)
 
 
@@ -270,8 +353,38 @@ def status(options: Options) -> int:
     """Show the guest's run state and devices, and what of an earlier qsnap is left behind."""
     from qsnap.cli.session import run
 
-    result = run(options, lambda vm: vm.status())
+    result = run(options, lambda vm, _: vm.status())
     return _shown(lambda: options.renderer.status(result))
+
+
+@cli.command()
+@_takes(*_output_options)
+def vms(options: Options) -> int:
+    """List the VMs of this machine, and how to choose each.
+
+    Connects to none of them. Of a monitor that is busy it shows who holds it.
+    """
+    from qsnap.choice import known_vms
+    from qsnap.config import load
+    from qsnap.discovery import running_vms
+
+    found = known_vms(load(options.config), running_vms())
+    return _shown(lambda: options.renderer.vms(found))
+
+
+@cli.command()
+@click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
+def completion(shell: str) -> int:
+    """Print the script that completes commands, options, VMs and tags in a shell.
+
+    \b
+    bash  in ~/.bashrc:            eval "$(qsnap completion bash)"
+    zsh   in ~/.zshrc, at its end: eval "$(qsnap completion zsh)"
+    fish  once:                    qsnap completion fish > ~/.config/fish/completions/qsnap.fish
+    """
+    from qsnap.cli.completion import script
+
+    return _shown(lambda: sys.stdout.write(script(cli, shell)))
 
 
 @cli.command()

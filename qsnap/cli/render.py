@@ -13,7 +13,8 @@ from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Literal, TextIO
 
-from qsnap.cli.text import age, clock, date, printable, seconds, size, table
+from qsnap.cli.text import age, clock, date, printable, seconds, shortened, size, table
+from qsnap.errors import SeveralVMs
 from qsnap.model import (
     CheckReport,
     DeleteResult,
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.text import Text
 
+    from qsnap.choice import KnownVM
     from qsnap.errors import QsnapError
 
 _STYLES = {
@@ -48,7 +50,7 @@ _STYLES = {
 }
 
 #: Columns whose cells may take several lines, and the width that they then need at least.
-_FOLDING = frozenset({"WHY", "DEVICES"})
+_FOLDING = frozenset({"WHY", "DEVICES", "DISKS", "MONITOR"})
 _FOLDED_TO = 14
 
 
@@ -67,8 +69,11 @@ def say_error(error: QsnapError, exit_code: int, *, as_json: bool) -> None:
     if as_json:
         document = {"error": type(error).__name__, "exit_code": exit_code, "message": str(error)}
         write_json({**document, **error.details()}, sys.stderr)
-    else:
-        sys.stderr.write(f"qsnap: {printable(str(error), keep_newlines=True)}\n")
+        return
+    sys.stderr.write(f"qsnap: {printable(str(error), keep_newlines=True)}\n")
+    if isinstance(error, SeveralVMs):
+        head, rows = _vm_table(error.vms)
+        sys.stderr.write(table(head, [[printable(cell) for cell in row] for row in rows]) + "\n")
 
 
 class Renderer:
@@ -198,6 +203,12 @@ class Renderer:
             self._print(f"{name + ':':<13}{printable(value)}\n")
         self._devices(status.devices, status.vmstate)
 
+    def vms(self, vms: Sequence[KnownVM]) -> None:
+        if not vms:
+            self._say("no QEMU is running that this user can see")
+            return
+        self._table(*_vm_table(vms))
+
     # How they get out
 
     def _devices(self, devices: Sequence[Device], vmstate: str | None) -> None:
@@ -257,11 +268,16 @@ class Renderer:
 
 
 class QuietRenderer(Renderer):
-    """Shows nothing but what goes wrong; of a list the tags alone, for a loop in a script."""
+    """Shows nothing but what goes wrong; of a list the names alone, for a loop in a script."""
 
     def list(self, snapshots: Sequence[Snapshot]) -> None:
         for snapshot in snapshots:
             sys.stdout.write(printable(snapshot.tag) + "\n")
+
+    def vms(self, vms: Sequence[KnownVM]) -> None:
+        for vm in vms:
+            if vm.word:
+                sys.stdout.write(printable(vm.word) + "\n")
 
     def _print(self, text: str) -> None:
         pass
@@ -300,12 +316,41 @@ class JsonRenderer(Renderer):
     def status(self, status: Status) -> None:
         self._write(status)
 
+    def vms(self, vms: Sequence[KnownVM]) -> None:
+        write_json({"vms": [vm.to_json() for vm in vms]}, sys.stdout)
+
 
 def renderer(*, as_json: bool, quiet: bool) -> Renderer:
     """The one that the options ask for."""
     if as_json:
         return JsonRenderer()
     return QuietRenderer() if quiet else Renderer()
+
+
+def _vm_table(vms: Sequence[KnownVM]) -> tuple[Sequence[str], list[list[str]]]:
+    """Heads and rows. The user is shown where one is not ours."""
+    head = ["NAME", "PID", "USER", "MEMORY", "DISKS", "MONITOR", "CHOOSE IT BY"]
+    rows = [_vm_row(vm) for vm in vms]
+    if all(vm.running.is_ours for vm in vms if vm.running):
+        for row in (head, *rows):
+            del row[2]
+    return head, rows
+
+
+def _vm_row(vm: KnownVM) -> list[str]:
+    from qsnap.choice import reason
+
+    if vm.running is None:
+        where = str(vm.monitor) if vm.monitor else "-"
+        return [vm.name or "-", "-", "-", "-", "-", f"{where} (not seen running)", vm.option or "-"]
+    running = vm.running
+    point = next((point for point in running.monitors if vm.monitor and point.address == vm.monitor), None)
+    monitor = f"{point.address} ({point.protocol.upper()}, {point.state})" if point else reason(running)
+    if point and point.holder:
+        monitor += f" held by process {point.holder.pid}: {shortened(point.holder.command)}"
+    disks = ", ".join(disk.rpartition("/")[2] or disk for disk in running.disks) or "-"
+    name = vm.name or "-"
+    return [name, str(running.pid), running.user, size(running.memory), disks, monitor, vm.option or "-"]
 
 
 def _finding(finding: Finding) -> str:
@@ -323,7 +368,7 @@ def _count(things: Sequence[object], noun: str) -> str:
 
 
 def _justified(name: str) -> Literal["left", "right"]:
-    return "right" if name in ("STATE", "AGE", "VM CLOCK") else "left"
+    return "right" if name in ("STATE", "AGE", "VM CLOCK", "PID", "MEMORY") else "left"
 
 
 def _cell(value: str, text: str) -> Text:

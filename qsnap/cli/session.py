@@ -1,4 +1,4 @@
-"""One command, run: the connection, the signals, and how errors become exit codes."""
+"""One command, run: the VM that is meant, the connection, and the signals."""
 
 from __future__ import annotations
 
@@ -7,14 +7,20 @@ import gc
 import logging
 import signal
 import sys
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple, TypeVar
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 from qsnap.cli.render import Renderer, renderer
-from qsnap.errors import BadUsage, Interrupted
-from qsnap.monitor.address import TcpAddress, parse_address
+from qsnap.cli.text import printable
+from qsnap.errors import ConnectError, Interrupted
+from qsnap.monitor.address import TcpAddress
 from qsnap.vm import VM, connect
+
+if TYPE_CHECKING:
+    from qsnap.choice import Target
+    from qsnap.config import Settings
+    from qsnap.discovery import RunningVM
 
 _T = TypeVar("_T")
 
@@ -23,13 +29,18 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class Options(NamedTuple):
-    """The options that every command takes."""
+    """The options that every command takes; those that choose a VM only if it is to be one.
 
-    monitor: str | None
+    :ivar monitor: None where the command line and the environment name none.
+    """
+
     as_json: bool
     quiet: bool
     verbose: bool
-    timeout_s: float | None
+    config: str | None
+    monitor: str | None = None
+    vm: str | None = None
+    timeout_s: float | None = None
 
     @property
     def renderer(self) -> Renderer:
@@ -37,26 +48,43 @@ class Options(NamedTuple):
         return renderer(as_json=self.as_json, quiet=self.quiet)
 
 
-def run(options: Options, action: Callable[[VM], Awaitable[_T]]) -> _T:
-    """Connect, do *action*, and return what it returns.
+def target(options: Options) -> Target:
+    """The VM that the options mean: see :func:`qsnap.choice.choose`."""
+    from qsnap.choice import choose
+    from qsnap.config import load
 
-    :raise BadUsage: no monitor was named, or none that can be meant.
+    return choose(load(options.config), _running_vms, monitor=options.monitor, vm=options.vm)
+
+
+def _running_vms() -> Sequence[RunningVM]:
+    from qsnap.discovery import running_vms
+
+    return running_vms()
+
+
+def run(options: Options, action: Callable[[VM, Settings], Awaitable[_T]]) -> _T:
+    """Find the VM, connect, do *action*, and return what it returns.
+
+    :param action: is given the VM, and the defaults that the config file has for it.
+    :raise BadUsage: a monitor was named that cannot be meant; or none, and several VMs run.
+    :raise NoVM: no such VM runs, or none at all.
     :raise Interrupted: by a signal; the guest was resumed.
     """
-    if options.monitor is None:
-        raise BadUsage(
-            "no monitor given: -m ADDRESS, or QSNAP_MONITOR in the environment. Start QEMU with "
-            "-qmp unix:/run/vm.qmp,server=on,wait=off and use -m /run/vm.qmp; without a VM try: qsnap demo"
-        )
     if options.verbose:
         _show_dialogue()
-    address = parse_address(options.monitor)
+    meant = target(options)
+    address = meant.address
     if isinstance(address, TcpAddress) and not address.is_loopback:
         sys.stderr.write(f"warning: {address}: a monitor has no password; whoever reaches it controls the VM\n")
+    if meant.is_found and not options.quiet:
+        sys.stderr.write(printable(f"qsnap: using {meant.title} at {address}") + "\n")
+    timeout_s = options.timeout_s if options.timeout_s is not None else meant.settings.timeout
 
     async def connected() -> _T:
-        async with connect(address, timeout_s=options.timeout_s) as vm:
-            return await action(vm)
+        async with connect(address, timeout_s=timeout_s) as vm:
+            if meant.pid and vm.pid not in (None, meant.pid):
+                raise ConnectError(f"{meant.title} is not what answers at {address}: that is process {vm.pid}")
+            return await action(vm, meant.settings)
 
     return run_interruptibly(connected())
 

@@ -20,6 +20,11 @@ def printable(text: str, *, keep_newlines: bool = False) -> str:
     )
 
 
+def shortened(text: str, length: int = 60) -> str:
+    """*text*, or its beginning."""
+    return text if len(text) <= length else f"{text[: length - 1]}…"
+
+
 def size(number: int) -> str:
     """``1.5 GiB``; bytes below 1 KiB."""
     if number < 1024:

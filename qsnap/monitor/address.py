@@ -49,11 +49,25 @@ class TcpAddress(NamedTuple):
 Address = UnixAddress | TcpAddress
 
 
-def parse_address(text: str) -> Address:
+def parse_address(text: str, *, relative_to: str = "") -> Address:
     """The address that *text* means.
 
+    :param relative_to: the directory that relative paths start from. Default: the working directory.
     :raise BadUsage: none; the message shows good ones.
     """
+    address = _parse(text, relative_to)
+    if not isinstance(address, UnixAddress):
+        return address
+    path = _path(address.path, relative_to)
+    if len(path.encode(errors="surrogateescape")) > MAX_UNIX_PATH_BYTES:
+        raise BadUsage(
+            f"the socket path {path!r} is longer than the {MAX_UNIX_PATH_BYTES} bytes that the system "
+            "allows; use a shorter one, or a relative one from a directory nearer to it"
+        )
+    return UnixAddress(path)
+
+
+def _parse(text: str, relative_to: str) -> Address:
     given = text.strip()
     if not given or "\0" in given:
         raise BadUsage(f"the monitor address is empty or broken; a good one is {_EXAMPLES}")
@@ -70,7 +84,7 @@ def parse_address(text: str) -> Address:
     if "/" not in pasted and re.fullmatch(r"[\w.-]+:\d+", pasted):
         raise BadUsage(f"{given!r} looks like a host and port: write tcp:{pasted}")
     # A plain path may hold commas of its own; QEMU's options follow only where no such file is.
-    if "," in pasted and not os.path.exists(os.path.expanduser(pasted)):
+    if "," in pasted and not os.path.exists(_path(pasted, relative_to)):
         return _unix(_first_field(pasted), given)
     return _unix(pasted, given)
 
@@ -87,13 +101,11 @@ def _fields(text: str) -> list[str]:
 def _unix(path: str, given: str) -> UnixAddress:
     if not path:
         raise BadUsage(f"{given!r} names no socket; a good address is {_EXAMPLES}")
-    expanded = os.path.expanduser(path)
-    if len(expanded.encode(errors="surrogateescape")) > MAX_UNIX_PATH_BYTES:
-        raise BadUsage(
-            f"the socket path {expanded!r} is longer than the {MAX_UNIX_PATH_BYTES} bytes that the system "
-            "allows; use a shorter one, or a relative one from a directory nearer to it"
-        )
-    return UnixAddress(expanded)
+    return UnixAddress(path)
+
+
+def _path(path: str, relative_to: str) -> str:
+    return os.path.join(relative_to, os.path.expanduser(path))
 
 
 def _tcp(text: str, given: str) -> TcpAddress:

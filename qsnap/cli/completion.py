@@ -1,0 +1,218 @@
+"""Completion for bash, zsh and fish: what can be put at the cursor, written so that the shell takes it as one word.
+
+The shell must not obey what a VM or a snapshot is called, and a prompt must not wait or be written over: names that
+cannot be typed are left out, a VM has ``_PATIENCE_S`` to answer, and every error is silence.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import re
+import sys
+from collections.abc import Collection, Iterable, Iterator
+from typing import TYPE_CHECKING, ClassVar
+
+import click
+from click.shell_completion import (
+    BashComplete,
+    CompletionItem,
+    FishComplete,
+    ShellComplete,
+    ZshComplete,
+    split_arg_string,
+)
+
+if TYPE_CHECKING:
+    from qsnap.cli.session import Options
+    from qsnap.vm import VM
+
+#: Seconds that a VM has for its answer; usually it takes some hundredths.
+_PATIENCE_S = 1.0
+
+
+def script(cli: click.Command, shell: str) -> str:
+    """What a shell is to run at its start."""
+    return _made(cli, shell).source()
+
+
+def answer(cli: click.Command, instruction: str) -> int:
+    """Tell a shell's script what there is for the command line in its environment; an exit code."""
+    shell, _, _ = instruction.partition("_")
+    # Whatever a library has to say goes nowhere: below it is the user's prompt.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+    try:
+        sys.stdout.buffer.write(_made(cli, shell).complete().encode(errors="surrogateescape") + b"\n")
+        sys.stdout.flush()
+    except Exception:  # noqa: BLE001 (see above)
+        return 1
+    return 0
+
+
+def offer(kind: str, options: Options, taken: Collection[str], incomplete: str) -> list[CompletionItem[str]]:
+    """The items of that *kind* that begin with *incomplete*, without those that are *taken* already.
+
+    :param kind: "tags" or "nodes" of the VM that the options mean, "vms", or "files".
+    """
+    if kind == "files":
+        return [CompletionItem(incomplete, type="file")]
+    found = dict(_vms(options) if kind == "vms" else _of_vm(kind, options))
+    return [
+        CompletionItem(name, help=help_ or None)
+        for name, help_ in found.items()
+        if name.startswith(incomplete) and name not in taken and name.isprintable()
+    ]
+
+
+def _vms(options: Options) -> Iterator[tuple[str, str]]:
+    from qsnap.choice import known_vms
+    from qsnap.config import load
+    from qsnap.discovery import running_vms
+
+    for vm in known_vms(load(options.config), running_vms()):
+        if vm.word:
+            yield vm.word, f"process {vm.running.pid}" if vm.running else "config file"
+
+
+def _of_vm(kind: str, options: Options) -> Iterable[tuple[str, str]]:
+    from qsnap.cli.session import target
+    from qsnap.vm import connect
+
+    async def tags(vm: VM) -> list[tuple[str, str]]:
+        from qsnap.cli.text import date
+
+        return [(snapshot.tag, date(snapshot.date)) for snapshot in await vm.list()]
+
+    async def nodes(vm: VM) -> list[tuple[str, str]]:
+        return [(device.node, device.device) for device in (await vm.status()).devices if device.node]
+
+    async def ask() -> list[tuple[str, str]]:
+        async with connect(target(options).address, timeout_s=_PATIENCE_S) as vm:
+            return await (tags if kind == "tags" else nodes)(vm)
+
+    return asyncio.run(ask())
+
+
+def _made(cli: click.Command, shell: str) -> ShellComplete:
+    for kind in (_Bash, _Zsh, _Fish):
+        if kind.name == shell:
+            return kind(cli, {}, "qsnap", "_QSNAP_COMPLETE")
+    raise ValueError(shell)
+
+
+def _option_part(word: str) -> str:
+    """``--vm=`` of ``--vm=web``: the value is completed, the word is what bash does not see and others replace."""
+    return re.match(r"(--[\w-]+=)?", word)[0]  # type: ignore[index]
+
+
+class _Zsh(ZshComplete):
+    def format_completion(self, item: CompletionItem[str]) -> str:
+        _, incomplete = self.get_completion_args()
+        return super().format_completion(_prefixed(item, _option_part(incomplete)))
+
+
+class _Fish(FishComplete):
+    # click's own cuts a value at its first comma.
+    source_template: ClassVar[str] = """\
+function %(complete_func)s
+    for line in (env %(complete_var)s=fish_complete COMP_WORDS=(commandline -cp | string collect) \
+COMP_CWORD=(commandline -ct | string collect) %(prog_name)s)
+        set -l parts (string split -m 1 "," -- $line)
+        switch $parts[1]
+            case dir
+                __fish_complete_directories $parts[2]
+            case file
+                __fish_complete_path $parts[2]
+            case plain
+                echo $parts[2]
+        end
+    end
+end
+complete --no-files --command %(prog_name)s --arguments "(%(complete_func)s)"
+"""
+
+    def format_completion(self, item: CompletionItem[str]) -> str:
+        _, incomplete = self.get_completion_args()
+        return super().format_completion(_prefixed(item, _option_part(incomplete)))
+
+
+def _prefixed(item: CompletionItem[str], prefix: str) -> CompletionItem[str]:
+    return CompletionItem(prefix + item.value, type=item.type, help=item.help)
+
+
+class _Bash(BashComplete):
+    """click's own neither quotes values nor knows that bash cuts words at ``:`` and ``=`` too."""
+
+    source_template: ClassVar[str] = """\
+%(complete_func)s() {
+    local type value
+    COMPREPLY=()
+    while IFS=, read -r type value; do
+        case $type in
+            dir) compopt -o dirnames ;;
+            file) compopt -o default ;;
+            plain) COMPREPLY+=("$value") ;;
+        esac
+    done < <(COMP_LINE=$COMP_LINE COMP_POINT=$COMP_POINT COMP_WORDBREAKS=$COMP_WORDBREAKS \
+%(complete_var)s=bash_complete "$1")
+}
+complete -o nosort -F %(complete_func)s %(prog_name)s
+"""
+
+    def source(self) -> str:
+        # Not click's, which starts a bash to ask for its version.
+        return ShellComplete.source(self)
+
+    def get_completion_args(self) -> tuple[list[str], str]:
+        line = self._line()
+        word = _last_word(line)
+        unquoted = "".join(split_arg_string(word))
+        return split_arg_string(line[: len(line) - len(word)])[1:], unquoted
+
+    def get_completions(self, args: list[str], incomplete: str) -> list[CompletionItem[str]]:
+        found = super().get_completions(args, incomplete)
+        return [fitting for item in found if (fitting := self._fitting(item))]
+
+    def format_completion(self, item: CompletionItem[str]) -> str:
+        return f"{item.type},{item.value}"
+
+    def _line(self) -> str:
+        # COMP_POINT counts bytes or characters, as the locale has it; at the end, the usual place, both mean all.
+        line = os.environ["COMP_LINE"]
+        point = int(os.environ["COMP_POINT"])
+        return line if point >= len(line) else line[:point]
+
+    def _fitting(self, item: CompletionItem[str]) -> CompletionItem[str] | None:
+        """The item as bash is to write it behind the last place where it cuts the word; None where it cannot."""
+        if item.type != "plain":
+            return item
+        word = _last_word(self._line())
+        word = word.removeprefix(_option_part(word))
+        quote = word[:1] if word[:1] in ("'", '"') else ""
+        written = _quoted(item.value, quote)
+        if written is None:
+            return None
+        if not quote:
+            breaks = re.escape(os.environ.get("COMP_WORDBREAKS", "").replace("'", "").replace('"', ""))
+            cut = re.match(rf"(?:\\.|[^\\])*(?<!\\)[{breaks}]|", word) if breaks else None
+            prefix = cut[0] if cut else ""
+            if not written.startswith(prefix):
+                return None
+            written = written.removeprefix(prefix)
+        return CompletionItem(written)
+
+
+def _last_word(line: str) -> str:
+    """The unfinished word at the end of a shell's line, with its quotes."""
+    match = re.search(r"""(?:[^\s'"\\]|\\.|'[^']*'|"(?:[^"\\]|\\.)*")*(?:'[^']*|"(?:[^"\\]|\\.)*)?\\?$""", line)
+    return match[0] if match else ""
+
+
+def _quoted(value: str, quote: str) -> str | None:
+    """*value* as it stands in a bash command line inside of *quote*, which stays open; None if it cannot."""
+    if quote == "'":
+        return None if "'" in value else value
+    if quote == '"':
+        # "!" is history, and cannot be quoted there.
+        return None if "!" in value else re.sub(r'(["\\$`])', r"\\\1", value)
+    return re.sub(r"([^\w@%+=:,./-])", r"\\\1", value)

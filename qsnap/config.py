@@ -1,0 +1,216 @@
+"""The config file: names for VMs, where their monitors are, and defaults for options.
+
+::
+
+    default-vm = "web"              # meant where no other is named
+
+    [defaults]                      # of every VM
+    timeout = 600                   # seconds
+
+    [vm.web]
+    monitor = "~/vm/web.qmp"        # relative to this file; without it, the running VM of that -name
+    exclude = ["scratch"]           # as --exclude scratch
+    vmstate = "root"                # as --vmstate root
+    no-replace = true               # as --no-replace
+
+What is given on the command line wins over ``[vm.NAME]``, and that over ``[defaults]``. Anything that is not known is
+an error, with the key and its line: a default that is misspelt would be silently without effect.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from qsnap.errors import BadUsage
+from qsnap.monitor.address import Address, parse_address
+
+
+class Settings(NamedTuple):
+    """Defaults of options, None for those that are not set."""
+
+    timeout: float | None = None
+    vmstate: str | None = None
+    exclude: tuple[str, ...] | None = None
+    no_replace: bool | None = None
+
+    def over(self, others: Settings) -> Settings:
+        """These, and where they say nothing *others*."""
+        return others._replace(**{name: value for name, value in self._asdict().items() if value is not None})
+
+
+class ConfiguredVM(NamedTuple):
+    """One ``[vm.NAME]``.
+
+    :ivar monitor: None means the running VM of that name.
+    """
+
+    name: str
+    monitor: Address | None
+    settings: Settings
+
+
+class Config(NamedTuple):
+    """A config file, checked."""
+
+    default_vm: str | None = None
+    defaults: Settings = Settings()
+    vms: Mapping[str, ConfiguredVM] = {}
+
+    def settings(self, name: str | None) -> Settings:
+        """The defaults for the VM of that name in this file, or for one that it does not name."""
+        found = self.vms.get(name) if name is not None else None
+        return found.settings.over(self.defaults) if found else self.defaults
+
+
+def default_path() -> Path:
+    """Where the file is by default: ``~/.config/qsnap/config.toml``, or as XDG_CONFIG_HOME says."""
+    from platformdirs import user_config_path
+
+    return user_config_path("qsnap") / "config.toml"
+
+
+def load(path: str | Path | None = None) -> Config:
+    """Read the file at *path*; None is the default one, which need not exist.
+
+    :raise BadUsage: it cannot be read, or holds what is not known or cannot be meant.
+    """
+    where = Path(path).expanduser() if path is not None else default_path()
+    try:
+        text = where.read_text(encoding="utf-8")
+    except (FileNotFoundError, NotADirectoryError) as error:
+        if path is None:
+            return Config()
+        raise BadUsage(f"the config file {where} cannot be read: {error.strerror}") from error
+    except OSError as error:
+        raise BadUsage(f"the config file {where} cannot be read: {error.strerror}") from error
+    except ValueError as error:  # no UTF-8, or a path with a NUL
+        raise BadUsage(f"the config file {where} cannot be read: {error}") from error
+    return parse(text, where)
+
+
+def parse(text: str, path: Path) -> Config:
+    """The meaning of *text*, as the file at *path*."""
+    import tomllib
+
+    try:
+        document = tomllib.loads(text)
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
+        raise BadUsage(f"{path}: {error}") from error
+    return _Reader(text, path).config(document)
+
+
+class _Reader:
+    """Checks a document key by key, and knows where each stands."""
+
+    def __init__(self, text: str, path: Path) -> None:
+        self._text = text
+        self._path = path
+
+    def config(self, document: Mapping[str, Any]) -> Config:
+        self._known(document, (), ("default-vm", "defaults", "vm"))
+        default_vm = document.get("default-vm")
+        if default_vm is not None and (not isinstance(default_vm, str) or not default_vm):
+            raise self._error(("default-vm",), "must be the name of a VM")
+        tables = self._table(document, ("vm",))
+        return Config(
+            default_vm=default_vm,
+            defaults=self._settings(self._table(document, ("defaults",)), ("defaults",), _OPTIONS),
+            vms={name: self._vm(name, self._table(tables, ("vm", name))) for name in tables},
+        )
+
+    def _vm(self, name: str, table: Mapping[str, Any]) -> ConfiguredVM:
+        where = ("vm", name)
+        settings = self._settings(table, where, ("monitor", *_OPTIONS))
+        monitor = table.get("monitor")
+        if monitor is None:
+            return ConfiguredVM(name, None, settings)
+        if not isinstance(monitor, str):
+            raise self._error((*where, "monitor"), "must be a string, as after -m")
+        try:
+            address = parse_address(monitor, relative_to=str(self._path.absolute().parent))
+        except BadUsage as error:
+            raise self._error((*where, "monitor"), f"cannot be meant: {error}") from error
+        return ConfiguredVM(name, address, settings)
+
+    def _settings(self, table: Mapping[str, Any], where: tuple[str, ...], known: Iterable[str]) -> Settings:
+        self._known(table, where, known)
+        values: dict[str, Any] = {}
+        for key, (is_good, meaning) in _OPTIONS.items():
+            value = table.get(key)
+            if value is not None and not is_good(value):
+                raise self._error((*where, key), f"must be {meaning}")
+            values[key.replace("-", "_")] = tuple(value) if isinstance(value, list) else value
+        return Settings(**values)
+
+    def _table(self, outer: Mapping[str, Any], where: tuple[str, ...]) -> Mapping[str, Any]:
+        table = outer.get(where[-1], {})
+        if not isinstance(table, dict):
+            raise self._error(where, f"must be a table: [{_written(where)}]")
+        return table
+
+    def _known(self, table: Mapping[str, Any], where: tuple[str, ...], known: Iterable[str]) -> None:
+        for key in table:
+            if key not in known:
+                from difflib import get_close_matches
+
+                near = get_close_matches(key, known, 1)
+                guess = f"; did you mean {near[0]!r}?" if near else f"; known here: {', '.join(known)}"
+                raise self._error((*where, key), f"is not known{guess}")
+
+    def _error(self, keys: tuple[str, ...], what: str) -> BadUsage:
+        return BadUsage(f"{self._path}, line {line_of(self._text, keys)}: {_written(keys)} {what}")
+
+
+def line_of(text: str, keys: tuple[str, ...]) -> int:
+    """The line, from 1, on which a key of a valid document stands.
+
+    tomllib does not tell. But a document that is cut behind a line is one itself, unless a value goes on there; so
+    the key begins behind the last good cut that is without it.
+    """
+    import tomllib
+
+    lines = text.split("\n")
+    last_without = 0
+    for count in range(1, len(lines) + 1):
+        try:
+            found: object = tomllib.loads("\n".join(lines[:count]) + "\n")
+        except tomllib.TOMLDecodeError:
+            continue
+        for key in keys:
+            found = found.get(key) if isinstance(found, dict) else None
+        if found is not None:
+            return last_without + 1
+        last_without = count
+    return last_without + 1
+
+
+def _written(keys: tuple[str, ...]) -> str:
+    """A key as TOML writes it."""
+    return ".".join(key if key.replace("-", "").replace("_", "").isalnum() else f"{key!r}" for key in keys)
+
+
+def _is_seconds(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < float("inf")
+
+
+def _is_name(value: object) -> bool:
+    return isinstance(value, str) and bool(value)
+
+
+def _are_names(value: object) -> bool:
+    return isinstance(value, list) and all(map(_is_name, value))
+
+
+def _is_flag(value: object) -> bool:
+    return isinstance(value, bool)
+
+
+#: The keys that are options: which values are good, and in words.
+_OPTIONS = {
+    "timeout": (_is_seconds, "a number of seconds above 0"),
+    "vmstate": (_is_name, "the name of a node"),
+    "exclude": (_are_names, 'a list of nodes, as ["scratch"]'),
+    "no-replace": (_is_flag, "true or false"),
+}
