@@ -12,6 +12,8 @@
     exclude = ["scratch"]           # as --exclude scratch
     vmstate = "root"                # as --vmstate root
     no-replace = true               # as --no-replace
+    safe-replace = true             # as --safe-replace
+    lock-wait = 60                  # as --lock-wait 60
 
 What is given on the command line wins over ``[vm.NAME]``, and that over ``[defaults]``. Anything that is not known is
 an error, with the key and its line: a default that is misspelt would be silently without effect.
@@ -34,6 +36,8 @@ class Settings(NamedTuple):
     vmstate: str | None = None
     exclude: tuple[str, ...] | None = None
     no_replace: bool | None = None
+    safe_replace: bool | None = None
+    lock_wait: float | None = None
 
     def over(self, others: Settings) -> Settings:
         """These, and where they say nothing *others*."""
@@ -195,6 +199,10 @@ def _is_seconds(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < float("inf")
 
 
+def _is_wait(value: object) -> bool:
+    return value == 0 or _is_seconds(value)
+
+
 def _is_name(value: object) -> bool:
     return isinstance(value, str) and bool(value)
 
@@ -213,4 +221,6 @@ _OPTIONS = {
     "vmstate": (_is_name, "the name of a node"),
     "exclude": (_are_names, 'a list of nodes, as ["scratch"]'),
     "no-replace": (_is_flag, "true or false"),
+    "safe-replace": (_is_flag, "true or false"),
+    "lock-wait": (_is_wait, "a number of seconds, or 0"),
 }

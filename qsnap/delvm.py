@@ -8,20 +8,23 @@ from collections.abc import Sequence
 from qsnap import devices as rules
 from qsnap import snapshots
 from qsnap.errors import PartialFailure, PrecheckRefused, QsnapError, SnapshotNotFound, VerifyFailed
+from qsnap.journal import Journal
 from qsnap.model import DeleteResult, Device, Labels
 from qsnap.monitor import Monitor
 from qsnap.precheck import refuse_untransportable, runstate_findings
-from qsnap.stopped import AFTERMATH_TIMEOUT_S
 from qsnap.undisturbed import undisturbed
 
 
-async def do_delvm(monitor: Monitor, tags: Sequence[str], *, missing_ok: bool = False) -> DeleteResult:
+async def do_delvm(
+    monitor: Monitor, tags: Sequence[str], *, missing_ok: bool = False, journal: Journal | None = None
+) -> DeleteResult:
     """Delete snapshots from every device that holds them, those that are on some devices only too.
 
     The guest keeps its run state; a running one stands still while QEMU deletes.
 
     :param tags: deleted one after another; an error with one does not keep the others from being deleted.
     :param missing_ok: a tag that no device holds is no error.
+    :param journal: of the claim that this is done under; without one nobody sees it through if we are killed.
     :return: for each tag the node-names that held it.
     :raise NotSupported: the tag cannot go through a human monitor.
     :raise SnapshotNotFound: no device holds the tag (with several tags: any of them).
@@ -38,7 +41,7 @@ async def do_delvm(monitor: Monitor, tags: Sequence[str], *, missing_ok: bool = 
     failed: dict[str, QsnapError] = {}
     for tag in dict.fromkeys(tags):
         try:
-            deleted[tag], names = await _delete(monitor, tag, missing_ok)
+            deleted[tag], names = await _delete(monitor, tag, missing_ok, journal or Journal())
             labels.update(names)
         except QsnapError as error:
             failed[tag] = error
@@ -55,7 +58,7 @@ async def do_delvm(monitor: Monitor, tags: Sequence[str], *, missing_ok: bool = 
     raise PartialFailure(tuple(deleted), failed)
 
 
-async def _delete(monitor: Monitor, tag: str, missing_ok: bool) -> tuple[tuple[str, ...], Labels]:
+async def _delete(monitor: Monitor, tag: str, missing_ok: bool, journal: Journal) -> tuple[tuple[str, ...], Labels]:
     refuse_untransportable(monitor, tag)
     graph = await monitor.block_graph()
     devices = rules.survey(graph, chooses_devices=monitor.chooses_devices).devices
@@ -63,8 +66,10 @@ async def _delete(monitor: Monitor, tag: str, missing_ok: bool) -> tuple[tuple[s
     if not held and not missing_ok:
         raise SnapshotNotFound(tag)
     if held:
+        await journal.armed()
+        journal.note(tags=(tag,), devices=held)
         # What QEMU has begun it finishes; an interrupt takes effect between two tags.
-        await undisturbed(delete_everywhere(monitor, devices, tag), AFTERMATH_TIMEOUT_S)
+        await undisturbed(delete_everywhere(monitor, devices, tag), journal.patience_s)
     return held, rules.labels(devices)
 
 

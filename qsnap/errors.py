@@ -19,6 +19,7 @@
     ├── SnapshotExists          8   the tag is taken, and replacing it was ruled out
     ├── JobFailed               9   QEMU began the work and reported an error
     ├── VerifyFailed           10   QEMU reported success, and what is there says otherwise
+    ├── VMLocked               11   another qsnap is at work on this VM
     ├── GuestLeftStopped       20   the guest was running and is stopped now: alert on this one
     └── Interrupted      128 + n   signal n ended the command; the guest was resumed
 
@@ -259,6 +260,28 @@ class VerifyFailed(QsnapError):
         return {"tag": self.tag, "problems": list(self.problems)}
 
 
+class VMLocked(QsnapError):
+    """Another qsnap is at work on this VM; nothing was changed.
+
+    :ivar holder: who that is, in words.
+    :ivar pid: its process, where it is known and on this machine.
+    """
+
+    exit_code = 11
+    meaning = "another qsnap holds this VM"
+
+    def __init__(self, holder: str, waited_s: float, cure: str = "", pid: int | None = None) -> None:
+        waited = f" after {waited_s:g} s of waiting" if waited_s else ""
+        super().__init__(
+            f"another qsnap is at work on this VM{waited}: {holder}. {cure or 'Try again when it is done'}"
+        )
+        self.holder = holder
+        self.pid = pid
+
+    def details(self) -> Mapping[str, object]:
+        return {"holder": self.holder, "holder_pid": self.pid}
+
+
 class GuestLeftStopped(QsnapError):
     """The guest was running and is stopped now.
 
@@ -300,6 +323,7 @@ EXIT_TABLE: tuple[tuple[str, str], ...] = (
             SnapshotExists,
             JobFailed,
             VerifyFailed,
+            VMLocked,
             GuestLeftStopped,
         )
     ),

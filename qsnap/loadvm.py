@@ -4,14 +4,25 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Coroutine
 from contextlib import suppress
+from typing import Any, NoReturn
 
-from qsnap.errors import GuestLeftStopped, JobFailed, MonitorError, MonitorLost, PrecheckRefused, QsnapError
+from qsnap.errors import (
+    GuestLeftStopped,
+    JobFailed,
+    MonitorError,
+    MonitorLost,
+    OperationTimeout,
+    PrecheckRefused,
+    QsnapError,
+    SnapshotNotFound,
+)
+from qsnap.journal import Journal
 from qsnap.model import Finding, LoadResult, RunState, Severity
-from qsnap.monitor import Monitor
+from qsnap.monitor import HALF_RESTORED, Monitor
 from qsnap.precheck import LoadPlan, plan_load
-from qsnap.stopped import AFTERMATH_TIMEOUT_S, Pause, has_ended, reconnect, stopped
+from qsnap.stopped import Pause, has_ended, reconnect, stopped
 from qsnap.undisturbed import undisturbed
 
 
@@ -21,6 +32,7 @@ async def do_loadvm(
     *,
     running: bool | None = None,
     exclude: Collection[str] = (),
+    journal: Journal | None = None,
 ) -> LoadResult:
     """Put RAM, device state and disks back to what *tag* holds.
 
@@ -33,6 +45,7 @@ async def do_loadvm(
 
     :param running: True to run the guest afterwards, False to leave it paused. Default: as it was.
     :param exclude: devices that keep the contents they have now, as they did when the tag was saved.
+    :param journal: of the claim that this is done under; without one nobody sees it through if we are killed.
     :return: what was loaded.
     :raise SnapshotNotFound: no device holds the tag, or one lacks it; the guest was not touched.
     :raise PrecheckRefused: it would fail, or mix moments; the guest was not touched.
@@ -41,8 +54,11 @@ async def do_loadvm(
     :raise JobFailed: the same where the guest was not running.
     """
     began = time.monotonic()
+    journal = journal or Journal()
     plan = await plan_load(monitor, tag, exclude=exclude)
-    async with stopped(monitor) as pause:
+    # HMP has no job that tells how a load ended. But a guest that loadvm itself has stopped tells by its run state.
+    by_qemu = not monitor.chooses_devices and running is not False
+    async with stopped(monitor, journal, by_qemu=by_qemu) as pause:
         # Nothing can change from here on, so look once more
         if await plan_load(monitor, tag, exclude=exclude) != plan:
             change = Finding(
@@ -52,21 +68,26 @@ async def do_loadvm(
                 cure="try again",
             )
             raise PrecheckRefused("nothing was loaded, and the guest was resumed", [change])
+        journal.note(loading="begun", was_running=pause.was_running)
         try:
-            await monitor.snapshot_load(tag, plan.vmstate, plan.devices)
+            await monitor.snapshot_load(tag, plan.vmstate, plan.devices, ended=lambda error: _note_end(journal, error))
         except JobFailed as failure:
-            await _leave_stopped(monitor, pause, plan, failure)
+            if has_touched_nothing(failure):
+                raise await _not_loaded(monitor, plan, failure) from failure
+            await _leave_stopped(monitor, pause, journal, plan, failure)
         except MonitorLost as lost:
-            if error := await undisturbed(_outcome_after(lost, monitor), AFTERMATH_TIMEOUT_S):
-                await undisturbed(_leave_stopped(monitor, pause, plan, error), AFTERMATH_TIMEOUT_S)
+            outcome = outcome_after(lost, monitor, was_running=pause.was_running)
+            if error := await _awaited(outcome, pause, journal):
+                await _leave_stopped(monitor, pause, journal, plan, error)
         except asyncio.CancelledError as cancelled:
             # It goes on inside QEMU; only its end tells whether the guest may run
-            if error := await undisturbed(monitor.settle(), AFTERMATH_TIMEOUT_S):
-                await undisturbed(_leave_stopped(monitor, pause, plan, error), AFTERMATH_TIMEOUT_S)
+            if error := await _awaited(monitor.settle(), pause, journal):
+                await _leave_stopped(monitor, pause, journal, plan, error)
             cancelled.add_note(f"the load of {tag!r} had begun and was completed")
             raise
         with suppress(QsnapError):
-            await monitor.mark_half_restored(False)
+            await monitor.clear_mark(HALF_RESTORED)
+        journal.note(loading="")
         if running is not None:
             pause.resume = running
     snapshot = plan.snapshot
@@ -84,32 +105,98 @@ async def do_loadvm(
     )
 
 
-async def _outcome_after(lost: MonitorLost, monitor: Monitor) -> QsnapError | None:
+#: What QEMU says before it has touched anything (migration/savevm.c and block/snapshot.c: load_snapshot), 5.2 to 11.1.
+_UNTOUCHED = (
+    "does not exist in one or more devices",
+    "does not have the requested snapshot",
+    "Snapshot can not be found",
+    "This is a disk-only snapshot",
+    "is writable but does not support snapshots",
+    "No block device node",
+)
+
+
+def has_touched_nothing(failure: JobFailed) -> bool:
+    """Whether QEMU refused a load before it began: RAM and disks are as they were."""
+    return any(sentence in failure.reason for sentence in _UNTOUCHED)
+
+
+def _note_end(journal: Journal, error: JobFailed | None) -> None:
+    """Write down how the load ended, while QEMU's own note of it is still there."""
+    journal.note(loading="" if error is None or has_touched_nothing(error) else "failed")
+
+
+async def _not_loaded(monitor: Monitor, plan: LoadPlan, failure: JobFailed) -> QsnapError:
+    """The error of a load that QEMU refused: another client has changed something under us."""
+    graph = await monitor.block_graph()
+    tag = plan.snapshot.tag
+    if any(not graph.nodes[name].tagged(tag) for name in plan.devices if name in graph.nodes):
+        return SnapshotNotFound(tag, f"snapshot {tag!r} was deleted by another client just now; nothing was loaded")
+    failure.outcome = "nothing was loaded: RAM and disks are as they were"
+    return failure
+
+
+async def outcome_after(lost: MonitorLost, monitor: Monitor, *, was_running: bool) -> QsnapError | None:
     """How a load ended whose connection was lost, as a new one tells; None if it is seen to have ended well."""
     try:
         await reconnect(monitor)
-        # HMP has no job that could be asked.
-        return await monitor.settle() if monitor.chooses_devices else lost
+        return await outcome(lost, monitor, was_running=was_running)
     except QsnapError as error:
         return error
 
 
-async def _leave_stopped(monitor: Monitor, pause: Pause, plan: LoadPlan, failure: QsnapError) -> None:
+async def outcome(doubt: QsnapError, monitor: Monitor, *, was_running: bool) -> QsnapError | None:
+    """How a load ended whose end was not seen; None if it went well, *doubt* where nothing tells."""
+    if monitor.chooses_devices:
+        return await monitor.settle()
+    # loadvm stops a guest that runs, and resumes it after success alone.
+    return None if was_running and await monitor.runstate() is RunState.RUNNING else doubt
+
+
+async def _awaited(ending: Coroutine[Any, Any, QsnapError | None], pause: Pause, journal: Journal) -> QsnapError | None:
+    """How the load ended, once QEMU answers.
+
+    :raise GuestLeftStopped: it does not for so long that this is left to the guard.
+    """
+    try:
+        return await undisturbed(ending, journal.patience_s)
+    except OperationTimeout as error:
+        # Nobody may resume it before the end is known
+        pause.resume = False
+        guard = f"process {journal.guard_pid}, its guard, resumes it if the load goes well"
+        raise GuestLeftStopped(
+            f"the load has not ended: {error}. The guest is stopped; "
+            + (guard if journal.guard_pid is not None else "look at its run state before you `cont` it")
+        ) from error
+
+
+async def _leave_stopped(
+    monitor: Monitor, pause: Pause, journal: Journal, plan: LoadPlan, failure: QsnapError
+) -> NoReturn:
+    """See :func:`_left_stopped`; nobody may disturb it."""
+    pause.resume = False
+    await undisturbed(_left_stopped(monitor, pause, journal, plan, failure), journal.patience_s)
+
+
+async def _left_stopped(
+    monitor: Monitor, pause: Pause, journal: Journal, plan: LoadPlan, failure: QsnapError
+) -> NoReturn:
     """After a load that failed midway: see that the guest stands still, and say how things are.
 
     :raise GuestLeftStopped: if it was running before.
     :raise MonitorLost: there is no guest any more.
     :raise JobFailed: otherwise.
     """
-    pause.resume = False
     if isinstance(failure, MonitorError) and await has_ended(monitor):
+        journal.note(stopped=False, loading="")
         raise MonitorLost("QEMU has ended; there is no guest any more") from failure
     with suppress(QsnapError):
-        await monitor.mark_half_restored(True)
+        await monitor.set_mark(HALF_RESTORED, "yes")
     with suppress(MonitorError):
         if await monitor.runstate() is RunState.RUNNING:
             # QEMU 6.0.0 resumes after a failed loadvm (fixed in 6.1: c53cd04e70).
             await monitor.stop()
+    journal.note(stopped=False, loading="")
     tag = plan.snapshot.tag
     outcome = (
         f"RAM and disks may be half restored, so the guest is left stopped on purpose. Load a good snapshot "

@@ -335,6 +335,31 @@ class Job(Struct, frozen=True):
         return self.status == "concluded"
 
 
+class Recovered(Struct, frozen=True):
+    """What was done about a run that died."""
+
+    operation: str
+    """"save", "load" or "delete"."""
+    tags: tuple[str, ...]
+    pid: int
+    """Its process, which is no more."""
+    began: str
+    """ISO 8601."""
+    actions: tuple[str, ...]
+    """What was done, a sentence each; none where nothing was left to do."""
+
+
+class Unfinished(Struct, frozen=True):
+    """A run that goes on, or that died and was not seen to yet."""
+
+    operation: str
+    tags: tuple[str, ...]
+    pid: int
+    began: str
+    is_alive: bool | None
+    """None where it cannot be told: it is of another machine, container or version."""
+
+
 class Status(Struct, frozen=True):
     """The guest, and what of ours is left behind on it."""
 
@@ -347,6 +372,10 @@ class Status(Struct, frozen=True):
     vmstate: str | None
     devices: tuple[Device, ...]
     leftover_jobs: tuple[Job, ...]
+    run: Unfinished | None = None
+    """Whose claim on this VM there is."""
+    is_half_restored: bool = False
+    """A load has failed midway."""
 
 
 def tag_problem(tag: str) -> str | None:

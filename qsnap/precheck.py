@@ -26,7 +26,7 @@ from qsnap.model import (
     Verdict,
     tag_problem,
 )
-from qsnap.monitor import Monitor
+from qsnap.monitor import HALF_RESTORED, Monitor
 
 #: Run states in which QEMU refuses a save, or crashes in it (before 9.0: an assertion on inactive images).
 _RUNSTATES_REFUSED = {
@@ -101,7 +101,7 @@ async def plan_save(
             monitor.migration(),
             monitor.block_graph(),
             monitor.memory_size(),
-            monitor.is_half_restored(),
+            monitor.mark(HALF_RESTORED),
             monitor.leftover_jobs(),
         )
     except CommandFailed as error:
@@ -117,7 +117,7 @@ async def plan_save(
     findings = [
         *_tag_findings(tag),
         *runstate_findings(runstate),
-        *_aftermath_findings(runstate, half_restored, leftovers),
+        *_aftermath_findings(runstate, half_restored is not None, leftovers),
         *_migration_findings(migration, monitor.version),
         *survey.findings,
         *_room_findings(graph, survey.vmstate, tag, image, estimate, force, monitor.chooses_devices),

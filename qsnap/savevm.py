@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from datetime import datetime, timedelta
 
 from qsnap import devices as rules
 from qsnap import snapshots
 from qsnap.delvm import delete_everywhere
 from qsnap.errors import (
+    BadUsage,
     GuestLeftStopped,
     JobFailed,
     MonitorLost,
@@ -19,23 +20,29 @@ from qsnap.errors import (
     SnapshotExists,
     VerifyFailed,
 )
+from qsnap.journal import Journal, Record, row_keys
 from qsnap.model import (
+    MAX_TAG_BYTES,
     BlockGraph,
-    CheckReport,
+    Device,
     Finding,
     Kind,
     NodeSnapshot,
     RunState,
     SaveResult,
     Severity,
+    Snapshot,
     Verdict,
     automatic_tag,
 )
 from qsnap.monitor import Monitor
 from qsnap.precheck import SavePlan, plan_save
 from qsnap.progress import Watcher, watched
-from qsnap.stopped import AFTERMATH_TIMEOUT_S, Pause, cure_of, reconnect, stopped
+from qsnap.stopped import Pause, cure_of, reconnect, stopped
 from qsnap.undisturbed import undisturbed
+
+#: What the tag of a stand-in ends with.
+STAND_IN_SUFFIX = ".qsnap-stand-in"
 
 
 async def do_savevm(
@@ -48,6 +55,8 @@ async def do_savevm(
     force: bool = False,
     dry_run: bool = False,
     watch: Watcher | None = None,
+    safe_replace: bool = False,
+    journal: Journal | None = None,
 ) -> SaveResult:
     """Save RAM, device state and every writable disk under one tag.
 
@@ -66,6 +75,10 @@ async def do_savevm(
     :param force: let a lack of room only warn.
     :param dry_run: decide everything and do nothing.
     :param watch: called every 0.1 s while QEMU writes.
+    :param safe_replace: never be without a whole snapshot: the new state is first written under
+        TAG.qsnap-stand-in, then the older snapshot is deleted, then the same state is written under TAG, and the
+        stand-in deleted. The guest stands still for both writes.
+    :param journal: of the claim that this is done under; without one nobody sees it through if we are killed.
     :return: the snapshot as read back from QEMU.
     :raise PrecheckRefused: before the guest is touched.
     :raise SnapshotExists: with ``replace=False``; nothing has changed.
@@ -76,6 +89,9 @@ async def do_savevm(
     :raise GuestLeftStopped: the guest could not be resumed; the first error is the context.
     """
     began = time.monotonic()
+    journal = journal or Journal()
+    if safe_replace and not replace:
+        raise BadUsage("a safe replacement and no replacement exclude each other")
 
     # Verify that no writable device is unable to snapshot, and choose the one for the VM state
     plan = await plan_save(monitor, tag, vmstate=vmstate, exclude=exclude, force=force)
@@ -83,44 +99,63 @@ async def do_savevm(
     report, state_node = plan.report, plan.report.vmstate
     assert state_node is not None  # or the plan had been refused
     name = tag if tag is not None else _free_automatic_tag(plan.graph)
+    stand_in = stand_in_of(name) if safe_replace else ""
     replaced = snapshots.holders(plan.graph, report.devices, name)
     if replaced and not replace:
         raise SnapshotExists(name, rules.spoken(replaced, report.devices))
     if dry_run:
         return _result(plan, name, bool(replaced), began, dry_run=True)
 
-    attempt = _Attempt(monitor, name, report)
+    journal.note(tags=(name,), vmstate=state_node, devices=report.saved)
+    attempt = Attempt(monitor, journal, report.devices)
     try:
         # saved_vm_running = runstate_is_running(); vm_stop(RUN_STATE_SAVE_VM)
-        async with stopped(monitor) as pause:
+        async with stopped(monitor, journal) as pause:
             graph = await _unchanged_graph(monitor, plan, vmstate, exclude)
 
-            # Delete old snapshots of the same name, wherever they are
+            # Old snapshots of the same name, wherever they are: what is to be replaced gets a stand-in first
             replaced = snapshots.holders(graph, report.devices, name)
             if replaced and not replace:
                 raise SnapshotExists(name, rules.spoken(replaced, report.devices))
-            attempt.older = replaced
-            if replaced and not attempt.leaves_deletion_to_qemu(graph):
+            if stand_in:
+                await _stand_in(attempt, graph, stand_in)
+
+            # Delete them
+            if replaced and not attempt.begin_deletion(graph):
                 await delete_everywhere(monitor, report.devices, name)
 
-            # Save the VM state, and create the snapshots
-            attempt.saving = True
+            # Save the VM state, and create the snapshots; an error on one device is not passed over
+            journal.note(saving=True)
             async with watched(watch, plan.image, plan.estimate and plan.estimate.expected):
-                await monitor.snapshot_save(name, state_node, report.saved)
-
-            # An error on one device is not passed over: all of them are read back
-            graph = await monitor.block_graph()
-            if problems := snapshots.save_problems(graph, name, state_node, report.saved):
-                raise VerifyFailed(name, problems)
+                graph = await attempt.write(name)
             # Two saves of a paused guest in one second look the same in HMP's tables.
             if pause.was_running and not attempt.has_made_something(graph):
                 raise VerifyFailed(name, ["the older snapshot is still there, and no new one"])
+            if stand_in:
+                await delete_everywhere(monitor, report.devices, stand_in)
         # the_end: if (saved_vm_running) vm_start(): done by leaving the block
     except BaseException as failure:
-        await undisturbed(attempt.clear_up(failure), AFTERMATH_TIMEOUT_S)
+        was_running = report.runstate is RunState.RUNNING
+        await undisturbed(attempt.clear_up(failure, was_running=was_running), journal.patience_s)
         raise
     (row,) = graph.nodes[state_node].tagged(name)
     return _result(plan, name, bool(replaced), began, row=row, pause=pause)
+
+
+async def _stand_in(attempt: Attempt, graph: BlockGraph, stand_in: str) -> None:
+    """See that a whole snapshot stands while the tag is replaced: the new state, or an older one, under *stand_in*.
+
+    One that an earlier save has left behind protects as well as a new one, if the tag itself cannot be loaded. If it
+    can, that one is of no more use.
+    """
+    older = snapshots.find(graph, attempt.devices, attempt.tag)
+    left = snapshots.holders(graph, attempt.devices, stand_in)
+    attempt.journal.note(stand_in=stand_in)
+    if left and (not attempt.is_whole(graph, stand_in) or (older and is_loadable(older))):
+        await delete_everywhere(attempt.monitor, attempt.devices, stand_in)
+        left = ()
+    if older and not left:
+        await attempt.write(stand_in)
 
 
 def _free_automatic_tag(graph: BlockGraph) -> str:
@@ -149,105 +184,170 @@ async def _unchanged_graph(
     return graph
 
 
-class _Attempt:
-    """How far a save has come, and how it is undone.
+class Attempt:
+    """How far a save has come, and how it is undone: by itself, or by whoever clears up after it.
 
-    :ivar older: the node-names that held an older snapshot of the tag when its deletion began.
-    :ivar older_rows: the same by node-name, where their deletion is left to QEMU: what is left of it is not ours.
-    :ivar saving: QEMU may have been told to save; what else is there under the tag from then on is ours.
+    All that this takes is in the record of its journal.
     """
 
-    def __init__(self, monitor: Monitor, tag: str, report: CheckReport) -> None:
+    def __init__(self, monitor: Monitor, journal: Journal, devices: Sequence[Device]) -> None:
         self.monitor = monitor
-        self.tag = tag
-        self.report = report
-        self.older: tuple[str, ...] = ()
-        self.older_rows: dict[str, tuple[NodeSnapshot, ...]] = {}
-        self.saving = False
+        self.journal = journal
+        self.devices = devices
+        (self.tag,) = journal.record.tags
 
-    def leaves_deletion_to_qemu(self, graph: BlockGraph) -> bool:
-        """Whether QEMU's own savevm is to replace the older snapshot.
+    @property
+    def record(self) -> Record:
+        """What the journal says."""
+        return self.journal.record
 
-        Where HMP saves, it does, and it looks for what blocks a save before it deletes: some QEMUs tell of
-        that in no other way (before 6.0). It deletes one row a device, so no more than that may be there.
+    def begin_deletion(self, graph: BlockGraph) -> bool:
+        """Write down what stands under the tag; whether its deletion is left to QEMU's own savevm.
+
+        Where HMP saves, it is: savevm looks for what blocks a save before it deletes, and some QEMUs tell of that
+        in no other way (before 6.0). It deletes one row a device, so no more than that may be there.
         """
-        rows = {node: tuple(graph.nodes[node].tagged(self.tag)) for node in self.older}
-        if self.monitor.chooses_devices or any(len(of_node) > 1 for of_node in rows.values()):
-            return False
-        self.older_rows = rows
-        return True
+        older = {node: row_keys(graph.nodes[node].tagged(self.tag)) for node in self._held(graph, self.tag)}
+        by_qemu = not self.monitor.chooses_devices and all(len(rows) == 1 for rows in older.values())
+        self.journal.note(older=older, qemu_replaces=by_qemu)
+        return by_qemu
+
+    async def write(self, tag: str) -> BlockGraph:
+        """Have QEMU save under *tag*, and read it back from every device.
+
+        :raise VerifyFailed: what is there is not what it should be.
+        """
+        vmstate, saved = self.record.vmstate, self.record.devices
+        await self.monitor.snapshot_save(tag, vmstate, saved)
+        graph = await self.monitor.block_graph()
+        if problems := snapshots.save_problems(graph, tag, vmstate, saved):
+            raise VerifyFailed(tag, problems)
+        return graph
+
+    def is_whole(self, graph: BlockGraph, tag: str) -> bool:
+        """Whether *tag* is complete on all devices of this save."""
+        return not snapshots.save_problems(graph, tag, self.record.vmstate, self.record.devices)
 
     def has_made_something(self, graph: BlockGraph) -> bool:
         """Whether anything under the tag is not of the older snapshot."""
-        held = snapshots.holders(graph, self.report.devices, self.tag)
+        older = (self.record.older or {}) if self.record.qemu_replaces else {}
         return any(
-            row not in self.older_rows.get(node, ()) for node in held for row in graph.nodes[node].tagged(self.tag)
+            key not in older.get(node, ())
+            for node in self._held(graph, self.tag)
+            for key in row_keys(graph.nodes[node].tagged(self.tag))
         )
 
-    async def clear_up(self, failure: BaseException) -> None:
+    async def clear_up(self, failure: BaseException, *, was_running: bool) -> None:
         """Remove what the save left half made, and say in *failure* how things stand.
-
-        An interrupted save leaves nothing new, nor does one whose connection was lost. But where the old
-        snapshot is gone already and the new one is whole, it is kept: removing it would leave nothing at all.
 
         :raise GuestLeftStopped: the guest runs no more, as it has no room for its own writes either.
         :raise VerifyFailed: QEMU reported an error (*failure*) and has left half a set behind; it is removed.
         """
         if not isinstance(failure, (JobFailed, VerifyFailed, MonitorLost, asyncio.CancelledError)):
             return
-        if isinstance(failure, MonitorLost) and not (self.saving or self.older):
+        begun = self.record.older is not None or self.record.saving or self.record.stand_in
+        if isinstance(failure, MonitorLost) and not begun:
             return
-        leftovers: tuple[str, ...] = ()
+        removed: tuple[str, ...] = ()
+        runstate = RunState.RUNNING
         try:
-            if isinstance(failure, MonitorLost) and self.report.runstate is not RunState.RUNNING:
+            if isinstance(failure, MonitorLost) and not was_running:
                 await reconnect(self.monitor)  # where the guest was resumed, that has been done
             await self.monitor.settle()
-            graph = await self.monitor.block_graph()
-            held = snapshots.holders(graph, self.report.devices, self.tag)
-            if not self.saving or (held and not self.has_made_something(graph)):
-                outcome = self._older_outcome(held)
-            elif self._is_worth_keeping(graph, failure):
-                outcome = f"the new snapshot {self.tag!r} was complete and is kept: it replaced an older one"
-            else:
-                leftovers = held
-                await delete_everywhere(self.monitor, self.report.devices, self.tag)
-                removed = f"what this save made was removed from {', '.join(self._spoken(held))}" if held else ""
-                outcome = f"{removed or 'nothing of it is left'}{self._older_outcome(())}"
+            is_cut_short = isinstance(failure, (MonitorLost, asyncio.CancelledError))
+            removed, outcome = await self.undo(keeps_whole=is_cut_short)
             runstate = await self.monitor.runstate()
             outcome += f"; the guest is {runstate}"
         except QsnapError as trouble:
             outcome = f"clearing up after it failed: {trouble}"
-            runstate = self.report.runstate
-        outcome = outcome.removeprefix("; ")
-        if self.report.runstate is RunState.RUNNING is not runstate:
+        if was_running and runstate is not RunState.RUNNING:
             raise GuestLeftStopped(f"{failure}; {outcome}: {cure_of(runstate)}") from failure
         if isinstance(failure, asyncio.CancelledError):
             failure.add_note(outcome)
         elif isinstance(failure, MonitorLost):
             raise MonitorLost(f"{failure}; {outcome}") from failure
-        elif isinstance(failure, JobFailed) and leftovers:
+        elif isinstance(failure, JobFailed) and removed:
             raise VerifyFailed(self.tag, [str(failure)], outcome) from failure
         else:
             failure.outcome = outcome
 
-    def _spoken(self, nodes: Collection[str]) -> list[str]:
-        return rules.spoken(nodes, self.report.devices)
+    async def undo(self, *, keeps_whole: bool) -> tuple[tuple[str, ...], str]:
+        """Leave a whole snapshot of the tag if there is one to be had, and nothing half made.
 
-    def _is_worth_keeping(self, graph: BlockGraph, failure: BaseException) -> bool:
-        if not self.older or not isinstance(failure, (MonitorLost, asyncio.CancelledError)):
-            return False
-        return not snapshots.save_problems(graph, self.tag, self.report.vmstate or "", self.report.saved)
+        What an unfinished save has made goes, unless it was to replace an older one that is gone already: then it is
+        kept if it is whole (*keeps_whole*), and else its stand-in is.
 
-    def _older_outcome(self, held: Collection[str]) -> str:
-        """What has become of the older snapshot, if its deletion had begun; *held* by these nodes still."""
-        if not self.older:
+        :return: the nodes from which a new row of the tag was removed, and what has become of it all, in words.
+        """
+        graph = await self.monitor.block_graph()
+        held, stand_in = self._held(graph, self.tag), self.record.stand_in
+        removed: tuple[str, ...] = ()
+        if not self.record.saving or (held and not self.has_made_something(graph)):
+            outcome = self._older_outcome(graph)
+        elif keeps_whole and self.record.older and self.is_whole(graph, self.tag):
+            outcome = f"the new snapshot {self.tag!r} was complete and is kept: it replaced an older one"
+        else:
+            removed = held
+            await delete_everywhere(self.monitor, self.devices, self.tag)
+            done = f"what this save made was removed from {self._spoken(held)}" if held else "nothing of it is left"
+            outcome = f"{done}; {self._older_outcome(await self.monitor.block_graph())}".removesuffix("; ")
+        if stand_in and (sentence := await self._undo_stand_in(stand_in)):
+            outcome = f"{outcome}; {sentence}".removeprefix("; ")
+        return removed, outcome or "nothing of it is left"
+
+    async def _undo_stand_in(self, stand_in: str) -> str:
+        """Keep the stand-in while nothing else holds what the tag is to hold."""
+        graph = await self.monitor.block_graph()
+        held = self._held(graph, stand_in)
+        if not held:
+            return ""
+        whole = snapshots.find(graph, self.devices, self.tag)
+        if not self.is_whole(graph, stand_in) or (whole and is_loadable(whole)):
+            await delete_everywhere(self.monitor, self.devices, stand_in)
+            return ""
+        if self._held(graph, self.tag):
+            await delete_everywhere(self.monitor, self.devices, self.tag)
+        return f"the same state stands complete under {stand_in!r}, and can be loaded by that name"
+
+    def _held(self, graph: BlockGraph, tag: str) -> tuple[str, ...]:
+        return snapshots.holders(graph, self.devices, tag)
+
+    def _spoken(self, nodes: Collection[str]) -> str:
+        return ", ".join(rules.spoken(nodes, self.devices))
+
+    def _older_outcome(self, graph: BlockGraph) -> str:
+        """What has become of the older snapshot, if its deletion had begun."""
+        older = self.record.older
+        held = self._held(graph, self.tag)
+        if older is None and held and self.record.stand_in:
+            return f"the older snapshot {self.tag!r} is as it was"
+        if not older:
             return ""
         if not held:
-            return f"; the older snapshot {self.tag!r} had been deleted by then"
-        if held == self.older and self.saving:
-            return f"; the older snapshot {self.tag!r} is as it was"
-        was, now = ", ".join(self._spoken(self.older)), ", ".join(self._spoken(held))
-        return f"; the older snapshot {self.tag!r} was to be deleted from {was}, and is on {now}"
+            return f"the older snapshot {self.tag!r} had been deleted by then"
+        if held == tuple(older) and self.record.saving:
+            return f"the older snapshot {self.tag!r} is as it was"
+        was, now = self._spoken(older), self._spoken(held)
+        return f"the older snapshot {self.tag!r} was to be deleted from {was}, and is on {now}"
+
+
+def is_loadable(snapshot: Snapshot) -> bool:
+    """Whether there is a VM state in it, on no device twice and of one moment, and no device lacks it."""
+    return snapshot.kind is Kind.FULL and not snapshot.problems
+
+
+def stand_in_of(tag: str) -> str:
+    """The tag under which a safe replacement keeps the new state while it replaces *tag*.
+
+    :raise BadUsage: it would be too long.
+    """
+    name = f"{tag}{STAND_IN_SUFFIX}"
+    if len(name.encode(errors="surrogateescape")) > MAX_TAG_BYTES:
+        raise BadUsage(
+            f"the tag {tag!r} is too long to be replaced safely: with the {len(STAND_IN_SUFFIX)} bytes of "
+            f"{STAND_IN_SUFFIX!r} behind it, it has more than {MAX_TAG_BYTES}"
+        )
+    return name
 
 
 def _result(

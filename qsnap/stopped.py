@@ -9,14 +9,11 @@ from contextlib import asynccontextmanager
 from typing import NoReturn
 
 from qsnap.errors import GuestLeftStopped, MonitorBusy, MonitorError, MonitorLost, QsnapError
+from qsnap.journal import Journal
 from qsnap.local import is_alive
 from qsnap.model import RunState
 from qsnap.monitor import Monitor
 from qsnap.undisturbed import undisturbed
-
-#: Seconds that a resume and a clean-up may take. QEMU answers nobody while it writes, and after an interrupt
-#: the write has to end first: this bounds a save of several hundred GiB.
-AFTERMATH_TIMEOUT_S = 900.0
 
 #: Seconds for a new connection, where the old one is lost: QEMU greets nobody either while it writes.
 RECONNECT_TIMEOUT_S = 120.0
@@ -32,8 +29,9 @@ class Pause:
     :ivar runstate: the guest's run state, before and, once the block is left, after it.
     """
 
-    def __init__(self, runstate: RunState) -> None:
+    def __init__(self, runstate: RunState, *, by_qemu: bool = False) -> None:
         self.runstate = runstate
+        self._by_qemu = by_qemu
         self.was_running = runstate is RunState.RUNNING
         self.resume = self.was_running
         self._began: tuple[float | None, float] = (None, 0.0)
@@ -55,7 +53,8 @@ class Pause:
         self._began = (await monitor.stop(), began)
 
     async def _resume(self, monitor: Monitor) -> None:
-        self._ended = (await monitor.cont(), time.monotonic())
+        if not self._by_qemu or await monitor.runstate() is not RunState.RUNNING:
+            self._ended = (await monitor.cont(), time.monotonic())
         self.runstate = await monitor.runstate()
         if self.was_running and self.runstate is not RunState.RUNNING:
             raise GuestLeftStopped(f"QEMU took `cont`, but the guest is {self.runstate}: {cure_of(self.runstate)}")
@@ -73,27 +72,33 @@ def cure_of(runstate: RunState) -> str:
 
 
 @asynccontextmanager
-async def stopped(monitor: Monitor) -> AsyncIterator[Pause]:
+async def stopped(monitor: Monitor, journal: Journal, *, by_qemu: bool = False) -> AsyncIterator[Pause]:
     """Keep the guest stopped for the duration of a block.
 
     On leaving, however that comes about (an error, a cancellation, several of them), a guest that was running
-    runs again, and one that was paused stays paused: unless the block set ``pause.resume`` otherwise.
+    runs again, and one that was paused stays paused: unless the block set ``pause.resume`` otherwise. If this
+    process is killed in the block, the guard of *journal* does that; it is there before the guest is stopped.
 
+    :param by_qemu: leave the stop to the command in the block, and see that the guest runs afterwards.
     :raise GuestLeftStopped: the guest was running and could not be resumed; what happened first is the context.
     """
-    pause = Pause(await monitor.runstate())
+    pause = Pause(await monitor.runstate(), by_qemu=by_qemu)
+    await journal.armed()
     try:
-        if pause.was_running:
+        if pause.was_running and not by_qemu:
+            journal.note(stopped=True)
             await pause._stop(monitor)
         yield pause
         if not pause.resume:
             pause.runstate = await monitor.runstate()
+            journal.note(stopped=False)
     finally:
         if pause.resume:
             try:
-                await undisturbed(_resume(monitor, pause), AFTERMATH_TIMEOUT_S)
+                await undisturbed(_resume(monitor, pause), journal.patience_s)
+                journal.note(stopped=False)
             except QsnapError as error:
-                await _explain_failed_resume(monitor, pause, error)
+                await _explain_failed_resume(monitor, pause, journal, error)
 
 
 async def _resume(monitor: Monitor, pause: Pause) -> None:
@@ -123,13 +128,17 @@ async def reconnect(monitor: Monitor) -> None:
             return
 
 
-async def _explain_failed_resume(monitor: Monitor, pause: Pause, error: Exception) -> NoReturn:
+async def _explain_failed_resume(monitor: Monitor, pause: Pause, journal: Journal, error: Exception) -> NoReturn:
     if isinstance(error, GuestLeftStopped):
+        journal.note(stopped=False)  # QEMU resumed it, and it has stopped by itself
         raise error
     if isinstance(error, MonitorError) and await has_ended(monitor):
+        journal.note(stopped=False)
         raise MonitorLost("QEMU has ended; there is no guest any more") from error
     state = "was running and is stopped now" if pause.was_running else "is still stopped"
     cure = "Connect again and send `cont`" if isinstance(error, MonitorError) else "Try `cont` in its monitor"
+    if pause.was_running and journal.guard_pid is not None:
+        cure = f"Process {journal.guard_pid}, its guard, goes on trying. If that is in vain: {cure}"
     failure = GuestLeftStopped if pause.was_running else QsnapError
     raise failure(f"the guest {state}, and resuming it failed: {error}. {cure}") from error
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import signal
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -23,6 +24,14 @@ def pytest_sessionstart() -> None:
     # A shell starts its background jobs with SIGINT ignored, and so would we every qsnap.
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(autouse=True)
+def runtime_directory(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Where the runs of this test keep their journals; whatever else is at work on this machine is not seen there."""
+    with tempfile.TemporaryDirectory(prefix="qs-run-") as name:
+        monkeypatch.setenv("QSNAP_RUNTIME_DIR", name)
+        yield Path(name)
 
 
 @pytest.fixture

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+import socket
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
@@ -20,6 +21,7 @@ from qsnap.model import (
     QemuVersion,
     RunState,
 )
+from qsnap.monitor import ignore
 
 
 @dataclass
@@ -39,9 +41,10 @@ class FakeMonitor:
     limit: str = "the fake"
     chooses_devices: bool = True
     pid: int | None = None
+    sock: socket.socket | None = None
 
     state: RunState = RunState.RUNNING
-    half_restored: bool = False
+    marks: dict[str, str] = field(default_factory=dict)
     rows: dict[str, list[NodeSnapshot]] = field(default_factory=lambda: {"disk0": [], "disk1": []})
     calls: list[str] = field(default_factory=list)
 
@@ -95,10 +98,16 @@ class FakeMonitor:
                 size = 1 << 20 if name == vmstate else 0
                 self.rows[name].append(msgspec.structs.replace(row, vm_state_size=size))
 
-    async def snapshot_load(self, tag: str, vmstate: str, devices: Sequence[str]) -> None:
+    async def snapshot_load(
+        self, tag: str, vmstate: str, devices: Sequence[str], *, ended: Callable[[JobFailed | None], None] = ignore
+    ) -> None:
         self.calls.append("load")
+        failure = None
         if not all(any(row.tag == tag for row in self.rows[name]) for name in devices):
-            raise JobFailed("snapshot-load", f"Snapshot '{tag}' does not exist in one or more devices")
+            failure = JobFailed("snapshot-load", f"Snapshot '{tag}' does not exist in one or more devices")
+        ended(failure)
+        if failure:
+            raise failure
 
     async def snapshot_delete(self, tag: str, devices: Sequence[str]) -> None:
         self.calls.append("delete")
@@ -107,11 +116,17 @@ class FakeMonitor:
             if first is not None:
                 self.rows[name].remove(first)
 
-    async def is_half_restored(self) -> bool:
-        return self.half_restored
+    async def mark(self, name: str) -> str | None:
+        return self.marks.get(name)
 
-    async def mark_half_restored(self, yes: bool) -> None:
-        self.half_restored = yes
+    async def set_mark(self, name: str, text: str) -> bool:
+        return self.marks.setdefault(name, text) is text
+
+    async def clear_mark(self, name: str) -> None:
+        self.marks.pop(name, None)
+
+    async def take_over(self, pid: int) -> None:
+        pass
 
     async def settle(self) -> QsnapError | None:
         return None

@@ -35,6 +35,7 @@ from qsnap.errors import (
     SnapshotNotFound,
     VerifyFailed,
 )
+from qsnap.journal import Journal
 from qsnap.loadvm import do_loadvm
 from qsnap.model import RunState
 from qsnap.monitor import open_monitor
@@ -452,7 +453,7 @@ async def test_a_failed_load_leaves_the_guest_stopped() -> None:
     assert rules.survey(graph).vmstate == "disk0"
     broken = FakeMonitor(rows=monitor.rows)
 
-    async def fail(tag: str, vmstate: str, devices: Any) -> None:
+    async def fail(tag: str, vmstate: str, devices: Any, **_: Any) -> None:
         broken.state = RunState.RUNNING  # as QEMU 6.0.0 does
         raise qsnap.errors.JobFailed("snapshot-load", "Error -22 while loading VM state")
 
@@ -465,7 +466,7 @@ async def test_a_failed_load_leaves_the_guest_stopped() -> None:
 async def test_stopped_resumes_after_an_error() -> None:
     monitor = FakeMonitor()
     with pytest.raises(ZeroDivisionError):
-        async with stopped(monitor):
+        async with stopped(monitor, Journal()):
             assert monitor.state is RunState.PAUSED
             raise ZeroDivisionError
     assert monitor.state is RunState.RUNNING

@@ -165,6 +165,13 @@ _vm_options = (
         metavar="SECONDS",
         help="End the command after that time, as an interrupt does. Default: none.",
     ),
+    click.option(
+        "--lock-wait",
+        "lock_wait_s",
+        type=float,
+        metavar="SECONDS",
+        help="Wait so long for another qsnap that is at work on the VM; 0 refuses at once. Default: 5.",
+    ),
 )
 
 
@@ -238,6 +245,11 @@ def _excluded(given: tuple[str, ...], settings: Settings) -> tuple[str, ...]:
     default=None,
     help="What to do if the snapshot exists: replace it (the default), or refuse.",
 )
+@click.option(
+    "--safe-replace/--no-safe-replace",
+    default=None,
+    help="Replace it so that a whole snapshot stands at every instant: the state is written twice.",
+)
 @_vmstate
 @_exclude
 @click.option("--force", is_flag=True, help="Try even if there seems to be no room. Overrides nothing else.")
@@ -247,6 +259,7 @@ def save(
     options: Options,
     tag: str | None,
     replace: bool | None,
+    safe_replace: bool | None,
     vmstate: str | None,
     exclude: tuple[str, ...],
     force: bool,
@@ -265,7 +278,7 @@ def save(
             options,
             lambda vm, settings: vm.save(
                 tag,
-                replace=not settings.no_replace if replace is None else replace,
+                **_replacement(replace, safe_replace, settings),
                 vmstate=vmstate or settings.vmstate,
                 exclude=_excluded(exclude, settings),
                 force=force,
@@ -274,6 +287,15 @@ def save(
             ),
         )
     return _shown(lambda: options.renderer.save(result))
+
+
+def _replacement(replace: bool | None, safely: bool | None, settings: Settings) -> dict[str, bool]:
+    """What the options say of a snapshot that exists, and where they say nothing the config file."""
+    if replace is None:
+        replace = bool(safely) or not settings.no_replace
+    if safely is None:
+        safely = replace and bool(settings.safe_replace)
+    return {"replace": replace, "safe_replace": safely}
 
 
 @cli.command()
@@ -355,6 +377,22 @@ def status(options: Options) -> int:
 
     result = run(options, lambda vm, _: vm.status())
     return _shown(lambda: options.renderer.status(result))
+
+
+@cli.command()
+@click.option(
+    "--force", is_flag=True, help="Also where it cannot be told whether that qsnap is dead: on another machine."
+)
+@common_options
+def recover(options: Options, force: bool) -> int:
+    """See to what a qsnap that died has left behind: resume the guest, remove what is half made.
+
+    Its guard does that at once, and every other command but status before its own work. This does nothing else.
+    """
+    from qsnap.cli.session import run
+
+    result = run(options, lambda vm, _: vm.recover(force=force))
+    return _shown(lambda: options.renderer.recover(result))
 
 
 @cli.command()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Literal, TextIO
 
@@ -24,10 +24,12 @@ from qsnap.model import (
     Labels,
     LoadResult,
     NodeSnapshot,
+    Recovered,
     SaveResult,
     Snapshot,
     Status,
     Struct,
+    Unfinished,
     Verdict,
 )
 
@@ -194,14 +196,23 @@ class Renderer:
             ("QEMU", status.version),
             ("monitor", f"{status.monitor} ({status.transport})"),
             ("snapshots", str(status.snapshots)),
-            (
-                "left behind",
-                ", ".join(f"{job.id} ({job.error or 'done'})" for job in status.leftover_jobs) or "nothing",
-            ),
+            ("at work", _at_work(status)),
+            ("left behind", "; ".join(_left_behind(status)) or "nothing"),
         )
         for name, value in facts:
             self._print(f"{name + ':':<13}{printable(value)}\n")
         self._devices(status.devices, status.vmstate)
+
+    def recover(self, recovered: Sequence[Recovered]) -> None:
+        for item in recovered:
+            self._print(f"recovered {_recovered(item)}\n")
+        if not recovered:
+            self._say("nothing to recover")
+
+    def aftermath(self, recovered: Sequence[Recovered]) -> None:
+        """What was done on the way about runs that had died."""
+        for item in recovered:
+            self._say(f"recovered {_recovered(item)}")
 
     def vms(self, vms: Sequence[KnownVM]) -> None:
         if not vms:
@@ -316,6 +327,12 @@ class JsonRenderer(Renderer):
     def status(self, status: Status) -> None:
         self._write(status)
 
+    def aftermath(self, recovered: Sequence[Recovered]) -> None:
+        pass  # standard error is for one document alone
+
+    def recover(self, recovered: Sequence[Recovered]) -> None:
+        write_json({"recovered": [item.to_json() for item in recovered]}, sys.stdout)
+
     def vms(self, vms: Sequence[KnownVM]) -> None:
         write_json({"vms": [vm.to_json() for vm in vms]}, sys.stdout)
 
@@ -351,6 +368,33 @@ def _vm_row(vm: KnownVM) -> list[str]:
     disks = ", ".join(disk.rpartition("/")[2] or disk for disk in running.disks) or "-"
     name = vm.name or "-"
     return [name, str(running.pid), running.user, size(running.memory), disks, monitor, vm.option or "-"]
+
+
+def _recovered(item: Recovered) -> str:
+    deed = f"{item.operation} {', '.join(item.tags)}".rstrip()
+    actions = "; ".join(item.actions) or "nothing was left to do"
+    return printable(f"from a qsnap that died ({deed}, process {item.pid}, begun {item.began}): {actions}")
+
+
+def _at_work(status: Status) -> str:
+    run = status.run
+    if run is None or run.is_alive is False:
+        return "nobody"
+    doubt = "" if run.is_alive else " (of another machine or container: it may be dead)"
+    return f"{_run(run)}{doubt}"
+
+
+def _left_behind(status: Status) -> Iterator[str]:
+    if status.run and status.run.is_alive is False:
+        yield f"{_run(status.run)}, which died: qsnap recover"
+    if status.is_half_restored:
+        yield "a load that failed midway: load a good snapshot"
+    for job in status.leftover_jobs:
+        yield f"{job.id} ({job.error or 'done'})"
+
+
+def _run(run: Unfinished) -> str:
+    return f"{run.operation} {', '.join(run.tags)} by process {run.pid}, begun {run.began}"
 
 
 def _finding(finding: Finding) -> str:

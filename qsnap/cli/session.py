@@ -15,7 +15,7 @@ from qsnap.cli.render import Renderer, renderer
 from qsnap.cli.text import printable
 from qsnap.errors import ConnectError, Interrupted
 from qsnap.monitor.address import TcpAddress
-from qsnap.vm import VM, connect
+from qsnap.vm import LOCK_WAIT_S, VM, connect
 
 if TYPE_CHECKING:
     from qsnap.choice import Target
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from qsnap.discovery import RunningVM
 
 _T = TypeVar("_T")
+_V = TypeVar("_V")
 
 #: A hang-up is a lost terminal: as final as the other two.
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -41,6 +42,7 @@ class Options(NamedTuple):
     monitor: str | None = None
     vm: str | None = None
     timeout_s: float | None = None
+    lock_wait_s: float | None = None
 
     @property
     def renderer(self) -> Renderer:
@@ -78,15 +80,27 @@ def run(options: Options, action: Callable[[VM, Settings], Awaitable[_T]]) -> _T
         sys.stderr.write(f"warning: {address}: a monitor has no password; whoever reaches it controls the VM\n")
     if meant.is_found and not options.quiet:
         sys.stderr.write(printable(f"qsnap: using {meant.title} at {address}") + "\n")
-    timeout_s = options.timeout_s if options.timeout_s is not None else meant.settings.timeout
+    timeout_s = _first(options.timeout_s, meant.settings.timeout)
+    lock_wait_s = _first(options.lock_wait_s, meant.settings.lock_wait)
 
     async def connected() -> _T:
-        async with connect(address, timeout_s=timeout_s) as vm:
+        async with connect(
+            address, timeout_s=timeout_s, lock_wait_s=LOCK_WAIT_S if lock_wait_s is None else lock_wait_s
+        ) as vm:
             if meant.pid and vm.pid not in (None, meant.pid):
                 raise ConnectError(f"{meant.title} is not what answers at {address}: that is process {vm.pid}")
-            return await action(vm, meant.settings)
+            try:
+                return await action(vm, meant.settings)
+            finally:
+                if not options.quiet:
+                    options.renderer.aftermath(vm.recovered)
 
     return run_interruptibly(connected())
+
+
+def _first(*values: _V | None) -> _V | None:
+    """The first that is given."""
+    return next((value for value in values if value is not None), None)
 
 
 def run_interruptibly(work: Awaitable[_T]) -> _T:

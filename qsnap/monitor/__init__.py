@@ -6,21 +6,27 @@ at an address. Errors of libraries and of the system are mapped to qsnap's own i
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Protocol
 
-from qsnap.errors import QsnapError
+from qsnap.errors import JobFailed, QsnapError
 from qsnap.model import BlockGraph, Job, Migration, QemuVersion, RunState
 
 if TYPE_CHECKING:
+    import socket
+
     from qsnap.monitor.address import Address
 
 #: Seconds for connecting and for the greeting. QEMU greets within milliseconds unless its main loop is
 #: frozen by a save, or another client holds the monitor.
 GREETING_TIMEOUT_S = 5.0
 
-#: An object of no effect in QEMU whose presence is the mark of a load that failed midway; it ends with its QEMU.
+#: The mark of a load that failed midway: RAM and disks may be of different moments.
 HALF_RESTORED = "qsnap-half-restored"
+
+
+def ignore(_: JobFailed | None) -> None:
+    """Nobody wants to know."""
 
 
 class Monitor(Protocol):
@@ -39,6 +45,8 @@ class Monitor(Protocol):
     chooses_devices: bool
     #: The QEMU process, where it is on this machine and the socket tells.
     pid: int | None
+    #: The connection itself, for a guard to inherit; None where there is none.
+    sock: socket.socket | None
 
     @property
     def limit(self) -> str:
@@ -74,20 +82,34 @@ class Monitor(Protocol):
     async def snapshot_save(self, tag: str, vmstate: str, devices: Sequence[str]) -> None:
         """Write RAM and device state to *vmstate* and snapshot *devices*, all under *tag*."""
 
-    async def snapshot_load(self, tag: str, vmstate: str, devices: Sequence[str]) -> None:
-        """Put back what *tag* holds. A failure may leave RAM and disks half restored."""
+    async def snapshot_load(
+        self, tag: str, vmstate: str, devices: Sequence[str], *, ended: Callable[[JobFailed | None], None] = ignore
+    ) -> None:
+        """Put back what *tag* holds. A failure may leave RAM and disks half restored.
+
+        :param ended: called with the error, or None, while QEMU's own note of the job is still there.
+        """
 
     async def snapshot_delete(self, tag: str, devices: Sequence[str]) -> None:
         """Remove one snapshot of that *tag* from each of *devices*; none there is no error to QEMU."""
 
-    async def is_half_restored(self) -> bool:
-        """Whether :meth:`mark_half_restored` was called, by whichever qsnap, since this QEMU was started."""
+    async def mark(self, name: str) -> str | None:
+        """The text of a mark that some qsnap has set since this QEMU was started; None where there is none.
 
-    async def mark_half_restored(self, yes: bool) -> None:
-        """Leave a mark in QEMU after a load that failed midway, or take it away after one that went well.
-
-        The run state tells only of a guest that QEMU itself has stopped for the load.
+        A mark is an object of no effect in QEMU. It is the same over every monitor of a VM, and ends with its QEMU.
         """
+
+    async def set_mark(self, name: str, text: str) -> bool:
+        """Set a mark; False if there is one of that name already. Of two who try at once, one succeeds.
+
+        :param text: at most 900 of the characters that base64 has in URLs.
+        """
+
+    async def clear_mark(self, name: str) -> None:
+        """Take a mark away, if it is there."""
+
+    async def take_over(self, pid: int) -> None:
+        """Count what the qsnap of process *pid* began as begun here, so that :meth:`settle` waits for it."""
 
     async def settle(self) -> QsnapError | None:
         """Wait until nothing that a cancelled verb began is under way any more, and clear it away.
@@ -110,6 +132,22 @@ class Monitor(Protocol):
 
     async def aclose(self) -> None:
         """Close the connection. Never raises, and takes no time."""
+
+
+async def adopt_monitor(sock: socket.socket, address: Address, *, is_human: bool) -> Monitor:
+    """Go on with the connection of a process that has died, in whatever state it left it.
+
+    It waits for QEMU's answer as long as the connection stands: QEMU answers nobody while it writes.
+
+    :raise MonitorError: it is closed, or another is at its end than was thought.
+    """
+    if is_human:
+        from qsnap.monitor import hmp
+
+        return await hmp.adopt(sock, address)
+    from qsnap.monitor import qmp
+
+    return await qmp.adopt(sock, address)
 
 
 async def open_monitor(

@@ -55,7 +55,7 @@ async def connection(address: Address, timeout_s: float) -> AsyncIterator[Connec
     try:
         async with asyncio.timeout(timeout_s):
             sock = await _connected(address)
-            is_human = _is_human(await _first_bytes(sock), address)
+            is_human = _is_human(await first_bytes(sock), address)
             yield Connection(sock, peer_pid(sock), is_human)
     except TimeoutError as error:
         if sock is None:
@@ -119,7 +119,7 @@ async def _connected(address: Address) -> socket.socket:
             return sock
 
 
-async def _first_bytes(sock: socket.socket) -> bytes:
+async def first_bytes(sock: socket.socket) -> bytes:
     """A look at what the other side sends first; it stays in the socket."""
     loop = asyncio.get_running_loop()
     readable = loop.create_future()

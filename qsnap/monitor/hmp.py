@@ -11,14 +11,15 @@ import asyncio
 import json
 import logging
 import secrets
+import socket
 from collections.abc import Sequence
 from contextlib import suppress
 
-from qsnap.errors import CommandFailed, NotSupported, QsnapError
+from qsnap.errors import CommandFailed, MonitorError, NotSupported, QsnapError
 from qsnap.model import BlockGraph, Job, Migration, QemuVersion, RunState
-from qsnap.monitor import HALF_RESTORED, hmp_tables, hmp_text
+from qsnap.monitor import hmp_tables, hmp_text
 from qsnap.monitor.address import Address
-from qsnap.monitor.connection import Connection, another_answers, connection, lost
+from qsnap.monitor.connection import Connection, another_answers, connection, lost, peer_pid
 from qsnap.monitor.human import HumanSnapshots
 
 _log = logging.getLogger("qsnap.hmp")
@@ -91,7 +92,21 @@ def _seen(task: asyncio.Task[str]) -> None:
 async def connect(link: Connection, address: Address) -> HmpMonitor:
     """Read the banner on *link*. See :func:`qsnap.monitor.open_monitor`."""
     line, version = await _greeted(link)
-    return HmpMonitor(line, version, address, link.pid)
+    return HmpMonitor(line, version, address, link)
+
+
+async def adopt(sock: socket.socket, address: Address) -> HmpMonitor:
+    """Go on with another process's connection. See :func:`qsnap.monitor.adopt_monitor`."""
+    sock.setblocking(False)
+    link = Connection(sock, peer_pid(sock), is_human=True)
+    line = _Line(*await asyncio.open_connection(sock=sock))
+    try:
+        await line.answer("")  # what the other process has left is read away with it
+        version = hmp_text.version(await line.answer("info version"))
+    except BaseException:
+        await line.close()
+        raise
+    return HmpMonitor(line, version, address, link)
 
 
 async def _greeted(link: Connection) -> tuple[_Line, QemuVersion]:
@@ -110,10 +125,11 @@ class HmpMonitor(HumanSnapshots):
     transport = "hmp"
     limit = "the human monitor (HMP)"
 
-    def __init__(self, line: _Line, version: QemuVersion, address: Address, pid: int | None) -> None:
+    def __init__(self, line: _Line, version: QemuVersion, address: Address, link: Connection) -> None:
         self.version = version
         self.address = address
-        self.pid = pid
+        self.pid = link.pid
+        self.sock: socket.socket | None = link.sock
         self._line = line
         self._qdev_types: dict[str, str] = {}
 
@@ -173,13 +189,36 @@ class HmpMonitor(HumanSnapshots):
     async def memory_size(self) -> int:
         return hmp_tables.memory_size(await self._query("info memory_size_summary"))
 
-    async def is_half_restored(self) -> bool:
-        return HALF_RESTORED in hmp_tables.object_names(await self._query("qom-list /objects"))
+    async def mark(self, name: str) -> str | None:
+        try:
+            if name not in hmp_tables.object_names(await self._query("qom-list /objects")):
+                return None
+            return str(json.loads(await self._query(f"qom-get /objects/{name} identity")))
+        except CommandFailed as error:
+            if "not found" not in error.reason:
+                raise
+            return None  # it went meanwhile; or there are no objects yet (-preconfig)
+        except ValueError as error:
+            raise MonitorError(f"the human monitor tells no text of {name}") from error
 
-    async def mark_half_restored(self, yes: bool) -> None:
-        if yes == await self.is_half_restored():
-            return
-        await self._silent(f"object_add throttle-group,id={HALF_RESTORED}" if yes else f"object_del {HALF_RESTORED}")
+    async def set_mark(self, name: str, text: str) -> bool:
+        try:
+            await self._silent(f"object_add authz-simple,id={name},identity={text}")
+        except CommandFailed as error:
+            if "duplicate property" in error.reason:
+                return False
+            raise
+        return True
+
+    async def clear_mark(self, name: str) -> None:
+        try:
+            await self._silent(f"object_del {name}")
+        except CommandFailed as error:
+            if "not found" not in error.reason:
+                raise
+
+    async def take_over(self, pid: int) -> None:
+        pass  # whoever gets an answer here knows that all before it has ended
 
     async def leftover_jobs(self) -> Sequence[Job]:
         return ()  # HMP neither makes jobs nor shows them
@@ -194,6 +233,7 @@ class HmpMonitor(HumanSnapshots):
             if not link.is_human or link.pid != self.pid:
                 raise another_answers(self.address)
             self._line, _ = await _greeted(link)
+            self.sock = link.sock
 
     async def aclose(self) -> None:
         with suppress(QsnapError):

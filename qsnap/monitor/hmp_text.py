@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import re
 
-from qsnap.errors import NotSupported
+from qsnap.errors import MonitorError, NotSupported
 from qsnap.model import QemuVersion
 
 PROMPT = b"(qemu) "
@@ -54,6 +54,17 @@ def banner(stream: bytes) -> QemuVersion | None:
     match = _BANNER.search(stream)
     if match is None or PROMPT not in stream[match.end() :]:
         return None
+    return QemuVersion(*map(int, match.groups()))
+
+
+def version(answer: str) -> QemuVersion:
+    """What ``info version`` says: ``7.2.22Debian 1:7.2…``.
+
+    :raise MonitorError: it is no version.
+    """
+    match = re.match(r"(\d+)\.(\d+)\.(\d+)", answer)
+    if match is None:
+        raise MonitorError(f"the human monitor tells no version: {answer!r}")
     return QemuVersion(*map(int, match.groups()))
 
 

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import asyncio
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from qsnap.errors import JobFailed, QsnapError
-from qsnap.monitor import hmp_text
+from qsnap.monitor import hmp_text, ignore
 
 
 class HumanSnapshots(ABC):
@@ -29,25 +29,30 @@ class HumanSnapshots(ABC):
     async def snapshot_save(self, tag: str, vmstate: str, devices: Sequence[str]) -> None:
         await self._run("savevm", tag)
 
-    async def snapshot_load(self, tag: str, vmstate: str, devices: Sequence[str]) -> None:
-        await self._run("loadvm", tag)
+    async def snapshot_load(
+        self, tag: str, vmstate: str, devices: Sequence[str], *, ended: Callable[[JobFailed | None], None] = ignore
+    ) -> None:
+        await self._run("loadvm", tag, ended)
 
     async def snapshot_delete(self, tag: str, devices: Sequence[str]) -> None:
         await self._run("delvm", tag)
 
-    async def _run(self, command: str, tag: str) -> None:
+    async def _run(self, command: str, tag: str, ended: Callable[[JobFailed | None], None] = ignore) -> None:
         line = f"{command} {hmp_text.quoted(tag)}"
         # A task of its own: a cancelled caller must not lose the answer, which settle() waits for.
-        self._under_way = asyncio.create_task(self._done(command, line))
+        self._under_way = asyncio.create_task(self._done(command, line, ended))
         try:
             await asyncio.shield(self._under_way)
         finally:
             if self._under_way.done():
                 self._under_way = None
 
-    async def _done(self, command: str, line: str) -> None:
-        if reason := hmp_text.error_in(await self.human_answer(line)):
-            raise JobFailed(command, reason)
+    async def _done(self, command: str, line: str, ended: Callable[[JobFailed | None], None]) -> None:
+        reason = hmp_text.error_in(await self.human_answer(line))
+        failure = JobFailed(command, reason) if reason else None
+        ended(failure)
+        if failure:
+            raise failure
 
     async def settle(self) -> QsnapError | None:
         if self._under_way is None:

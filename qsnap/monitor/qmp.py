@@ -10,12 +10,13 @@ Facts it rests on (QEMU's qapi/job.json, docs/interop/qmp-spec; measured on 5.2 
 from __future__ import annotations
 
 import asyncio
-import itertools
 import json
 import logging
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+import secrets
+import socket
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
 
@@ -31,9 +32,9 @@ from qsnap.errors import (
     QsnapError,
 )
 from qsnap.model import BlockGraph, Job, Migration, QemuVersion, RunState
-from qsnap.monitor import HALF_RESTORED, wire
+from qsnap.monitor import ignore, wire
 from qsnap.monitor.address import Address
-from qsnap.monitor.connection import Connection, another_answers, connection, lost
+from qsnap.monitor.connection import Connection, another_answers, connection, first_bytes, lost, peer_pid
 from qsnap.monitor.human import HumanSnapshots
 
 _T = TypeVar("_T")
@@ -46,6 +47,8 @@ logging.getLogger("qemu.qmp").propagate = False
 
 #: Seconds between two looks at query-jobs where no event comes.
 POLL_S = 0.5
+#: Looks after which a job that has not concluded is given up: half a minute of answers.
+STUCK_POLLS = 60
 #: Seconds for an event that QEMU sends before the reply that has already come.
 EVENT_S = 0.5
 
@@ -53,7 +56,7 @@ EVENT_S = 0.5
 SNAPSHOT_JOBS_SINCE = (6, 0)
 
 _JOB_PREFIX = "qsnap-"
-_numbers = itertools.count(1)
+_JOB_ID = re.compile(rf"{_JOB_PREFIX}[a-z]+-(\d+)-\d+")
 
 
 class _Client(QMPClient):
@@ -82,7 +85,48 @@ async def connect(link: Connection, address: Address, snapshot_jobs: bool | None
         await client.disconnect()
         raise
     jobs = version >= SNAPSHOT_JOBS_SINCE if snapshot_jobs is None else snapshot_jobs
-    return (QmpMonitor if jobs else HumanQmpMonitor)(client, version, address, link.pid)
+    return (QmpMonitor if jobs else HumanQmpMonitor)(client, version, address, link)
+
+
+async def adopt(sock: socket.socket, address: Address) -> QmpMonitor:
+    """Go on with another process's connection. See :func:`qsnap.monitor.adopt_monitor`."""
+    command = "taking over"
+    try:
+        version = await _synchronized(sock)
+        client = _Client("qsnap")
+        client.await_greeting = client.negotiate = False
+        await client.connect(sock)
+    except (QMPError, OSError, EOFError, ValueError) as error:
+        raise lost(command, error) from error
+    link = Connection(sock, peer_pid(sock), is_human=False)
+    return (QmpMonitor if version >= SNAPSHOT_JOBS_SINCE else HumanQmpMonitor)(client, version, address, link)
+
+
+async def _synchronized(sock: socket.socket) -> QemuVersion:
+    """Read away what the other process has left, up to the answer to a question of our own: QEMU's version.
+
+    The stream may begin in the middle of a line, and may go on behind the answer with events.
+    """
+    loop = asyncio.get_running_loop()
+    sock.setblocking(False)
+    word = secrets.token_hex(8)
+    await loop.sock_sendall(sock, f'\n{{"execute": "query-version", "id": "{word}"}}\n'.encode())
+    line = b""
+    while True:
+        await first_bytes(sock)
+        ahead = sock.recv(1 << 16, socket.MSG_PEEK)
+        if not ahead:
+            raise EOFError("it was closed")
+        end = ahead.find(b"\n") + 1 or len(ahead)
+        line = (line + sock.recv(end))[-(1 << 16) :]
+        if not line.endswith(b"\n"):
+            continue
+        if word.encode() in line:
+            try:
+                return msgspec.json.decode(line, type=wire.VersionReply).result.version
+            except msgspec.DecodeError as error:
+                raise EOFError(f"its answer cannot be read: {error}") from error
+        line = b""
 
 
 async def _negotiated(link: Connection, address: Address) -> _Client:
@@ -128,10 +172,11 @@ class QmpMonitor:
     def limit(self) -> str:
         return f"this QEMU ({self.version})"
 
-    def __init__(self, client: QMPClient, version: QemuVersion, address: Address, pid: int | None) -> None:
+    def __init__(self, client: QMPClient, version: QemuVersion, address: Address, link: Connection) -> None:
         self.version = version
         self.address = address
-        self.pid = pid
+        self.pid = link.pid
+        self.sock: socket.socket | None = link.sock
         self._client = client
         self._unsettled: dict[str, str] = {}
         self._qdev_types: dict[str, str] = {}
@@ -208,17 +253,32 @@ class QmpMonitor:
             capabilities=frozenset(item.capability for item in capabilities if item.state),
         )
 
-    async def is_half_restored(self) -> bool:
-        objects = await self._query(list[wire.ObjectPropertyInfo], "qom-list", {"path": "/objects"})
-        return any(item.name == HALF_RESTORED for item in objects)
+    async def mark(self, name: str) -> str | None:
+        try:
+            objects = await self._query(list[wire.ObjectPropertyInfo], "qom-list", {"path": "/objects"})
+            if not any(item.name == name for item in objects):
+                return None
+            return await self._query(str, "qom-get", {"path": f"/objects/{name}", "property": "identity"})
+        except CommandFailed as error:
+            if "not found" not in error.reason:
+                raise
+            return None  # it went meanwhile; or there are no objects yet (-preconfig)
 
-    async def mark_half_restored(self, yes: bool) -> None:
-        if yes == await self.is_half_restored():
-            return
-        if yes:
-            await self._execute("object-add", {"qom-type": "throttle-group", "id": HALF_RESTORED})
-        else:
-            await self._execute("object-del", {"id": HALF_RESTORED})
+    async def set_mark(self, name: str, text: str) -> bool:
+        try:
+            await self._execute("object-add", {"qom-type": "authz-simple", "id": name, "identity": text})
+        except CommandFailed as error:
+            if "duplicate property" in error.reason:
+                return False
+            raise
+        return True
+
+    async def clear_mark(self, name: str) -> None:
+        try:
+            await self._execute("object-del", {"id": name})
+        except CommandFailed as error:
+            if "not found" not in error.reason:
+                raise
 
     async def memory_size(self) -> int:
         info = await self._query(wire.MemoryInfo, "query-memory-size-summary")
@@ -227,48 +287,75 @@ class QmpMonitor:
     async def snapshot_save(self, tag: str, vmstate: str, devices: Sequence[str]) -> None:
         await self._run_job("save", {"tag": tag, "vmstate": vmstate, "devices": list(devices)})
 
-    async def snapshot_load(self, tag: str, vmstate: str, devices: Sequence[str]) -> None:
-        await self._run_job("load", {"tag": tag, "vmstate": vmstate, "devices": list(devices)})
+    async def snapshot_load(
+        self, tag: str, vmstate: str, devices: Sequence[str], *, ended: Callable[[JobFailed | None], None] = ignore
+    ) -> None:
+        await self._run_job("load", {"tag": tag, "vmstate": vmstate, "devices": list(devices)}, ended)
 
     async def snapshot_delete(self, tag: str, devices: Sequence[str]) -> None:
         await self._run_job("delete", {"tag": tag, "devices": list(devices)})
 
-    async def _run_job(self, verb: str, arguments: Mapping[str, object]) -> None:
+    async def _run_job(
+        self, verb: str, arguments: Mapping[str, object], ended: Callable[[JobFailed | None], None] = ignore
+    ) -> None:
         command = f"snapshot-{verb}"
-        job_id = f"{_JOB_PREFIX}{verb}-{os.getpid()}-{next(_numbers)}"
+        # In two containers two qsnaps may have the same process id.
+        job_id = f"{_JOB_PREFIX}{verb}-{os.getpid()}-{secrets.randbits(32)}"
         self._unsettled[job_id] = command
         try:
             await self._execute(command, {"job-id": job_id, **arguments})
         except (CommandFailed, NotSupported):
             del self._unsettled[job_id]
             raise
-        if failure := await self._concluded(job_id, command):
+        if failure := await self._concluded(job_id, command, ended):
             raise failure
 
-    async def _concluded(self, job_id: str, command: str) -> JobFailed | None:
-        """Wait until the job has concluded, dismiss it, and return the error in which it ended."""
+    async def _concluded(
+        self, job_id: str, command: str, ended: Callable[[JobFailed | None], None] = ignore
+    ) -> JobFailed | None:
+        """Wait until the job has concluded, dismiss it, and return the error in which it ended.
+
+        QEMU answers nobody while such a job works. One that is still there after many answers does not work.
+        """
 
         def ours(event: Message) -> bool:
             data = event.get("data")
             return isinstance(data, dict) and data.get("id") == job_id
 
         with self._client.listener("JOB_STATUS_CHANGE", ours) as changes:
-            while True:
+            for _ in range(STUCK_POLLS):
                 job = next((job for job in await self._jobs() if job.id == job_id), None)
-                if job is not None and not job.is_concluded:
-                    with suppress(TimeoutError):
-                        async with asyncio.timeout(POLL_S):
-                            await changes.get()
-                    continue
-                if job is not None:
-                    await self.dismiss([job])
-                self._unsettled.pop(job_id, None)
-                if job is None:
-                    return JobFailed(command, "its job has vanished: another client has dismissed it")
-                return JobFailed(command, job.error) if job.error else None
+                if job is None or job.is_concluded:
+                    break
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(POLL_S):
+                        await changes.get()
+        failure: JobFailed | None
+        if job is None:
+            failure = JobFailed(command, "its job has vanished: another client has dismissed it")
+        elif not job.is_concluded:
+            failure = JobFailed(command, f"its job does not end; QEMU answers, and calls it {job.status}")
+        else:
+            failure = JobFailed(command, job.error) if job.error else None
+        ended(failure)
+        if job is not None:
+            await self._rid_of(job)
+        self._unsettled.pop(job_id, None)
+        return failure
+
+    async def _rid_of(self, job: Job) -> None:
+        if not job.is_concluded:
+            with suppress(CommandFailed):
+                await self._execute("job-cancel", {"id": job.id})
+        await self.dismiss([job])
 
     async def _jobs(self) -> list[Job]:
         return [job.model() for job in await self._query(list[wire.JobInfo], "query-jobs")]
+
+    async def take_over(self, pid: int) -> None:
+        for job in await self._jobs():
+            if (match := _JOB_ID.fullmatch(job.id)) and int(match[1]) == pid:
+                self._unsettled[job.id] = job.type
 
     async def settle(self) -> QsnapError | None:
         failure = None
@@ -291,6 +378,7 @@ class QmpMonitor:
             if link.is_human or link.pid != self.pid:
                 raise another_answers(self.address)
             client = await _negotiated(link, self.address)
+            self.sock = link.sock
         self._client = client
         self._client.register_listener(self._turns)
 
@@ -302,7 +390,7 @@ class QmpMonitor:
 
 def _is_abandoned(job_id: str) -> bool:
     """Whether this is a job of a qsnap that does not run any more; its id holds the process id."""
-    match = re.fullmatch(rf"{_JOB_PREFIX}[a-z]+-(\d+)-\d+", job_id)
+    match = _JOB_ID.fullmatch(job_id)
     if match is None:
         return False
     from qsnap.local import is_alive

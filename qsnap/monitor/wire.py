@@ -12,7 +12,7 @@ from datetime import UTC, datetime, timedelta
 
 import msgspec
 
-from qsnap.model import BlockBackend, BlockGraph, BlockNode, Job, NodeSnapshot
+from qsnap.model import BlockBackend, BlockGraph, BlockNode, Job, NodeSnapshot, QemuVersion
 
 
 class Wire(msgspec.Struct, frozen=True, rename="kebab"):
@@ -105,6 +105,26 @@ class CapabilityStatus(Wire, frozen=True):
 class MemoryInfo(Wire, frozen=True):
     base_memory: int
     plugged_memory: int = 0
+
+
+class VersionTriple(Wire, frozen=True):
+    major: int
+    minor: int
+    micro: int
+
+
+class VersionInfo(Wire, frozen=True):
+    qemu: VersionTriple
+
+    @property
+    def version(self) -> QemuVersion:
+        return QemuVersion(self.qemu.major, self.qemu.minor, self.qemu.micro)
+
+
+class VersionReply(Wire, frozen=True):
+    """The whole message that answers query-version."""
+
+    result: VersionInfo = msgspec.field(name="return")
 
 
 class ObjectPropertyInfo(Wire, frozen=True):

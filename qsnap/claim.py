@@ -1,0 +1,234 @@
+"""The claim on a VM: one qsnap at a time, and each with somebody behind it who sees it through.
+
+A run that changes something makes, in this order: its journal, its guard, and its mark in QEMU. The mark is the claim:
+QEMU itself decides who has it, over whatever monitor. Before the claim of a dead run is taken, what that run had under
+way is recovered. Nobody waits with a monitor in hand: the holder, or its guard, may need just that one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager
+
+from qsnap import guard, journal, marks
+from qsnap.errors import MonitorBusy, MonitorError, QsnapError, VMLocked
+from qsnap.journal import Found, Journal
+from qsnap.local import process
+from qsnap.marks import CLAIM, Holder
+from qsnap.model import Recovered, RunState, Unfinished
+from qsnap.monitor import Monitor
+from qsnap.monitor.address import Address
+from qsnap.stopped import has_ended
+from qsnap.undisturbed import undisturbed
+
+#: Seconds between two looks at a claim.
+_LOOK_S = 0.1
+#: Seconds for giving a claim back; its guard does it otherwise.
+_RELEASE_TIMEOUT_S = 10.0
+
+
+@asynccontextmanager
+async def claimed(
+    monitor: Monitor,
+    address: Address,
+    operation: str,
+    tags: tuple[str, ...],
+    *,
+    wait_s: float,
+    patience_s: float = journal.AFTERMATH_TIMEOUT_S,
+    tell: Callable[[Recovered], None],
+) -> AsyncIterator[Journal]:
+    """Hold the claim on a VM for the duration of a block, and have its run guarded.
+
+    If the block leaves a guest stopped that it should have resumed, the guard goes on with that.
+
+    :param operation: "save", "load" or "delete", for others to see.
+    :param wait_s: seconds to wait for another qsnap; 0 refuses at once.
+    :param patience_s: see :class:`Journal`.
+    :param tell: is given what had to be done first about a run that had died.
+    :return: the journal, to be told what is about to be done.
+    :raise VMLocked: another qsnap is at work on this VM.
+    :raise QsnapError: no journal or guard can be made; nothing was done.
+    """
+    ours = await _acquired(monitor, address, operation, tags, wait_s, tell)
+    ours.patience_s = patience_s
+    try:
+        yield ours
+    finally:
+        await undisturbed(_release(monitor, ours), _RELEASE_TIMEOUT_S + 1)
+
+
+async def _acquired(
+    monitor: Monitor,
+    address: Address,
+    operation: str,
+    tags: tuple[str, ...],
+    wait_s: float,
+    tell: Callable[[Recovered], None],
+) -> Journal:
+    clock = asyncio.get_running_loop().time
+    deadline = clock() + wait_s
+    while True:
+        text = await monitor.mark(CLAIM)
+        if text is None:
+            if ours := await _claim(monitor, address, operation, tags):
+                return ours
+            continue
+        holder = marks.decode(text)
+        if holder is not None and (recovered := await _recovered(monitor, holder)):
+            tell(recovered)
+            continue
+        if clock() >= deadline:
+            raise _locked(holder, wait_s)
+        await monitor.aclose()
+        await asyncio.sleep(_LOOK_S)
+        try:
+            await monitor.reconnect(max(_LOOK_S, deadline - clock()))
+        except MonitorBusy as busy:
+            raise _locked(holder, wait_s) from busy
+
+
+async def _claim(monitor: Monitor, address: Address, operation: str, tags: tuple[str, ...]) -> Journal | None:
+    """Make the claim; None if somebody was quicker."""
+    was_running = await monitor.runstate() is RunState.RUNNING
+    record = journal.new_record(operation, tags, address, monitor.pid, is_human=monitor.transport == "hmp")
+    ours = Journal.create(record)
+    watching: guard.Guard | None = None
+    try:
+        ours.guard = watching = guard.start(ours, monitor.sock)
+        holder = marks.holder(record, process(watching.pid), was_running=was_running)
+        if await monitor.set_mark(CLAIM, holder.encode()):
+            return ours
+    except BaseException:
+        _drop(ours, watching)
+        raise
+    _drop(ours, watching)
+    return None
+
+
+def _drop(ours: Journal, watching: guard.Guard | None) -> None:
+    ours.close(remove=True)
+    if watching is not None:
+        watching.dismiss()
+
+
+async def _release(monitor: Monitor, ours: Journal) -> None:
+    """Give the claim back; or leave it all to the guard, where something is left to do that we cannot."""
+    watching = ours.guard
+    assert isinstance(watching, guard.Guard)
+    is_done = not ours.record.stopped
+    if is_done:
+        try:
+            async with asyncio.timeout(_RELEASE_TIMEOUT_S):
+                await monitor.clear_mark(CLAIM)
+        except (QsnapError, TimeoutError) as error:
+            is_done = isinstance(error, MonitorError) and await has_ended(monitor)
+    if is_done:
+        _drop(ours, watching)
+    else:
+        ours.close(remove=False)
+        watching.hand_over()
+
+
+def _locked(holder: Holder | None, waited_s: float) -> VMLocked:
+    if holder is None:
+        return VMLocked("one of another version, which cannot be read", waited_s)
+    cure = ""
+    if not holder.is_here:
+        cure = "It is on another machine or in another container. If it is dead: qsnap recover --force"
+    return VMLocked(str(holder), waited_s, cure, holder.owner.pid if holder.is_here else None)
+
+
+async def _recovered(monitor: Monitor, holder: Holder, *, force: bool = False) -> Recovered | None:
+    """Recover the run of *holder*, if it is dead; None if it lives, or that cannot be told.
+
+    :param force: take it for dead where that cannot be told.
+    """
+    from qsnap import recovery
+
+    for other in journal.found():
+        if other.record.token == holder.token:
+            return await _recover(monitor, other)
+    if (holder.is_here and not holder.is_alive) or (force and not holder.is_here):
+        return await recovery.recover_by_mark(monitor, holder)
+    return None
+
+
+async def _recover(monitor: Monitor, dead: Found) -> Recovered | None:
+    from qsnap import recovery
+
+    taken = dead.take()
+    if taken is None:
+        return None
+    try:
+        return await recovery.recover(monitor, taken)
+    finally:
+        taken.close(remove=False)
+
+
+async def recover_all(monitor: Monitor, address: Address, *, force: bool = False) -> list[Recovered]:
+    """Recover every run on this VM that died.
+
+    :param force: also one that cannot be told to be dead, being of another machine or container.
+    :raise VMLocked: a run lives.
+    """
+    done: list[Recovered | None] = []
+    if text := await monitor.mark(CLAIM):
+        holder = marks.decode(text)
+        recovered = await _recovered(monitor, holder, force=force) if holder else None
+        if recovered is None:
+            raise _locked(holder, 0)
+        done.append(recovered)
+    # Journals without a mark: of a QEMU that is gone, or of a run that died before it began or after it had ended
+    done += [await _recover(monitor, other) for other in _unheld(monitor, address)]
+    return [item for item in done if item and item.actions]
+
+
+async def run_of(monitor: Monitor) -> Unfinished | None:
+    """The run that has claimed this VM; None where there is none."""
+    text = await monitor.mark(CLAIM)
+    if text is None:
+        return None
+    holder = marks.decode(text)
+    if holder is None:
+        return Unfinished(operation="", tags=(), pid=0, began="", is_alive=None)
+    is_alive = next((other.is_held for other in journal.found() if other.record.token == holder.token), None)
+    if is_alive is None and holder.is_here:
+        is_alive = holder.is_alive
+    return Unfinished(
+        operation=holder.operation, tags=(holder.tag,), pid=holder.owner.pid, began=holder.began, is_alive=is_alive
+    )
+
+
+def unfinished(monitor: Monitor, address: Address) -> list[journal.Record]:
+    """The journals of runs on this VM that died."""
+    return [other.record for other in _unheld(monitor, address)]
+
+
+def _unheld(monitor: Monitor, address: Address) -> Iterator[Found]:
+    place = journal.place(address)
+    qemu = process(monitor.pid) if monitor.pid else None
+    for other in journal.found():
+        if not other.is_held and (other.record.place == place or (qemu and other.record.qemu == qemu)):
+            yield other
+
+
+async def wait_for_monitor(address: Address, deadline: float, wait_s: float) -> bool:
+    """Wait until no qsnap of this user is at work over the monitor at *address*; it serves one client.
+
+    :return: whether one was.
+    :param deadline: by the loop's clock.
+    :raise VMLocked: one is, and the *wait_s* seconds to the deadline are over.
+    """
+    place = journal.place(address)
+    clock = asyncio.get_running_loop().time
+    was_held = False
+    while place and (others := [other for other in journal.found() if other.is_held and other.record.place == place]):
+        if clock() >= deadline:
+            record = others[0].record
+            pid = record.owner.pid if record.owner else None
+            raise VMLocked(f"process {pid}, {record.deed} since {record.began}", wait_s, pid=pid)
+        was_held = True
+        await asyncio.sleep(_LOOK_S)
+    return was_held

@@ -1,0 +1,322 @@
+"""The journal of a run: what a qsnap has under way on a VM, written down before it is done.
+
+It is a file in the user's runtime directory, mode 0600, of JSON texts a line, each adding to those before it: a last
+line that was cut short does no harm. It holds names, tags and process ids, and nothing secret. The run keeps it locked
+(flock), and so does the guard that inherits it; so a journal that nobody holds is that of a run that died, whatever
+has become of its process id. It is deleted when the run has ended and its guest has been seen to.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import secrets
+import stat
+from collections.abc import Iterator
+from contextlib import suppress
+from datetime import datetime
+from pathlib import Path
+from typing import Any, Protocol
+
+import msgspec
+
+from qsnap.errors import QsnapError
+from qsnap.local import Process, process, this_process
+from qsnap.model import NodeSnapshot, Struct
+from qsnap.monitor.address import Address, TcpAddress, UnixAddress
+
+#: Seconds since 1970 and milliseconds of the VM's clock: a snapshot table's row, the same over every monitor.
+RowKey = tuple[int, int]
+
+_SUFFIX = ".journal"
+
+#: Seconds that a resume and a clean-up may take. QEMU answers nobody while it writes, and after an interrupt
+#: the write has to end first: this bounds a save of several hundred GiB.
+AFTERMATH_TIMEOUT_S = 900.0
+
+
+class Record(Struct, frozen=True):
+    """What a journal says: whose run it is, and how far it has come."""
+
+    token: str = ""
+    """What the mark of this run in QEMU holds too: a QEMU without it is another one."""
+    operation: str = ""
+    """"save", "load" or "delete"."""
+    tags: tuple[str, ...] = ()
+    began: str = ""
+    """ISO 8601, with the time zone."""
+    owner: Process | None = None
+    user: int = -1
+    address: tuple[str, ...] = ()
+    """The kind of address, and what it is made of: see :attr:`where`."""
+    place: tuple[str, ...] = ()
+    """The monitor's socket, the same under all its names: see :func:`place`."""
+    qemu: Process | None = None
+    is_human: bool = False
+    """The connection is to a human monitor."""
+
+    stopped: bool = False
+    """The guest was running, and this run has it stopped or is about to stop it."""
+    devices: tuple[str, ...] = ()
+    """The nodes that a save takes a snapshot of, or a delete found the tag on."""
+    vmstate: str = ""
+    older: dict[str, tuple[RowKey, ...]] | None = None
+    """The rows that stood under the tag when their deletion began; None before."""
+    qemu_replaces: bool = False
+    """The deletion of the older rows is QEMU's own (HMP's savevm)."""
+    saving: bool = False
+    """QEMU may have been told to save under the tag."""
+    stand_in: str = ""
+    """The tag under which the same state stands until the new snapshot is there; "" without."""
+    was_running: bool = False
+    """Of a load: the guest ran before it."""
+    loading: str = ""
+    """"begun": QEMU may have been told to load; "failed": that went wrong; "" otherwise."""
+
+    @property
+    def where(self) -> Address:
+        """The monitor's address, as it was given to the run."""
+        kind, *parts = self.address
+        return UnixAddress(parts[0]) if kind == "unix" else TcpAddress(parts[0], int(parts[1]))
+
+    @property
+    def deed(self) -> str:
+        """What it is about, for people: ``save 'nightly'``."""
+        return f"{self.operation} {', '.join(map(repr, self.tags))}".rstrip()
+
+
+class Guard(Protocol):
+    """Who sees to the guest if the run is killed: see :class:`qsnap.guard.Guard`."""
+
+    pid: int
+
+    async def ready(self) -> None: ...
+
+
+class Journal:
+    """The journal of a run of ours.
+
+    One that was not given a file keeps the record alone: for a sequence that is run without a claim.
+
+    :ivar record: what it says.
+    :ivar path: where it lies; None without a file.
+    :ivar patience_s: how many seconds an interrupted run waits itself for QEMU to answer, before it leaves the guest to
+        its guard.
+    :ivar guard: the run's guard; None without one.
+    """
+
+    def __init__(self, record: Record | None = None, file: int | None = None, path: Path | None = None) -> None:
+        self.record = record or Record()
+        self.path = path
+        self.patience_s = AFTERMATH_TIMEOUT_S
+        self.guard: Guard | None = None
+        self._file = file
+
+    async def armed(self) -> None:
+        """Return once it is certain that the guest is seen to if this process is killed.
+
+        :raise QsnapError: it cannot be made certain; nothing was done.
+        """
+        if self.guard is not None:
+            await self.guard.ready()
+
+    @property
+    def guard_pid(self) -> int | None:
+        """The process of its guard; None without one."""
+        return self.guard.pid if self.guard is not None else None
+
+    @classmethod
+    def create(cls, record: Record) -> Journal:
+        """Begin one; others see it when it is locked and *record* stands in it.
+
+        :raise QsnapError: the runtime directory cannot be used.
+        """
+        path = directory() / f"{record.token}{_SUFFIX}"
+        beginning = path.with_suffix(".new")
+        try:
+            file = os.open(
+                beginning, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600
+            )
+        except OSError as error:
+            raise QsnapError(f"no journal can be made in {path.parent}: {error.strerror}; nothing was done") from error
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            os.write(file, msgspec.json.encode(record) + b"\n")
+            beginning.rename(path)
+        except OSError as error:
+            os.close(file)
+            with suppress(OSError):
+                beginning.unlink()
+            raise QsnapError(f"the journal {path} cannot be written: {error.strerror}; nothing was done") from error
+        return cls(record, file, path)
+
+    def fileno(self) -> int | None:
+        """The locked file, for a guard to inherit."""
+        return self._file
+
+    def note(self, **facts: Any) -> None:  # noqa: ANN401 (fields of Record)
+        """Write down what is about to be done, or has been.
+
+        :raise QsnapError: it cannot be written.
+        """
+        self.record = msgspec.structs.replace(self.record, **facts)
+        if self._file is None:
+            return
+        try:
+            os.write(self._file, msgspec.json.encode(facts) + b"\n")
+        except OSError as error:
+            raise QsnapError(f"the journal {self.path} cannot be written: {error.strerror}") from error
+
+    def close(self, *, remove: bool) -> None:
+        """Let go of it; *remove* it if nothing is left to do."""
+        if self._file is None:
+            return
+        if remove and self.path is not None:
+            with suppress(OSError):
+                self.path.unlink()
+        os.close(self._file)
+        self._file = None
+
+
+def taken_over(file: int, path: Path) -> Journal | None:
+    """The journal that an open, locked *file* is; None if it cannot be read."""
+    record = _read(file)
+    return Journal(record, file, path) if record else None
+
+
+class Found(Struct, frozen=True):
+    """A journal that lies in the runtime directory.
+
+    :ivar is_held: its run goes on, or its guard is at work.
+    """
+
+    path: Path
+    record: Record
+    is_held: bool
+
+    def take(self) -> Journal | None:
+        """Lock it, to do what is left to do; None if somebody else has it, or has been quicker."""
+        try:
+            file = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC)
+        except OSError:
+            return None
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.fstat(file).st_nlink and (journal := taken_over(file, self.path)):
+                return journal
+        except OSError:
+            pass
+        os.close(file)
+        return None
+
+
+def found() -> Iterator[Found]:
+    """All journals of this user. Those of runs whose QEMU has ended are deleted on the way."""
+    try:
+        paths = sorted(_location().glob(f"*{_SUFFIX}"))
+    except OSError:
+        return
+    for path in paths:
+        try:
+            file = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+        except OSError:
+            continue
+        try:
+            is_held = not _can_lock(file)
+            record = _read(file)
+            is_over = record is None or (record.qemu is not None and not record.qemu.is_alive)
+            if is_over and not is_held:
+                with suppress(OSError):
+                    path.unlink()
+            elif record:
+                yield Found(path, record, is_held)
+        finally:
+            os.close(file)
+
+
+def _can_lock(file: int) -> bool:
+    try:
+        # Shared: two that only look must not take each other for the holder.
+        fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    fcntl.flock(file, fcntl.LOCK_UN)
+    return True
+
+
+def _read(file: int) -> Record | None:
+    """The record in an open journal; None where there is none."""
+    facts: dict[str, Any] = {}
+    for line in os.pread(file, 1 << 22, 0).split(b"\n")[:-1]:
+        try:
+            facts |= msgspec.json.decode(line, type=dict[str, Any])
+        except msgspec.DecodeError:
+            return None
+    try:
+        return msgspec.convert(facts, Record) if facts else None
+    except msgspec.ValidationError:
+        return None
+
+
+def new_record(
+    operation: str, tags: tuple[str, ...], address: Address, qemu_pid: int | None, *, is_human: bool
+) -> Record:
+    """The record of a run that this process begins now."""
+    return Record(
+        token=secrets.token_hex(8),
+        operation=operation,
+        tags=tags,
+        began=datetime.now().astimezone().isoformat(timespec="seconds"),
+        owner=this_process(),
+        user=os.geteuid(),
+        address=("unix" if isinstance(address, UnixAddress) else "tcp", *map(str, address)),
+        place=place(address),
+        qemu=process(qemu_pid) if qemu_pid else None,
+        is_human=is_human,
+    )
+
+
+def place(address: Address) -> tuple[str, ...]:
+    """Where a monitor is, the same for all names of one socket; () where there is none."""
+    if not isinstance(address, UnixAddress):
+        host = "127.0.0.1" if address.host == "localhost" else address.host
+        return "tcp", host, str(address.port)
+    try:
+        info = os.stat(address.path)  # noqa: PTH116 (as in address.py)
+    except (OSError, ValueError):
+        return ()
+    return "unix", str(info.st_dev), str(info.st_ino)
+
+
+def row_keys(rows: tuple[NodeSnapshot, ...]) -> tuple[RowKey, ...]:
+    """What tells the rows of a snapshot table apart, over every monitor: HMP shows no more of them."""
+    return tuple((int(row.date.timestamp()), row.vm_clock_ns // 1_000_000) for row in rows)
+
+
+def _location() -> Path:
+    """The runtime directory: the same for a person, for cron and for a service of one user.
+
+    So it does not depend on the environment, but for ``QSNAP_RUNTIME_DIR``.
+    """
+    if given := os.environ.get("QSNAP_RUNTIME_DIR"):
+        return Path(given)
+    uid = os.geteuid()
+    parent = Path("/run") if uid == 0 else Path(f"/run/user/{uid}")
+    return parent / "qsnap" if os.access(parent, os.W_OK) else Path(f"/tmp/qsnap-{uid}")  # noqa: S108 (checked below)
+
+
+def directory() -> Path:
+    """The runtime directory, made if needed: this user's own, and closed to all others.
+
+    :raise QsnapError: it is not, and cannot be made so.
+    """
+    path = _location()
+    cure = "set QSNAP_RUNTIME_DIR to a directory of your own"
+    try:
+        path.mkdir(mode=0o700, exist_ok=True)
+        info = path.lstat()
+    except OSError as error:
+        raise QsnapError(f"the runtime directory {path} cannot be made: {error.strerror}; {cure}") from error
+    if not stat.S_ISDIR(info.st_mode) or info.st_uid != os.geteuid() or info.st_mode & 0o077:
+        raise QsnapError(f"the runtime directory {path} is not this user's alone (mode 0700); {cure}")
+    return path

@@ -1,0 +1,192 @@
+"""What is done when a run has died: resume the guest that it had stopped, and clear up what it had under way.
+
+By its guard, at once; where that died too, by the next qsnap on the VM, from the journal. Where even the journal is not
+to be had (another user's, another machine's), the mark in QEMU tells who it was and what for, and the guest is resumed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from contextlib import suppress
+
+from qsnap import devices as rules
+from qsnap import snapshots
+from qsnap.delvm import delete_everywhere
+from qsnap.errors import CommandFailed, ConnectError, GuestLeftStopped, MonitorError, QsnapError
+from qsnap.journal import Journal
+from qsnap.loadvm import outcome
+from qsnap.marks import CLAIM, Holder, decode
+from qsnap.model import Recovered, RunState
+from qsnap.monitor import HALF_RESTORED, Monitor, adopt_monitor, open_monitor
+from qsnap.savevm import Attempt
+from qsnap.stopped import cure_of
+
+#: Seconds between two tries to reach QEMU, or to have it resume the guest.
+_RETRY_S = 0.2
+#: Tries at a `cont` that QEMU refuses, as it does while it writes a dump.
+_CONT_TRIES = 300
+#: Seconds for QEMU's greeting; it sends none while it writes.
+_GREETING_S = 120.0
+#: Seconds for which nobody may listen at the monitor's address before the guard gives up; the journal stays.
+_UNREACHABLE_S = 10.0
+
+
+async def after_death(journal: Journal, connection: socket.socket | None) -> None:
+    """The guard's work: see the dead run's affairs through, however long QEMU takes to answer.
+
+    :param connection: the dead run's own; where it is broken, new ones are made as long as that QEMU is there.
+    """
+    monitor = await _inherited(journal, connection) if connection else None
+    while monitor is not None or (monitor := await _reached(journal)) is not None:
+        try:
+            done = await recover(monitor, journal)
+        except MonitorError:
+            monitor = None
+            continue
+        except QsnapError as error:
+            _report(f"the guest of a qsnap that died ({journal.record.deed}) could not be seen to: {error}")
+            return  # the journal stays, and so does the mark: the next qsnap will tell
+        finally:
+            if monitor is not None:
+                await monitor.aclose()
+        _report(f"a qsnap that died ({journal.record.deed}) was seen to: {'; '.join(done.actions) or 'nothing to do'}")
+        return
+    journal.close(remove=not _may_live(journal))
+
+
+async def recover(monitor: Monitor, journal: Journal) -> Recovered:
+    """Do what is left to do of the run that *journal* is of, and remove it and the run's mark.
+
+    The guest comes first. What the run had half made is removed, as by an interrupted run of our own.
+
+    :raise GuestLeftStopped: QEMU does not resume it.
+    """
+    record = journal.record
+    assert record.owner is not None
+    mark = decode(await monitor.mark(CLAIM) or "")
+    actions: list[str] = []
+    # Without its mark this is another QEMU, or the run had not begun, or was at its very end
+    if mark is not None and mark.token == record.token:
+        await monitor.take_over(record.owner.pid)
+        if record.loading:
+            actions += await _end_load(monitor, journal)
+        if journal.record.stopped:
+            actions += await _resume(monitor)
+            journal.note(stopped=False)
+        await monitor.settle()
+        actions += await _clear_up(monitor, journal)
+        await monitor.dismiss(await monitor.leftover_jobs())
+        await monitor.clear_mark(CLAIM)
+    journal.close(remove=True)
+    return Recovered(
+        operation=record.operation, tags=record.tags, pid=record.owner.pid, began=record.began, actions=tuple(actions)
+    )
+
+
+async def recover_by_mark(monitor: Monitor, holder: Holder) -> Recovered:
+    """The same where nothing but the mark is to be had.
+
+    What a save has half made is not known then; it shows in the list of snapshots.
+    """
+    actions: tuple[str, ...] = ()
+    # No guest that a load has stopped is resumed blindly
+    if holder.was_running and holder.operation == "save":
+        actions = tuple(await _resume(monitor))
+    await monitor.clear_mark(CLAIM)
+    return Recovered(
+        operation=holder.operation, tags=(holder.tag,), pid=holder.owner.pid, began=holder.began, actions=actions
+    )
+
+
+async def _end_load(monitor: Monitor, journal: Journal) -> list[str]:
+    """How the load of the dead run ended: the guest may run on only if that was well."""
+    record = journal.record
+    failure: QsnapError | None
+    if record.loading == "failed":
+        failure = QsnapError("QEMU reported an error")
+    else:
+        unseen = QsnapError("nobody has seen how the load ended")
+        failure = await outcome(unseen, monitor, was_running=record.was_running)
+    journal.note(loading="", stopped=record.stopped and failure is None)
+    if failure is None:
+        return []
+    await monitor.set_mark(HALF_RESTORED, "yes")
+    return [
+        f"the load of {', '.join(record.tags)} has failed midway ({failure}): RAM and disks may be half restored, and "
+        "the guest is left stopped on purpose; load a good snapshot"
+    ]
+
+
+async def _resume(monitor: Monitor) -> list[str]:
+    """Resume the guest, if it is still stopped.
+
+    :raise GuestLeftStopped: QEMU will not.
+    """
+    for _ in range(_CONT_TRIES):
+        if (runstate := await monitor.runstate()) is RunState.RUNNING:
+            return []
+        try:
+            await monitor.cont()
+        except CommandFailed as error:
+            refusal = error
+            await asyncio.sleep(_RETRY_S)
+            continue
+        if (runstate := await monitor.runstate()) is RunState.RUNNING:
+            return ["the guest was resumed"]
+        return [f"the guest was resumed, and is {runstate}: {cure_of(runstate)}"]
+    raise GuestLeftStopped(f"the guest is stopped, and QEMU does not resume it: {refusal.reason}")
+
+
+async def _clear_up(monitor: Monitor, journal: Journal) -> list[str]:
+    record = journal.record
+    graph = await monitor.block_graph()
+    devices = rules.survey(graph, chooses_devices=monitor.chooses_devices).devices
+    if record.operation == "save" and (record.older is not None or record.saving or record.stand_in):
+        _, sentence = await Attempt(monitor, journal, devices).undo(keeps_whole=True)
+        return [sentence]
+    if record.operation == "delete" and record.devices:
+        (tag,) = record.tags
+        held = snapshots.holders(graph, devices, tag)
+        if held and held != record.devices:
+            await delete_everywhere(monitor, devices, tag)
+            return [f"the deletion of {tag!r} was completed"]
+    return []
+
+
+async def _inherited(journal: Journal, connection: socket.socket) -> Monitor | None:
+    try:
+        return await adopt_monitor(connection, journal.record.where, is_human=journal.record.is_human)
+    except MonitorError:
+        connection.close()
+        return None
+
+
+async def _reached(journal: Journal) -> Monitor | None:
+    """A new connection to the same QEMU; None when that has ended, or nobody listens there any more."""
+    clock = asyncio.get_running_loop().time
+    deadline = clock() + _UNREACHABLE_S
+    while _may_live(journal):
+        try:
+            return await open_monitor(journal.record.where, timeout_s=_GREETING_S)
+        except ConnectError:
+            if clock() > deadline:
+                return None
+        except MonitorError:
+            deadline = clock() + _UNREACHABLE_S  # it is there, and busy
+        await asyncio.sleep(_RETRY_S)
+    return None
+
+
+def _may_live(journal: Journal) -> bool:
+    qemu = journal.record.qemu
+    return qemu is None or qemu.is_alive
+
+
+def _report(sentence: str) -> None:
+    """Nobody waits for a guard; the system's log is where such things are looked for."""
+    import syslog
+
+    with suppress(OSError):
+        syslog.openlog("qsnap", syslog.LOG_PID, syslog.LOG_USER)
+        syslog.syslog(syslog.LOG_WARNING, sentence.encode("unicode_escape").decode())

@@ -1,0 +1,220 @@
+"""One qsnap at a time on a VM, by whatever monitor and name it is reached."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import msgspec
+import pytest
+
+import qsnap
+from conftest import Launch
+from guest import Guest, assert_nothing_left, both_monitors, cli, finish, start_cli, tags, until
+from qsnap import marks
+from qsnap.errors import VMLocked
+from qsnap.journal import Record, new_record
+from qsnap.local import Process, is_alive, process, this_process
+from qsnap.model import SaveResult
+from qsnap.monitor.address import TcpAddress
+from test_exits import big_guest, in_the_write
+from test_guard import CLAIM, journals, wait_for_the_guard
+from test_guard import marks as marks_of
+
+
+@pytest.fixture
+def busy(launch: Launch, tmp_path: Path) -> Iterator[tuple[Guest, Path, subprocess.Popen[str]]]:
+    """A guest that a qsnap is saving, held still in the middle of it; it goes on when the test ends."""
+    guest, image = big_guest(launch, tmp_path)
+    process = start_cli("save", "first", monitor=guest.address)
+    with in_the_write(guest, image):
+        yield guest, image, process
+    assert finish(process).code == 0
+    assert_nothing_left(guest, {image: ["first"]})
+
+
+@both_monitors
+@pytest.mark.parametrize("verb", [("save", "x"), ("load", "x"), ("delete", "x"), ("list",), ("recover",)])
+def test_the_second_is_refused_and_told_who_is_first(
+    busy: tuple[Guest, Path, subprocess.Popen[str]], verb: tuple[str, ...]
+) -> None:
+    guest, _, first = busy
+    error = cli(*verb, "--lock-wait", "0", "--json", monitor=guest.address, expect=11).error
+    assert (error["error"], error["holder_pid"]) == ("VMLocked", first.pid)
+    assert "save 'first' since" in error["holder"]
+
+
+def test_other_names_of_the_socket_are_the_same_vm(
+    busy: tuple[Guest, Path, subprocess.Popen[str]], tmp_path: Path
+) -> None:
+    guest, _, _ = busy
+    link, hard = tmp_path / "link", tmp_path / "hard"
+    link.symlink_to(guest.address)
+    os.link(guest.address, hard)
+    for name in (str(link), f"unix:{hard}", f"{guest.directory}/../{guest.directory.name}/qmp"):
+        cli("save", "x", "--lock-wait", "0", monitor=name, expect=11)
+
+
+@both_monitors
+def test_the_second_by_another_monitor_of_the_same_vm(guest: Guest, tmp_path: Path) -> None:
+    """QEMU has the claim. (While it writes it answers nobody, so the first is held between two commands.)"""
+    mine = marks.holder(_record(), None, was_running=True).encode()
+    guest.qmp("object-add", qom_type="authz-simple", id=CLAIM, identity=mine)
+    error = cli("save", "x", "--lock-wait", "0.3", "--json", monitor=guest.address, expect=11).error
+    assert error["holder_pid"] == os.getpid()
+    assert "after 0.3 s of waiting" in error["message"]
+    status = cli("status", "--json", monitor=guest.address).json["run"]
+    assert (status["pid"], status["is_alive"]) == (os.getpid(), True)
+    assert "at work:" in cli("status", monitor=guest.address).out
+    assert cli("list", monitor=guest.address).code == 0, "who only looks is not kept waiting"
+    guest.qmp("object-del", id=CLAIM)
+    assert_nothing_left(guest, {tmp_path / "disk0.qcow2": []})
+
+
+def _record(**changes: object) -> Record:
+    record = new_record("save", ("theirs",), TcpAddress("localhost", 1), None, is_human=False)
+    return msgspec.structs.replace(record, **changes)
+
+
+def set_claim(guest: Guest, holder: marks.Holder) -> None:
+    guest.qmp("object-add", qom_type="authz-simple", id=CLAIM, identity=holder.encode())
+
+
+def test_the_claim_of_a_dead_process_does_not_block(guest: Guest) -> None:
+    """Its number may be another's by now: the time of its start tells."""
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    for owner in (Process(pid=ended.pid, start=1), Process(pid=os.getpid(), start=1)):
+        set_claim(guest, marks.holder(_record(owner=owner), None, was_running=True))
+        guest.qmp("stop")
+        run = cli("save", "x", "--lock-wait", "0", monitor=guest.address)
+        assert "recovered from a qsnap that died (save theirs" in run.err
+        guest.assert_running()
+        assert marks_of(guest) == []
+
+
+def test_a_living_guard_is_a_living_holder(guest: Guest) -> None:
+    dead = Process(pid=os.getpid(), start=1)
+    set_claim(guest, marks.holder(_record(owner=dead), this_process(), was_running=True))
+    cli("save", "x", "--lock-wait", "0", monitor=guest.address, expect=11)
+
+
+def test_a_holder_on_another_machine(guest: Guest, tmp_path: Path) -> None:
+    """Whether it lives cannot be told; only a person can say so."""
+    holder = msgspec.structs.replace(
+        marks.holder(_record(), None, was_running=True), machine="another boot", host="far\x1b[1maway"
+    )
+    set_claim(guest, holder)
+    guest.qmp("stop")
+    run = cli("save", "x", "--lock-wait", "0", monitor=guest.address, expect=11)
+    assert "on far\\x1b[1maway" in run.err
+    assert "qsnap recover --force" in run.err
+    cli("recover", "--lock-wait", "0", monitor=guest.address, expect=11)
+    assert guest.runstate == "paused"
+    assert cli("status", "--json", monitor=guest.address).json["run"]["is_alive"] is None
+    assert "may be dead" in cli("status", monitor=guest.address).out
+    cli("recover", "--force", monitor=guest.address)
+    assert_nothing_left(guest, {tmp_path / "disk0.qcow2": []})
+    cli("save", "x", monitor=guest.address)
+
+
+def test_a_claim_that_cannot_be_read(guest: Guest) -> None:
+    """As of a later qsnap: it is respected."""
+    guest.qmp("object-add", qom_type="authz-simple", id=CLAIM, identity="%%%")
+    run = cli("save", "x", "--lock-wait", "0", monitor=guest.address, expect=11)
+    assert "another version" in run.err
+    assert "of another machine or container" in cli("status", monitor=guest.address).out
+
+
+@both_monitors
+def test_the_second_waits_for_its_turn(launch: Launch, tmp_path: Path, runtime_directory: Path) -> None:
+    guest, image = big_guest(launch, tmp_path)
+    first = start_cli("save", "first", monitor=guest.address)
+    with in_the_write(guest, image):
+        second = start_cli("save", "second", "--lock-wait", "100", monitor=guest.address)
+    assert (finish(first).code, finish(second).code) == (0, 0)
+    assert_nothing_left(guest, {image: ["first", "second"]})
+    assert journals(runtime_directory) == []
+
+
+@both_monitors
+def test_many_at_once_never_interleave(guest: Guest, tmp_path: Path, runtime_directory: Path, transport: str) -> None:
+    """By all monitors, saving and replacing under two names and deleting; whatever the order, all is whole."""
+    addresses = [guest.qmp_address, guest.hmp_address]
+    running = [
+        start_cli(verb, tag, "--lock-wait", "100", *more, monitor=addresses[number % 2])
+        for number in range(3)
+        for verb, tag, *more in (("save", "a"), ("delete", "a", "--missing-ok"), ("save", "b"))
+    ]
+    codes = [finish(process, 110).code for process in running]
+    assert codes == [0] * len(running)
+    wait_for_the_guard(runtime_directory)
+    for snapshot in cli("list", "--json", monitor=guest.address).json["snapshots"]:
+        assert (snapshot["kind"], snapshot["problems"]) == ("full", [])
+        cli("load", snapshot["tag"], monitor=guest.address)
+    held = sorted(tags(tmp_path / "disk0.qcow2"))
+    assert held in (["a", "b"], ["b"])
+    assert sorted(tags(tmp_path / "disk1.qcow2")) == held
+    guest.assert_running()
+
+
+async def test_calls_on_one_object_and_on_two_take_turns(guest: Guest, tmp_path: Path) -> None:
+    async with (
+        qsnap.connect(guest.address, lock_wait_s=30) as vm,
+        qsnap.connect(guest.hmp_address, lock_wait_s=30) as other,
+    ):
+        results = await asyncio.gather(vm.save("a"), vm.save("b"), other.save("c"), vm.delete("d", missing_ok=True))
+    assert [result.tag for result in results if isinstance(result, SaveResult)] == ["a", "b", "c"]
+    assert sorted(tags(tmp_path / "disk0.qcow2")) == ["a", "b", "c"]
+    guest.assert_running()
+
+
+async def test_a_library_that_is_refused_can_go_on(guest: Guest) -> None:
+    mine = marks.holder(_record(), None, was_running=True).encode()
+    async with qsnap.connect(guest.address, lock_wait_s=0.3) as vm:
+        guest.qmp("object-add", qom_type="authz-simple", id=CLAIM, identity=mine)
+        with pytest.raises(VMLocked):
+            await vm.save("a")
+        guest.qmp("object-del", id=CLAIM)
+        await vm.save("a")
+        assert [snapshot.tag for snapshot in await vm.list()] == ["a"]
+
+
+def test_an_interrupt_while_waiting(busy: tuple[Guest, Path, subprocess.Popen[str]]) -> None:
+    guest, _, _ = busy
+    waiting = start_cli("save", "x", "--lock-wait", "1000", "-v", monitor=guest.address)
+    until("it to wait", lambda: b"epoll" in Path(f"/proc/{waiting.pid}/wchan").read_bytes() or waiting.poll() or True)
+    waiting.send_signal(signal.SIGTERM)
+    assert finish(waiting).code in (143, -signal.SIGTERM)
+
+
+def test_a_wait_that_cannot_be_meant(guest: Guest) -> None:
+    cli("save", "x", "--lock-wait", "-1", monitor=guest.address, expect=2)
+    cli("save", "x", "--lock-wait", "soon", monitor=guest.address, expect=2)
+
+
+def test_holders_are_encoded_for_every_monitor() -> None:
+    """HMP takes a line of about a thousand characters, and a comma would end the text."""
+    holder = marks.holder(_record(tags=("ü,\x1b" * 80, "b" * 255)), this_process(), was_running=True)
+    text = holder.encode()
+    assert len(text) < 900
+    assert text.replace("-", "").replace("_", "").isalnum()
+    assert marks.decode(text) == holder
+    for broken in ("", "!", "e30", "bnVsbA", text[:-9], json.dumps({})):
+        assert marks.decode(broken) is None
+
+
+def test_processes() -> None:
+    assert this_process().is_alive
+    assert not Process(pid=os.getpid(), start=this_process().start + 1).is_alive
+    ended = subprocess.Popen(["true"])
+    until("a zombie", lambda: Path(f"/proc/{ended.pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z")
+    assert process(ended.pid) is None
+    assert not is_alive(ended.pid)
+    ended.wait()
+    assert not is_alive(ended.pid)
