@@ -152,7 +152,9 @@ async def plan_load(monitor: Monitor, tag: str, *, exclude: Collection[str] = ()
     survey = rules.survey(graph, exclude=exclude, chooses_devices=monitor.chooses_devices)
     snapshot = snapshots.find(graph, survey.devices, tag)
     if snapshot is None:
-        raise SnapshotNotFound(tag, f"no snapshot {tag!r} on any device; the guest was not touched")
+        other = snapshots.find(graph, survey.devices, f"{tag}{snapshots.STAND_IN_SUFFIX}")
+        hint = f". Its stand-in, of a replacement that was not completed, can be loaded: {other.tag}" if other else ""
+        raise SnapshotNotFound(tag, f"no snapshot {tag!r} on any device; the guest was not touched{hint}")
     left_out = {d.image or d.node for d in survey.devices if d.verdict is Verdict.EXCLUDED}
     missing = [node for node in snapshot.missing if node not in left_out]
     unable = [node for d in survey.devices if d.verdict is Verdict.REFUSED and (node := d.image or d.node)]

@@ -22,7 +22,6 @@ from qsnap.errors import (
 )
 from qsnap.journal import Journal, Record, row_keys
 from qsnap.model import (
-    MAX_TAG_BYTES,
     BlockGraph,
     Device,
     Finding,
@@ -31,7 +30,6 @@ from qsnap.model import (
     RunState,
     SaveResult,
     Severity,
-    Snapshot,
     Verdict,
     automatic_tag,
 )
@@ -40,9 +38,6 @@ from qsnap.precheck import SavePlan, plan_save
 from qsnap.progress import Watcher, watched
 from qsnap.stopped import Pause, cure_of, reconnect, stopped
 from qsnap.undisturbed import undisturbed
-
-#: What the tag of a stand-in ends with.
-STAND_IN_SUFFIX = ".qsnap-stand-in"
 
 
 async def do_savevm(
@@ -99,7 +94,7 @@ async def do_savevm(
     report, state_node = plan.report, plan.report.vmstate
     assert state_node is not None  # or the plan had been refused
     name = tag if tag is not None else _free_automatic_tag(plan.graph)
-    stand_in = stand_in_of(name) if safe_replace else ""
+    stand_in = snapshots.stand_in_of(name) if safe_replace else ""
     replaced = snapshots.holders(plan.graph, report.devices, name)
     if replaced and not replace:
         raise SnapshotExists(name, rules.spoken(replaced, report.devices))
@@ -151,7 +146,7 @@ async def _stand_in(attempt: Attempt, graph: BlockGraph, stand_in: str) -> None:
     older = snapshots.find(graph, attempt.devices, attempt.tag)
     left = snapshots.holders(graph, attempt.devices, stand_in)
     attempt.journal.note(stand_in=stand_in)
-    if left and (not attempt.is_whole(graph, stand_in) or (older and is_loadable(older))):
+    if left and (not attempt.is_whole(graph, stand_in) or (older and snapshots.is_loadable(older))):
         await delete_everywhere(attempt.monitor, attempt.devices, stand_in)
         left = ()
     if older and not left:
@@ -302,7 +297,7 @@ class Attempt:
         if not held:
             return ""
         whole = snapshots.find(graph, self.devices, self.tag)
-        if not self.is_whole(graph, stand_in) or (whole and is_loadable(whole)):
+        if not self.is_whole(graph, stand_in) or (whole and snapshots.is_loadable(whole)):
             await delete_everywhere(self.monitor, self.devices, stand_in)
             return ""
         if self._held(graph, self.tag):
@@ -329,25 +324,6 @@ class Attempt:
             return f"the older snapshot {self.tag!r} is as it was"
         was, now = self._spoken(older), self._spoken(held)
         return f"the older snapshot {self.tag!r} was to be deleted from {was}, and is on {now}"
-
-
-def is_loadable(snapshot: Snapshot) -> bool:
-    """Whether there is a VM state in it, on no device twice and of one moment, and no device lacks it."""
-    return snapshot.kind is Kind.FULL and not snapshot.problems
-
-
-def stand_in_of(tag: str) -> str:
-    """The tag under which a safe replacement keeps the new state while it replaces *tag*.
-
-    :raise BadUsage: it would be too long.
-    """
-    name = f"{tag}{STAND_IN_SUFFIX}"
-    if len(name.encode(errors="surrogateescape")) > MAX_TAG_BYTES:
-        raise BadUsage(
-            f"the tag {tag!r} is too long to be replaced safely: with the {len(STAND_IN_SUFFIX)} bytes of "
-            f"{STAND_IN_SUFFIX!r} behind it, it has more than {MAX_TAG_BYTES}"
-        )
-    return name
 
 
 def _result(

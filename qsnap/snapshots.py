@@ -5,7 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from qsnap.devices import labels
-from qsnap.model import BlockGraph, Device, Kind, Labels, NodeSnapshot, Role, Snapshot, Verdict
+from qsnap.errors import BadUsage
+from qsnap.model import MAX_TAG_BYTES, BlockGraph, Device, Kind, Labels, NodeSnapshot, Role, Snapshot, Verdict
+
+#: What the tag of a stand-in ends with.
+STAND_IN_SUFFIX = ".qsnap-stand-in"
 
 
 def relevant_nodes(devices: Iterable[Device]) -> tuple[str, ...]:
@@ -83,3 +87,22 @@ def save_problems(graph: BlockGraph, tag: str, vmstate: str, devices: Sequence[s
         elif name != vmstate and rows[0].vm_state_size != 0:
             problems.append(f"{name} holds a VM state that belongs on {vmstate}")
     return problems
+
+
+def is_loadable(snapshot: Snapshot) -> bool:
+    """Whether there is a VM state in it, on no device twice and of one moment, and no device lacks it."""
+    return snapshot.kind is Kind.FULL and not snapshot.problems
+
+
+def stand_in_of(tag: str) -> str:
+    """The tag under which a safe replacement keeps the new state while it replaces *tag*.
+
+    :raise BadUsage: it would be too long.
+    """
+    name = f"{tag}{STAND_IN_SUFFIX}"
+    if len(name.encode(errors="surrogateescape")) > MAX_TAG_BYTES:
+        raise BadUsage(
+            f"the tag {tag!r} is too long to be replaced safely: with the {len(STAND_IN_SUFFIX)} bytes of "
+            f"{STAND_IN_SUFFIX!r} behind it, it has more than {MAX_TAG_BYTES}"
+        )
+    return name

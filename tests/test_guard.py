@@ -23,6 +23,7 @@ from guest import (
     HAS_SNAPSHOT_JOBS,
     Guest,
     assert_nothing_left,
+    assert_sound,
     blockdev,
     both_monitors,
     cli,
@@ -451,7 +452,7 @@ def test_the_guest_dies_with_its_qsnap(launch: Launch, tmp_path: Path, runtime_d
         guest.process.kill()
     wait_for_the_guard(runtime_directory)
     guest.process.wait(30)
-    qemu_img("check", image)
+    assert_sound(image)
     assert tags(image) == []
     assert state_sizes(image) == {}
 
