@@ -7,11 +7,12 @@ import signal
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from guest import QEMU, Guest, blockdev, make_boot_disk, make_disk
-from proxy import Hook, Proxy
+from proxy import Proxy
 
 Launch = Callable[..., Guest]
 Intercept = Callable[..., Proxy]
@@ -59,7 +60,7 @@ def intercept(launch: Launch) -> Iterator[Intercept]:
     """Proxies in front of a guest's monitor; they are closed with the test."""
     proxies: list[Proxy] = []
 
-    def start(guest: Guest, **hooks: Hook) -> Proxy:
+    def start(guest: Guest, **hooks: Any) -> Proxy:
         proxies.append(Proxy(guest.address, guest.directory / f"proxy{len(proxies)}", **hooks))
         return proxies[-1]
 

@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 Hook = Callable[[dict[str, Any]], None]
+#: What becomes of bytes on their way from QEMU.
+Change = Callable[[bytes], bytes]
 
 
 #: What HMP calls it, for what QMP calls it.
@@ -56,11 +58,14 @@ class Proxy:
     :ivar commands: the names of the commands that have passed.
     """
 
-    def __init__(self, target: str, address: Path, *, on_command: Hook | None = None) -> None:
+    def __init__(
+        self, target: str, address: Path, *, on_command: Hook | None = None, on_data: Change | None = None
+    ) -> None:
         self.address = str(address)
         self.commands: list[str] = []
         self._target = target
         self._on_command = on_command
+        self._on_data = on_data
         self._sockets: list[socket.socket] = []
         self._listener = socket.socket(socket.AF_UNIX)
         self._listener.bind(self.address)
@@ -97,6 +102,8 @@ class Proxy:
                     passing, pending = messages(pending + data.decode())
                     for message in passing:
                         hook(message)
+                if self._on_data and not hook:
+                    data = self._on_data(data)
                 sink.sendall(data)
         with suppress(OSError):
             sink.shutdown(socket.SHUT_RDWR)

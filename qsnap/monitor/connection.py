@@ -170,6 +170,16 @@ def peer_pid(sock: socket.socket) -> int | None:
     return None
 
 
+def hang_up(sock: socket.socket | None) -> None:
+    """End a connection for all who have it: while a guard holds it too, closing would not make room for a new one.
+
+    :param sock: a duplicate, which is there even if the library has closed its own.
+    """
+    if sock is not None:
+        with suppress(OSError):
+            sock.shutdown(socket.SHUT_RDWR)
+
+
 def another_answers(address: Address) -> MonitorLost:
     """The error of a new connection that does not lead to the same process as the old one."""
     return MonitorLost(f"another QEMU answers at {address} now; the one that was there has ended")

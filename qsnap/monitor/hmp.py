@@ -19,12 +19,14 @@ from qsnap.errors import CommandFailed, MonitorError, NotSupported, QsnapError
 from qsnap.model import BlockGraph, Job, Migration, QemuVersion, RunState
 from qsnap.monitor import hmp_tables, hmp_text
 from qsnap.monitor.address import Address
-from qsnap.monitor.connection import Connection, another_answers, connection, lost, peer_pid
+from qsnap.monitor.connection import Connection, another_answers, connection, hang_up, lost, peer_pid
 from qsnap.monitor.human import HumanSnapshots
 
 _log = logging.getLogger("qsnap.hmp")
 
 _CHUNK = 1 << 16
+#: A snapshot's row has some hundred bytes, an image takes 65536 snapshots.
+MAX_ANSWER_BYTES = 16 << 20
 
 
 class _Line:
@@ -63,8 +65,11 @@ class _Line:
                 self._writer.write(hmp_text.typed(line, number))
                 stream = self._rest
                 while (found := hmp_text.answer(stream, number)) is None:
+                    if len(stream) > MAX_ANSWER_BYTES:
+                        raise EOFError(f"its answer has more than {MAX_ANSWER_BYTES >> 20} MiB")
                     stream += await self._more(command)
-            except OSError as error:
+            except (OSError, EOFError) as error:
+                self._writer.close()
                 raise lost(command, error) from error
             text, self._rest = found
             _log.debug("<- %s", json.dumps(text))
@@ -129,7 +134,7 @@ class HmpMonitor(HumanSnapshots):
         self.version = version
         self.address = address
         self.pid = link.pid
-        self.sock: socket.socket | None = link.sock
+        self.sock: socket.socket | None = link.sock.dup()
         self._line = line
         self._qdev_types: dict[str, str] = {}
 
@@ -227,14 +232,18 @@ class HmpMonitor(HumanSnapshots):
         pass
 
     async def reconnect(self, timeout_s: float) -> None:
+        hang_up(self.sock)
         await self.aclose()
         self._under_way = None
         async with connection(self.address, timeout_s) as link:
             if not link.is_human or link.pid != self.pid:
                 raise another_answers(self.address)
             self._line, _ = await _greeted(link)
-            self.sock = link.sock
+            self.sock = link.sock.dup()
 
     async def aclose(self) -> None:
+        if self.sock is not None:
+            self.sock.close()
+            self.sock = None
         with suppress(QsnapError):
             await self._line.close()

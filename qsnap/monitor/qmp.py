@@ -34,7 +34,7 @@ from qsnap.errors import (
 from qsnap.model import BlockGraph, Job, Migration, QemuVersion, RunState
 from qsnap.monitor import ignore, wire
 from qsnap.monitor.address import Address
-from qsnap.monitor.connection import Connection, another_answers, connection, first_bytes, lost, peer_pid
+from qsnap.monitor.connection import Connection, another_answers, connection, first_bytes, hang_up, lost, peer_pid
 from qsnap.monitor.human import HumanSnapshots
 
 _T = TypeVar("_T")
@@ -59,8 +59,19 @@ _JOB_PREFIX = "qsnap-"
 _JOB_ID = re.compile(rf"{_JOB_PREFIX}[a-z]+-(\d+)-\d+")
 
 
+class _Unreadable(QMPError):
+    """What came is no message."""
+
+
 class _Client(QMPClient):
     """qemu.qmp's client, with the dialogue shown."""
+
+    async def _do_recv(self) -> Message:
+        try:
+            return await super()._do_recv()
+        except (ValueError, RecursionError) as error:
+            # A line beyond the limit of qemu.qmp, or JSON that is nested too deep.
+            raise _Unreadable(f"QEMU's message cannot be read: {error}") from error
 
     def _cb_outbound(self, msg: Message) -> Message:
         dialogue.debug("-> %s", _compact(msg))
@@ -176,7 +187,7 @@ class QmpMonitor:
         self.version = version
         self.address = address
         self.pid = link.pid
-        self.sock: socket.socket | None = link.sock
+        self.sock: socket.socket | None = link.sock.dup()
         self._client = client
         self._unsettled: dict[str, str] = {}
         self._qdev_types: dict[str, str] = {}
@@ -373,16 +384,20 @@ class QmpMonitor:
                 await self._execute("job-dismiss", {"id": job.id})
 
     async def reconnect(self, timeout_s: float) -> None:
+        hang_up(self.sock)
         await self.aclose()
         async with connection(self.address, timeout_s) as link:
             if link.is_human or link.pid != self.pid:
                 raise another_answers(self.address)
             client = await _negotiated(link, self.address)
-            self.sock = link.sock
+            self.sock = link.sock.dup()
         self._client = client
         self._client.register_listener(self._turns)
 
     async def aclose(self) -> None:
+        if self.sock is not None:
+            self.sock.close()
+            self.sock = None
         with suppress(QMPError, OSError, EOFError, TimeoutError):
             async with asyncio.timeout(1):
                 await self._client.disconnect()
