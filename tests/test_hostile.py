@@ -31,7 +31,7 @@ from guest import (
     until,
 )
 from proxy import deed
-from qsnap.errors import JobFailed
+from qsnap.errors import VerifyFailed
 from qsnap.monitor import qmp
 from test_guard import assert_all_is_well, guards, journals, marks
 
@@ -316,7 +316,7 @@ async def test_a_job_that_never_concludes(
 
     proxy = intercept(guest, on_data=pause)
     async with qsnap.connect(proxy.address) as vm:
-        with pytest.raises(JobFailed, match="its job does not end; QEMU answers, and calls it paused") as failure:
+        with pytest.raises(VerifyFailed, match="its job does not end; QEMU answers, and calls it paused") as failure:
             await vm.save("t")
     assert "the guest is running" in failure.value.outcome
     assert_all_is_well(guest, runtime_directory, {tmp_path / name: [] for name in ("disk0.qcow2", "disk1.qcow2")})
