@@ -76,7 +76,7 @@ def run(options: Options, action: Callable[[VM, Settings], Awaitable[_T]]) -> _T
     address = meant.address
     if isinstance(address, TcpAddress) and not address.is_loopback:
         sys.stderr.write(f"warning: {address}: a monitor has no password; whoever reaches it controls the VM\n")
-    if meant.is_found and not options.quiet:
+    if meant.is_found and not options.quiet and not options.as_json:
         sys.stderr.write(printable(f"qsnap: using {meant.title} at {address}") + "\n")
     timeout_s = options.timeout_s if options.timeout_s is not None else meant.settings.timeout
 
