@@ -1,4 +1,4 @@
-"""Which VM is meant: the rules in tables, and then the command line on real QEMUs, seen through a /proc of the tests."""
+"""Which VM is meant: the rules, and then the command line on real QEMUs, seen through a /proc of the tests' own."""
 
 from __future__ import annotations
 
@@ -219,7 +219,7 @@ def test_the_config_file(machine: Machine) -> None:
     machine.start("-name", "one", *qmp("one.qmp"))
     machine.start("-name", "two", *qmp("two.qmp"))
     machine.config.write_text(
-        'default-vm = "second"\n[vm.first]\nmonitor = "one.qmp"\n[vm.second]\nmonitor = "~/two.qmp"'
+        "default-vm = 'second'\n[vm.first]\nmonitor = 'one.qmp'\n[vm.second]\nmonitor = '~/two.qmp'"
     )
     assert "guest:       two, " in machine.qsnap("status").out
     assert "guest:       one, " in machine.qsnap("status", "--vm", "first").out
@@ -233,9 +233,7 @@ def test_the_config_file(machine: Machine) -> None:
     for command in (["status"], ["vms"], ["status", "-m", "one.qmp"]):
         run = machine.qsnap(*command, "--config", "other", expect=2)
         assert run.err == "qsnap: other, line 2: vm.two.vmstat is not known; did you mean 'vmstate'?\n"
-    assert "'/none' cannot be read" in machine.qsnap("vms", "--config", "/none", expect=2).err.replace(
-        "/none", "'/none'"
-    )
+    assert "/none cannot be read" in machine.qsnap("vms", "--config", "/none", expect=2).err
 
 
 def test_what_the_config_says_of_options(machine: Machine) -> None:
@@ -278,7 +276,7 @@ def test_a_busy_monitor(machine: Machine) -> None:
     run = machine.qsnap("status", "--timeout", "2", expect=None)
     assert run.code == 4, run.err
     assert f"using web (process {pid})" in run.err
-    assert str(client.pid) in run.err.splitlines()[-1]
+    assert f"process {client.pid} holds it" in run.err
     machine.end(client)
     until("a free monitor", lambda: machine.qsnap("vms", "--json").json["vms"][0]["monitors"][0]["state"] == "free")
     machine.qsnap("status")
@@ -341,11 +339,7 @@ def test_libvirt_s(machine: Machine) -> None:
 
 def test_names_are_data(machine: Machine) -> None:
     machine.start("-name", "\x1b]0;x\x07 $(touch pwned)", *qmp("q"))
-    for run in (
-        machine.qsnap("vms"),
-        machine.qsnap("vms", "-q"),
-        machine.qsnap("list"),
-        machine.qsnap("list", "--vm", "x", expect=4),
-    ):
+    for arguments in (["vms"], ["vms", "-q"], ["list"], ["list", "--vm", "x"]):
+        run = machine.qsnap(*arguments, expect=4 if "--vm" in arguments else 0)
         assert "\x1b" not in run.out + run.err
     assert not (machine.directory / "pwned").exists()
