@@ -277,6 +277,7 @@ def test_a_busy_monitor(machine: Machine) -> None:
     assert run.code == 4, run.err
     assert f"using web (process {pid})" in run.err
     assert f"process {client.pid} holds it" in run.err
+    assert len(run.err.splitlines()) == 2
     machine.end(client)
     until("a free monitor", lambda: machine.qsnap("vms", "--json").json["vms"][0]["monitors"][0]["state"] == "free")
     machine.qsnap("status")
