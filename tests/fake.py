@@ -107,6 +107,9 @@ class FakeMonitor:
             if first is not None:
                 self.rows[name].remove(first)
 
+    async def without_drive(self, kind: str) -> Sequence[str]:
+        return ()
+
     async def is_half_restored(self) -> bool:
         return self.half_restored
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from guest import QEMU, make_disk, until
+from guest import QEMU, make_disk, needs_snapshot_jobs, until
 from machine import BARE, IS_ROOT, NOBODY, Machine, qmp
 from qsnap.choice import Target, choose, known_vms, reason
 from qsnap.config import Config, Settings, parse
@@ -236,6 +236,7 @@ def test_the_config_file(machine: Machine) -> None:
     assert "/none cannot be read" in machine.qsnap("vms", "--config", "/none", expect=2).err
 
 
+@needs_snapshot_jobs
 def test_what_the_config_says_of_options(machine: Machine) -> None:
     """And that the command line wins, also with an option that says no."""
     disks = [make_disk(machine.directory / name) for name in ("a", "b")]

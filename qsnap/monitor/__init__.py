@@ -21,6 +21,8 @@ GREETING_TIMEOUT_S = 5.0
 
 #: An object of no effect in QEMU whose presence is the mark of a load that failed midway; it ends with its QEMU.
 HALF_RESTORED = "qsnap-half-restored"
+#: The QOM paths below which devices are that the user has made: with an id, and without.
+PERIPHERALS = ("/machine/peripheral", "/machine/peripheral-anon")
 
 
 class Monitor(Protocol):
@@ -79,6 +81,9 @@ class Monitor(Protocol):
 
     async def snapshot_delete(self, tag: str, devices: Sequence[str]) -> None:
         """Remove one snapshot of that *tag* from each of *devices*; none there is no error to QEMU."""
+
+    async def without_drive(self, kind: str) -> Sequence[str]:
+        """The QOM paths of the devices of that *kind* whose property "drive" is empty."""
 
     async def is_half_restored(self) -> bool:
         """Whether :meth:`mark_half_restored` was called, by whichever qsnap, since this QEMU was started."""

@@ -16,7 +16,7 @@ from contextlib import suppress
 
 from qsnap.errors import CommandFailed, NotSupported, QsnapError
 from qsnap.model import BlockGraph, Job, Migration, QemuVersion, RunState
-from qsnap.monitor import HALF_RESTORED, hmp_tables, hmp_text
+from qsnap.monitor import HALF_RESTORED, PERIPHERALS, hmp_tables, hmp_text
 from qsnap.monitor.address import Address
 from qsnap.monitor.connection import Connection, another_answers, connection, lost
 from qsnap.monitor.human import HumanSnapshots
@@ -173,8 +173,17 @@ class HmpMonitor(HumanSnapshots):
     async def memory_size(self) -> int:
         return hmp_tables.memory_size(await self._query("info memory_size_summary"))
 
+    async def without_drive(self, kind: str) -> Sequence[str]:
+        paths = [
+            f"{parent}/{name}"
+            for parent in PERIPHERALS
+            for name, found in hmp_tables.objects(await self._query(f"qom-list {parent}")).items()
+            if found == f"child<{kind}>"
+        ]
+        return [path for path in paths if not json.loads(await self._query(f"qom-get {hmp_text.quoted(path)} drive"))]
+
     async def is_half_restored(self) -> bool:
-        return HALF_RESTORED in hmp_tables.object_names(await self._query("qom-list /objects"))
+        return HALF_RESTORED in hmp_tables.objects(await self._query("qom-list /objects"))
 
     async def mark_half_restored(self, yes: bool) -> None:
         if yes == await self.is_half_restored():

@@ -31,7 +31,7 @@ from qsnap.errors import (
     QsnapError,
 )
 from qsnap.model import BlockGraph, Job, Migration, QemuVersion, RunState
-from qsnap.monitor import HALF_RESTORED, wire
+from qsnap.monitor import HALF_RESTORED, PERIPHERALS, wire
 from qsnap.monitor.address import Address
 from qsnap.monitor.connection import Connection, another_answers, connection, lost
 from qsnap.monitor.human import HumanSnapshots
@@ -207,6 +207,15 @@ class QmpMonitor:
             blocked_reasons=tuple(info.blocked_reasons),
             capabilities=frozenset(item.capability for item in capabilities if item.state),
         )
+
+    async def without_drive(self, kind: str) -> Sequence[str]:
+        paths = [
+            f"{parent}/{item.name}"
+            for parent in PERIPHERALS
+            for item in await self._query(list[wire.ObjectPropertyInfo], "qom-list", {"path": parent})
+            if item.type == f"child<{kind}>"
+        ]
+        return [path for path in paths if not await self._query(str, "qom-get", {"path": path, "property": "drive"})]
 
     async def is_half_restored(self) -> bool:
         objects = await self._query(list[wire.ObjectPropertyInfo], "qom-list", {"path": "/objects"})

@@ -109,6 +109,7 @@ class MemoryInfo(Wire, frozen=True):
 
 class ObjectPropertyInfo(Wire, frozen=True):
     name: str
+    type: str
 
 
 class JobInfo(Wire, frozen=True):
