@@ -135,7 +135,10 @@ def _known(vm: RunningVM, config: Config, running: Sequence[RunningVM]) -> Known
     best = _best(vm)
     address = best.address if best else None
     configured = _configured(config, address, vm)
-    return KnownVM(running=vm, config=configured, monitor=address, word=_word(vm, configured, config, running))
+    if configured and (given := config.vms[configured].monitor):
+        address = given
+    word = _word(vm, configured, config, running) if address else None
+    return KnownVM(running=vm, config=configured, monitor=address, word=word)
 
 
 def _word(vm: RunningVM, configured: str | None, config: Config, running: Sequence[RunningVM]) -> str | None:
@@ -163,7 +166,14 @@ def _best(vm: RunningVM) -> MonitorPoint | None:
 
 def _configured(config: Config, address: Address | None, vm: RunningVM | None) -> str | None:
     """The config file's name for the VM with a monitor at *address*, or for the running *vm*."""
-    addresses = {_resolved(point.address) for point in vm.monitors if point.address} if vm else set()
+    from qsnap.discovery import MonitorState
+
+    # At the address of one that is gone may be another's.
+    addresses = {
+        _resolved(point.address)
+        for point in (vm.monitors if vm else ())
+        if point.address and point.state is not MonitorState.GONE
+    }
     if address:
         addresses.add(_resolved(address))
     for name, one in config.vms.items():

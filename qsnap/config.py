@@ -21,6 +21,7 @@ an error, with the key and its line: a default that is misspelt would be silentl
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -80,7 +81,8 @@ def load(path: str | Path | None = None) -> Config:
 
     :raise BadUsage: it cannot be read, or holds what is not known or cannot be meant.
     """
-    where = Path(path).expanduser() if path is not None else default_path()
+    # Not Path.expanduser, which raises for a user that there is not.
+    where = Path(os.path.expanduser(path)) if path is not None else default_path()  # noqa: PTH111
     try:
         text = where.read_text(encoding="utf-8")
     except (FileNotFoundError, NotADirectoryError) as error:
@@ -120,13 +122,15 @@ class _Reader:
         tables = self._table(document, ("vm",))
         return Config(
             default_vm=default_vm,
-            defaults=self._settings(self._table(document, ("defaults",)), ("defaults",), _OPTIONS),
+            defaults=self._settings(self._table(document, ("defaults",)), ("defaults",), OPTIONS),
             vms={name: self._vm(name, self._table(tables, ("vm", name))) for name in tables},
         )
 
     def _vm(self, name: str, table: Mapping[str, Any]) -> ConfiguredVM:
         where = ("vm", name)
-        settings = self._settings(table, where, ("monitor", *_OPTIONS))
+        if not name:
+            raise self._error(where, "needs a name")
+        settings = self._settings(table, where, ("monitor", *OPTIONS))
         monitor = table.get("monitor")
         if monitor is None:
             return ConfiguredVM(name, None, settings)
@@ -141,7 +145,7 @@ class _Reader:
     def _settings(self, table: Mapping[str, Any], where: tuple[str, ...], known: Iterable[str]) -> Settings:
         self._known(table, where, known)
         values: dict[str, Any] = {}
-        for key, (is_good, meaning) in _OPTIONS.items():
+        for key, (is_good, meaning) in OPTIONS.items():
             value = table.get(key)
             if value is not None and not is_good(value):
                 raise self._error((*where, key), f"must be {meaning}")
@@ -196,7 +200,7 @@ def _written(keys: tuple[str, ...]) -> str:
 
 
 def _is_seconds(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < float("inf")
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < 1e12
 
 
 def _is_wait(value: object) -> bool:
@@ -216,7 +220,7 @@ def _is_flag(value: object) -> bool:
 
 
 #: The keys that are options: which values are good, and in words.
-_OPTIONS = {
+OPTIONS = {
     "timeout": (_is_seconds, "a number of seconds above 0"),
     "vmstate": (_is_name, "the name of a node"),
     "exclude": (_are_names, 'a list of nodes, as ["scratch"]'),

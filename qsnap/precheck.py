@@ -54,6 +54,10 @@ _CAPABILITIES_REFUSED: dict[str, QemuVersion | None] = {
 }
 
 
+#: From here on nvme can be saved; and QEMU crashes in it where a controller has no drive of its own (seen in 11.1).
+_NVME_IS_SAVED = QemuVersion(11, 0, 0)
+
+
 class SavePlan(NamedTuple):
     """What a save will do, and what it was decided on.
 
@@ -119,6 +123,7 @@ async def plan_save(
         *runstate_findings(runstate),
         *_aftermath_findings(runstate, half_restored is not None, leftovers),
         *_migration_findings(migration, monitor.version),
+        *await _nvme_findings(monitor),
         *survey.findings,
         *_room_findings(graph, survey.vmstate, tag, image, estimate, force, monitor.chooses_devices),
     ]
@@ -318,6 +323,20 @@ def _migration_findings(migration: Migration, version: QemuVersion) -> Iterator[
             "the migration capability x-ignore-shared is set: RAM in shared memory will not be in the snapshot",
             "switch it off: migrate_set_capability x-ignore-shared off",
         )
+
+
+async def _nvme_findings(monitor: Monitor) -> Sequence[Finding]:
+    """What crashes QEMU's savevm of NVMe. Older versions name the device as one that blocks a migration."""
+    if monitor.version < _NVME_IS_SAVED:
+        return ()
+    return [
+        _refusal(
+            "nvme-without-drive",
+            f"the nvme controller {path.rpartition('/')[2]} has no drive of its own, and QEMU crashes in a save of it",
+            "start the guest with drive= on the controller (-device nvme,serial=…,drive=ID), or without it",
+        )
+        for path in await monitor.without_drive("nvme")
+    ]
 
 
 def _room_findings(

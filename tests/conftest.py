@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import signal
 import tempfile
@@ -9,9 +10,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from guest import QEMU, Guest, blockdev, make_boot_disk, make_disk
+from machine import Machine
 from proxy import Proxy
 
 Launch = Callable[..., Guest]
@@ -25,6 +28,10 @@ def pytest_sessionstart() -> None:
     # A shell starts its background jobs with SIGINT ignored, and so would we every qsnap.
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    # What whoever runs the tests has set up for their own VMs is none of ours.
+    os.environ["XDG_CONFIG_HOME"] = "/nonexistent"
+    for name in ("QSNAP_CONFIG", "QSNAP_MONITOR"):
+        os.environ.pop(name, None)
 
 
 @pytest.fixture(autouse=True)
@@ -80,3 +87,13 @@ def guest(launch: Launch, tmp_path: Path) -> Guest:
     )  # fmt: skip
     running.wait_for_ticks()
     return running
+
+
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch) -> Iterator[Machine]:
+    machine = Machine()
+    monkeypatch.setattr(psutil, "PROCFS_PATH", str(machine.proc))
+    try:
+        yield machine
+    finally:
+        machine.close()

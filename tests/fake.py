@@ -116,6 +116,9 @@ class FakeMonitor:
             if first is not None:
                 self.rows[name].remove(first)
 
+    async def without_drive(self, kind: str) -> Sequence[str]:
+        return ()
+
     async def mark(self, name: str) -> str | None:
         return self.marks.get(name)
 

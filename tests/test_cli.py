@@ -26,8 +26,15 @@ from qsnap.progress import Phase, Progress
 
 def test_version_and_help() -> None:
     assert cli("--version").out == f"qsnap {qsnap.__version__}\n"
-    for command in ("save", "load", "list", "show", "delete", "check", "status", "demo"):
+    for command in ("save", "load", "list", "show", "delete", "check", "status", "vms", "completion", "demo"):
         assert cli(command, "-h").out == cli(command, "--help").out != ""
+
+
+def test_usage_errors_are_one_line() -> None:
+    run = cli("completion", expect=2)
+    assert run.err == (
+        "qsnap: Missing argument '{bash|zsh|fish}'. Choose from: bash, zsh, fish (see qsnap completion --help)\n"
+    )
 
 
 def test_start_up_loads_nothing_heavy() -> None:

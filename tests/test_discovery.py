@@ -14,17 +14,16 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from shutil import rmtree
 
 import msgspec
 import psutil
 import pytest
 
 from guest import DEADLINE_S, QEMU, until
+from machine import BARE, IS_ROOT, NOBODY, Machine, qmp
 from qsnap.discovery import (
     Holder,
     MonitorPoint,
@@ -38,12 +37,7 @@ from qsnap.discovery import (
     sockets,
     usable,
 )
-from qsnap.local import is_alive
 from qsnap.monitor.address import TcpAddress, UnixAddress
-
-IS_ROOT = os.geteuid() == 0
-NOBODY = 65534
-BARE = ("-machine", "none", "-nodefaults", "-display", "none")
 
 
 def parse(*arguments: str, cwd: str | None = "/vm") -> RunningVM:
@@ -322,106 +316,6 @@ def test_as_json() -> None:
 
 
 # Real ones
-
-
-class Machine:
-    """A directory, a /proc that shows chosen processes, and those processes, which end with it."""
-
-    def __init__(self) -> None:
-        # Short, as socket paths are, and open to other users.
-        self.directory = Path(tempfile.mkdtemp(prefix="qs-"))
-        self.directory.chmod(0o777)
-        self.proc = self.directory / "proc"
-        self.proc.mkdir()
-        for name in ("net", "stat"):
-            (self.proc / name).symlink_to(f"/proc/{name}")
-        self._processes: list[subprocess.Popen[bytes]] = []
-        self._daemons: list[int] = []
-        self.show(os.getpid())
-
-    def show(self, pid: int) -> None:
-        (self.proc / str(pid)).symlink_to(f"/proc/{pid}")
-
-    def launch(self, *command: str, **more: object) -> subprocess.Popen[bytes]:
-        """Start any process, and show it."""
-        process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, **{"cwd": self.directory, **more}
-        )  # type: ignore[call-overload]
-        self._processes.append(process)
-        self.show(process.pid)
-        return process  # type: ignore[no-any-return]
-
-    def start(self, *args: str, prefix: Sequence[str] = (), **more: object) -> int:
-        """Start a QEMU, and wait until it listens on its Unix monitors; its pid."""
-        process = self.launch(*prefix, QEMU, *BARE, *args, **more)
-        until("QEMU's monitors", lambda: process.poll() is not None or self._listens(process.pid))
-        assert process.poll() is None, f"QEMU ended with {process.returncode}: {process.args!r}"
-        return process.pid
-
-    def _listens(self, pid: int) -> bool:
-        vms = [vm for vm in running_vms() if vm.pid == pid]
-        return bool(vms) and all(monitor.state != "gone" for monitor in vms[0].monitors)
-
-    def daemonize(self, *args: str) -> int:
-        """Start a QEMU that goes into the background, as a shell would; its pid."""
-        pidfile = self.directory / "pid"
-        subprocess.run(
-            [QEMU, *BARE, "-daemonize", "-pidfile", pidfile, *args],
-            cwd=self.directory, env={**os.environ, "PWD": str(self.directory)}, check=True, timeout=DEADLINE_S,
-        )  # fmt: skip
-        pid = int(pidfile.read_text())
-        self.end_by_pid(pid)
-        self.show(pid)
-        return pid
-
-    def end_by_pid(self, pid: int) -> None:
-        """Have a process ended with the test that is no child of ours."""
-        self._daemons.append(pid)
-
-    def connect(self, path: str | Path) -> subprocess.Popen[bytes]:
-        """A process that is a client of this monitor, and is served."""
-        client = self.launch(
-            sys.executable, "-c",
-            "import socket, sys\n"
-            "s = socket.socket(socket.AF_UNIX)\n"
-            f"s.settimeout({DEADLINE_S})\n"
-            "s.connect(sys.argv[1])\n"
-            "assert s.recv(1)\n"
-            "print('served', flush=True)\n"
-            "sys.stdin.read()\n",
-            str(path),
-        )  # fmt: skip
-        assert client.stdout
-        assert client.stdout.readline() == b"served\n"
-        return client
-
-    def end(self, process: subprocess.Popen[bytes]) -> None:
-        process.kill()
-        process.communicate(timeout=DEADLINE_S)
-
-    def close(self) -> None:
-        for pid in self._daemons:
-            os.kill(pid, signal.SIGKILL)
-        for process in self._processes:
-            process.kill()
-        for process in self._processes:
-            process.communicate(timeout=DEADLINE_S)
-        until("the end of the daemons", lambda: not any(map(is_alive, self._daemons)))
-        rmtree(self.directory)
-
-
-@pytest.fixture
-def machine(monkeypatch: pytest.MonkeyPatch) -> Iterator[Machine]:
-    machine = Machine()
-    monkeypatch.setattr(psutil, "PROCFS_PATH", str(machine.proc))
-    try:
-        yield machine
-    finally:
-        machine.close()
-
-
-def qmp(path: str | Path) -> list[str]:
-    return ["-qmp", f"unix:{str(path).replace(',', ',,')},server=on,wait=off"]
 
 
 def only() -> RunningVM:

@@ -38,7 +38,11 @@ def test_commands_are_in_the_readme(name: str) -> None:
 
 def options_of(command: click.Command) -> set[str]:
     return {
-        name for item in command.params if isinstance(item, click.Option) for name in item.opts if name.startswith("--")
+        name
+        for item in command.params
+        if isinstance(item, click.Option)
+        for name in (*item.opts, *item.secondary_opts)
+        if name.startswith("--")
     }
 
 
@@ -55,9 +59,13 @@ def test_options_in_the_readme_exist() -> None:
 
 
 @pytest.mark.parametrize("name", sorted(cli.commands))
-def test_every_command_but_demo_takes_the_common_options(name: str) -> None:
-    common = {"--monitor", "--json", "--quiet", "--verbose", "--timeout"}
-    assert (common <= options_of(cli.commands[name])) == (name != "demo")
+def test_which_commands_take_the_common_options(name: str) -> None:
+    of_output = {"--json", "--quiet", "--verbose", "--config"}
+    of_vm = {"--monitor", "--vm", "--timeout"}
+    taken = {"vms": of_output, "completion": set(), "demo": set()}.get(name, of_output | of_vm)
+    assert options_of(cli.commands[name]) & (of_output | of_vm) == taken
+    table = README.split("### In scripts and cron")[1].split("\n\n")[2]
+    assert set(re.findall(r"`(--[a-z-]+)", table)) == of_output | of_vm
 
 
 def test_files_that_the_readme_names_exist() -> None:

@@ -121,7 +121,7 @@ def test_migration(recording: Recording) -> None:
 
 def test_other_answers(recording: Recording) -> None:
     assert hmp_tables.memory_size(recording.answers("info memory_size_summary")[0]) == 16 << 20
-    assert "pc.ram" in hmp_tables.object_names(recording.answers("qom-list /objects")[0])
+    assert "pc.ram" in hmp_tables.objects(recording.answers("qom-list /objects")[0])
     assert json.loads(recording.answers("qom-get /machine/peripheral/vd0 type")[0]) == "virtio-blk-pci"
 
 

@@ -16,11 +16,13 @@ from guest import (
     HAS_SNAPSHOT_JOBS,
     Guest,
     blockdev,
+    both_monitors,
     cli,
     make_boot_disk,
     make_disk,
     needs_snapshot_jobs,
     qemu_img,
+    qemu_version,
     tags,
     until,
 )
@@ -180,6 +182,28 @@ def test_migration_blocker(launch: Launch, tmp_path: Path) -> None:
     assert "device-cannot-snapshot" in found
     if HAS_SNAPSHOT_JOBS:  # before 6.0 QEMU tells of no blocker until it refuses: see the next test
         assert "does not support live migration" in found["migration-blocker"]["message"]
+
+
+@both_monitors
+def test_nvme_without_a_drive(launch: Launch, tmp_path: Path, transport: str) -> None:
+    """From 11 on QEMU crashes in a save of it; before, it names it as a blocker. With a drive it can be saved."""
+    nodes = [word for name in ("b", "c") for word in blockdev(name, make_disk(tmp_path / name))]
+    good = ("-device", "nvme,serial=1,drive=b", *nodes)
+    guest = launch(*disk(tmp_path, "a"), *good, "-device", "nvme,serial=2,id=n", "-device", "nvme-ns,drive=c,bus=n",
+                   "-device", "nvme,serial=3", memory="16")  # fmt: skip
+    if qemu_version() < (11, 0):
+        if HAS_SNAPSHOT_JOBS and transport == "qmp":
+            assert "nvme" in findings(guest)["migration-blocker"]["message"]
+        return
+    report = cli("check", "--json", monitor=guest.address, expect=6).json
+    assert [finding["code"] for finding in report["findings"]] == ["nvme-without-drive"] * 2
+    assert [finding["message"].split()[3] for finding in report["findings"]] == ["n", "device[3]"]
+    assert "drive= on the controller" in cli("save", "t", monitor=guest.address, expect=6).err
+    assert guest.runstate == "running"
+    guest.kill()
+    guest = launch(*disk(tmp_path, "a2"), *good, memory="16")
+    cli("save", "t", monitor=guest.address)
+    assert guest.runstate == "running"
 
 
 def test_a_blocker_costs_nobody_the_older_snapshot(launch: Launch, tmp_path: Path) -> None:

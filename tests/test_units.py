@@ -220,7 +220,7 @@ PACKAGE = Path(qsnap.__file__).parent
 #: Which modules may import which library: each has one home.
 HOMES = {
     "rich": ("cli/render.py", "cli/bar.py"),
-    "click": ("cli/__init__.py",),
+    "click": ("cli/__init__.py", "cli/completion.py"),
     "qemu": ("monitor/qmp.py",),
     "psutil": ("discovery/machine.py",),
 }

@@ -109,7 +109,7 @@ def _shown(show: Callable[[], object], exit_code: int = 0) -> int:
 def _usage_message(error: click.ClickException) -> str:
     context = getattr(error, "ctx", None)
     hint = f" (see {context.command_path} --help)" if context else ""
-    return error.format_message() + hint
+    return " ".join(error.format_message().split()) + hint
 
 
 def _exit_table() -> str:

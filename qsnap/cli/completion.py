@@ -58,7 +58,7 @@ def offer(kind: str, options: Options, taken: Collection[str], incomplete: str) 
         return [CompletionItem(incomplete, type="file")]
     found = dict(_vms(options) if kind == "vms" else _of_vm(kind, options))
     return [
-        CompletionItem(name, help=help_ or None)
+        CompletionItem(name, help=help_ or None, kind=kind)
         for name, help_ in found.items()
         if name.startswith(incomplete) and name not in taken and name.isprintable()
     ]
@@ -105,17 +105,57 @@ def _option_part(word: str) -> str:
     return re.match(r"(--[\w-]+=)?", word)[0]  # type: ignore[index]
 
 
-class _Zsh(ZshComplete):
+class _Offers(ShellComplete):
+    """What all three have in common."""
+
+    def get_completions(self, args: list[str], incomplete: str) -> list[CompletionItem[str]]:
+        found = super().get_completions(args, incomplete)
+        # Such a tag would be taken for an option.
+        return [item for item in found if "--" in args or not (item.kind == "tags" and item.value.startswith("-"))]
+
+
+class _Zsh(_Offers, ZshComplete):
+    # click's own has zsh insert a value whether or not it fits, and shows backslashes and colons wrongly.
+    source_template: ClassVar[str] = """\
+#compdef %(prog_name)s
+
+%(complete_func)s() {
+    local type value help
+    local -a response values shown
+    (( ! $+commands[%(prog_name)s] )) && return 1
+    response=("${(@f)$(env COMP_WORDS="${words[*]}" COMP_CWORD=$((CURRENT-1)) \
+%(complete_var)s=zsh_complete %(prog_name)s)}")
+    for type value help in "${response[@]}"; do
+        case $type in
+            dir) _path_files -/ ;;
+            file) _path_files -f ;;
+            plain)
+                values+=("$value")
+                [[ $help == _ ]] && shown+=("$value") || shown+=("$value  -- $help")
+                ;;
+        esac
+    done
+    (( $#values )) && compadd -l -V unsorted -d shown -a values
+}
+
+if [[ $zsh_eval_context[-1] == loadautofunc ]]; then
+    %(complete_func)s "$@"
+else
+    compdef %(complete_func)s %(prog_name)s
+fi
+"""
+
     def format_completion(self, item: CompletionItem[str]) -> str:
         _, incomplete = self.get_completion_args()
-        return super().format_completion(_prefixed(item, _option_part(incomplete)))
+        help_ = " ".join((item.help or "_").split())
+        return f"{item.type}\n{_option_part(incomplete)}{item.value}\n{help_}"
 
 
-class _Fish(FishComplete):
-    # click's own cuts a value at its first comma.
+class _Fish(_Offers, FishComplete):
+    # click's own cuts a value at its first comma, and takes fish's quotes for those of a POSIX shell.
     source_template: ClassVar[str] = """\
 function %(complete_func)s
-    for line in (env %(complete_var)s=fish_complete COMP_WORDS=(commandline -cp | string collect) \
+    for line in (env %(complete_var)s=fish_complete COMP_WORDS=(commandline -opc | string collect) \
 COMP_CWORD=(commandline -ct | string collect) %(prog_name)s)
         set -l parts (string split -m 1 "," -- $line)
         switch $parts[1]
@@ -124,12 +164,18 @@ COMP_CWORD=(commandline -ct | string collect) %(prog_name)s)
             case file
                 __fish_complete_path $parts[2]
             case plain
-                echo $parts[2]
+                printf "%%s\\n" $parts[2]
         end
     end
 end
 complete --no-files --command %(prog_name)s --arguments "(%(complete_func)s)"
 """
+
+    def get_completion_args(self) -> tuple[list[str], str]:
+        _, *args = os.environ["COMP_WORDS"].split("\n")
+        word = os.environ["COMP_CWORD"]
+        option = _option_part(word)
+        return args, option + re.sub(r"\\(.)", r"\1", re.sub("^['\"]", "", word.removeprefix(option)))
 
     def format_completion(self, item: CompletionItem[str]) -> str:
         _, incomplete = self.get_completion_args()
@@ -140,18 +186,18 @@ def _prefixed(item: CompletionItem[str], prefix: str) -> CompletionItem[str]:
     return CompletionItem(prefix + item.value, type=item.type, help=item.help)
 
 
-class _Bash(BashComplete):
+class _Bash(_Offers, BashComplete):
     """click's own neither quotes values nor knows that bash cuts words at ``:`` and ``=`` too."""
 
     source_template: ClassVar[str] = """\
 %(complete_func)s() {
-    local type value
+    local line
     COMPREPLY=()
-    while IFS=, read -r type value; do
-        case $type in
+    while IFS= read -r line; do
+        case ${line%%%%,*} in
             dir) compopt -o dirnames ;;
             file) compopt -o default ;;
-            plain) COMPREPLY+=("$value") ;;
+            plain) COMPREPLY+=("${line#*,}") ;;
         esac
     done < <(COMP_LINE=$COMP_LINE COMP_POINT=$COMP_POINT COMP_WORDBREAKS=$COMP_WORDBREAKS \
 %(complete_var)s=bash_complete "$1")
@@ -195,17 +241,26 @@ complete -o nosort -F %(complete_func)s %(prog_name)s
         if not quote:
             breaks = re.escape(os.environ.get("COMP_WORDBREAKS", "").replace("'", "").replace('"', ""))
             cut = re.match(rf"(?:\\.|[^\\])*(?<!\\)[{breaks}]|", word) if breaks else None
-            prefix = cut[0] if cut else ""
+            # Where it cuts at "@", that stays with what follows (readline's rl_special_prefixes).
+            prefix = cut[0].removesuffix("@") if cut else ""
             if not written.startswith(prefix):
                 return None
             written = written.removeprefix(prefix)
         return CompletionItem(written)
 
 
+#: A word of a shell's line, whose last quote may be open.
+_WORD = re.compile(r"""\s*((?:[^\s'"\\]|\\.|'[^']*(?:'|$)|"(?:[^"\\]|\\.)*(?:"|\\?$)|\\$)*)""", re.DOTALL)
+
+
 def _last_word(line: str) -> str:
     """The unfinished word at the end of a shell's line, with its quotes."""
-    match = re.search(r"""(?:[^\s'"\\]|\\.|'[^']*'|"(?:[^"\\]|\\.)*")*(?:'[^']*|"(?:[^"\\]|\\.)*)?\\?$""", line)
-    return match[0] if match else ""
+    at = 0
+    while match := _WORD.match(line, at):
+        at = match.end()
+        if at == len(line):
+            return match[1]
+    return ""
 
 
 def _quoted(value: str, quote: str) -> str | None:
@@ -214,5 +269,7 @@ def _quoted(value: str, quote: str) -> str | None:
         return None if "'" in value else value
     if quote == '"':
         # "!" is history, and cannot be quoted there.
-        return None if "!" in value else re.sub(r'(["\\$`])', r"\\\1", value)
+        written = re.sub(r'(["\\$`])', r"\\\1", value)
+        # readline takes an escaped quote at the end for the closing one.
+        return None if "!" in value else written + '"' * value.endswith('"')
     return re.sub(r"([^\w@%+=:,./-])", r"\\\1", value)

@@ -78,7 +78,7 @@ def run(options: Options, action: Callable[[VM, Settings], Awaitable[_T]]) -> _T
     address = meant.address
     if isinstance(address, TcpAddress) and not address.is_loopback:
         sys.stderr.write(f"warning: {address}: a monitor has no password; whoever reaches it controls the VM\n")
-    if meant.is_found and not options.quiet:
+    if meant.is_found and not options.quiet and not options.as_json:
         sys.stderr.write(printable(f"qsnap: using {meant.title} at {address}") + "\n")
     timeout_s = _first(options.timeout_s, meant.settings.timeout)
     lock_wait_s = _first(options.lock_wait_s, meant.settings.lock_wait)

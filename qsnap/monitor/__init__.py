@@ -23,6 +23,8 @@ GREETING_TIMEOUT_S = 5.0
 
 #: The mark of a load that failed midway: RAM and disks may be of different moments.
 HALF_RESTORED = "qsnap-half-restored"
+#: The QOM paths below which devices are that the user has made: with an id, and without.
+PERIPHERALS = ("/machine/peripheral", "/machine/peripheral-anon")
 
 
 def ignore(_: JobFailed | None) -> None:
@@ -92,6 +94,9 @@ class Monitor(Protocol):
 
     async def snapshot_delete(self, tag: str, devices: Sequence[str]) -> None:
         """Remove one snapshot of that *tag* from each of *devices*; none there is no error to QEMU."""
+
+    async def without_drive(self, kind: str) -> Sequence[str]:
+        """The QOM paths of the devices of that *kind* whose property "drive" is empty."""
 
     async def mark(self, name: str) -> str | None:
         """The text of a mark that some qsnap has set since this QEMU was started; None where there is none.

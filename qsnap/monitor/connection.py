@@ -78,7 +78,8 @@ def _busy(sock: socket.socket, address: Address, timeout_s: float) -> MonitorBus
     silence = f"{address} accepts connections but has sent no greeting within {timeout_s:g} s"
     pid = peer_pid(sock)
     if isinstance(address, UnixAddress) and (other := holder(address.path)):
-        command = other.command if len(other.command) <= _COMMAND_SHOWN else f"{other.command[:_COMMAND_SHOWN]}…"
+        command = " ".join(other.command.split())
+        command = command if len(command) <= _COMMAND_SHOWN else f"{command[:_COMMAND_SHOWN]}…"
         return MonitorBusy(
             f"{silence}: it serves one client at a time, and process {other.pid} holds it ({command}). "
             "End that one, or give QEMU a second -qmp socket"

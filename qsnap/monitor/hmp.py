@@ -17,7 +17,7 @@ from contextlib import suppress
 
 from qsnap.errors import CommandFailed, MonitorError, NotSupported, QsnapError
 from qsnap.model import BlockGraph, Job, Migration, QemuVersion, RunState
-from qsnap.monitor import hmp_tables, hmp_text
+from qsnap.monitor import PERIPHERALS, hmp_tables, hmp_text
 from qsnap.monitor.address import Address
 from qsnap.monitor.connection import Connection, another_answers, connection, hang_up, lost, peer_pid
 from qsnap.monitor.human import HumanSnapshots
@@ -194,9 +194,18 @@ class HmpMonitor(HumanSnapshots):
     async def memory_size(self) -> int:
         return hmp_tables.memory_size(await self._query("info memory_size_summary"))
 
+    async def without_drive(self, kind: str) -> Sequence[str]:
+        paths = [
+            f"{parent}/{name}"
+            for parent in PERIPHERALS
+            for name, found in hmp_tables.objects(await self._query(f"qom-list {parent}")).items()
+            if found == f"child<{kind}>"
+        ]
+        return [path for path in paths if not json.loads(await self._query(f"qom-get {hmp_text.quoted(path)} drive"))]
+
     async def mark(self, name: str) -> str | None:
         try:
-            if name not in hmp_tables.object_names(await self._query("qom-list /objects")):
+            if name not in hmp_tables.objects(await self._query("qom-list /objects")):
                 return None
             return str(json.loads(await self._query(f"qom-get /objects/{name} identity")))
         except CommandFailed as error:

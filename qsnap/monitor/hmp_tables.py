@@ -292,6 +292,7 @@ def memory_size(text: str) -> int:
     return sum(map(int, sizes))
 
 
-def object_names(text: str) -> frozenset[str]:
-    """The names in ``qom-list``."""
-    return frozenset(line.rpartition(" (")[0] for line in text.splitlines())
+def objects(text: str) -> dict[str, str]:
+    """The names in ``qom-list``, and their types."""
+    rows = (line.rpartition(" (") for line in text.splitlines())
+    return {name: kind.removesuffix(")") for name, _, kind in rows}

@@ -32,7 +32,7 @@ from qsnap.errors import (
     QsnapError,
 )
 from qsnap.model import BlockGraph, Job, Migration, QemuVersion, RunState
-from qsnap.monitor import ignore, wire
+from qsnap.monitor import PERIPHERALS, ignore, wire
 from qsnap.monitor.address import Address
 from qsnap.monitor.connection import Connection, another_answers, connection, first_bytes, hang_up, lost, peer_pid
 from qsnap.monitor.human import HumanSnapshots
@@ -263,6 +263,15 @@ class QmpMonitor:
             blocked_reasons=tuple(info.blocked_reasons),
             capabilities=frozenset(item.capability for item in capabilities if item.state),
         )
+
+    async def without_drive(self, kind: str) -> Sequence[str]:
+        paths = [
+            f"{parent}/{item.name}"
+            for parent in PERIPHERALS
+            for item in await self._query(list[wire.ObjectPropertyInfo], "qom-list", {"path": parent})
+            if item.type == f"child<{kind}>"
+        ]
+        return [path for path in paths if not await self._query(str, "qom-get", {"path": path, "property": "drive"})]
 
     async def mark(self, name: str) -> str | None:
         try:

@@ -129,6 +129,7 @@ class VersionReply(Wire, frozen=True):
 
 class ObjectPropertyInfo(Wire, frozen=True):
     name: str
+    type: str
 
 
 class JobInfo(Wire, frozen=True):
