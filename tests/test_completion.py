@@ -199,7 +199,7 @@ def test_in_the_middle_of_a_tag(machine: Machine, shell: Start, name: str) -> No
 def test_commands_and_options(machine: Machine, shell: Start, name: str) -> None:
     running = shell(name)
     assert running.run("qsnap sta\t") == ["status"]
-    assert running.run("qsnap save --no-\t") == ["save", "--no-replace"]
+    assert running.run("qsnap save --no-r\t") == ["save", "--no-replace"]
     assert running.run("qsnap delete x --missing\t y") == ["delete", "x", "--missing-ok", "y"]
     (machine.directory / "some file").touch()
     assert running.run("qsnap list --config some\t") == ["list", "--config", "some file"]

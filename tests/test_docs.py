@@ -61,7 +61,7 @@ def test_options_in_the_readme_exist() -> None:
 @pytest.mark.parametrize("name", sorted(cli.commands))
 def test_which_commands_take_the_common_options(name: str) -> None:
     of_output = {"--json", "--quiet", "--verbose", "--config"}
-    of_vm = {"--monitor", "--vm", "--timeout"}
+    of_vm = {"--monitor", "--vm", "--timeout", "--lock-wait"}
     taken = {"vms": of_output, "completion": set(), "demo": set()}.get(name, of_output | of_vm)
     assert options_of(cli.commands[name]) & (of_output | of_vm) == taken
     table = README.split("### In scripts and cron")[1].split("\n\n")[2]
