@@ -95,7 +95,7 @@ class Shell:
         start = len(self.text)
         os.write(self._master, typed.encode() + b"\t\t")
         until(f"{last!r} after {typed!r}", lambda: self._read() or last in self._plain(start))
-        os.write(self._master, b"\x03")
+        os.write(self._master, b"\x15")  # not an interrupt, with which the terminal throws away what is typed next
         found = self._plain(start)
         self.run("qsnap ready")
         return found
