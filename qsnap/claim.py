@@ -12,7 +12,7 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 
 from qsnap import guard, journal, marks
-from qsnap.errors import MonitorBusy, MonitorError, QsnapError, VMLocked
+from qsnap.errors import MonitorBusy, MonitorError, MonitorLost, QsnapError, VMLocked
 from qsnap.journal import Found, Journal
 from qsnap.local import process
 from qsnap.marks import CLAIM, Holder
@@ -98,13 +98,25 @@ async def _claim(monitor: Monitor, address: Address, operation: str, tags: tuple
     try:
         ours.guard = watching = guard.start(ours, monitor.sock)
         holder = marks.holder(record, process(watching.pid), was_running=was_running)
-        if await monitor.set_mark(CLAIM, holder.encode()):
-            return ours
+        is_ours = await monitor.set_mark(CLAIM, holder.encode())
+    except (MonitorLost, asyncio.CancelledError):
+        # QEMU may have set it all the same: the guard will look
+        await _hand_over(monitor, ours, watching)
+        raise
     except BaseException:
         _drop(ours, watching)
         raise
-    _drop(ours, watching)
-    return None
+    if not is_ours:
+        _drop(ours, watching)
+    return ours if is_ours else None
+
+
+async def _hand_over(monitor: Monitor, ours: Journal, watching: guard.Guard | None) -> None:
+    """Leave it all to the guard. It goes on with our connection, which two cannot use at once."""
+    await monitor.aclose()
+    ours.close(remove=watching is None)
+    if watching is not None:
+        watching.hand_over()
 
 
 def _drop(ours: Journal, watching: guard.Guard | None) -> None:
@@ -127,8 +139,7 @@ async def _release(monitor: Monitor, ours: Journal) -> None:
     if is_done:
         _drop(ours, watching)
     else:
-        ours.close(remove=False)
-        watching.hand_over()
+        await _hand_over(monitor, ours, watching)
 
 
 def _locked(holder: Holder | None, waited_s: float) -> VMLocked:

@@ -167,6 +167,11 @@ class Journal:
         except OSError as error:
             raise QsnapError(f"the journal {self.path} cannot be written: {error.strerror}") from error
 
+    def done(self, **facts: Any) -> None:  # noqa: ANN401 (fields of Record)
+        """The same of what has been done: if it cannot be written, it still holds here, and nobody is disturbed."""
+        with suppress(QsnapError):
+            self.note(**facts)
+
     def close(self, *, remove: bool) -> None:
         """Let go of it; *remove* it if nothing is left to do."""
         if self._file is None:

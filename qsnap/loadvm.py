@@ -87,7 +87,7 @@ async def do_loadvm(
             raise
         with suppress(QsnapError):
             await monitor.clear_mark(HALF_RESTORED)
-        journal.note(loading="")
+        journal.done(loading="")
         if running is not None:
             pause.resume = running
     snapshot = plan.snapshot
@@ -123,7 +123,7 @@ def has_touched_nothing(failure: JobFailed) -> bool:
 
 def _note_end(journal: Journal, error: JobFailed | None) -> None:
     """Write down how the load ended, while QEMU's own note of it is still there."""
-    journal.note(loading="" if error is None or has_touched_nothing(error) else "failed")
+    journal.done(loading="" if error is None or has_touched_nothing(error) else "failed")
 
 
 async def _not_loaded(monitor: Monitor, plan: LoadPlan, failure: JobFailed) -> QsnapError:
@@ -188,7 +188,7 @@ async def _left_stopped(
     :raise JobFailed: otherwise.
     """
     if isinstance(failure, MonitorError) and await has_ended(monitor):
-        journal.note(stopped=False, loading="")
+        journal.done(stopped=False, loading="")
         raise MonitorLost("QEMU has ended; there is no guest any more") from failure
     with suppress(QsnapError):
         await monitor.set_mark(HALF_RESTORED, "yes")
@@ -196,7 +196,7 @@ async def _left_stopped(
         if await monitor.runstate() is RunState.RUNNING:
             # QEMU 6.0.0 resumes after a failed loadvm (fixed in 6.1: c53cd04e70).
             await monitor.stop()
-    journal.note(stopped=False, loading="")
+    journal.done(stopped=False, loading="")
     tag = plan.snapshot.tag
     outcome = (
         f"RAM and disks may be half restored, so the guest is left stopped on purpose. Load a good snapshot "

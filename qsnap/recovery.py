@@ -73,7 +73,7 @@ async def recover(monitor: Monitor, journal: Journal) -> Recovered:
             actions += await _end_load(monitor, journal)
         if journal.record.stopped:
             actions += await _resume(monitor)
-            journal.note(stopped=False)
+            journal.done(stopped=False)
         await monitor.settle()
         actions += await _clear_up(monitor, journal)
         await monitor.dismiss(await monitor.leftover_jobs())
@@ -108,7 +108,7 @@ async def _end_load(monitor: Monitor, journal: Journal) -> list[str]:
     else:
         unseen = QsnapError("nobody has seen how the load ended")
         failure = await outcome(unseen, monitor, was_running=record.was_running)
-    journal.note(loading="", stopped=record.stopped and failure is None)
+    journal.done(loading="", stopped=record.stopped and failure is None)
     if failure is None:
         return []
     await monitor.set_mark(HALF_RESTORED, "yes")

@@ -14,6 +14,7 @@ from qsnap.errors import (
     BadUsage,
     GuestLeftStopped,
     JobFailed,
+    MonitorError,
     MonitorLost,
     PrecheckRefused,
     QsnapError,
@@ -238,10 +239,10 @@ class Attempt:
         :raise GuestLeftStopped: the guest runs no more, as it has no room for its own writes either.
         :raise VerifyFailed: QEMU reported an error (*failure*) and has left half a set behind; it is removed.
         """
-        if not isinstance(failure, (JobFailed, VerifyFailed, MonitorLost, asyncio.CancelledError)):
-            return
         begun = self.record.older is not None or self.record.saving or self.record.stand_in
-        if isinstance(failure, MonitorLost) and not begun:
+        if isinstance(failure, asyncio.CancelledError):
+            pass
+        elif not begun or not isinstance(failure, QsnapError) or isinstance(failure, GuestLeftStopped):
             return
         removed: tuple[str, ...] = ()
         runstate = RunState.RUNNING
@@ -249,7 +250,7 @@ class Attempt:
             if isinstance(failure, MonitorLost) and not was_running:
                 await reconnect(self.monitor)  # where the guest was resumed, that has been done
             await self.monitor.settle()
-            is_cut_short = isinstance(failure, (MonitorLost, asyncio.CancelledError))
+            is_cut_short = not isinstance(failure, (JobFailed, VerifyFailed))
             removed, outcome = await self.undo(keeps_whole=is_cut_short)
             runstate = await self.monitor.runstate()
             outcome += f"; the guest is {runstate}"
@@ -263,8 +264,11 @@ class Attempt:
             raise MonitorLost(f"{failure}; {outcome}") from failure
         elif isinstance(failure, JobFailed) and removed:
             raise VerifyFailed(self.tag, [str(failure)], outcome) from failure
-        else:
+        elif isinstance(failure, (JobFailed, VerifyFailed)):
             failure.outcome = outcome
+        else:
+            kind = MonitorError if isinstance(failure, MonitorError) else QsnapError
+            raise kind(f"{failure}; {outcome}") from failure
 
     async def undo(self, *, keeps_whole: bool) -> tuple[tuple[str, ...], str]:
         """Leave a whole snapshot of the tag if there is one to be had, and nothing half made.

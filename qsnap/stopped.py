@@ -91,12 +91,12 @@ async def stopped(monitor: Monitor, journal: Journal, *, by_qemu: bool = False) 
         yield pause
         if not pause.resume:
             pause.runstate = await monitor.runstate()
-            journal.note(stopped=False)
+            journal.done(stopped=False)
     finally:
         if pause.resume:
             try:
                 await undisturbed(_resume(monitor, pause), journal.patience_s)
-                journal.note(stopped=False)
+                journal.done(stopped=False)
             except QsnapError as error:
                 await _explain_failed_resume(monitor, pause, journal, error)
 
@@ -130,10 +130,10 @@ async def reconnect(monitor: Monitor) -> None:
 
 async def _explain_failed_resume(monitor: Monitor, pause: Pause, journal: Journal, error: Exception) -> NoReturn:
     if isinstance(error, GuestLeftStopped):
-        journal.note(stopped=False)  # QEMU resumed it, and it has stopped by itself
+        journal.done(stopped=False)  # QEMU resumed it, and it has stopped by itself
         raise error
     if isinstance(error, MonitorError) and await has_ended(monitor):
-        journal.note(stopped=False)
+        journal.done(stopped=False)
         raise MonitorLost("QEMU has ended; there is no guest any more") from error
     state = "was running and is stopped now" if pause.was_running else "is still stopped"
     cure = "Connect again and send `cont`" if isinstance(error, MonitorError) else "Try `cont` in its monitor"

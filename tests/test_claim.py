@@ -7,23 +7,28 @@ import json
 import os
 import signal
 import subprocess
+import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
 
 import qsnap
-from conftest import Launch
+from conftest import Intercept, Launch
+from fake import FakeMonitor
 from guest import Guest, assert_nothing_left, both_monitors, cli, finish, start_cli, tags, until
+from proxy import deed
 from qsnap import marks
-from qsnap.errors import VMLocked
-from qsnap.journal import Record, new_record
+from qsnap.errors import QsnapError, VMLocked
+from qsnap.journal import Journal, Record, new_record
 from qsnap.local import Process, is_alive, process, this_process
 from qsnap.model import SaveResult
 from qsnap.monitor.address import TcpAddress
+from qsnap.savevm import do_savevm
 from test_exits import big_guest, in_the_write
-from test_guard import CLAIM, journals, wait_for_the_guard
+from test_guard import CLAIM, assert_all_is_well, guards, journals, wait_for_the_guard
 from test_guard import marks as marks_of
 
 
@@ -191,6 +196,50 @@ def test_an_interrupt_while_waiting(busy: tuple[Guest, Path, subprocess.Popen[st
     until("it to wait", lambda: b"epoll" in Path(f"/proc/{waiting.pid}/wchan").read_bytes() or waiting.poll() or True)
     waiting.send_signal(signal.SIGTERM)
     assert finish(waiting).code in (143, -signal.SIGTERM)
+
+
+@both_monitors
+def test_an_interrupt_while_the_claim_is_made(
+    guest: Guest, intercept: Intercept, tmp_path: Path, runtime_directory: Path, transport: str
+) -> None:
+    """QEMU may have taken it already: it is given back."""
+    seen = threading.Event()
+
+    def interrupt(message: dict[str, Any]) -> None:
+        is_claim = deed(message) == "object-add" or "object_add" in str(message)
+        if is_claim and not seen.is_set():
+            seen.set()
+            saving.send_signal(signal.SIGTERM)
+            until("qsnap to take note", lambda: saving.poll() is not None or guards(runtime_directory))
+
+    saving = start_cli("save", "t", monitor=intercept(guest, on_command=interrupt).address)
+    assert finish(saving).code == 143
+    assert seen.is_set()
+    assert_all_is_well(guest, runtime_directory, {tmp_path / "disk0.qcow2": []})
+
+
+async def test_a_journal_that_cannot_be_written() -> None:
+    """Nothing is done that it could not tell of."""
+    monitor = FakeMonitor()
+    with pytest.raises(QsnapError, match="cannot be written: No space left on device"):
+        await do_savevm(monitor, "t", journal=Journal(_record(), os.open("/dev/full", os.O_WRONLY)))
+    assert monitor.calls == []
+
+
+async def test_a_journal_that_can_be_written_no_more() -> None:
+    """In the middle of a save: the guest runs, nothing half made is left."""
+    monitor = FakeMonitor()
+
+    class Full(Journal):
+        def note(self, **facts: Any) -> None:
+            if "saving" in facts:
+                raise QsnapError("the journal cannot be written: No space left on device")
+            super().note(**facts)
+
+    await do_savevm(monitor, "t")
+    with pytest.raises(QsnapError, match="had been deleted by then; the guest is running"):
+        await do_savevm(monitor, "t", journal=Full())
+    assert monitor.state == "running"
 
 
 def test_a_wait_that_cannot_be_meant(guest: Guest) -> None:
