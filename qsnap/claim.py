@@ -10,15 +10,17 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 
 from qsnap import guard, journal, marks
 from qsnap.errors import MonitorBusy, MonitorError, MonitorLost, QsnapError, VMLocked
 from qsnap.journal import Found, Journal
-from qsnap.local import process
+from qsnap.local import is_stopped, process
 from qsnap.marks import CLAIM, Holder
 from qsnap.model import Recovered, RunState, Unfinished
 from qsnap.monitor import Monitor
 from qsnap.monitor.address import Address
+from qsnap.monitor.connection import listener_pid
 from qsnap.stopped import has_ended
 from qsnap.undisturbed import undisturbed
 
@@ -133,7 +135,7 @@ async def _release(monitor: Monitor, ours: Journal) -> None:
     if is_done:
         try:
             async with asyncio.timeout(_RELEASE_TIMEOUT_S):
-                await monitor.clear_mark(CLAIM)
+                await marks.give_up(monitor, CLAIM, ours.record.token)
         except (QsnapError, TimeoutError) as error:
             is_done = isinstance(error, MonitorError) and await has_ended(monitor)
     if is_done:
@@ -145,10 +147,17 @@ async def _release(monitor: Monitor, ours: Journal) -> None:
 def _locked(holder: Holder | None, waited_s: float) -> VMLocked:
     if holder is None:
         return VMLocked("one of another version, which cannot be read", waited_s)
-    cure = ""
+    cure = _cure_of_stopped(holder.owner.pid) if holder.is_here else ""
     if not holder.is_here:
         cure = "It is on another machine or in another container. If it is dead: qsnap recover --force"
     return VMLocked(str(holder), waited_s, cure, holder.owner.pid if holder.is_here else None)
+
+
+def _cure_of_stopped(pid: int) -> str:
+    """What to do about a holder that does nothing, as somebody has stopped it; "" for one that works."""
+    if not is_stopped(pid):
+        return ""
+    return f"It is stopped itself (SIGSTOP): kill -CONT {pid}; or kill -KILL {pid}, and its guard sees to the guest"
 
 
 async def _recovered(monitor: Monitor, holder: Holder, *, force: bool = False) -> Recovered | None:
@@ -226,20 +235,48 @@ def _unheld(monitor: Monitor, address: Address) -> Iterator[Found]:
 
 
 async def wait_for_monitor(address: Address, deadline: float, wait_s: float) -> bool:
-    """Wait until no qsnap of this user is at work over the monitor at *address*; it serves one client.
+    """Wait until no qsnap of this user is at work on the VM at *address*.
+
+    While it writes, QEMU answers over no monitor; and each serves one client.
 
     :return: whether one was.
     :param deadline: by the loop's clock.
     :raise VMLocked: one is, and the *wait_s* seconds to the deadline are over.
     """
+    runs = [other.record for other in journal.found() if other.is_held]
     place = journal.place(address)
+    # Asked once, and only if need be: each time QEMU has to take a connection for nothing
+    pid = listener_pid(address) if runs and not any(run.place == place for run in runs) else None
+
+    def run_there() -> journal.Record | None:
+        held = (other.record for other in journal.found() if other.is_held)
+        return next((run for run in held if _is_of(run, place, pid)), None)
+
+    if not any(_is_of(run, place, pid) for run in runs):
+        return False
     clock = asyncio.get_running_loop().time
-    was_held = False
-    while place and (others := [other for other in journal.found() if other.is_held and other.record.place == place]):
+    while record := run_there():
         if clock() >= deadline:
-            record = others[0].record
-            pid = record.owner.pid if record.owner else None
-            raise VMLocked(f"process {pid}, {record.deed} since {record.began}", wait_s, pid=pid)
-        was_held = True
+            owner = record.owner.pid if record.owner else 0
+            cure = _cure_of_stopped(owner)
+            raise VMLocked(f"process {owner}, {record.deed} since {record.began}", wait_s, cure, owner)
         await asyncio.sleep(_LOOK_S)
-    return was_held
+    return True
+
+
+def _is_of(run: journal.Record, place: tuple[str, ...], pid: int | None) -> bool:
+    """Whether a run is on the VM whose monitor is at that place, and its process that *pid*."""
+    if place and run.place == place:
+        return True
+    return pid is not None and run.qemu is not None and run.qemu.pid == pid and _is_qemu(pid)
+
+
+def _is_qemu(pid: int) -> bool:
+    """Whether that is a QEMU, and not a proxy that leads to several."""
+    from qsnap.discovery import qemu_arguments
+
+    try:
+        argv = Path(f"/proc/{pid}/cmdline").read_text(errors="replace").split("\0")
+    except OSError:
+        return False
+    return qemu_arguments(argv) is not None

@@ -85,7 +85,10 @@ def start(journal: Journal, connection: socket.socket | None) -> Guard:
     :raise QsnapError: no process can be started.
     """
     _left[:] = [process for process in _left if process.poll() is None]
-    ours, theirs = socket.socketpair()
+    try:
+        ours, theirs = socket.socketpair()
+    except OSError as error:
+        raise QsnapError(f"no guard can be started: {error.strerror}; nothing was done") from error
     ours.setblocking(False)
     files = {"control": theirs.fileno(), "journal": journal.fileno()}
     if connection is not None and connection.fileno() >= 0:
@@ -94,7 +97,7 @@ def start(journal: Journal, connection: socket.socket | None) -> Guard:
     arguments = json.dumps({**files, "parent": os.getpid(), "path": str(journal.path)})
     try:
         process = subprocess.Popen(
-            [sys.executable, "-I", "-S", "-c", _CODE, "qsnap-guard", json.dumps(path), arguments],
+            [sys.executable, "-I", "-S", "-B", "-c", _CODE, "qsnap-guard", json.dumps(path), arguments],
             stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
             pass_fds=[number for number in files.values() if number is not None], start_new_session=True,
         )  # fmt: skip

@@ -20,7 +20,7 @@ from typing import Any, Protocol
 
 import msgspec
 
-from qsnap.errors import QsnapError
+from qsnap.errors import BadUsage, QsnapError
 from qsnap.local import Process, process, this_process
 from qsnap.model import NodeSnapshot, Struct
 from qsnap.monitor.address import Address, TcpAddress, UnixAddress
@@ -29,6 +29,8 @@ from qsnap.monitor.address import Address, TcpAddress, UnixAddress
 RowKey = tuple[int, int]
 
 _SUFFIX = ".journal"
+#: Of one that does not hold its record yet.
+_BEGINNING = ".beginning"
 
 #: Seconds that a resume and a clean-up may take. QEMU answers nobody while it writes, and after an interrupt
 #: the write has to end first: this bounds a save of several hundred GiB.
@@ -132,7 +134,7 @@ class Journal:
         :raise QsnapError: the runtime directory cannot be used.
         """
         path = directory() / f"{record.token}{_SUFFIX}"
-        beginning = path.with_suffix(".new")
+        beginning = path.with_suffix(_BEGINNING)
         try:
             file = os.open(
                 beginning, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600
@@ -163,7 +165,8 @@ class Journal:
         if self._file is None:
             return
         try:
-            os.write(self._file, msgspec.json.encode(facts) + b"\n")
+            # Should the line before be cut short, this one is not lost with it.
+            os.write(self._file, b"\n" + msgspec.json.encode(facts) + b"\n")
         except OSError as error:
             raise QsnapError(f"the journal {self.path} cannot be written: {error.strerror}") from error
 
@@ -218,17 +221,19 @@ class Found(Struct, frozen=True):
 def found() -> Iterator[Found]:
     """All journals of this user. Those of runs whose QEMU has ended are deleted on the way."""
     try:
-        paths = sorted(_location().glob(f"*{_SUFFIX}"))
-    except OSError:
+        paths = sorted(path for path in _location().iterdir() if path.suffix in (_SUFFIX, _BEGINNING))
+    except (OSError, QsnapError):
         return
     for path in paths:
         try:
-            file = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+            file = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
         except OSError:
             continue
         try:
+            if not stat.S_ISREG(os.fstat(file).st_mode):
+                continue
             is_held = not _can_lock(file)
-            record = _read(file)
+            record = _read(file) if path.suffix == _SUFFIX else None
             is_over = record is None or (record.qemu is not None and not record.qemu.is_alive)
             if is_over and not is_held:
                 with suppress(OSError):
@@ -253,10 +258,8 @@ def _read(file: int) -> Record | None:
     """The record in an open journal; None where there is none."""
     facts: dict[str, Any] = {}
     for line in os.pread(file, 1 << 22, 0).split(b"\n")[:-1]:
-        try:
+        with suppress(msgspec.DecodeError):
             facts |= msgspec.json.decode(line, type=dict[str, Any])
-        except msgspec.DecodeError:
-            return None
     try:
         return msgspec.convert(facts, Record) if facts else None
     except msgspec.ValidationError:
@@ -304,6 +307,8 @@ def _location() -> Path:
     So it does not depend on the environment, but for ``QSNAP_RUNTIME_DIR``.
     """
     if given := os.environ.get("QSNAP_RUNTIME_DIR"):
+        if not given.startswith("/"):
+            raise BadUsage(f"QSNAP_RUNTIME_DIR must be an absolute path, not {given!r}")
         return Path(given)
     uid = os.geteuid()
     parent = Path("/run") if uid == 0 else Path(f"/run/user/{uid}")

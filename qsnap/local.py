@@ -69,6 +69,14 @@ def this_process() -> Process:
     return process(os.getpid()) or Process(pid=os.getpid(), start=0)
 
 
+def is_stopped(pid: int) -> bool:
+    """Whether the process stands still, by SIGSTOP or a terminal's Ctrl-Z."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()[0] == "T"
+    except (OSError, IndexError):
+        return False
+
+
 def is_alive(pid: int) -> bool:
     """Whether a process of that number runs."""
     if process(pid) is not None:

@@ -8,17 +8,21 @@ from __future__ import annotations
 
 import base64
 import os
+import secrets
 import socket
 from pathlib import Path
 
 import msgspec
 
 from qsnap.journal import Record
-from qsnap.local import Process
+from qsnap.local import Process, this_process
 from qsnap.model import Struct
+from qsnap.monitor import Monitor
 
 #: The mark's name: an object of that id in QEMU.
 CLAIM = "qsnap-claim"
+#: The same of who recovers a dead run by its mark alone: of two who come upon it, one.
+RECOVERY = "qsnap-recovery"
 
 #: Characters of a tag that are told: HMP takes a line of about a thousand.
 _TAG_CHARS = 40
@@ -76,12 +80,25 @@ def holder(record: Record, guard: Process | None, *, was_running: bool) -> Holde
     )
 
 
+def of_this_process(operation: str, tag: str) -> Holder:
+    """The holder that this process is, without a journal and a guard."""
+    record = Record(token=secrets.token_hex(8), operation=operation, tags=(tag,), owner=this_process())
+    return holder(record, None, was_running=False)
+
+
 def decode(text: str) -> Holder | None:
     """The holder in a mark's *text*; None where it is not ours to read, as from another version of qsnap."""
     try:
         return msgspec.json.decode(base64.urlsafe_b64decode(text + "=" * (-len(text) % 4)), type=Holder)
     except (ValueError, msgspec.DecodeError):
         return None
+
+
+async def give_up(monitor: Monitor, name: str, token: str) -> None:
+    """Take a mark away, if it is that of *token*: nobody else's."""
+    found = decode(await monitor.mark(name) or "")
+    if found is not None and found.token == token:
+        await monitor.clear_mark(name)
 
 
 def _machine() -> str:

@@ -11,7 +11,7 @@ import socket
 from contextlib import suppress
 
 from qsnap import devices as rules
-from qsnap import snapshots
+from qsnap import marks, snapshots
 from qsnap.delvm import delete_everywhere
 from qsnap.errors import CommandFailed, ConnectError, GuestLeftStopped, MonitorError, QsnapError
 from qsnap.journal import Journal
@@ -77,23 +77,35 @@ async def recover(monitor: Monitor, journal: Journal) -> Recovered:
         await monitor.settle()
         actions += await _clear_up(monitor, journal)
         await monitor.dismiss(await monitor.leftover_jobs())
-        await monitor.clear_mark(CLAIM)
+        await marks.give_up(monitor, CLAIM, record.token)
     journal.close(remove=True)
     return Recovered(
         operation=record.operation, tags=record.tags, pid=record.owner.pid, began=record.began, actions=tuple(actions)
     )
 
 
-async def recover_by_mark(monitor: Monitor, holder: Holder) -> Recovered:
-    """The same where nothing but the mark is to be had.
+async def recover_by_mark(monitor: Monitor, holder: Holder) -> Recovered | None:
+    """The same where nothing but the mark is to be had. None if somebody else is at it, or has been.
 
     What a save has half made is not known then; it shows in the list of snapshots.
     """
-    actions: tuple[str, ...] = ()
-    # No guest that a load has stopped is resumed blindly
-    if holder.was_running and holder.operation == "save":
-        actions = tuple(await _resume(monitor))
-    await monitor.clear_mark(CLAIM)
+    ours = marks.of_this_process("recover", holder.tag)
+    if not await monitor.set_mark(marks.RECOVERY, ours.encode()):
+        other = decode(await monitor.mark(marks.RECOVERY) or "")
+        if other is not None and other.is_here and not other.is_alive:
+            await marks.give_up(monitor, marks.RECOVERY, other.token)
+        return None
+    try:
+        found = decode(await monitor.mark(CLAIM) or "")
+        if found is None or found.token != holder.token:
+            return None
+        actions: tuple[str, ...] = ()
+        # No guest that a load has stopped is resumed blindly
+        if holder.was_running and holder.operation == "save":
+            actions = tuple(await _resume(monitor))
+        await marks.give_up(monitor, CLAIM, holder.token)
+    finally:
+        await marks.give_up(monitor, marks.RECOVERY, ours.token)
     return Recovered(
         operation=holder.operation, tags=(holder.tag,), pid=holder.owner.pid, began=holder.began, actions=actions
     )

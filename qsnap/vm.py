@@ -230,11 +230,12 @@ class VM:
             yield journal
 
     async def _recover_if_seen(self) -> None:
-        """See a run through that died, if its journal is there: who only looks asks QEMU for no more."""
+        """See a run through that died, before its remains are looked at."""
         from qsnap.claim import recover_all, unfinished
+        from qsnap.marks import CLAIM
 
-        if unfinished(self._monitor, self.address):
-            # Somebody else is at it already
+        if unfinished(self._monitor, self.address) or await self._monitor.mark(CLAIM) is not None:
+            # It lives, or somebody else is at it already
             with suppress(VMLocked):
                 self.recovered += await recover_all(self._monitor, self.address)
 
@@ -248,13 +249,14 @@ async def _opened(where: Address, greeting_s: float, lock_wait_s: float, snapsho
     """The monitor, once no other qsnap holds it."""
     from qsnap.claim import wait_for_monitor
 
-    if lock_wait_s < 0:
+    if not lock_wait_s >= 0:  # nor is it if that is no number
         raise BadUsage(f"the time to wait for another qsnap must not be below 0, as {lock_wait_s:g} is")
     deadline = asyncio.get_running_loop().time() + lock_wait_s
     while True:
         await wait_for_monitor(where, deadline, lock_wait_s)
+        left_s = deadline - asyncio.get_running_loop().time()
         try:
-            return await open_monitor(where, timeout_s=greeting_s, snapshot_jobs=snapshot_jobs)
+            return await open_monitor(where, timeout_s=max(greeting_s, left_s), snapshot_jobs=snapshot_jobs)
         except MonitorBusy:
             # Of two who began at once, the other may be another qsnap: by now that shows
             if not await wait_for_monitor(where, deadline, lock_wait_s):
@@ -288,7 +290,8 @@ async def connect(
     greeting_s = GREETING_TIMEOUT_S if timeout_s is None else min(timeout_s, GREETING_TIMEOUT_S)
     clock = asyncio.get_running_loop().time
     deadline = None if timeout_s is None else clock() + timeout_s
-    monitor = await _opened(where, greeting_s, lock_wait_s, snapshot_jobs)
+    patience_s = lock_wait_s if timeout_s is None else min(lock_wait_s, timeout_s)
+    monitor = await _opened(where, greeting_s, patience_s, snapshot_jobs)
     timer = asyncio.timeout_at(deadline)
     try:
         async with timer:

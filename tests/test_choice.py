@@ -17,6 +17,9 @@ from qsnap.discovery import MonitorPoint, MonitorState, RunningVM, running_vms
 from qsnap.errors import BadUsage, NoVM, SeveralVMs
 from qsnap.monitor.address import UnixAddress
 
+#: One after another: a QEMU whose socket has the same relative path makes another one's state uncertain.
+pytestmark = pytest.mark.xdist_group("machine")
+
 NONE = Config()
 
 

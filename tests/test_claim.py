@@ -90,6 +90,56 @@ def set_claim(guest: Guest, holder: marks.Holder) -> None:
     guest.qmp("object-add", qom_type="authz-simple", id=CLAIM, identity=holder.encode())
 
 
+def test_the_second_by_another_monitor_while_qemu_answers_nobody(
+    busy: tuple[Guest, Path, subprocess.Popen[str]],
+) -> None:
+    guest, _, first = busy
+    for address in (guest.hmp_address, str(guest.directory / "test")):
+        error = cli("save", "x", "--lock-wait", "0", "--json", monitor=address, expect=11).error
+        assert error["holder_pid"] == first.pid
+
+
+def test_a_holder_that_is_stopped_itself(launch: Launch, tmp_path: Path) -> None:
+    guest, image = big_guest(launch, tmp_path)
+    first = start_cli("save", "first", monitor=guest.address)
+    with in_the_write(guest, image):
+        first.send_signal(signal.SIGSTOP)
+        run = cli("save", "x", "--lock-wait", "0", monitor=guest.address, expect=11)
+        assert f"kill -CONT {first.pid}" in run.err
+        first.send_signal(signal.SIGCONT)
+    assert finish(first).code == 0
+
+
+def test_of_two_who_come_upon_a_dead_claim_one_recovers(guest: Guest) -> None:
+    """Without the journal it is the mark of the recovery that keeps them apart."""
+    dead = Process(pid=os.getpid(), start=1)
+    set_claim(guest, marks.holder(_record(owner=dead), None, was_running=True))
+    guest.qmp("stop")
+    alive = marks.of_this_process("recover", "").encode()
+    guest.qmp("object-add", qom_type="authz-simple", id=marks.RECOVERY, identity=alive)
+    cli("save", "x", "--lock-wait", "0.3", monitor=guest.address, expect=11)
+    assert guest.runstate == "paused"
+    guest.qmp("object-del", id=marks.RECOVERY)
+    gone = marks.holder(_record(owner=dead), None, was_running=False).encode()
+    guest.qmp("object-add", qom_type="authz-simple", id=marks.RECOVERY, identity=gone)
+    cli("save", "x", monitor=guest.address)
+    guest.assert_running()
+    assert marks_of(guest) == []
+
+
+def test_nobody_gives_up_the_claim_of_another(guest: Guest, intercept: Intercept) -> None:
+    """Whoever took it by force, as by recover --force, keeps it."""
+    theirs = marks.holder(_record(), None, was_running=True).encode()
+
+    def usurp(message: dict[str, Any]) -> None:
+        if deed(message) == "cont":
+            guest.qmp("object-del", id=CLAIM)
+            guest.qmp("object-add", qom_type="authz-simple", id=CLAIM, identity=theirs)
+
+    cli("save", "x", monitor=intercept(guest, on_command=usurp).address)
+    assert guest.qmp("qom-get", path=f"/objects/{CLAIM}", property="identity") == theirs
+
+
 def test_the_claim_of_a_dead_process_does_not_block(guest: Guest) -> None:
     """Its number may be another's by now: the time of its start tells."""
     ended = subprocess.Popen(["true"])
@@ -245,6 +295,7 @@ async def test_a_journal_that_can_be_written_no_more() -> None:
 def test_a_wait_that_cannot_be_meant(guest: Guest) -> None:
     cli("save", "x", "--lock-wait", "-1", monitor=guest.address, expect=2)
     cli("save", "x", "--lock-wait", "soon", monitor=guest.address, expect=2)
+    cli("save", "x", "--lock-wait", "nan", monitor=guest.address, expect=2)
 
 
 def test_holders_are_encoded_for_every_monitor() -> None:

@@ -25,6 +25,9 @@ import pytest
 from guest import DEADLINE_S, make_disk, qemu_img, until
 from machine import Machine, qmp
 
+#: One after another: a QEMU whose socket has the same relative path makes another one's state uncertain.
+pytestmark = pytest.mark.xdist_group("machine")
+
 #: Each has two letters of its own at the start.
 TAGS = [
     "aaplain", "abwith a blank", "acit's", 'adsay "x"', "ae$(touch pwned)", "af`touch pwned`", "ag!now", "ahx:y:z",

@@ -39,6 +39,9 @@ from qsnap.discovery import (
 )
 from qsnap.monitor.address import TcpAddress, UnixAddress
 
+#: One after another: a QEMU whose socket has the same relative path makes another one's state uncertain.
+pytestmark = pytest.mark.xdist_group("machine")
+
 
 def parse(*arguments: str, cwd: str | None = "/vm") -> RunningVM:
     return parse_arguments(arguments, pid=1, uid=1000, user="me", cwd=cwd)

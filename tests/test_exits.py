@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shlex
 import signal
 import socket
 from collections.abc import Iterator
@@ -70,11 +71,11 @@ def test_2_usage(guest: Guest, disks: dict[Path, list[str]]) -> None:
         ("list", "-m", ""),
         ("list", "--timeout", "-1"),
         ("list", "--timeout", "soon"),
+        ("list", "--vm", "x", "-m", "y"),
     ):
         assert cli(*arguments, monitor=guest.address, expect=2).err
-    error = cli("save", "--json", expect=2).error
-    assert error["error"] == "BadUsage"
-    assert "QSNAP_MONITOR" in error["message"]
+    error = cli("list", "-m", "", "--json", expect=2).error
+    assert (error["error"], "a good one is" in error["message"]) == ("BadUsage", True)
     assert_nothing_left(guest, disks)
 
 
@@ -103,7 +104,7 @@ def test_4_busy(guest: Guest, disks: dict[Path, list[str]]) -> None:
         run = cli("save", "t", "--json", "--timeout", "2", monitor=guest.address, expect=4)
     assert run.error["error"] == "MonitorBusy"
     if sockets.from_netlink() is not None:  # this kernel tells who is connected
-        command = Path("/proc/self/cmdline").read_bytes().decode().replace("\0", " ").strip()
+        command = shlex.join(Path("/proc/self/cmdline").read_bytes().decode().removesuffix("\0").split("\0"))
         assert f"process {os.getpid()} holds it ({command[:60]}" in run.error["message"]
     else:
         assert "another client holds this monitor" in run.error["message"]

@@ -8,7 +8,7 @@ import logging
 import signal
 import sys
 from collections.abc import Awaitable, Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 from qsnap.cli.render import Renderer, renderer
@@ -141,6 +141,9 @@ def _signals_handled(task: asyncio.Future[_T], received: list[int]) -> Iterator[
         else:
             sys.stderr.write("qsnap: waiting for QEMU to answer, so that the guest can be resumed\n")
 
+    # A stopped qsnap would keep the guest stopped: Ctrl-Z is not obeyed meanwhile.
+    with suppress(OSError, ValueError):
+        signal.signal(signal.SIGTSTP, signal.SIG_IGN)
     # One that is ignored (nohup) stays so.
     handled = [signum for signum in SIGNALS if signal.getsignal(signum) is not signal.SIG_IGN]
     for signum in handled:

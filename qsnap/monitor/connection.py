@@ -171,6 +171,16 @@ def peer_pid(sock: socket.socket) -> int | None:
     return None
 
 
+def listener_pid(address: Address) -> int | None:
+    """The process that listens at a Unix socket, without waiting for it; None where that is not told."""
+    if not isinstance(address, UnixAddress):
+        return None
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK) as sock, suppress(OSError):
+        sock.connect(address.path)
+        return peer_pid(sock)
+    return None
+
+
 def hang_up(sock: socket.socket | None) -> None:
     """End a connection for all who have it: while a guard holds it too, closing would not make room for a new one.
 

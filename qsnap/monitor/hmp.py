@@ -63,8 +63,10 @@ class _Line:
             _log.debug("-> %s", json.dumps(line))
             try:
                 self._writer.write(hmp_text.typed(line, number))
-                stream = self._rest
-                while (found := hmp_text.answer(stream, number)) is None:
+                stream = bytearray(self._rest)
+                end = b"%#x" % number
+                # A look at all of it for each piece would take ever longer
+                while end not in stream[-_CHUNK - 64 :] or (found := hmp_text.answer(bytes(stream), number)) is None:
                     if len(stream) > MAX_ANSWER_BYTES:
                         raise EOFError(f"its answer has more than {MAX_ANSWER_BYTES >> 20} MiB")
                     stream += await self._more(command)
