@@ -20,7 +20,7 @@ from qsnap.marks import CLAIM, Holder, decode
 from qsnap.model import Recovered, RunState
 from qsnap.monitor import HALF_RESTORED, Monitor, adopt_monitor, open_monitor
 from qsnap.savevm import Attempt
-from qsnap.stopped import cure_of
+from qsnap.stopped import HAS_ENDED, cure_of
 
 #: Seconds between two tries to reach QEMU, or to have it resume the guest.
 _RETRY_S = 0.2
@@ -141,6 +141,8 @@ async def _resume(monitor: Monitor) -> list[str]:
         try:
             await monitor.cont()
         except CommandFailed as error:
+            if runstate in HAS_ENDED:
+                return [f"the guest is {runstate}: {cure_of(runstate)}"]
             refusal = error
             await asyncio.sleep(_RETRY_S)
             continue

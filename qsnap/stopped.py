@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import NoReturn
 
-from qsnap.errors import GuestLeftStopped, MonitorBusy, MonitorError, MonitorLost, QsnapError
+from qsnap.errors import CommandFailed, GuestLeftStopped, MonitorBusy, MonitorError, MonitorLost, QsnapError
 from qsnap.journal import Journal
 from qsnap.local import is_alive
 from qsnap.model import RunState
@@ -19,6 +19,10 @@ from qsnap.undisturbed import undisturbed
 RECONNECT_TIMEOUT_S = 120.0
 #: New connections that are tried, with a little time between them: what cut one may cut the next.
 RECONNECT_ATTEMPTS = 4
+
+
+#: Run states that no `cont` ends: the guest has shut down, or broken down, by itself.
+HAS_ENDED = frozenset({RunState.SHUTDOWN, RunState.INTERNAL_ERROR})
 
 
 class Pause:
@@ -65,7 +69,7 @@ def cure_of(runstate: RunState) -> str:
     match runstate:
         case RunState.IO_ERROR:
             return "its own writes fail. Make room on the file system of its images, then `cont` in its monitor"
-        case RunState.SHUTDOWN | RunState.INTERNAL_ERROR:
+        case _ if runstate in HAS_ENDED:
             return "it has ended by itself. `system_reset` in its monitor, then `cont`"
         case _:
             return "try `cont` in its monitor"
@@ -135,6 +139,9 @@ async def _explain_failed_resume(monitor: Monitor, pause: Pause, journal: Journa
     if isinstance(error, MonitorError) and await has_ended(monitor):
         journal.done(stopped=False)
         raise MonitorLost("QEMU has ended; there is no guest any more") from error
+    if isinstance(error, CommandFailed) and (runstate := await monitor.runstate()) in HAS_ENDED:
+        journal.done(stopped=False)
+        raise GuestLeftStopped(f"the guest was running and is {runstate}: {cure_of(runstate)}") from error
     state = "was running and is stopped now" if pause.was_running else "is still stopped"
     cure = "Connect again and send `cont`" if isinstance(error, MonitorError) else "Try `cont` in its monitor"
     if pause.was_running and journal.guard_pid is not None:
