@@ -18,7 +18,7 @@ README = (ROOT / "README.md").read_text()
 
 
 def test_the_exit_table_is_the_readme_s() -> None:
-    section = README.split("### Exit codes")[1].split("\n## ")[0]
+    section = README.split("### Exit codes")[1].split("\n##")[0]
     rows = [
         tuple(cell.strip() for cell in line.strip("| ").split(" | ")) for line in section.splitlines() if "|" in line
     ]
