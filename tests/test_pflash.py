@@ -41,6 +41,20 @@ def marks(guest: Guest, first: int, last: int) -> list[int]:
     return [guest.word(FLASH + offset) & 0xFF for offset in range(first, last + 1)]
 
 
+def stop_between_marks(guest: Guest) -> int:
+    """Stop the guest where the chip is neither in the middle of a mark nor answers with its status; return the counter."""
+
+    def stopped() -> int | None:
+        guest.qmp("stop")
+        counter = guest.counter
+        if marks(guest, counter, counter) == [0xAA]:
+            return counter
+        guest.qmp("cont")
+        return None
+
+    return until("the guest to stop between two marks", stopped)
+
+
 def test_check_says_carried(flash_guest: Guest) -> None:
     report = cli("check", "--json", monitor=flash_guest.address, expect=0 if HAS_SNAPSHOT_JOBS else 6).json
     verdicts = {device["device"]: (device["role"], device["verdict"]) for device in report["devices"]}
@@ -58,15 +72,13 @@ def test_human_savevm_refuses_this_guest(flash_guest: Guest) -> None:
 @needs_snapshot_jobs
 def test_the_bytes_come_back(flash_guest: Guest, tmp_path: Path) -> None:
     variables = tmp_path / "vars"
-    flash_guest.qmp("stop")
-    saved = flash_guest.counter
+    saved = stop_between_marks(flash_guest)
     result = cli("save", "t", "--json", monitor=flash_guest.address).json
     assert len(result["carried"]) == 1
     assert result["kind"] == "full"
     flash_guest.qmp("cont")
     wait_for_counter(flash_guest, saved + 30)
-    flash_guest.qmp("stop")
-    later = flash_guest.counter
+    later = stop_between_marks(flash_guest)
     assert marks(flash_guest, 1, later) == [0xAA] * later
     assert variables.read_bytes()[1 : later + 1] == b"\xaa" * later
 
@@ -77,8 +89,7 @@ def test_the_bytes_come_back(flash_guest: Guest, tmp_path: Path) -> None:
     # QEMU writes the chip back to its file when the loaded state starts to run.
     flash_guest.qmp("cont")
     until("the guest to go on", lambda: flash_guest.counter > saved or None)
-    flash_guest.qmp("stop")
-    now = flash_guest.counter
+    now = stop_between_marks(flash_guest)
     assert now < later, "the guest has overtaken the test; nothing can be seen"
     assert variables.read_bytes()[1 : later + 1] == b"\xaa" * now + bytes(later - now)
 
