@@ -131,7 +131,7 @@ async def _release(monitor: Monitor, ours: Journal) -> None:
     """Give the claim back; or leave it all to the guard, where something is left to do that we cannot."""
     watching = ours.guard
     assert isinstance(watching, guard.Guard)
-    is_done = not ours.record.stopped
+    is_done = not ours.record.stopped and ours.record.live is None
     if is_done:
         try:
             async with asyncio.timeout(_RELEASE_TIMEOUT_S):

@@ -14,6 +14,8 @@
     no-replace = true               # as --no-replace
     safe-replace = true             # as --safe-replace
     lock-wait = 60                  # as --lock-wait 60
+    live = "auto"                   # as --live=auto; true, as --live
+    state-dir = "/var/vm/states"    # as --state-dir; relative to this file
 
 What is given on the command line wins over ``[vm.NAME]``, and that over ``[defaults]``. Anything that is not known is
 an error, with the key and its line: a default that is misspelt would be silently without effect.
@@ -24,7 +26,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from qsnap.errors import BadUsage
 from qsnap.monitor.address import Address, parse_address
@@ -39,6 +41,8 @@ class Settings(NamedTuple):
     no_replace: bool | None = None
     safe_replace: bool | None = None
     lock_wait: float | None = None
+    live: bool | Literal["auto"] | None = None
+    state_dir: str | None = None
 
     def over(self, others: Settings) -> Settings:
         """These, and where they say nothing *others*."""
@@ -150,6 +154,9 @@ class _Reader:
             if value is not None and not is_good(value):
                 raise self._error((*where, key), f"must be {meaning}")
             values[key.replace("-", "_")] = tuple(value) if isinstance(value, list) else value
+        if values["state_dir"]:
+            given = os.path.expanduser(values["state_dir"])  # noqa: PTH111
+            values["state_dir"] = str(self._path.absolute().parent / given)
         return Settings(**values)
 
     def _table(self, outer: Mapping[str, Any], where: tuple[str, ...]) -> Mapping[str, Any]:
@@ -219,6 +226,10 @@ def _is_flag(value: object) -> bool:
     return isinstance(value, bool)
 
 
+def _is_flag_or_auto(value: object) -> bool:
+    return _is_flag(value) or value == "auto"
+
+
 #: The keys that are options: which values are good, and in words.
 OPTIONS = {
     "timeout": (_is_seconds, "a number of seconds above 0"),
@@ -227,4 +238,6 @@ OPTIONS = {
     "no-replace": (_is_flag, "true or false"),
     "safe-replace": (_is_flag, "true or false"),
     "lock-wait": (_is_wait, "a number of seconds, or 0"),
+    "live": (_is_flag_or_auto, 'true, false or "auto"'),
+    "state-dir": (_is_name, "the name of a directory"),
 }

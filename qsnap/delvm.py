@@ -3,25 +3,35 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import Sequence
+from contextlib import suppress
 
 from qsnap import devices as rules
 from qsnap import snapshots
-from qsnap.errors import PartialFailure, PrecheckRefused, QsnapError, SnapshotNotFound, VerifyFailed
+from qsnap.errors import JobFailed, PartialFailure, PrecheckRefused, QsnapError, SnapshotNotFound, VerifyFailed
 from qsnap.journal import Journal
 from qsnap.model import DeleteResult, Device, Labels
 from qsnap.monitor import Monitor
 from qsnap.precheck import refuse_untransportable, runstate_findings
+from qsnap.snapshots import Holding
+from qsnap.statefile.shelf import NO_SHELF, Shelf
 from qsnap.undisturbed import undisturbed
 
 
 async def do_delvm(
-    monitor: Monitor, tags: Sequence[str], *, missing_ok: bool = False, journal: Journal | None = None
+    monitor: Monitor,
+    tags: Sequence[str],
+    *,
+    shelf: Shelf = NO_SHELF,
+    missing_ok: bool = False,
+    journal: Journal | None = None,
 ) -> DeleteResult:
-    """Delete snapshots from every device that holds them, those that are on some devices only too.
+    """Delete snapshots from every device that holds them, those that are on some devices only too, and state files.
 
     The guest keeps its run state; a running one stands still while QEMU deletes.
 
+    :param shelf: where the state files of live saves lie.
     :param tags: deleted one after another; an error with one does not keep the others from being deleted.
     :param missing_ok: a tag that no device holds is no error.
     :param journal: of the claim that this is done under; without one nobody sees it through if we are killed.
@@ -37,11 +47,14 @@ async def do_delvm(
     if any(finding.refuses for finding in refusals):
         raise PrecheckRefused("nothing can be deleted now", refusals)
     deleted: dict[str, tuple[str, ...]] = {}
+    files: dict[str, tuple[str, ...]] = {}
     labels: dict[str, str] = {}
     failed: dict[str, QsnapError] = {}
     for tag in dict.fromkeys(tags):
         try:
-            deleted[tag], names = await _delete(monitor, tag, missing_ok, journal or Journal())
+            held, names = await _delete(monitor, tag, shelf, missing_ok, journal or Journal())
+            deleted[tag] = held.nodes
+            files |= {tag: held.files} if held.files else {}
             labels.update(names)
         except QsnapError as error:
             failed[tag] = error
@@ -49,7 +62,7 @@ async def do_delvm(
             cancelled.add_note(f"deleted by then: {', '.join(deleted) or 'nothing'}")
             raise
     if not failed:
-        return DeleteResult(deleted=deleted, labels=labels)
+        return DeleteResult(deleted=deleted, labels=labels, files=files)
     if len(failed) == 1 and not deleted:
         raise next(iter(failed.values()))
     if not deleted and all(isinstance(error, SnapshotNotFound) for error in failed.values()):
@@ -58,19 +71,41 @@ async def do_delvm(
     raise PartialFailure(tuple(deleted), failed)
 
 
-async def _delete(monitor: Monitor, tag: str, missing_ok: bool, journal: Journal) -> tuple[tuple[str, ...], Labels]:
+async def _delete(
+    monitor: Monitor, tag: str, shelf: Shelf, missing_ok: bool, journal: Journal
+) -> tuple[Holding, Labels]:
     refuse_untransportable(monitor, tag)
     graph = await monitor.block_graph()
     devices = rules.survey(graph, chooses_devices=monitor.chooses_devices).devices
-    held = snapshots.holders(graph, devices, tag)
-    if not held and not missing_ok:
+    held = snapshots.holding(graph, devices, tag, shelf.files(graph, devices))
+    if not held.tags and not held.files and not missing_ok:
         raise SnapshotNotFound(tag)
-    if held:
+    if held.tags or held.files:
         await journal.armed()
-        journal.note(tags=(tag,), devices=held)
+        journal.note(tags=(tag,), devices=held.nodes, disk_tags=held.tags, files=held.files)
         # What QEMU has begun it finishes; an interrupt takes effect between two tags.
-        await undisturbed(delete_everywhere(monitor, devices, tag), journal.patience_s)
+        await undisturbed(delete_all(monitor, devices, held.tags, held.files), journal.patience_s)
     return held, rules.labels(devices)
+
+
+async def delete_all(
+    monitor: Monitor, devices: Sequence[Device], disk_tags: Sequence[str], files: Sequence[str]
+) -> None:
+    """Delete tags from all devices, and then the state files that went with them.
+
+    :raise JobFailed: as :func:`delete_everywhere`, or a file cannot be deleted.
+    """
+    for tag in disk_tags:
+        await delete_everywhere(monitor, devices, tag)
+    if files and monitor.background is not None:
+        # QEMU may have one open still, and with it its room on the file system
+        await monitor.background.tidy()
+    for file in files:
+        try:
+            with suppress(FileNotFoundError):
+                os.unlink(file)  # noqa: PTH108 (no more than the directory is written)
+        except OSError as error:
+            raise JobFailed("unlink", f"{file}: {error.strerror}") from error
 
 
 async def delete_everywhere(monitor: Monitor, devices: Sequence[Device], tag: str) -> None:

@@ -12,7 +12,7 @@ import fcntl
 import os
 import secrets
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
@@ -35,6 +35,19 @@ _BEGINNING = ".beginning"
 #: Seconds that a resume and a clean-up may take. QEMU answers nobody while it writes, and after an interrupt
 #: the write has to end first: this bounds a save of several hundred GiB.
 AFTERMATH_TIMEOUT_S = 900.0
+
+
+class LiveRecord(Struct, frozen=True):
+    """How far a live save has come."""
+
+    disk_tag: str
+    """The tag that the devices have the new snapshot under."""
+    path: str
+    """Of the state file; and of what will be it, until it is complete."""
+    part: str
+    older: tuple[str, ...]
+    """The tags on the devices, and the state files, of what goes when the new snapshot is complete."""
+    older_files: tuple[str, ...]
 
 
 class Record(Struct, frozen=True):
@@ -70,6 +83,14 @@ class Record(Struct, frozen=True):
     """QEMU may have been told to save under the tag."""
     stand_in: str = ""
     """The tag under which the same state stands until the new snapshot is there; "" without."""
+    settings: Mapping[str, int] = {}
+    """What a live save changes in QEMU, as it was before."""
+    live: LiveRecord | None = None
+    """Of a live save."""
+    disk_tags: tuple[str, ...] = ()
+    """Of a delete: the tags on the devices."""
+    files: tuple[str, ...] = ()
+    """State files that go with what is deleted, or replaced by an ordinary save."""
     was_running: bool = False
     """Of a load: the guest ran before it."""
     loading: str = ""

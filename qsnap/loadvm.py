@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import secrets
 import time
-from collections.abc import Collection, Coroutine
-from contextlib import suppress
+from collections.abc import AsyncIterator, Collection, Coroutine, Sequence
+from contextlib import asynccontextmanager, suppress
 from typing import Any, NoReturn
 
 from qsnap.errors import (
@@ -18,10 +20,11 @@ from qsnap.errors import (
     QsnapError,
     SnapshotNotFound,
 )
-from qsnap.journal import Journal
+from qsnap.journal import AFTERMATH_TIMEOUT_S, Journal
 from qsnap.model import Finding, LoadResult, RunState, Severity
-from qsnap.monitor import HALF_RESTORED, Monitor
+from qsnap.monitor import HALF_RESTORED, STATE_NODE_PREFIX, Monitor
 from qsnap.precheck import LoadPlan, plan_load
+from qsnap.statefile.shelf import NO_SHELF, Shelf
 from qsnap.stopped import Pause, has_ended, reconnect, stopped
 from qsnap.undisturbed import undisturbed
 
@@ -30,6 +33,7 @@ async def do_loadvm(
     monitor: Monitor,
     tag: str,
     *,
+    shelf: Shelf = NO_SHELF,
     running: bool | None = None,
     exclude: Collection[str] = (),
     journal: Journal | None = None,
@@ -43,6 +47,10 @@ async def do_loadvm(
     load that fails midway leaves the guest stopped on purpose: it must not run on disks and RAM of different
     moments.
 
+    The state file of a live snapshot becomes a node for the time of the load. QEMU writes to it: it counts the uses of
+    its clusters, as in any image that it goes back to a snapshot of.
+
+    :param shelf: where the state files of live saves lie.
     :param running: True to run the guest afterwards, False to leave it paused. Default: as it was.
     :param exclude: devices that keep the contents they have now, as they did when the tag was saved.
     :param journal: of the claim that this is done under; without one nobody sees it through if we are killed.
@@ -55,12 +63,12 @@ async def do_loadvm(
     """
     began = time.monotonic()
     journal = journal or Journal()
-    plan = await plan_load(monitor, tag, exclude=exclude)
+    plan = await plan_load(monitor, tag, shelf=shelf, exclude=exclude)
     # HMP has no job that tells how a load ended. But a guest that loadvm itself has stopped tells by its run state.
     by_qemu = not monitor.chooses_devices and running is not False
-    async with stopped(monitor, journal, by_qemu=by_qemu) as pause:
+    async with _source(monitor, plan) as (vmstate, devices), stopped(monitor, journal, by_qemu=by_qemu) as pause:
         # Nothing can change from here on, so look once more
-        if await plan_load(monitor, tag, exclude=exclude) != plan:
+        if await plan_load(monitor, tag, shelf=shelf, exclude=exclude) != plan:
             change = Finding(
                 code="snapshots-changed",
                 severity=Severity.REFUSE,
@@ -70,7 +78,8 @@ async def do_loadvm(
             raise PrecheckRefused("nothing was loaded, and the guest was resumed", [change])
         journal.note(loading="begun", was_running=pause.was_running)
         try:
-            await monitor.snapshot_load(tag, plan.vmstate, plan.devices, ended=lambda error: _note_end(journal, error))
+            disk_tag = plan.snapshot.disk_tag
+            await monitor.snapshot_load(disk_tag, vmstate, devices, ended=lambda error: _note_end(journal, error))
         except JobFailed as failure:
             if has_touched_nothing(failure):
                 raise await _not_loaded(monitor, plan, failure) from failure
@@ -102,7 +111,32 @@ async def do_loadvm(
         duration_ms=round((time.monotonic() - began) * 1000, 3),
         runstate=pause.runstate,
         labels=snapshot.labels,
+        file=snapshot.file,
     )
+
+
+@asynccontextmanager
+async def _source(monitor: Monitor, plan: LoadPlan) -> AsyncIterator[tuple[str, Sequence[str]]]:
+    """Where QEMU is to find the VM state for the duration of a block, and all nodes that take part in the load.
+
+    :raise JobFailed: QEMU cannot use the state file; the guest was not touched.
+    """
+    snapshot, background = plan.snapshot, monitor.background
+    if snapshot.file is None or background is None:
+        yield plan.vmstate or "", plan.devices
+        return
+    node = f"{STATE_NODE_PREFIX}-{secrets.token_hex(4)}"
+    try:
+        file = os.open(snapshot.file.path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+    except OSError as error:
+        raise JobFailed("open", f"{snapshot.file.path}: {error.strerror}", "the guest was not touched") from error
+    try:
+        await background.add_state_node(file, node)
+        yield node, (*plan.devices, node)
+    finally:
+        os.close(file)
+        with suppress(QsnapError):
+            await undisturbed(background.tidy(), AFTERMATH_TIMEOUT_S)
 
 
 #: What QEMU says before it has touched anything (migration/savevm.c and block/snapshot.c: load_snapshot), 5.2 to 11.1.
@@ -130,7 +164,7 @@ async def _not_loaded(monitor: Monitor, plan: LoadPlan, failure: JobFailed) -> Q
     """The error of a load that QEMU refused: another client has changed something under us."""
     graph = await monitor.block_graph()
     tag = plan.snapshot.tag
-    if any(not graph.nodes[name].tagged(tag) for name in plan.devices if name in graph.nodes):
+    if any(not graph.nodes[name].tagged(plan.snapshot.disk_tag) for name in plan.devices if name in graph.nodes):
         return SnapshotNotFound(tag, f"snapshot {tag!r} was deleted by another client just now; nothing was loaded")
     failure.outcome = "nothing was loaded: RAM and disks are as they were"
     return failure
@@ -197,7 +231,7 @@ async def _left_stopped(
             # QEMU 6.0.0 resumes after a failed loadvm (fixed in 6.1: c53cd04e70).
             await monitor.stop()
     journal.done(stopped=False, loading="")
-    tag = plan.snapshot.tag
+    tag = plan.snapshot.disk_tag
     outcome = (
         f"RAM and disks may be half restored, so the guest is left stopped on purpose. Load a good snapshot "
         f"(`qsnap list`, `qsnap load TAG --running`), or end QEMU and go back offline, disk by disk: "

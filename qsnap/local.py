@@ -120,6 +120,18 @@ def visible_file(pid: int | None, filename: str) -> Path | None:
     return None
 
 
+def named_file(pid: int | None, filename: str) -> Path | None:
+    """The real path of the file that QEMU has open as *filename*, if it leads us to that same file; None if not."""
+    visible = visible_file(pid, filename)
+    if visible is None:
+        return None
+    try:
+        path = Path(os.path.realpath(visible))
+        return path if path.samefile(visible) else None
+    except OSError:
+        return None  # in another container, or deleted
+
+
 def _exists(path: Path) -> bool:
     try:
         return path.exists()

@@ -230,6 +230,25 @@ class Kind(StrEnum):
     """Devices, but no VM state."""
     PARTIAL = "partial"
     """Not on all devices."""
+    LIVE = "live"
+    """RAM in a state file, and every device: made while the guest ran."""
+    STATE_ONLY = "state-only"
+    """A state file whose disk snapshots are gone."""
+
+
+class StateFile(Struct, frozen=True):
+    """The file that holds the RAM and device state of a live save."""
+
+    path: str
+    size: int
+    """Bytes of the file."""
+    disk_tag: str
+    """The tag under which the disks have the snapshot that belongs to it, and itself too."""
+    image: str
+    """The absolute path of the image beside which the state would be; as it was when it was made."""
+    vm_state_size: int
+    date: datetime
+    vm_clock_ns: int
 
 
 class Snapshot(Struct, frozen=True):
@@ -249,6 +268,15 @@ class Snapshot(Struct, frozen=True):
     problems: tuple[str, ...] = ()
     """Why it cannot be trusted, a sentence each: held twice by a node, or made at different moments."""
     labels: Labels = {}
+    file: StateFile | None = None
+    """Where the VM state is, if it is not in the image of :attr:`vmstate`."""
+    disk_tag: str = ""
+    """The tag under which the devices hold it: :attr:`tag`, or its second name after a live save has replaced it."""
+
+    @property
+    def has_state(self) -> bool:
+        """Whether there is a VM state in it."""
+        return self.vmstate is not None or (self.file is not None and bool(self.devices))
 
 
 class CheckReport(Struct, frozen=True):
@@ -283,7 +311,8 @@ class SaveResult(Struct, frozen=True):
     tag: str
     replaced: bool
     kind: Kind
-    vmstate: str
+    vmstate: str | None
+    """The node that holds the VM state; None where that is in :attr:`file`."""
     devices: tuple[str, ...]
     excluded: tuple[str, ...]
     carried: tuple[str, ...]
@@ -297,13 +326,16 @@ class SaveResult(Struct, frozen=True):
     warnings: tuple[Finding, ...] = ()
     dry_run: bool = False
     labels: Labels = {}
+    file: StateFile | None = None
+    """Of a live save."""
 
 
 class LoadResult(Struct, frozen=True):
     """What a load has put back."""
 
     tag: str
-    vmstate: str
+    vmstate: str | None
+    """The node that held the VM state; None where that was in :attr:`file`."""
     devices: tuple[str, ...]
     excluded: tuple[str, ...]
     vm_state_size: int
@@ -312,6 +344,8 @@ class LoadResult(Struct, frozen=True):
     duration_ms: float
     runstate: RunState
     labels: Labels = {}
+    file: StateFile | None = None
+    """Of a live save."""
 
 
 class DeleteResult(Struct, frozen=True):
@@ -319,6 +353,8 @@ class DeleteResult(Struct, frozen=True):
 
     deleted: dict[str, tuple[str, ...]]
     labels: Labels = {}
+    files: dict[str, tuple[str, ...]] = {}
+    """For each tag the paths of the state files that went with it."""
 
 
 class Job(Struct, frozen=True):

@@ -18,6 +18,7 @@ from qsnap.model import (
     CheckReport,
     Finding,
     Job,
+    Kind,
     Migration,
     QemuVersion,
     RunState,
@@ -27,6 +28,7 @@ from qsnap.model import (
     tag_problem,
 )
 from qsnap.monitor import HALF_RESTORED, Monitor
+from qsnap.statefile.shelf import Shelf
 
 #: Run states in which QEMU refuses a save, or crashes in it (before 9.0: an assertion on inactive images).
 _RUNSTATES_REFUSED = {
@@ -77,10 +79,13 @@ class SavePlan(NamedTuple):
 
 
 class LoadPlan(NamedTuple):
-    """What a load will do: the snapshot, and the devices that it puts back."""
+    """What a load will do: the snapshot, and the devices that it puts back.
+
+    :ivar vmstate: the device that holds the VM state; None where it is in the snapshot's state file.
+    """
 
     snapshot: Snapshot
-    vmstate: str
+    vmstate: str | None
     devices: tuple[str, ...]
     excluded: tuple[str, ...]
 
@@ -92,11 +97,13 @@ async def plan_save(
     vmstate: str | None = None,
     exclude: Collection[str] = (),
     force: bool = False,
+    state_elsewhere: bool = False,
 ) -> SavePlan:
     """Find out whether the guest can be saved now, and how.
 
     :param tag: the tag that is wanted; None leaves it unchecked.
     :param force: let a lack of room only warn.
+    :param state_elsewhere: the VM state does not go into an image: no room is needed there.
     :raise NotSupported: *tag*, *vmstate* or *exclude* go beyond what HMP can honour.
     """
     try:
@@ -125,8 +132,9 @@ async def plan_save(
         *_migration_findings(migration, monitor.version),
         *await _nvme_findings(monitor),
         *survey.findings,
-        *_room_findings(graph, survey.vmstate, tag, image, estimate, force, monitor.chooses_devices),
     ]
+    if not state_elsewhere:
+        findings += _room_findings(graph, survey.vmstate, tag, image, estimate, force, monitor.chooses_devices)
     report = CheckReport(
         ok=not any(finding.refuses for finding in findings),
         runstate=runstate,
@@ -137,8 +145,10 @@ async def plan_save(
     return SavePlan(report, graph, image, estimate)
 
 
-async def plan_load(monitor: Monitor, tag: str, *, exclude: Collection[str] = ()) -> LoadPlan:
+async def plan_load(monitor: Monitor, tag: str, *, shelf: Shelf, exclude: Collection[str] = ()) -> LoadPlan:
     """Find out whether *tag* can be loaded now, and how.
+
+    :param shelf: where the state files of live saves lie.
 
     :param exclude: devices whose contents are to stay as they are now.
     :raise SnapshotNotFound: no device holds the tag, or one that is not excluded lacks it.
@@ -155,9 +165,10 @@ async def plan_load(monitor: Monitor, tag: str, *, exclude: Collection[str] = ()
     if exclude and not monitor.chooses_devices:
         raise NotSupported(f"{monitor.limit} loads all devices or none: --exclude is beyond it")
     survey = rules.survey(graph, exclude=exclude, chooses_devices=monitor.chooses_devices)
-    snapshot = snapshots.find(graph, survey.devices, tag)
+    files = shelf.files(graph, survey.devices)
+    snapshot = snapshots.find(graph, survey.devices, tag, files)
     if snapshot is None:
-        other = snapshots.find(graph, survey.devices, f"{tag}{snapshots.STAND_IN_SUFFIX}")
+        other = snapshots.find(graph, survey.devices, f"{tag}{snapshots.STAND_IN_SUFFIX}", files)
         hint = f". Its stand-in, of a replacement that was not completed, can be loaded: {other.tag}" if other else ""
         raise SnapshotNotFound(tag, f"no snapshot {tag!r} on any device; the guest was not touched{hint}")
     left_out = {d.image or d.node for d in survey.devices if d.verdict is Verdict.EXCLUDED}
@@ -167,7 +178,7 @@ async def plan_load(monitor: Monitor, tag: str, *, exclude: Collection[str] = ()
         f"--exclude {rules.pasteable(node, snapshot.labels.get(node, ''))}"
         for node in dict.fromkeys((*missing, *unable))
     )
-    loadable = snapshot.vmstate is not None and monitor.chooses_devices
+    loadable = snapshot.has_state and monitor.chooses_devices
     if lacking := [node for node in missing if node not in unable]:
         raise SnapshotNotFound(
             tag,
@@ -178,13 +189,18 @@ async def plan_load(monitor: Monitor, tag: str, *, exclude: Collection[str] = ()
     findings = [
         *runstate_findings(runstate),
         *_migration_findings(migration, monitor.version),
+        *_background_findings(migration),
         *_device_findings_for_load(survey, exclude_all if monitor.chooses_devices else ""),
         *_reset_findings(runstate),
         *_load_findings(graph, snapshot, devices),
     ]
     if any(finding.refuses for finding in findings):
         raise PrecheckRefused(f"snapshot {tag!r} cannot be loaded now", findings)
-    assert snapshot.vmstate is not None  # _load_findings refuses without
+    if snapshot.file is not None and monitor.background is None:
+        raise NotSupported(
+            f"{tag!r} is a live snapshot, and {monitor.limit} cannot be given its state file: that takes QMP over a "
+            "UNIX socket; the guest was not touched"
+        )
     if not monitor.chooses_devices and snapshot.vmstate != survey.vmstate:
         raise NotSupported(
             f"the VM state of {tag!r} is on {snapshot.vmstate}, and {monitor.limit} looks for it on "
@@ -325,6 +341,15 @@ def _migration_findings(migration: Migration, version: QemuVersion) -> Iterator[
         )
 
 
+def _background_findings(migration: Migration) -> Iterator[Finding]:
+    if "background-snapshot" in migration.capabilities:
+        yield _refusal(
+            "migration-capability",
+            "the migration capability background-snapshot is set: with it QEMU loads no snapshot",
+            "switch it off: migrate_set_capability background-snapshot off",
+        )
+
+
 async def _nvme_findings(monitor: Monitor) -> Sequence[Finding]:
     """What crashes QEMU's savevm of NVMe. Older versions name the device as one that blocks a migration."""
     if monitor.version < _NVME_IS_SAVED:
@@ -379,13 +404,20 @@ def _room_findings(
 
 
 def _load_findings(graph: BlockGraph, snapshot: Snapshot, devices: Collection[str]) -> Iterator[Finding]:
-    if snapshot.vmstate is None:
+    if snapshot.kind is Kind.STATE_ONLY:
+        yield _refusal(
+            "state-only",
+            f"{snapshot.tag!r} is a state file without its disks: their snapshots of it are gone",
+            f"it cannot be loaded, only deleted: qsnap delete {snapshot.tag}",
+        )
+        return
+    if not snapshot.has_state:
         yield _refusal(
             "disk-only",
             f"{snapshot.tag!r} is a disk-only snapshot: there is no RAM in it to go on from",
             "with the guest off: qemu-img snapshot -a TAG IMAGE, on every disk",
         )
-    elif snapshot.vmstate not in devices:
+    elif snapshot.vmstate is not None and snapshot.vmstate not in devices:
         yield _refusal(
             "vmstate-excluded",
             f"{snapshot.vmstate} holds the VM state and cannot be excluded",

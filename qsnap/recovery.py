@@ -7,14 +7,16 @@ to be had (another user's, another machine's), the mark in QEMU tells who it was
 from __future__ import annotations
 
 import asyncio
+import os
 import socket
 from contextlib import suppress
 
 from qsnap import devices as rules
 from qsnap import marks, snapshots
-from qsnap.delvm import delete_everywhere
+from qsnap.delvm import delete_all
 from qsnap.errors import CommandFailed, ConnectError, GuestLeftStopped, MonitorError, QsnapError
 from qsnap.journal import Journal
+from qsnap.livesave import LiveAttempt
 from qsnap.loadvm import outcome
 from qsnap.marks import CLAIM, Holder, decode
 from qsnap.model import Recovered, RunState
@@ -156,15 +158,23 @@ async def _clear_up(monitor: Monitor, journal: Journal) -> list[str]:
     record = journal.record
     graph = await monitor.block_graph()
     devices = rules.survey(graph, chooses_devices=monitor.chooses_devices).devices
+    if record.settings and monitor.background is not None:
+        await monitor.background.end_stream()
+        await monitor.background.put_back(record.settings)
+    if record.live is not None:
+        return [await LiveAttempt(monitor, journal, devices).undo()]
     if record.operation == "save" and (record.older is not None or record.saving or record.stand_in):
         _, sentence = await Attempt(monitor, journal, devices).undo(keeps_whole=True)
         return [sentence]
-    if record.operation == "delete" and record.devices:
-        (tag,) = record.tags
-        held = snapshots.holders(graph, devices, tag)
-        if held and held != record.devices:
-            await delete_everywhere(monitor, devices, tag)
-            return [f"the deletion of {tag!r} was completed"]
+    if record.operation == "delete" and (record.disk_tags or record.files):
+        held = [snapshots.holders(graph, devices, tag) for tag in record.disk_tags]
+        files = [file for file in record.files if os.path.lexists(file)]  # noqa: ASYNC240 (no waiting)
+        has_begun = any(nodes != record.devices for nodes in held) or len(files) < len(record.files)
+        if has_begun and (any(held) or files):
+            await delete_all(monitor, devices, record.disk_tags, files)
+            return [f"the deletion of {', '.join(map(repr, record.tags))} was completed"]
+    if record.operation == "load" and monitor.background is not None:
+        await monitor.background.tidy()
     return []
 
 

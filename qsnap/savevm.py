@@ -6,10 +6,11 @@ import asyncio
 import time
 from collections.abc import Collection, Sequence
 from datetime import datetime, timedelta
+from pathlib import Path
 
 from qsnap import devices as rules
 from qsnap import snapshots
-from qsnap.delvm import delete_everywhere
+from qsnap.delvm import delete_all, delete_everywhere
 from qsnap.errors import (
     BadUsage,
     GuestLeftStopped,
@@ -31,12 +32,14 @@ from qsnap.model import (
     RunState,
     SaveResult,
     Severity,
+    StateFile,
     Verdict,
     automatic_tag,
 )
 from qsnap.monitor import Monitor
 from qsnap.precheck import SavePlan, plan_save
 from qsnap.progress import Watcher, watched
+from qsnap.statefile.shelf import NO_SHELF, Shelf, read
 from qsnap.stopped import Pause, cure_of, reconnect, stopped
 from qsnap.undisturbed import undisturbed
 
@@ -53,6 +56,7 @@ async def do_savevm(
     watch: Watcher | None = None,
     safe_replace: bool = False,
     journal: Journal | None = None,
+    shelf: Shelf = NO_SHELF,
 ) -> SaveResult:
     """Save RAM, device state and every writable disk under one tag.
 
@@ -75,6 +79,7 @@ async def do_savevm(
         TAG.qsnap-stand-in, then the older snapshot is deleted, then the same state is written under TAG, and the
         stand-in deleted. The guest stands still for both writes.
     :param journal: of the claim that this is done under; without one nobody sees it through if we are killed.
+    :param shelf: where the state files of live saves lie: one of that tag is replaced too.
     :return: the snapshot as read back from QEMU.
     :raise PrecheckRefused: before the guest is touched.
     :raise SnapshotExists: with ``replace=False``; nothing has changed.
@@ -94,20 +99,20 @@ async def do_savevm(
     plan.refuse_if_needed()
     report, state_node = plan.report, plan.report.vmstate
     assert state_node is not None  # or the plan had been refused
-    name = tag if tag is not None else _free_automatic_tag(plan.graph)
+    name = tag if tag is not None else free_automatic_tag(plan.graph)
     stand_in = snapshots.stand_in_of(name) if safe_replace else ""
-    replaced = snapshots.holders(plan.graph, report.devices, name)
-    if replaced and not replace:
-        raise SnapshotExists(name, rules.spoken(replaced, report.devices))
+    older = snapshots.holding(plan.graph, report.devices, name, shelf.files(plan.graph, report.devices))
+    if (older.tags or older.files) and not replace:
+        raise SnapshotExists(name, (*rules.spoken(older.nodes, report.devices), *older.files))
     if dry_run:
-        return _result(plan, name, bool(replaced), began, dry_run=True)
+        return save_result(plan, name, bool(older.tags or older.files), began, dry_run=True)
 
-    journal.note(tags=(name,), vmstate=state_node, devices=report.saved)
+    journal.note(tags=(name,), vmstate=state_node, devices=report.saved, files=older.files)
     attempt = Attempt(monitor, journal, report.devices)
     try:
         # saved_vm_running = runstate_is_running(); vm_stop(RUN_STATE_SAVE_VM)
         async with stopped(monitor, journal) as pause:
-            graph = await _unchanged_graph(monitor, plan, vmstate, exclude)
+            graph = await unchanged_graph(monitor, plan, vmstate, exclude)
 
             # Old snapshots of the same name, wherever they are: what is to be replaced gets a stand-in first
             replaced = snapshots.holders(graph, report.devices, name)
@@ -134,8 +139,13 @@ async def do_savevm(
         was_running = report.runstate is RunState.RUNNING
         await undisturbed(attempt.clear_up(failure, was_running=was_running), journal.patience_s)
         raise
+    # What a live save of that tag had elsewhere
+    await undisturbed(
+        delete_all(monitor, report.devices, [tag for tag in older.tags if tag != name], older.files),
+        journal.patience_s,
+    )
     (row,) = graph.nodes[state_node].tagged(name)
-    return _result(plan, name, bool(replaced), began, row=row, pause=pause)
+    return save_result(plan, name, bool(replaced or older.tags or older.files), began, row=row, pause=pause)
 
 
 async def _stand_in(attempt: Attempt, graph: BlockGraph, stand_in: str) -> None:
@@ -154,7 +164,7 @@ async def _stand_in(attempt: Attempt, graph: BlockGraph, stand_in: str) -> None:
         await attempt.write(stand_in)
 
 
-def _free_automatic_tag(graph: BlockGraph) -> str:
+def free_automatic_tag(graph: BlockGraph) -> str:
     """The automatic tag; that of a later second where it is taken, as nobody asked to replace anything."""
     taken = {row.tag for node in graph.nodes.values() for row in node.snapshots}
     now = datetime.now().astimezone()
@@ -163,7 +173,7 @@ def _free_automatic_tag(graph: BlockGraph) -> str:
     return tag
 
 
-async def _unchanged_graph(
+async def unchanged_graph(
     monitor: Monitor, plan: SavePlan, vmstate: str | None, exclude: Collection[str]
 ) -> BlockGraph:
     """The block graph of the stopped guest, if it still asks for the same decisions as before the stop."""
@@ -290,6 +300,10 @@ class Attempt:
             await delete_everywhere(self.monitor, self.devices, self.tag)
             done = f"what this save made was removed from {self._spoken(held)}" if held else "nothing of it is left"
             outcome = f"{done}; {self._older_outcome(await self.monitor.block_graph())}".removesuffix("; ")
+        graph = await self.monitor.block_graph()
+        # Of a live snapshot that was to be replaced: without its disks a state file is of no use
+        useless = [path for path in self.record.files if (f := read(Path(path))) and not self._held(graph, f.disk_tag)]
+        await delete_all(self.monitor, self.devices, (), useless)
         if stand_in and (sentence := await self._undo_stand_in(stand_in)):
             outcome = f"{outcome}; {sentence}".removeprefix("; ")
         return removed, outcome or "nothing of it is left"
@@ -330,7 +344,7 @@ class Attempt:
         return f"the older snapshot {self.tag!r} was to be deleted from {was}, and is on {now}"
 
 
-def _result(
+def save_result(
     plan: SavePlan,
     tag: str,
     replaced: bool,
@@ -339,24 +353,28 @@ def _result(
     row: NodeSnapshot | None = None,
     pause: Pause | None = None,
     dry_run: bool = False,
+    is_live: bool = False,
+    file: StateFile | None = None,
 ) -> SaveResult:
+    """What was saved, or would be."""
     report = plan.report
-    assert report.vmstate is not None
+    held = file or row
     return SaveResult(
         tag=tag,
         replaced=replaced,
-        kind=Kind.PARTIAL if report.excluded else Kind.FULL,
-        vmstate=report.vmstate,
+        kind=Kind.PARTIAL if report.excluded else Kind.LIVE if is_live else Kind.FULL,
+        vmstate=None if is_live else report.vmstate,
         devices=report.saved,
         excluded=report.excluded,
         carried=tuple(d.node for d in report.devices if d.verdict is Verdict.CARRIED and d.node),
-        vm_state_size=row.vm_state_size if row else 0,
-        date=row.date if row else datetime.now().astimezone(),
-        vm_clock_ns=row.vm_clock_ns if row else 0,
+        vm_state_size=held.vm_state_size if held else 0,
+        date=held.date if held else datetime.now().astimezone(),
+        vm_clock_ns=held.vm_clock_ns if held else 0,
         pause_ms=round(pause.pause_ms, 3) if pause else 0.0,
         duration_ms=round((time.monotonic() - began) * 1000, 3),
         runstate=pause.runstate if pause else report.runstate,
         warnings=report.warnings,
         dry_run=dry_run,
         labels=rules.labels(report.devices),
+        file=file,
     )

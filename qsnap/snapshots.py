@@ -3,13 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import msgspec
 
 from qsnap.devices import labels
 from qsnap.errors import BadUsage
-from qsnap.model import MAX_TAG_BYTES, BlockGraph, Device, Kind, Labels, NodeSnapshot, Role, Snapshot, Verdict
+from qsnap.model import (
+    MAX_TAG_BYTES,
+    BlockGraph,
+    Device,
+    Kind,
+    Labels,
+    NodeSnapshot,
+    Role,
+    Snapshot,
+    StateFile,
+    Verdict,
+)
 
 #: What the tag of a stand-in ends with.
 STAND_IN_SUFFIX = ".qsnap-stand-in"
+#: What the second name of a tag ends with: a live save that replaces another is on the disks under that.
+SECOND_SUFFIX = ".qsnap-2"
 
 
 def relevant_nodes(devices: Iterable[Device]) -> tuple[str, ...]:
@@ -24,11 +40,13 @@ def holders(graph: BlockGraph, devices: Iterable[Device], tag: str) -> tuple[str
     return tuple(name for name, node in nodes if node is not None and node.tagged(tag))
 
 
-def snapshots(graph: BlockGraph, devices: Sequence[Device]) -> tuple[Snapshot, ...]:
+def snapshots(graph: BlockGraph, devices: Sequence[Device], files: Sequence[StateFile] = ()) -> tuple[Snapshot, ...]:
     """All snapshots, oldest first.
 
     QEMU gives all rows of one save the same date and VM clock, and a node that holds a tag twice is read
     from its first row alone (bdrv_snapshot_find); both are looked at here.
+
+    :param files: the state files of this VM: those of live saves.
     """
     nodes = relevant_nodes(devices)
     # What nobody uses cannot change either, and QEMU 10.0's savevm leaves it out.
@@ -38,23 +56,59 @@ def snapshots(graph: BlockGraph, devices: Sequence[Device]) -> tuple[Snapshot, .
     for node in nodes:
         for row in graph.nodes[node].snapshots:
             rows.setdefault(row.tag, {}).setdefault(node, []).append(row)
-    found = (_gathered(tag, held, required, names) for tag, held in rows.items())
+    found = []
+    unpaired = list(files)
+    for tag, held in rows.items():
+        file = _file_of(tag, held, unpaired)
+        if file is not None:
+            unpaired.remove(file)
+        snapshot = _gathered(tag, held, required, names, file)
+        first = tag.removesuffix(SECOND_SUFFIX)
+        if file is not None and first not in rows and snapshot.kind is Kind.LIVE:
+            snapshot = msgspec.structs.replace(snapshot, tag=first)
+        found.append(snapshot)
+    found += (_without_disks(file, names) for file in unpaired)
     return tuple(sorted(found, key=lambda snapshot: (snapshot.date, snapshot.tag)))
 
 
-def _gathered(tag: str, held: dict[str, list[NodeSnapshot]], required: Sequence[str], names: Labels) -> Snapshot:
+def _file_of(tag: str, held: dict[str, list[NodeSnapshot]], files: Iterable[StateFile]) -> StateFile | None:
+    """The state file of what the devices hold; None where the state is in an image, or nowhere.
+
+    Over HMP the clock has milliseconds.
+    """
+    first = [rows[0] for rows in held.values()]
+    if any(row.vm_state_size for row in first):
+        return None
+    clocks = {row.vm_clock_ns for row in first}
+    exact = any(clock % 1_000_000 for clock in clocks)
+    return next(
+        (
+            file
+            for file in files
+            if file.disk_tag == tag
+            and (file.vm_clock_ns if exact else file.vm_clock_ns // 1_000_000 * 1_000_000) in clocks
+        ),
+        None,
+    )
+
+
+def _gathered(
+    tag: str, held: dict[str, list[NodeSnapshot]], required: Sequence[str], names: Labels, file: StateFile | None
+) -> Snapshot:
     missing = tuple(node for node in required if node not in held)
     first = {node: rows[0] for node, rows in held.items()}
     vmstate = next((node for node, row in first.items() if row.vm_state_size > 0), None)
     main = first[vmstate] if vmstate else next(iter(first.values()))
     problems = [f"{node} holds it {len(rows)} times" for node, rows in held.items() if len(rows) > 1]
-    if others := sorted(node for node, row in first.items() if _moment(row) != _moment(main)):
+    # Where QEMU makes snapshots without a state, each has the date of its own; the guest's clock stands still
+    moment = _moment if vmstate else _clock
+    if others := sorted(node for node, row in first.items() if moment(row) != moment(main)):
         problems.append(f"{', '.join(others)}: made at another moment than the rest")
-    kind = Kind.PARTIAL if missing else Kind.FULL if vmstate else Kind.DISK_ONLY
+    kind = Kind.FULL if vmstate else Kind.LIVE if file else Kind.DISK_ONLY
     return Snapshot(
         tag=tag,
-        kind=kind,
-        vm_state_size=main.vm_state_size,
+        kind=Kind.PARTIAL if missing else kind,
+        vm_state_size=file.vm_state_size if file else main.vm_state_size,
         date=main.date,
         vm_clock_ns=main.vm_clock_ns,
         vmstate=vmstate,
@@ -62,6 +116,24 @@ def _gathered(tag: str, held: dict[str, list[NodeSnapshot]], required: Sequence[
         missing=missing,
         problems=tuple(problems),
         labels=names,
+        file=file,
+        disk_tag=tag,
+    )
+
+
+def _without_disks(file: StateFile, names: Labels) -> Snapshot:
+    return Snapshot(
+        tag=file.disk_tag,
+        kind=Kind.STATE_ONLY,
+        vm_state_size=file.vm_state_size,
+        date=file.date,
+        vm_clock_ns=file.vm_clock_ns,
+        vmstate=None,
+        devices=(),
+        problems=("the disks' snapshots that belong to its state file are gone",),
+        labels=names,
+        file=file,
+        disk_tag=file.disk_tag,
     )
 
 
@@ -69,9 +141,38 @@ def _moment(row: NodeSnapshot) -> object:
     return row.date, row.vm_clock_ns
 
 
-def find(graph: BlockGraph, devices: Sequence[Device], tag: str) -> Snapshot | None:
-    """The snapshot *tag*, or None."""
-    return next((found for found in snapshots(graph, devices) if found.tag == tag), None)
+def _clock(row: NodeSnapshot) -> object:
+    return row.vm_clock_ns
+
+
+def find(graph: BlockGraph, devices: Sequence[Device], tag: str, files: Sequence[StateFile] = ()) -> Snapshot | None:
+    """The snapshot *tag*, or None. One that the devices hold goes before a file whose disks are gone."""
+    named = [found for found in snapshots(graph, devices, files) if found.tag == tag]
+    return next((found for found in named if found.devices), named[0] if named else None)
+
+
+class Holding(NamedTuple):
+    """All that is there of a tag.
+
+    :ivar tags: those that devices have it under: itself, and its second name.
+    :ivar nodes: the node-names that have any of them, QEMU's first device first.
+    :ivar files: the paths of its state files.
+    """
+
+    tags: tuple[str, ...]
+    nodes: tuple[str, ...]
+    files: tuple[str, ...]
+
+
+def holding(graph: BlockGraph, devices: Sequence[Device], tag: str, files: Iterable[StateFile]) -> Holding:
+    """All that is there of *tag*, whole or not: what goes when it is deleted or replaced."""
+    names = (tag, f"{tag}{SECOND_SUFFIX}")
+    held = {name: holders(graph, devices, name) for name in names}
+    return Holding(
+        tags=tuple(name for name in names if held[name]),
+        nodes=tuple(node for node in relevant_nodes(devices) if any(node in nodes for nodes in held.values())),
+        files=tuple(file.path for file in files if file.disk_tag in names),
+    )
 
 
 def save_problems(graph: BlockGraph, tag: str, vmstate: str, devices: Sequence[str]) -> list[str]:
@@ -91,7 +192,7 @@ def save_problems(graph: BlockGraph, tag: str, vmstate: str, devices: Sequence[s
 
 def is_loadable(snapshot: Snapshot) -> bool:
     """Whether there is a VM state in it, on no device twice and of one moment, and no device lacks it."""
-    return snapshot.kind is Kind.FULL and not snapshot.problems
+    return snapshot.kind in (Kind.FULL, Kind.LIVE) and not snapshot.problems
 
 
 def stand_in_of(tag: str) -> str:
@@ -99,10 +200,22 @@ def stand_in_of(tag: str) -> str:
 
     :raise BadUsage: it would be too long.
     """
-    name = f"{tag}{STAND_IN_SUFFIX}"
+    return _suffixed(tag, STAND_IN_SUFFIX, "to be replaced safely")
+
+
+def second_name(tag: str) -> str:
+    """The tag under which the disks have a live save that replaced another *tag*.
+
+    :raise BadUsage: it would be too long.
+    """
+    return _suffixed(tag, SECOND_SUFFIX, "for a live save")
+
+
+def _suffixed(tag: str, suffix: str, what_for: str) -> str:
+    name = f"{tag}{suffix}"
     if len(name.encode(errors="surrogateescape")) > MAX_TAG_BYTES:
         raise BadUsage(
-            f"the tag {tag!r} is too long to be replaced safely: with the {len(STAND_IN_SUFFIX)} bytes of "
-            f"{STAND_IN_SUFFIX!r} behind it, it has more than {MAX_TAG_BYTES}"
+            f"the tag {tag!r} is too long {what_for}: with the {len(suffix)} bytes of {suffix!r} behind it, it has "
+            f"more than {MAX_TAG_BYTES}"
         )
     return name

@@ -52,6 +52,14 @@ class Pause:
             return (qemu_ended - qemu_began) * 1000
         return (ended - began) * 1000
 
+    def resumed_by_qemu(self, stamp: float | None) -> None:
+        """QEMU has resumed the guest by itself.
+
+        :param stamp: QEMU's time stamp of it.
+        """
+        self._by_qemu = True
+        self._ended = (stamp, time.monotonic())
+
     async def _stop(self, monitor: Monitor) -> None:
         began = time.monotonic()
         self._began = (await monitor.stop(), began)

@@ -14,26 +14,42 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Collection, Sequence
 from contextlib import asynccontextmanager, suppress
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import msgspec
 
 from qsnap import devices as rules
 from qsnap import snapshots
-from qsnap.errors import BadUsage, CommandFailed, MonitorBusy, OperationTimeout, SnapshotNotFound, VMLocked
+from qsnap.errors import (
+    BadUsage,
+    CommandFailed,
+    MonitorBusy,
+    NotSupported,
+    OperationTimeout,
+    PrecheckRefused,
+    SnapshotNotFound,
+    VMLocked,
+)
 from qsnap.model import (
     BlockGraph,
     CheckReport,
     DeleteResult,
     Device,
+    Finding,
     LoadResult,
     NodeSnapshot,
     Recovered,
+    RunState,
     SaveResult,
+    Severity,
     Snapshot,
     Status,
     positive,
 )
 from qsnap.monitor import GREETING_TIMEOUT_S, HALF_RESTORED, Monitor, open_monitor
 from qsnap.monitor.address import Address, parse_address
+from qsnap.statefile.shelf import Shelf
 
 if TYPE_CHECKING:
     from qsnap.journal import Journal
@@ -53,12 +69,21 @@ class VM:
     :ivar lock_wait_s: how many seconds to wait for another qsnap that is at work on this VM; 0 refuses at once.
     """
 
-    def __init__(self, monitor: Monitor, address: Address, *, lock_wait_s: float, is_timed: bool = False) -> None:
+    def __init__(
+        self,
+        monitor: Monitor,
+        address: Address,
+        *,
+        lock_wait_s: float,
+        is_timed: bool = False,
+        state_dir: Path | None = None,
+    ) -> None:
         self._monitor = monitor
         self.address = address
         self.lock_wait_s = lock_wait_s
         self.recovered: list[Recovered] = []
         self._is_timed = is_timed
+        self._shelf = Shelf(monitor.pid, state_dir)
         self._turn = asyncio.Lock()
 
     @property
@@ -77,28 +102,60 @@ class VM:
         dry_run: bool = False,
         watch: Watcher | None = None,
         safe_replace: bool = False,
+        live: bool | Literal["auto"] = False,
     ) -> SaveResult:
         """Save RAM, device state and every writable disk under one tag: see :func:`qsnap.savevm.do_savevm`.
 
+        :param safe_replace: a live save never is without a whole snapshot, with this or without.
+        :param live: while the guest runs: see :func:`qsnap.livesave.do_live_save`. A guest that is paused gains
+            nothing by it, and is saved the ordinary way. "auto" saves the ordinary way also where a live save is not
+            possible. The result's warnings say so.
         :raise VMLocked: another qsnap is at work on this VM.
         """
-        from qsnap.savevm import do_savevm
-
         async with self._claimed("save", (tag or "",), is_dry=dry_run) as journal:
-            result = await do_savevm(
-                self._monitor,
-                tag,
-                replace=replace,
-                vmstate=vmstate,
-                exclude=exclude,
-                force=force,
-                dry_run=dry_run,
-                watch=watch,
-                safe_replace=safe_replace,
-                journal=journal,
-            )
+            choice: dict[str, Any] = {"vmstate": vmstate, "exclude": exclude, "force": force, "journal": journal}
+            common = {
+                **choice,
+                "replace": replace,
+                "dry_run": dry_run,
+                "watch": watch,
+                "shelf": self._shelf,
+            }
+            not_live = await self._why_not_live(live, tag, **choice)
+            if live and not not_live:
+                from qsnap.livesave import do_live_save
+
+                result = await do_live_save(self._monitor, tag, **common)
+            else:
+                from qsnap.savevm import do_savevm
+
+                result = await do_savevm(self._monitor, tag, safe_replace=safe_replace, **common)
             await self._dismiss_leftovers()
-        return result
+        return msgspec.structs.replace(result, warnings=(*result.warnings, *not_live)) if not_live else result
+
+    async def _why_not_live(
+        self,
+        live: bool | Literal["auto"],
+        tag: str | None,
+        **choice: Any,  # noqa: ANN401 (of do_live_save)
+    ) -> Sequence[Finding]:
+        """Why a save that was to be live is to be made the ordinary way; nothing where it is live, or was not to be."""
+        if not live:
+            return ()
+        why = ""
+        if await self._monitor.runstate() is not RunState.RUNNING:
+            why = "the guest does not run, so nothing is gained by a live save"
+        elif live == "auto":
+            from qsnap.livesave import plan_live
+
+            try:
+                await plan_live(self._monitor, tag, shelf=self._shelf, **choice)
+            except (NotSupported, PrecheckRefused) as error:
+                why = str(error)
+        if not why:
+            return ()
+        message = f"saved the ordinary way: {why}"
+        return [Finding(code="not-live", severity=Severity.WARN, message=message)]
 
     async def load(self, tag: str, *, running: bool | None = None, exclude: Collection[str] = ()) -> LoadResult:
         """Put RAM, device state and disks back: see :func:`qsnap.loadvm.do_loadvm`.
@@ -110,7 +167,9 @@ class VM:
 
         async with self._claimed("load", (tag,)) as journal:
             await self._dismiss_leftovers()
-            return await do_loadvm(self._monitor, tag, running=running, exclude=exclude, journal=journal)
+            return await do_loadvm(
+                self._monitor, tag, shelf=self._shelf, running=running, exclude=exclude, journal=journal
+            )
 
     async def delete(self, *tags: str, missing_ok: bool = False) -> DeleteResult:
         """Delete snapshots from every device that holds them: see :func:`qsnap.delvm.do_delvm`.
@@ -122,7 +181,7 @@ class VM:
 
         async with self._claimed("delete", tags) as journal:
             await self._dismiss_leftovers()
-            return await do_delvm(self._monitor, tags, missing_ok=missing_ok, journal=journal)
+            return await do_delvm(self._monitor, tags, shelf=self._shelf, missing_ok=missing_ok, journal=journal)
 
     async def recover(self, *, force: bool = False) -> tuple[Recovered, ...]:
         """See runs through that died on this VM: resume the guest, remove what they left half made.
@@ -143,7 +202,7 @@ class VM:
         """All snapshots, oldest first; those on some devices only and those that others made too."""
         await self._recover_if_seen()
         graph = await self._monitor.block_graph()
-        return snapshots.snapshots(graph, self._devices_of(graph))
+        return self._snapshots_of(graph, self._devices_of(graph))
 
     async def show(self, tag: str) -> tuple[Snapshot, dict[str, tuple[NodeSnapshot, ...]]]:
         """One snapshot, and its rows in the snapshot table of each node that holds it.
@@ -152,10 +211,11 @@ class VM:
         """
         await self._recover_if_seen()
         graph = await self._monitor.block_graph()
-        snapshot = snapshots.find(graph, self._devices_of(graph), tag)
+        devices = self._devices_of(graph)
+        snapshot = snapshots.find(graph, devices, tag, self._shelf.files(graph, devices))
         if snapshot is None:
             raise SnapshotNotFound(tag)
-        return snapshot, {name: graph.nodes[name].tagged(tag) for name in snapshot.devices}
+        return snapshot, {name: graph.nodes[name].tagged(snapshot.disk_tag) for name in snapshot.devices}
 
     async def check(
         self,
@@ -193,13 +253,16 @@ class VM:
             runstate=runstate,
             monitor=str(self.address),
             transport=monitor.transport,
-            snapshots=len(snapshots.snapshots(graph, survey.devices)),
+            snapshots=len(self._snapshots_of(graph, survey.devices)),
             vmstate=survey.vmstate,
             devices=survey.devices,
             leftover_jobs=tuple(leftovers),
             run=await run_of(monitor),
             is_half_restored=half_restored is not None,
         )
+
+    def _snapshots_of(self, graph: BlockGraph, devices: Sequence[Device]) -> tuple[Snapshot, ...]:
+        return snapshots.snapshots(graph, devices, self._shelf.files(graph, devices))
 
     def _devices_of(self, graph: BlockGraph) -> Sequence[Device]:
         return rules.survey(graph, chooses_devices=self._monitor.chooses_devices).devices
@@ -243,6 +306,8 @@ class VM:
         # Housekeeping: where QEMU will not hear of jobs (-preconfig), the pre-checks say so better.
         with suppress(CommandFailed):
             await self._monitor.dismiss(await self._monitor.leftover_jobs())
+            graph = await self._monitor.block_graph()
+            self._shelf.remove_parts(graph, self._devices_of(graph))
 
 
 async def _opened(where: Address, greeting_s: float, lock_wait_s: float, snapshot_jobs: bool | None) -> Monitor:
@@ -270,6 +335,7 @@ async def connect(
     timeout_s: float | None = None,
     lock_wait_s: float = LOCK_WAIT_S,
     snapshot_jobs: bool | None = None,
+    state_dir: str | Path | None = None,
 ) -> AsyncIterator[VM]:
     """Connect to the monitor of a running QEMU, for the duration of a block.
 
@@ -279,6 +345,8 @@ async def connect(
         QEMU does not answer for 10 s after that, the rest is left to the guard.
     :param lock_wait_s: seconds to wait for another qsnap that is at work on this VM; 0 refuses at once.
     :param snapshot_jobs: False goes by HMP's savevm inside QMP also where QEMU has snapshot jobs.
+    :param state_dir: where the state files of live saves lie. Default: beside the images; they are looked for there
+        in any case.
     :raise BadUsage: *address* cannot be meant.
     :raise ConnectError: nothing listens there, or it may not be opened.
     :raise MonitorBusy: another client holds it, or QEMU does not answer.
@@ -295,7 +363,13 @@ async def connect(
     timer = asyncio.timeout_at(deadline)
     try:
         async with timer:
-            yield VM(monitor, where, lock_wait_s=lock_wait_s, is_timed=timeout_s is not None)
+            yield VM(
+                monitor,
+                where,
+                lock_wait_s=lock_wait_s,
+                is_timed=timeout_s is not None,
+                state_dir=None if state_dir is None else Path(state_dir),
+            )
     except TimeoutError as error:
         if not timer.expired():
             raise  # the caller's own

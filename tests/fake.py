@@ -40,6 +40,7 @@ class FakeMonitor:
     transport: str = "fake"
     limit: str = "the fake"
     chooses_devices: bool = True
+    background: None = None
     pid: int | None = None
     sock: socket.socket | None = None
 

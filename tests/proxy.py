@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import socket
 import threading
 from collections.abc import Callable
@@ -97,14 +98,23 @@ class Proxy:
     def _pump(self, source: socket.socket, sink: socket.socket, hook: Hook | None) -> None:
         pending = ""
         with suppress(OSError):
-            while data := source.recv(65536):
+            while True:
+                # With whatever files come along
+                data, files, _, _ = socket.recv_fds(source, 65536, 4)
+                if not data:
+                    break
                 if hook:
                     passing, pending = messages(pending + data.decode())
                     for message in passing:
                         hook(message)
                 if self._on_data and not hook:
                     data = self._on_data(data)
-                sink.sendall(data)
+                if files:
+                    socket.send_fds(sink, [data], files)
+                    for file in files:
+                        os.close(file)
+                else:
+                    sink.sendall(data)
         with suppress(OSError):
             sink.shutdown(socket.SHUT_RDWR)
 

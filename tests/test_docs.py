@@ -40,7 +40,7 @@ def options_of(command: click.Command) -> set[str]:
     return {
         name
         for item in command.params
-        if isinstance(item, click.Option)
+        if isinstance(item, click.Option) and not item.hidden
         for name in (*item.opts, *item.secondary_opts)
         if name.startswith("--")
     }
@@ -61,7 +61,7 @@ def test_options_in_the_readme_exist() -> None:
 @pytest.mark.parametrize("name", sorted(cli.commands))
 def test_which_commands_take_the_common_options(name: str) -> None:
     of_output = {"--json", "--quiet", "--verbose", "--config"}
-    of_vm = {"--monitor", "--vm", "--timeout", "--lock-wait"}
+    of_vm = {"--monitor", "--vm", "--timeout", "--lock-wait", "--state-dir"}
     taken = {"vms": of_output, "completion": set(), "demo": set()}.get(name, of_output | of_vm)
     assert options_of(cli.commands[name]) & (of_output | of_vm) == taken
     table = README.split("### In scripts and cron")[1].split("\n\n")[2]

@@ -12,14 +12,23 @@ import pytest
 import qsnap.guest
 from guest import QEMU, cli, finish, start_cli
 
-SOURCES = [Path(qsnap.guest.__file__).with_name("boot.asm"), Path(__file__).with_name("guests") / "pflash.asm"]
+GUESTS = Path(__file__).with_name("guests")
+BOOT = Path(qsnap.guest.__file__).with_name("boot.asm")
 
 
-@pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.name)
-def test_the_binary_is_what_the_source_says(source: Path, tmp_path: Path) -> None:
-    subprocess.run(["nasm", "-f", "bin", source, "-o", tmp_path / "out"], check=True, timeout=60)
-    assert (tmp_path / "out").read_bytes() == source.with_suffix(".bin").read_bytes()
-    assert len(source.with_suffix(".bin").read_bytes()) == 512
+@pytest.mark.parametrize(
+    ("source", "binary", "options"),
+    [
+        (BOOT, BOOT.with_suffix(".bin"), []),
+        (BOOT, GUESTS / "heavy.bin", ["-DPAGES=256"]),
+        (GUESTS / "pflash.asm", GUESTS / "pflash.bin", []),
+    ],
+    ids=["boot", "heavy", "pflash"],
+)
+def test_the_binary_is_what_the_source_says(source: Path, binary: Path, options: list[str], tmp_path: Path) -> None:
+    subprocess.run(["nasm", *options, "-f", "bin", source, "-o", tmp_path / "out"], check=True, timeout=60)
+    assert (tmp_path / "out").read_bytes() == binary.read_bytes()
+    assert len(binary.read_bytes()) == (1024 if options else 512)
 
 
 def test_demo() -> None:

@@ -42,7 +42,7 @@ def marks(guest: Guest, first: int, last: int) -> list[int]:
 
 
 def stop_between_marks(guest: Guest) -> int:
-    """Stop the guest where the chip is neither in the middle of a mark nor answers with its status; return the counter."""
+    """Stop the guest where the chip is in no mark, and answers with no status; return the counter."""
 
     def stopped() -> int | None:
         guest.qmp("stop")

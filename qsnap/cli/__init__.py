@@ -14,7 +14,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 import click
 
@@ -172,6 +172,12 @@ _vm_options = (
         metavar="SECONDS",
         help="Wait so long for another qsnap that is at work on the VM; 0 refuses at once. Default: 5.",
     ),
+    click.option(
+        "--state-dir",
+        metavar="DIR",
+        shell_complete=_completes("directories"),
+        help="Where the state files of live saves lie. Default: beside the images.",
+    ),
 )
 
 
@@ -238,8 +244,23 @@ def _excluded(given: tuple[str, ...], settings: Settings) -> tuple[str, ...]:
     return tuple(filter(None, given)) if given else settings.exclude or ()
 
 
-@cli.command()
+class _SaveCommand(click.Command):
+    """A command whose option --live is a flag, and can have a value all the same: --live=auto."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        end = args.index("--") if "--" in args else len(args)
+        given = ["--live-auto" if argument == "--live=auto" else argument for argument in args[:end]]
+        return super().parse_args(ctx, given + args[end:])
+
+
+@cli.command(cls=_SaveCommand)
 @click.argument("tag", required=False)
+@click.option(
+    "--live/--no-live",
+    default=None,
+    help="Save while the guest runs: it pauses for some milliseconds. --live=auto: where that is possible.",
+)
+@click.option("--live-auto", is_flag=True, hidden=True)
 @click.option(
     "--replace/--no-replace",
     default=None,
@@ -258,6 +279,8 @@ def _excluded(given: tuple[str, ...], settings: Settings) -> tuple[str, ...]:
 def save(
     options: Options,
     tag: str | None,
+    live: bool | None,
+    live_auto: bool,
     replace: bool | None,
     safe_replace: bool | None,
     vmstate: str | None,
@@ -268,7 +291,7 @@ def save(
     """Save RAM, device state and all disks as snapshot TAG.
 
     Without TAG it is named vm-YYYYmmddHHMMSS. The guest is paused while QEMU writes, and runs again
-    afterwards. A snapshot of that name is replaced, unless --no-replace is given.
+    afterwards; with --live it runs meanwhile. A snapshot of that name is replaced, unless --no-replace is given.
     """
     from qsnap.cli.bar import save_bar
     from qsnap.cli.session import run
@@ -284,9 +307,17 @@ def save(
                 force=force,
                 dry_run=dry_run,
                 watch=watch,
+                live=_liveness(live, live_auto, settings),
             ),
         )
     return _shown(lambda: options.renderer.save(result))
+
+
+def _liveness(live: bool | None, auto: bool, settings: Settings) -> bool | Literal["auto"]:
+    """Whether to save live, by the options, and where they say nothing by the config file."""
+    if auto:
+        return "auto"
+    return live if live is not None else settings.live or False
 
 
 def _replacement(replace: bool | None, safely: bool | None, settings: Settings) -> dict[str, bool]:

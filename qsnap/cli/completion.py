@@ -52,10 +52,10 @@ def answer(cli: click.Command, instruction: str) -> int:
 def offer(kind: str, options: Options, taken: Collection[str], incomplete: str) -> list[CompletionItem[str]]:
     """The items of that *kind* that begin with *incomplete*, without those that are *taken* already.
 
-    :param kind: "tags" or "nodes" of the VM that the options mean, "vms", or "files".
+    :param kind: "tags" or "nodes" of the VM that the options mean, "vms", "files" or "directories".
     """
-    if kind == "files":
-        return [CompletionItem(incomplete, type="file")]
+    if kind in ("files", "directories"):
+        return [CompletionItem(incomplete, type="file" if kind == "files" else "dir")]
     found = dict(_vms(options) if kind == "vms" else _of_vm(kind, options))
     return [
         CompletionItem(name, help=help_ or None, kind=kind)
@@ -87,7 +87,9 @@ def _of_vm(kind: str, options: Options) -> Iterable[tuple[str, str]]:
         return [(device.node, device.device) for device in (await vm.status()).devices if device.node]
 
     async def ask() -> list[tuple[str, str]]:
-        async with connect(target(options).address, timeout_s=_PATIENCE_S) as vm:
+        meant = target(options)
+        state_dir = options.state_dir or meant.settings.state_dir
+        async with connect(meant.address, timeout_s=_PATIENCE_S, state_dir=state_dir) as vm:
             return await (tags if kind == "tags" else nodes)(vm)
 
     return asyncio.run(ask())

@@ -27,6 +27,7 @@ from qsnap.model import (
     Recovered,
     SaveResult,
     Snapshot,
+    StateFile,
     Status,
     Struct,
     Unfinished,
@@ -47,7 +48,9 @@ _STYLES = {
     Verdict.EXCLUDED: "yellow",
     Verdict.REFUSED: "bold red",
     Kind.FULL: "green",
+    Kind.LIVE: "green",
     Kind.DISK_ONLY: "yellow",
+    Kind.STATE_ONLY: "red",
     Kind.PARTIAL: "red",
 }
 
@@ -88,20 +91,20 @@ class Renderer:
 
     def save(self, result: SaveResult) -> None:
         self._warn(result.warnings)
-        vmstate = _names([result.vmstate], result.labels)
-        whole = "" if result.kind is Kind.FULL else f"  NOT WHOLE: without {_names(result.excluded, result.labels)}\n"
+        vmstate = _state_place(result.vmstate, result.file, result.labels)
+        whole = "" if not result.excluded else f"  NOT WHOLE: without {_names(result.excluded, result.labels)}\n"
         carried = (
             f"  {_names(result.carried, result.labels)}: contents are inside the VM state\n" if result.carried else ""
         )
         old = "replacing the older one" if result.replaced else "new"
         if result.dry_run:
-            head = f"would save {printable(result.tag)} ({old}): VM state on {vmstate}"
+            head = f"would save {printable(result.tag)} ({old}): VM state {vmstate}"
             self._print(f"{head}, snapshots on {_names(result.devices, result.labels)}\n{whole}{carried}")
             return
         pause = f", guest paused {seconds(result.pause_ms)}" if result.pause_ms else f", guest {result.runstate}"
         replaced = ", replaced the older one" if result.replaced else ""
         self._print(
-            f"saved {printable(result.tag)}: {size(result.vm_state_size)} on {vmstate}, "
+            f"saved {printable(result.tag)}: {size(result.vm_state_size)} {vmstate}, "
             f"{_count(result.devices, 'device')}{pause}{replaced}\n{whole}{carried}"
         )
 
@@ -109,17 +112,15 @@ class Renderer:
         left = f"  left as it is: {_names(result.excluded, result.labels)}\n" if result.excluded else ""
         self._print(
             f"loaded {printable(result.tag)} of {date(result.date)}: {size(result.vm_state_size)} from "
-            f"{_names([result.vmstate], result.labels)}, {_count(result.devices, 'device')}, "
+            f"{_file_or_node(result.vmstate, result.file, result.labels)}, {_count(result.devices, 'device')}, "
             f"{seconds(result.duration_ms)}, guest {result.runstate}\n{left}"
         )
 
     def delete(self, result: DeleteResult) -> None:
         for tag, nodes in result.deleted.items():
-            text = (
-                f"deleted {printable(tag)} from {_names(nodes, result.labels)}"
-                if nodes
-                else f"no snapshot {printable(tag)}"
-            )
+            files = result.files.get(tag, ())
+            places = [*([f"from {_names(nodes, result.labels)}"] if nodes else []), *map(printable, files)]
+            text = f"deleted {printable(tag)} {' and '.join(places)}" if places else f"no snapshot {printable(tag)}"
             self._print(text + "\n")
 
     def list(self, snapshots: Sequence[Snapshot]) -> None:
@@ -137,8 +138,8 @@ class Renderer:
                     date(snapshot.date),
                     age(snapshot.date, now),
                     clock(snapshot.vm_clock_ns),
-                    _names([snapshot.vmstate], snapshot.labels) if snapshot.vmstate else "-",
-                    _names(snapshot.devices, snapshot.labels)
+                    _file_or_node(snapshot.vmstate, snapshot.file, snapshot.labels, short=True),
+                    (_names(snapshot.devices, snapshot.labels) or "-")
                     + (f" (not {_names(snapshot.missing, snapshot.labels)})" if snapshot.missing else "")
                     + (" (!)" if snapshot.problems else ""),
                 )
@@ -153,10 +154,11 @@ class Renderer:
             ("kind", snapshot.kind),
             (
                 "VM state",
-                f"{size(snapshot.vm_state_size)} on {_names([snapshot.vmstate], snapshot.labels)}"
-                if snapshot.vmstate
+                f"{size(snapshot.vm_state_size)} {_state_place(snapshot.vmstate, snapshot.file, snapshot.labels)}"
+                if snapshot.vmstate or snapshot.file
                 else "none",
             ),
+            ("on the disks", snapshot.disk_tag if snapshot.disk_tag != snapshot.tag else ""),
             ("date", f"{date(snapshot.date)} ({age(snapshot.date, now)} ago)"),
             ("VM clock", clock(snapshot.vm_clock_ns)),
             ("missing on", _names(snapshot.missing, snapshot.labels)),
@@ -405,6 +407,20 @@ def _finding(finding: Finding) -> str:
 
 def _names(nodes: Sequence[str], labels: Labels) -> str:
     return printable(", ".join(labels.get(node, node) for node in nodes))
+
+
+def _state_place(vmstate: str | None, file: StateFile | None, names: Labels) -> str:
+    """Where the VM state is, in words; of a live save that was not made yet in general."""
+    place = _file_or_node(vmstate, file, names)
+    return f"on {place}" if vmstate else f"in {place}"
+
+
+def _file_or_node(vmstate: str | None, file: StateFile | None, names: Labels, *, short: bool = False) -> str:
+    if vmstate:
+        return _names([vmstate], names)
+    if short:
+        return "(file)" if file else "-"
+    return printable(file.path) if file else "a state file"
 
 
 def _count(things: Sequence[object], noun: str) -> str:

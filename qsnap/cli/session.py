@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import logging
+import os
 import signal
 import sys
 from collections.abc import Awaitable, Callable, Iterator, Sequence
@@ -43,6 +44,7 @@ class Options(NamedTuple):
     vm: str | None = None
     timeout_s: float | None = None
     lock_wait_s: float | None = None
+    state_dir: str | None = None
 
     @property
     def renderer(self) -> Renderer:
@@ -82,10 +84,14 @@ def run(options: Options, action: Callable[[VM, Settings], Awaitable[_T]]) -> _T
         sys.stderr.write(printable(f"qsnap: using {meant.title} at {address}") + "\n")
     timeout_s = _first(options.timeout_s, meant.settings.timeout)
     lock_wait_s = _first(options.lock_wait_s, meant.settings.lock_wait)
+    state_dir = _first(options.state_dir, meant.settings.state_dir)
 
     async def connected() -> _T:
         async with connect(
-            address, timeout_s=timeout_s, lock_wait_s=LOCK_WAIT_S if lock_wait_s is None else lock_wait_s
+            address,
+            timeout_s=timeout_s,
+            lock_wait_s=LOCK_WAIT_S if lock_wait_s is None else lock_wait_s,
+            state_dir=None if state_dir is None else os.path.expanduser(state_dir),  # noqa: PTH111, ASYNC240 (as above)
         ) as vm:
             if meant.pid and vm.pid not in (None, meant.pid):
                 raise ConnectError(f"{meant.title} is not what answers at {address}: that is process {vm.pid}")

@@ -10,6 +10,9 @@
 ;   prints "c=<counter> bad=<differences so far>" to the first serial port, in hexadecimal.
 ; RAM and disks that come from two different moments are therefore seen within one tick.
 ;
+; With -DPAGES=n it also writes heavily: each tick, the counter goes to n pages, those of one of 64 blocks above 4 MiB in
+; turn. Before that they must hold what the last round has written there; the others count as differences too.
+;
 ; Memory: 0x600 counter, 0x604 bad, 0x608 number of disks, 0x610 disk address packet,
 ; 0x8000 one sector to write, 0x10000 the 32 sectors read, 0x200000 the table in RAM (a page a slot).
 ; Disks: the table is in sectors 64 to 95.
@@ -25,6 +28,9 @@ SECTOR  equ 0x8000
 TABLE   equ 0x200000
 SLOTS   equ 32
 LBA     equ 64
+PATTERN equ 0x51534e50                  ; "PNSQ"
+BLOCKS  equ 64
+STAMPS  equ 0x400000
 
 start:  cli
         cld
@@ -32,6 +38,13 @@ start:  cli
         mov ds, ax
         mov ss, ax
         mov sp, 0x7c00
+%ifdef PAGES
+        mov ax, 0x0201                  ; the second sector, behind this one (the BIOS starts us with es = 0)
+        mov bx, 0x7e00
+        mov cx, 2
+        mov dx, 0x80
+        int 0x13
+%endif
         mov al, [0x475]                 ; BIOS data area: number of hard disks
         mov [DISKS], al
         in al, 0x92                     ; A20
@@ -50,7 +63,7 @@ start:  cli
 .fill:  shr ecx, 2
         call flat
         mov edi, TABLE
-        mov eax, 0x51534e50             ; "PNSQ"
+        mov eax, PATTERN
         a32 rep stosd
         xor eax, eax
         mov [COUNTER], eax
@@ -72,6 +85,9 @@ start:  cli
 tick:   sti
         hlt
         inc dword [COUNTER]
+%ifdef PAGES
+        call stamp
+%endif
         mov eax, [COUNTER]
         mov cx, ax
         and cx, SLOTS - 1
@@ -209,3 +225,27 @@ gdtr:   dw 15
 
         times 510 - ($ - $$) db 0
         dw 0xaa55
+
+%ifdef PAGES
+; the counter to the pages of one block, after a look at what stands there since the last round
+stamp:  call flat
+        mov eax, [COUNTER]
+        mov ebx, eax
+        mov edi, eax
+        and edi, BLOCKS - 1
+        imul edi, PAGES * 4096
+        add edi, STAMPS
+        sub eax, BLOCKS
+        ja .old
+        mov eax, PATTERN
+.old:   mov cx, PAGES
+.page:  cmp [es:edi], eax
+        je .good
+        inc word [BAD]
+.good:  mov [es:edi], ebx
+        add edi, 4096
+        loop .page
+        ret
+
+        times 1024 - ($ - $$) db 0
+%endif

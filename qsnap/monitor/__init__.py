@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     import socket
 
     from qsnap.monitor.address import Address
+    from qsnap.monitor.background import Background
 
 #: Seconds for connecting and for the greeting. QEMU greets within milliseconds unless its main loop is
 #: frozen by a save, or another client holds the monitor.
@@ -23,6 +24,8 @@ GREETING_TIMEOUT_S = 5.0
 
 #: The mark of a load that failed midway: RAM and disks may be of different moments.
 HALF_RESTORED = "qsnap-half-restored"
+#: What the node-name of a state file begins with, while it is being loaded: it is nobody's device.
+STATE_NODE_PREFIX = "qsnap-state"
 #: The QOM paths below which devices are that the user has made: with an id, and without.
 PERIPHERALS = ("/machine/peripheral", "/machine/peripheral-anon")
 
@@ -49,6 +52,10 @@ class Monitor(Protocol):
     pid: int | None
     #: The connection itself, for a guard to inherit; None where there is none.
     sock: socket.socket | None
+
+    @property
+    def background(self) -> Background | None:
+        """What a live save needs; None where this monitor has not: QMP has, over a UNIX socket, from QEMU 6.0 on."""
 
     @property
     def limit(self) -> str:

@@ -131,6 +131,7 @@ class HmpMonitor(HumanSnapshots):
 
     transport = "hmp"
     limit = "the human monitor (HMP)"
+    background = None
 
     def __init__(self, line: _Line, version: QemuVersion, address: Address, link: Connection) -> None:
         self.version = version

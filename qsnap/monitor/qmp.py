@@ -18,7 +18,7 @@ import secrets
 import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import msgspec
 from qemu.qmp import EventListener, ExecuteError, Message, QMPClient, QMPError
@@ -33,9 +33,12 @@ from qsnap.errors import (
 )
 from qsnap.model import BlockGraph, Job, Migration, QemuVersion, RunState
 from qsnap.monitor import PERIPHERALS, ignore, wire
-from qsnap.monitor.address import Address
+from qsnap.monitor.address import Address, UnixAddress
 from qsnap.monitor.connection import Connection, another_answers, connection, first_bytes, hang_up, lost, peer_pid
 from qsnap.monitor.human import HumanSnapshots
+
+if TYPE_CHECKING:
+    from qsnap.monitor.background import Background
 
 _T = TypeVar("_T")
 
@@ -192,21 +195,47 @@ class QmpMonitor:
         self._unsettled: dict[str, str] = {}
         self._qdev_types: dict[str, str] = {}
         self._turns = EventListener(("STOP", "RESUME"))
+        self._seen = EventListener(("STOP", "RESUME"))
+        self._past: list[tuple[str, float]] = []
         client.register_listener(self._turns)
+        client.register_listener(self._seen)
 
-    async def _execute(self, command: str, arguments: Mapping[str, object] | None = None) -> object:
+    @property
+    def background(self) -> Background | None:
+        from qsnap.monitor.background import Background
+
+        return Background(self) if isinstance(self.address, UnixAddress) else None
+
+    async def execute(self, command: str, arguments: Mapping[str, object] | None = None) -> object:
+        """Have QEMU execute a command; what it returns."""
         with _mapped_errors(command):
             return await self._client.execute(command, dict(arguments) if arguments else None)
 
-    async def _query(self, kind: type[_T], command: str, arguments: Mapping[str, object] | None = None) -> _T:
+    async def query(self, kind: type[_T], command: str, arguments: Mapping[str, object] | None = None) -> _T:
+        """The same, read as *kind*."""
         with _mapped_errors(command):
             return msgspec.convert(await self._client.execute(command, dict(arguments) if arguments else None), kind)
+
+    async def send_file(self, file: int) -> None:
+        """Hand an open file to QEMU: the next command may take it."""
+        with _mapped_errors("getfd"):
+            self._client.send_fd_scm(file)
+
+    def forget_turns(self) -> None:
+        """Begin anew to remember STOP and RESUME events."""
+        self._seen.clear()
+        self._past.clear()
+
+    def turns(self) -> Sequence[tuple[str, float]]:
+        """Those that have come since."""
+        self._past += ((str(event["event"]), _stamp(event)) for event in self._seen.clear())
+        return tuple(self._past)
 
     def tag_obstacle(self, tag: str) -> str | None:
         return None
 
     async def runstate(self) -> RunState:
-        return RunState((await self._query(wire.StatusInfo, "query-status")).status)
+        return RunState((await self.query(wire.StatusInfo, "query-status")).status)
 
     async def stop(self) -> float | None:
         return await self._turn("stop", "STOP")
@@ -216,23 +245,22 @@ class QmpMonitor:
 
     async def _turn(self, command: str, event: str) -> float | None:
         self._turns.clear()
-        await self._execute(command)
+        await self.execute(command)
         with suppress(TimeoutError):
             async with asyncio.timeout(EVENT_S):
                 while (message := await self._turns.get())["event"] != event:
                     pass
-                stamp: Any = message["timestamp"]
-                return float(stamp["seconds"] + stamp["microseconds"] / 1e6)
+                return _stamp(message)
         return None
 
     async def name(self) -> str:
-        return (await self._query(wire.NameInfo, "query-name")).name
+        return (await self.query(wire.NameInfo, "query-name")).name
 
     async def block_graph(self) -> BlockGraph:
         # Sent together, so that nothing comes between them.
         devices, infos, graph = await asyncio.gather(
-            self._query(list[wire.BlockInfo], "query-block"),
-            self._query(list[wire.BlockDeviceInfo], "query-named-block-nodes", {"flat": True}),
+            self.query(list[wire.BlockInfo], "query-block"),
+            self.query(list[wire.BlockDeviceInfo], "query-named-block-nodes", {"flat": True}),
             self._graph_edges(),
         )
         await asyncio.gather(*(self._learn_qdev_type(row.qdev) for row in devices if row.qdev))
@@ -240,7 +268,7 @@ class QmpMonitor:
 
     async def _graph_edges(self) -> wire.XDbgBlockGraph | None:
         try:
-            return await self._query(wire.XDbgBlockGraph, "x-debug-query-block-graph")
+            return await self.query(wire.XDbgBlockGraph, "x-debug-query-block-graph")
         except (NotSupported, CommandFailed):
             return None
 
@@ -249,14 +277,14 @@ class QmpMonitor:
             return
         path = qdev if qdev.startswith("/") else f"/machine/peripheral/{qdev}"
         try:
-            self._qdev_types[qdev] = await self._query(str, "qom-get", {"path": path, "property": "type"})
+            self._qdev_types[qdev] = await self.query(str, "qom-get", {"path": path, "property": "type"})
         except (NotSupported, CommandFailed):
             self._qdev_types[qdev] = ""
 
     async def migration(self) -> Migration:
         info, capabilities = await asyncio.gather(
-            self._query(wire.MigrationInfo, "query-migrate"),
-            self._query(list[wire.CapabilityStatus], "query-migrate-capabilities"),
+            self.query(wire.MigrationInfo, "query-migrate"),
+            self.query(list[wire.CapabilityStatus], "query-migrate-capabilities"),
         )
         return Migration(
             status=info.status,
@@ -268,17 +296,17 @@ class QmpMonitor:
         paths = [
             f"{parent}/{item.name}"
             for parent in PERIPHERALS
-            for item in await self._query(list[wire.ObjectPropertyInfo], "qom-list", {"path": parent})
+            for item in await self.query(list[wire.ObjectPropertyInfo], "qom-list", {"path": parent})
             if item.type == f"child<{kind}>"
         ]
-        return [path for path in paths if not await self._query(str, "qom-get", {"path": path, "property": "drive"})]
+        return [path for path in paths if not await self.query(str, "qom-get", {"path": path, "property": "drive"})]
 
     async def mark(self, name: str) -> str | None:
         try:
-            objects = await self._query(list[wire.ObjectPropertyInfo], "qom-list", {"path": "/objects"})
+            objects = await self.query(list[wire.ObjectPropertyInfo], "qom-list", {"path": "/objects"})
             if not any(item.name == name for item in objects):
                 return None
-            return await self._query(str, "qom-get", {"path": f"/objects/{name}", "property": "identity"})
+            return await self.query(str, "qom-get", {"path": f"/objects/{name}", "property": "identity"})
         except CommandFailed as error:
             if "not found" not in error.reason:
                 raise
@@ -286,7 +314,7 @@ class QmpMonitor:
 
     async def set_mark(self, name: str, text: str) -> bool:
         try:
-            await self._execute("object-add", {"qom-type": "authz-simple", "id": name, "identity": text})
+            await self.execute("object-add", {"qom-type": "authz-simple", "id": name, "identity": text})
         except CommandFailed as error:
             if "duplicate property" in error.reason:
                 return False
@@ -295,13 +323,13 @@ class QmpMonitor:
 
     async def clear_mark(self, name: str) -> None:
         try:
-            await self._execute("object-del", {"id": name})
+            await self.execute("object-del", {"id": name})
         except CommandFailed as error:
             if "not found" not in error.reason:
                 raise
 
     async def memory_size(self) -> int:
-        info = await self._query(wire.MemoryInfo, "query-memory-size-summary")
+        info = await self.query(wire.MemoryInfo, "query-memory-size-summary")
         return info.base_memory + info.plugged_memory
 
     async def snapshot_save(self, tag: str, vmstate: str, devices: Sequence[str]) -> None:
@@ -323,7 +351,7 @@ class QmpMonitor:
         job_id = f"{_JOB_PREFIX}{verb}-{os.getpid()}-{secrets.randbits(32)}"
         self._unsettled[job_id] = command
         try:
-            await self._execute(command, {"job-id": job_id, **arguments})
+            await self.execute(command, {"job-id": job_id, **arguments})
         except (CommandFailed, NotSupported):
             del self._unsettled[job_id]
             raise
@@ -366,11 +394,11 @@ class QmpMonitor:
     async def _rid_of(self, job: Job) -> None:
         if not job.is_concluded:
             with suppress(CommandFailed):
-                await self._execute("job-cancel", {"id": job.id})
+                await self.execute("job-cancel", {"id": job.id})
         await self.dismiss([job])
 
     async def _jobs(self) -> list[Job]:
-        return [job.model() for job in await self._query(list[wire.JobInfo], "query-jobs")]
+        return [job.model() for job in await self.query(list[wire.JobInfo], "query-jobs")]
 
     async def take_over(self, pid: int) -> None:
         for job in await self._jobs():
@@ -390,7 +418,7 @@ class QmpMonitor:
         for job in jobs:
             # Whoever else dismissed it has done our work.
             with suppress(CommandFailed):
-                await self._execute("job-dismiss", {"id": job.id})
+                await self.execute("job-dismiss", {"id": job.id})
 
     async def reconnect(self, timeout_s: float) -> None:
         hang_up(self.sock)
@@ -402,6 +430,7 @@ class QmpMonitor:
             self.sock = link.sock.dup()
         self._client = client
         self._client.register_listener(self._turns)
+        self._client.register_listener(self._seen)
 
     async def aclose(self) -> None:
         if self.sock is not None:
@@ -410,6 +439,12 @@ class QmpMonitor:
         with suppress(QMPError, OSError, EOFError, TimeoutError):
             async with asyncio.timeout(1):
                 await self._client.disconnect()
+
+
+def _stamp(event: Message) -> float:
+    """When QEMU sent an event, in seconds since 1970."""
+    stamp: Any = event["timestamp"]
+    return float(stamp["seconds"] + stamp["microseconds"] / 1e6)
 
 
 def _is_abandoned(job_id: str) -> bool:
@@ -427,5 +462,9 @@ class HumanQmpMonitor(HumanSnapshots, QmpMonitor):
 
     transport = "qmp-hmp"
 
+    @property
+    def background(self) -> Background | None:
+        return None
+
     async def human_answer(self, line: str) -> str:
-        return await self._query(str, "human-monitor-command", {"command-line": line})
+        return await self.query(str, "human-monitor-command", {"command-line": line})

@@ -13,6 +13,7 @@ from datetime import UTC, datetime, timedelta
 import msgspec
 
 from qsnap.model import BlockBackend, BlockGraph, BlockNode, Job, NodeSnapshot, QemuVersion
+from qsnap.monitor import STATE_NODE_PREFIX
 
 
 class Wire(msgspec.Struct, frozen=True, rename="kebab"):
@@ -92,14 +93,44 @@ class NameInfo(Wire, frozen=True):
     name: str = ""
 
 
+class MigrationRam(Wire, frozen=True):
+    total: int = 0
+    remaining: int = 0
+    normal: int = 0
+    duplicate: int = 0
+
+
 class MigrationInfo(Wire, frozen=True):
     status: str | None = None
     blocked_reasons: list[str] = []
+    ram: MigrationRam | None = None
+    error_desc: str = ""
+
+
+class MigrateParameters(Wire, frozen=True):
+    max_bandwidth: int = 0
 
 
 class CapabilityStatus(Wire, frozen=True):
     capability: str
     state: bool
+
+
+class AddedFile(Wire, frozen=True):
+    fdset_id: int
+
+
+class FileOfSet(Wire, frozen=True):
+    opaque: str = ""
+
+
+class FileSet(Wire, frozen=True):
+    fdset_id: int
+    fds: list[FileOfSet]
+
+
+class NodeName(Wire, frozen=True):
+    node_name: str = ""
 
 
 class MemoryInfo(Wire, frozen=True):
@@ -244,7 +275,7 @@ def block_graph(
         nodes={
             info.node_name: block_node(info, children.get(info.node_name, ()))
             for info in reversed(infos)
-            if info.node_name
+            if info.node_name and not info.node_name.startswith(STATE_NODE_PREFIX)
         },
         backends=tuple(backends),
         with_parents=frozenset(with_parents),

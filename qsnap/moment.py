@@ -1,0 +1,265 @@
+"""The moment of a live save: disk snapshots and device state taken in one stop of some milliseconds.
+
+QEMU's background snapshot makes the VM state, and a transaction makes the disks' snapshots. They are of one moment if
+the guest stands still from before the one until after the other. There are two ways to see to that:
+
+* *late*: the guest is stopped when QEMU's thread has read most of RAM, as far as that can be known: when it has had
+  most of the processor time that it took the last time. If QEMU was faster nevertheless, it has stopped and resumed the
+  guest by itself before, and the disks would be of another moment. That shows in the order of events; the attempt is
+  given up, and repeated.
+* *plain*: the guest is stopped first, and stands still while QEMU reads its RAM: for little RAM, and where nothing is
+  known yet.
+
+Before either, from 9.0 on, a stream that nobody wants is begun and cancelled: QEMU reads RAM once more a moment later,
+and it takes a fraction of the time then. Up to 8.2 a stream must not be cancelled. There that is done once, with a
+stream to nowhere, to learn how long it takes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
+
+from qsnap.errors import JobFailed, QsnapError
+from qsnap.journal import Journal
+from qsnap.monitor import Monitor
+from qsnap.monitor.background import Background
+from qsnap.pace import SnapshotThread
+from qsnap.progress import INTERVAL_S, Phase, Progress, Watcher
+from qsnap.stopped import Pause, stopped
+
+#: The mark that keeps the processor time, in nanoseconds, that QEMU's thread needs before it takes the device state.
+PACE = "qsnap-pace"
+#: The share of it after which the guest is stopped. It was seen to vary by a tenth.
+_SHARE = 0.85
+#: Nanoseconds that the disks' snapshots may take: where QEMU resumes the guest by itself they must be done by then.
+_DISKS_NS = 25_000_000
+#: Bytes of RAM that are read within some 25 ms at the slowest: they may be read in the pause.
+_LITTLE = 256 << 20
+#: The same in a QEMU whose memory has not been write-protected yet, and has huge pages.
+_LITTLE_AT_FIRST = 4 << 30
+#: Attempts to stop late, before the guest is stopped first.
+_LATE_ATTEMPTS = 3
+#: Seconds between two looks whether the device state has been taken.
+_LOOK_S = 0.001
+#: Seconds that QEMU may take for the device state.
+_STATE_TIMEOUT_S = 120.0
+
+
+class Moment:
+    """A live save, from its first stop to the end of its stream.
+
+    :param file: the state file to be, open.
+    :param offset: where in it the stream begins.
+    :param snapshot_disks: takes the disks' snapshots, of a guest that is stopped.
+    :param forget_disks: takes them away again.
+    :param images: files of the disks: what the host has not written yet is written before the guest is stopped.
+    """
+
+    def __init__(
+        self,
+        monitor: Monitor,
+        background: Background,
+        journal: Journal,
+        *,
+        file: int,
+        offset: int,
+        snapshot_disks: Callable[[], Awaitable[None]],
+        forget_disks: Callable[[], Awaitable[None]],
+        images: Sequence[Path],
+    ) -> None:
+        self._monitor = monitor
+        self._background = background
+        self._journal = journal
+        # A description of its own, of which QEMU gets a copy: its position is QEMU's
+        self._file = os.open(f"/proc/self/fd/{file}", os.O_WRONLY | os.O_CLOEXEC)
+        self._offset = offset
+        self._snapshot_disks = snapshot_disks
+        self._forget_disks = forget_disks
+        self._images = images
+        self._deadline = time.monotonic() + _STATE_TIMEOUT_S
+
+    async def take(self) -> Pause:
+        """Take disks and device state, and leave the guest running, while QEMU writes its RAM.
+
+        :raise JobFailed: QEMU reported an error. The guest runs; the stream may still be under way.
+        """
+        pace = await self._known_pace()
+        ram_bytes = await self._monitor.memory_size()
+        is_first = pace is None and (await self._background.stream()).status in (None, "none")
+        if ram_bytes <= (_LITTLE_AT_FIRST if is_first else _LITTLE):
+            await self._flush()
+            pause, _ = await self._plain()
+            return pause
+        if self._background.must_not_fail:
+            pace = pace or await self._rehearse()
+            await self._flush()
+        else:
+            await self._flush()
+            # What is read once more at once is in the processor's caches: it takes a fraction of the time
+            await self._rehearse()
+        for _ in range(1 if self._background.must_not_fail else _LATE_ATTEMPTS):
+            if not pace or self._goal(pace) <= 0:
+                break  # nothing is known, or there is nothing to be gained
+            late_pause, pace = await self._late(pace)
+            if late_pause is not None:
+                await self._remember(pace)
+                return late_pause
+            await self._begin_anew()
+        pause, pace = await self._plain()
+        await self._remember(pace)
+        return pause
+
+    @property
+    def stream_size(self) -> int:
+        """Bytes that QEMU has written."""
+        return os.lseek(self._file, 0, os.SEEK_CUR) - self._offset
+
+    def close(self) -> None:
+        """Let go of the file."""
+        os.close(self._file)
+
+    async def _plain(self) -> tuple[Pause, int]:
+        """Stop the guest first.
+
+        :return: the pause, and the processor time that QEMU's thread needed.
+        """
+        thread = SnapshotThread(self._monitor.pid)
+        async with stopped(self._monitor, self._journal) as pause:
+            await self._snapshot_disks()
+            await self._background.begin_stream(self._file, self._offset)
+            spent = await self._state_taken(pause, thread)
+        return pause, spent
+
+    def _goal(self, pace: int) -> int:
+        """The processor time after which the guest is stopped."""
+        goal = int(pace * _SHARE)
+        return goal - _DISKS_NS if self._background.resumes_by_itself else goal
+
+    async def _rehearse(self) -> int:
+        """Have QEMU begin a stream that nobody wants; return the processor time that its thread needed.
+
+        QEMU stops and resumes the guest by itself. Where the stream must go on to its end, it goes nowhere.
+        """
+        thread = SnapshotThread(self._monitor.pid)
+        if self._background.must_not_fail:
+            nowhere = os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
+            try:
+                await self._background.begin_stream(nowhere, 0)
+            finally:
+                os.close(nowhere)
+        else:
+            await self._background.begin_stream(self._file, self._offset)
+        spent = await thread.until_it_has_spent(None, self._has_begun)
+        await self._raise_if_failed()
+        await self._background.end_stream()
+        return spent
+
+    async def _late(self, pace: int) -> tuple[Pause | None, int]:
+        """Stop the guest when QEMU's thread has had most of the time *pace*.
+
+        :return: the pause, None where QEMU was faster; and the processor time that the thread needed.
+        """
+        thread = SnapshotThread(self._monitor.pid)
+        await self._background.begin_stream(self._file, self._offset)
+        spent = await thread.until_it_has_spent(self._goal(pace), self._has_begun)
+        if await self._has_begun():
+            await self._raise_if_failed()
+            return None, spent
+        async with stopped(self._monitor, self._journal) as pause:
+            await self._snapshot_disks()
+            # Events come before the answer to what came after them
+            was_in_time = self._turns() == ["STOP"]
+            spent = max(spent, await self._state_taken(pause, thread))
+            if not self._background.resumes_by_itself:
+                # The answer to this comes after whatever else QEMU's main loop had to do
+                await self._monitor.runstate()
+                was_in_time = self._turns() == ["STOP"]
+        return (pause if was_in_time else None), spent
+
+    def _turns(self) -> list[str]:
+        return [event for event, _ in self._background.turns()]
+
+    async def _state_taken(self, pause: Pause, thread: SnapshotThread) -> int:
+        """Wait until QEMU has the device state, and the guest may run; or runs, where QEMU resumes it by itself.
+
+        :return: the processor time that *thread* was seen to have had before.
+        """
+        spent = 0
+        while True:
+            before = thread.spent_ns
+            stream = await self._background.stream()
+            if stream.status == "setup":
+                spent = before
+            if self._background.resumes_by_itself:
+                if resumed := [stamp for event, stamp in self._background.turns() if event == "RESUME"]:
+                    pause.resumed_by_qemu(resumed[-1])
+                    return spent
+            elif stream.pages or stream.status == "completed":
+                return spent
+            await self._next_look()
+
+    async def _has_begun(self) -> bool:
+        """Whether QEMU is about to take the device state, or beyond that."""
+        return (await self._background.stream()).status != "setup"
+
+    async def _next_look(self) -> None:
+        """Wait a little for the device state.
+
+        :raise JobFailed: it will not come, or takes too long.
+        """
+        await self._raise_if_failed()
+        await asyncio.sleep(_LOOK_S)
+        if time.monotonic() > self._deadline:
+            raise JobFailed("migrate", f"QEMU has not taken the device state within {_STATE_TIMEOUT_S:g} s")
+
+    async def _raise_if_failed(self) -> None:
+        stream = await self._background.stream()
+        if stream.is_over and stream.status != "completed":
+            raise JobFailed("migrate", stream.error or f"it was {stream.status}")
+
+    async def _begin_anew(self) -> None:
+        await self._background.end_stream()
+        await self._background.tidy()
+        await self._forget_disks()
+
+    async def _flush(self) -> None:
+        """What the host has yet to write of the images is written now; else it would be in the pause."""
+        for image in self._images:
+            with suppress(OSError):
+                await asyncio.to_thread(_sync, image)
+
+    async def _known_pace(self) -> int | None:
+        text = await self._monitor.mark(PACE) or ""
+        return int(text) if text.isdecimal() else None
+
+    async def _remember(self, pace: int) -> None:
+        with suppress(QsnapError):
+            await self._monitor.clear_mark(PACE)
+            await self._monitor.set_mark(PACE, str(pace))
+
+    async def written(self, watch: Watcher | None) -> None:
+        """Wait for the end of the stream.
+
+        :raise JobFailed: QEMU could not write it, or somebody cancelled it.
+        """
+        began = time.monotonic()
+        while not (stream := await self._background.stream()).is_over:
+            elapsed_s = time.monotonic() - began
+            if watch is not None:
+                watch(Progress(Phase.SAVING, elapsed_s, stream.done, stream.total))
+            await asyncio.sleep(min(INTERVAL_S, 0.005 + elapsed_s / 10))
+        if stream.status != "completed":
+            raise JobFailed("migrate", stream.error or f"it was {stream.status}")
+
+
+def _sync(image: Path) -> None:
+    file = os.open(image, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(file)
+    finally:
+        os.close(file)

@@ -1,0 +1,209 @@
+"""The state file: a qcow2 image whose one snapshot holds a VM state, written around a stream that is there already.
+
+Pure: bytes in, bytes out. The facts are those of docs/interop/qcow2.txt in QEMU's source, version 3:
+
+* All numbers are big-endian. An image is a row of clusters, here of 64 KiB, and begins with the header.
+* A table of two levels maps guest offsets to clusters: an L1 entry leads to an L2 table of 8192 entries, so it covers
+  512 MiB. The top bits of an entry are flags; without "copied" (bit 63) QEMU copies a cluster before it changes it.
+* A snapshot has an L1 table of its own. The VM state lies behind the disk's contents, in the guest offsets from the
+  first L1 entry on that describes nothing of the disk: with a disk of one cluster, from 512 MiB on.
+* Each cluster has a reference count of 16 bits in a refcount block of 32768; the refcount table lists those blocks.
+* Header extensions of unknown types are kept by QEMU and do nothing.
+
+So the stream lies in the clusters behind the header, and everything else behind the stream::
+
+    header | stream … | active L1 | snapshot L1 | L2 tables | snapshot table | refcount table | refcount blocks
+
+The header is written last: until then this is no image, whatever happens.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+import sys
+from array import array
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime, timedelta
+from itertools import chain, repeat
+from typing import Any, NamedTuple
+
+CLUSTER = 1 << 16
+#: Where the stream begins in the file.
+STREAM_OFFSET = CLUSTER
+
+_MAGIC = b"QFI\xfb"
+_HEADER = struct.Struct(">4sIQIIQIIQQIIQQQQII")
+#: Of one snapshot, up to its strings: the fixed part, and 24 bytes of extra data.
+_ROW = struct.Struct(">QIHHIIQIIQQQ")
+_ROW_EXTRA_BYTES = 24
+_EXTENSION = struct.Struct(">II")
+#: The type of our header extension: "qsnp".
+_OURS = 0x71736E70
+_ENTRIES = CLUSTER // 8
+_COUNTS = CLUSTER // 2
+_NO_ICOUNT = (1 << 64) - 1
+_U32_MAX = (1 << 32) - 1
+
+
+class Content(NamedTuple):
+    """What a state file holds.
+
+    :ivar tag: of its snapshot: the one that the disks have it under.
+    :ivar image: the absolute path of the image that it belongs to, as it was when it was made.
+    :ivar vm_state_size: bytes of the stream.
+    :ivar date: to the microsecond, in UTC.
+    :ivar vm_clock_ns: the guest's clock at that moment.
+    """
+
+    tag: str
+    image: str
+    vm_state_size: int
+    date: datetime
+    vm_clock_ns: int
+
+
+class _Layout(NamedTuple):
+    """The number of clusters of each part, and where the parts begin."""
+
+    stream: int
+    l1: int
+    l2: int
+    table: int
+    blocks: int
+
+    @property
+    def active_l1_at(self) -> int:
+        return (1 + self.stream) * CLUSTER
+
+    @property
+    def l1_at(self) -> int:
+        return self.active_l1_at + CLUSTER
+
+    @property
+    def l2_at(self) -> int:
+        return self.l1_at + self.l1 * CLUSTER
+
+    @property
+    def rows_at(self) -> int:
+        return self.l2_at + self.l2 * CLUSTER
+
+    @property
+    def table_at(self) -> int:
+        return self.rows_at + CLUSTER
+
+    @property
+    def blocks_at(self) -> int:
+        return self.table_at + self.table * CLUSTER
+
+    @property
+    def clusters(self) -> int:
+        return self.blocks_at // CLUSTER + self.blocks
+
+
+def _layout(vm_state_size: int) -> _Layout:
+    stream = -(-vm_state_size // CLUSTER)
+    l2 = -(-stream // _ENTRIES)
+    l1 = -(-(1 + l2) // _ENTRIES)
+    layout = _Layout(stream, l1, l2, table=1, blocks=1)
+    # Refcount blocks count themselves too
+    while (blocks := -(-layout.clusters // _COUNTS)) > layout.blocks:
+        layout = layout._replace(blocks=blocks, table=-(-blocks // _ENTRIES))
+    return layout
+
+
+def file_size(vm_state_size: int) -> int:
+    """Bytes of a state file around a stream of that many bytes."""
+    return _layout(vm_state_size).clusters * CLUSTER
+
+
+def envelope(content: Content) -> Iterator[tuple[int, bytes]]:
+    """All that a state file has around its stream: (offset, whole clusters), the header last, on its own."""
+    for offset, data in _parts(content):
+        yield offset, data + bytes(-len(data) % CLUSTER)
+
+
+def _parts(content: Content) -> Iterator[tuple[int, bytes]]:
+    layout = _layout(content.vm_state_size)
+    # The active L1 table: one entry that leads nowhere
+    yield layout.active_l1_at, bytes(CLUSTER)
+    yield layout.l1_at, _numbers(chain([0], range(layout.l2_at, layout.rows_at, CLUSTER)))
+    stream_end = layout.active_l1_at
+    for number in range(layout.l2):
+        begin = STREAM_OFFSET + number * _ENTRIES * CLUSTER
+        end = min(begin + _ENTRIES * CLUSTER, stream_end)
+        yield layout.l2_at + number * CLUSTER, _numbers(range(begin, end, CLUSTER))
+    yield layout.rows_at, _row(content, layout)
+    table_end = layout.blocks_at + layout.blocks * CLUSTER
+    yield layout.table_at, _numbers(range(layout.blocks_at, table_end, CLUSTER))
+    for number in range(layout.blocks):
+        counted = min(_COUNTS, layout.clusters - number * _COUNTS)
+        yield layout.blocks_at + number * CLUSTER, b"\0\1" * counted
+    yield 0, _header(content, layout)
+
+
+def _numbers(numbers: Iterator[int] | range | chain[int]) -> bytes:
+    packed = array("Q", numbers)
+    if sys.byteorder == "little":
+        packed.byteswap()
+    return packed.tobytes()
+
+
+def _row(content: Content, layout: _Layout) -> bytes:
+    seconds, microseconds = divmod((content.date - _EPOCH) // timedelta(microseconds=1), 1_000_000)
+    identity, name = b"1", content.tag.encode(errors="surrogateescape")
+    row = _ROW.pack(
+        layout.l1_at, 1 + layout.l2, len(identity), len(name), seconds, microseconds * 1000, content.vm_clock_ns,
+        min(content.vm_state_size, _U32_MAX), _ROW_EXTRA_BYTES, content.vm_state_size, CLUSTER, _NO_ICOUNT,
+    )  # fmt: skip
+    return row + identity + name
+
+
+def _header(content: Content, layout: _Layout) -> bytes:
+    header = _HEADER.pack(
+        _MAGIC, 3, 0, 0, 16, CLUSTER, 0, 1, layout.active_l1_at, layout.table_at, layout.table, 1, layout.rows_at,
+        0, 0, 0, 4, _HEADER.size,
+    )  # fmt: skip
+    ours = json.dumps({"image": content.image}).encode()
+    padded = ours + bytes(-len(ours) % 8)
+    return header + _EXTENSION.pack(_OURS, len(ours)) + padded + _EXTENSION.pack(0, 0)
+
+
+_EPOCH = datetime.fromtimestamp(0, UTC)
+
+
+def content_of(pread: Callable[[int, int], bytes]) -> Content | None:
+    """What a state file says that it holds; None where this is none of ours.
+
+    :param pread: (bytes, offset) to those bytes of the file.
+    """
+    head = pread(CLUSTER, 0)
+    try:
+        fields = _HEADER.unpack_from(head)
+        ours = dict(_extensions(head, fields[-1])).get(_OURS)
+        if (fields[0], fields[1]) != (_MAGIC, 3) or ours is None or fields[11] != 1:
+            return None
+        # A name may have 255 bytes, and so may the id
+        row = pread(_ROW.size + 2 * 256, fields[12])
+        _, _, id_size, name_size, seconds, nanoseconds, clock, _, extra_size, size, _, _ = _ROW.unpack_from(row)
+        name = row[40 + extra_size + id_size :][:name_size]
+        said: Any = json.loads(ours)
+        return Content(
+            tag=name.decode(errors="surrogateescape"),
+            image=str(said["image"]),
+            vm_state_size=size,
+            date=_EPOCH + timedelta(seconds=seconds, microseconds=nanoseconds // 1000),
+            vm_clock_ns=clock,
+        )
+    except (struct.error, ValueError, KeyError, TypeError, RecursionError):
+        return None
+
+
+def _extensions(head: bytes, offset: int) -> Iterator[tuple[int, bytes]]:
+    # A header is a cluster at most, and an extension 8 bytes at least
+    for _ in repeat(None, CLUSTER // 8):
+        kind, size = _EXTENSION.unpack_from(head, offset)
+        if not kind:
+            return
+        yield kind, head[offset + 8 : offset + 8 + size]
+        offset += 8 + size + -size % 8

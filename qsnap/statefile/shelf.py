@@ -1,0 +1,155 @@
+"""State files: where they lie, and which snapshot each belongs to.
+
+There is no database. A file lies beside the image that would hold the state, or in a directory of the user's choice;
+it says itself of which image it is, and under which tag the disks have its snapshot. The pair is known by that tag and
+by the guest's clock, which stands in the disks' snapshot tables too.
+
+A snapshot in an image cannot be renamed. So that a live save can replace another without ever being without one, the
+disks may have the new one under a second name, TAG.qsnap-2: when the older one is gone, that *is* TAG.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
+from pathlib import Path
+from urllib.parse import quote_from_bytes
+
+from qsnap import devices as rules
+from qsnap.errors import NotSupported
+from qsnap.local import named_file
+from qsnap.model import BlockGraph, Device, StateFile
+from qsnap.statefile import qcow2
+
+#: What the name of a state file ends with, and of one that is not complete.
+SUFFIX = ".qsnap"
+PART_SUFFIX = ".qsnap-part"
+#: Bytes of a file name on Linux.
+_NAME_MAX = 255
+
+
+class Shelf:
+    """Where the state files of one VM lie.
+
+    :ivar state_dir: the directory that the user chose; None for the images' own.
+    """
+
+    def __init__(self, pid: int | None, state_dir: Path | None = None) -> None:
+        self._pid = pid
+        self.state_dir = state_dir
+
+    def place(self, graph: BlockGraph, vmstate: str, disk_tag: str) -> Path:
+        """The path of the state file of a snapshot that the disks have as *disk_tag*.
+
+        :param vmstate: the node that would hold the state.
+        :raise NotSupported: the image cannot be seen from here, and no directory was chosen.
+        """
+        image = self.image(graph, vmstate)
+        if image is not None and self.state_dir is None:
+            return image.with_name(_name(image.name, disk_tag))
+        if self.state_dir is None:
+            raise NotSupported(
+                f"the image of {vmstate} cannot be seen from here, so its state file cannot be put beside it; "
+                "choose a directory: --state-dir DIR"
+            )
+        return self.state_dir.absolute() / _name(_unique(self.identity(graph, vmstate)), disk_tag)
+
+    def image(self, graph: BlockGraph, node: str) -> Path | None:
+        """The real path of a node's image, where it can be seen."""
+        file = rules.image_file(graph, node)
+        return named_file(self._pid, file.filename) if file else None
+
+    def identity(self, graph: BlockGraph, node: str) -> Path:
+        """What stands in a state file for the image that it belongs to: its real path, or what QEMU calls it."""
+        file = rules.image_file(graph, node)
+        return self.image(graph, node) or Path((file and file.filename) or node)
+
+    def files(self, graph: BlockGraph, devices: Iterable[Device]) -> tuple[StateFile, ...]:
+        """The state files of this VM, in the order of their names."""
+        images = self._images(graph, devices)
+        found = (file for path in self._listed(images, SUFFIX) if (file := read(path)) is not None)
+        return tuple(file for file in found if self._is_ours(file, images))
+
+    def remove_parts(self, graph: BlockGraph, devices: Iterable[Device]) -> None:
+        """Remove what live saves of this VM have left unfinished. None must be under way."""
+        images = self._images(graph, devices)
+        own = {f"{base}." for image in images for base in (image.name, _unique(image))}
+        for path in self._listed(images, PART_SUFFIX):
+            if any(map(path.name.startswith, own)):
+                with suppress(OSError):
+                    path.unlink()
+
+    def _images(self, graph: BlockGraph, devices: Iterable[Device]) -> dict[Path, bool]:
+        """What stands for each image, and whether it can be seen."""
+        nodes = dict.fromkeys(d.image for d in devices if d.image)
+        return {self.identity(graph, node): self.image(graph, node) is not None for node in nodes}
+
+    def _listed(self, images: Mapping[Path, bool], suffix: str) -> Iterator[Path]:
+        directories = dict.fromkeys(image.parent for image, is_seen in images.items() if is_seen)
+        if self.state_dir is not None:
+            directories[self.state_dir.absolute()] = None
+        for directory in directories:
+            with suppress(OSError):
+                yield from sorted(path for path in directory.iterdir() if path.name.endswith(suffix))
+
+    def _is_ours(self, file: StateFile, images: Iterable[Path]) -> bool:
+        """Whether a file is of one of our images; of one that was moved, if it lies beside one of the same name."""
+        image = Path(file.image)
+        if image in images:
+            return True
+        moved_here = any(image.name == other.name and other.parent == Path(file.path).parent for other in images)
+        return moved_here and not image.exists()
+
+
+#: That of a VM without state files, or where nobody wants to know.
+NO_SHELF = Shelf(None)
+
+
+def _unique(image: Path) -> str:
+    """A name for an image in a directory where those of several VMs lie: they may be called the same."""
+    import hashlib
+
+    return f"{image.name}-{hashlib.sha256(os.fsencode(image)).hexdigest()[:8]}"
+
+
+def _name(base: str, disk_tag: str) -> str:
+    """The name of a state file. A long one is cut, and told from others by a sum of the tag."""
+    tag = quote_from_bytes(os.fsencode(disk_tag), safe=" +,=@()[]{}~!#$&':;")
+    name = f"{base}.{tag}"
+    room = _NAME_MAX - len(PART_SUFFIX)
+    if len(os.fsencode(name)) > room:
+        import hashlib
+
+        digest = hashlib.sha256(os.fsencode(name)).hexdigest()[:16]
+        name = os.fsdecode(os.fsencode(name)[: room - len(digest) - 1]) + f"~{digest}"
+    return name + SUFFIX
+
+
+def read(path: Path) -> StateFile | None:
+    """What lies there; None if it is no state file, or may not be read."""
+    try:
+        file = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError:
+        return None
+    try:
+        info = os.fstat(file)
+        if not stat.S_ISREG(info.st_mode):
+            return None
+        content = qcow2.content_of(lambda size, offset: os.pread(file, size, offset))
+    except OSError:
+        return None
+    finally:
+        os.close(file)
+    if content is None:
+        return None
+    return StateFile(
+        path=str(path),
+        size=info.st_size,
+        disk_tag=content.tag,
+        image=content.image,
+        vm_state_size=content.vm_state_size,
+        date=content.date,
+        vm_clock_ns=content.vm_clock_ns,
+    )

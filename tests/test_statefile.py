@@ -1,0 +1,159 @@
+"""The state file, byte by byte: what the writer makes is what QEMU's own tool takes for an image, at any size."""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from guest import assert_sound, qemu_img, tags
+from qsnap import snapshots
+from qsnap.devices import survey
+from qsnap.model import NodeSnapshot, StateFile
+from qsnap.statefile import qcow2, shelf
+from qsnap.statefile.qcow2 import CLUSTER, STREAM_OFFSET, Content
+from test_units import graph, node
+
+DATE = datetime(2026, 11, 24, 1, 2, 3, 456789, UTC)
+MIB, GIB = 1 << 20, 1 << 30
+#: Around the ends of clusters, of L2 tables (512 MiB), of refcount blocks (2 GiB), and of 32 bits.
+SIZES = [1, CLUSTER - 1, CLUSTER, CLUSTER + 1, 512 * MIB - 1, 512 * MIB, 512 * MIB + 1, 2 * GIB - 6 * CLUSTER,
+         2 * GIB, 4 * GIB - 1, 4 * GIB, 4 * GIB + 1, 40 * GIB + 12345]  # fmt: skip
+
+
+def written(path: Path, content: Content) -> Path:
+    """A sparse state file around a stream of holes."""
+    with path.open("wb") as file:
+        file.truncate(qcow2.file_size(content.vm_state_size))
+        for offset, data in qcow2.envelope(content):
+            os.pwrite(file.fileno(), data, offset)
+    return path
+
+
+def content_of(path: Path) -> Content | None:
+    with path.open("rb") as file:
+        return qcow2.content_of(lambda size, offset: os.pread(file.fileno(), size, offset))
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_any_size(tmp_path: Path, size: int) -> None:
+    content = Content("before upgrade é", "/vm/root.qcow2", size, DATE, 123_456_789_012_345)
+    path = written(tmp_path / "state", content)
+    assert content_of(path) == content
+    # The independent witness
+    assert_sound(path)
+    (row,) = json.loads(qemu_img("info", "--output=json", path))["snapshots"]
+    assert (row["name"], row["vm-state-size"]) == (content.tag, size)
+    assert (row["date-sec"], row["date-nsec"]) == (int(DATE.timestamp()), 456789000)
+    assert row["vm-clock-sec"] * 10**9 + row["vm-clock-nsec"] == content.vm_clock_ns
+    assert mapped(path) == (size + CLUSTER - 1) // CLUSTER
+
+
+def mapped(path: Path) -> int:
+    """Follow the snapshot's tables: the clusters of its VM state, which must be those behind the header in order."""
+    with path.open("rb") as file:
+
+        def numbers(offset: int, count: int) -> tuple[int, ...]:
+            return struct.unpack(f">{count}Q", os.pread(file.fileno(), 8 * count, offset))
+
+        (rows_at,) = numbers(64, 1)
+        l1_at, entries = struct.unpack(">QI", os.pread(file.fileno(), 12, rows_at))
+        disk, *tables = numbers(l1_at, entries)
+        assert disk == 0, "the disk is to be empty"
+        clusters = [entry for table in tables for entry in numbers(table, CLUSTER // 8)]
+    used = [entry for entry in clusters if entry]
+    assert used == clusters[: len(used)] == list(range(STREAM_OFFSET, STREAM_OFFSET + len(used) * CLUSTER, CLUSTER))
+    return len(used)
+
+
+@given(
+    st.builds(
+        Content,
+        tag=st.text(min_size=1, max_size=60),
+        image=st.text(max_size=200),
+        vm_state_size=st.integers(1, 1 << 44),
+        date=st.datetimes(datetime(1970, 1, 1), datetime(2100, 1, 1), timezones=st.just(UTC)),  # noqa: DTZ001
+        vm_clock_ns=st.integers(0, (1 << 63) - 1),
+    )
+)
+def test_what_is_written_is_read(content: Content) -> None:
+    """Also where nothing but the header and the snapshot table is looked at."""
+    parts = dict(qcow2.envelope(content._replace(vm_state_size=min(content.vm_state_size, GIB))))
+    content = content._replace(vm_state_size=min(content.vm_state_size, GIB))
+
+    def pread(size: int, offset: int) -> bytes:
+        return (parts.get(offset, b"") + bytes(size))[:size]
+
+    assert qcow2.content_of(pread) == content
+
+
+@given(st.binary(max_size=400), st.sampled_from([b"", b"QFI\xfb\0\0\0\3"]))
+def test_what_is_no_state_file(data: bytes, head: bytes) -> None:
+    assert qcow2.content_of(lambda size, offset: (head + data)[offset : offset + size]) is None
+
+
+def test_an_image_of_another_kind(tmp_path: Path) -> None:
+    qemu_img("create", "-q", "-f", "qcow2", tmp_path / "disk", "8M")
+    qemu_img("snapshot", "-c", "t", tmp_path / "disk")
+    assert content_of(tmp_path / "disk") is None
+    assert shelf.read(tmp_path / "disk") is None
+    assert shelf.read(tmp_path / "none") is None
+    os.mkfifo(tmp_path / "fifo")
+    assert shelf.read(tmp_path / "fifo") is None
+    assert tags(tmp_path / "disk") == ["t"]
+
+
+def test_names() -> None:
+    assert shelf._name("root.qcow2", "before-upgrade") == "root.qcow2.before-upgrade.qsnap"
+    assert shelf._name("d", "a/b\\%\n") == "d.a%2Fb%5C%25%0A.qsnap"
+    long = [shelf._name("d" * 100, "é" * 120 + last) for last in "ab"]
+    assert long[0] != long[1]
+    assert all(len(os.fsencode(name)) + len(".qsnap-part") - len(".qsnap") <= 255 for name in long)
+
+
+def test_which_disks_a_file_belongs_to() -> None:
+    """By the tag and the guest's clock; a second name is the tag, once that is gone; over HMP clocks are rounded."""
+
+    def row(tag: str, clock: int, later_ms: int = 0, size: int = 0) -> NodeSnapshot:
+        date = DATE + timedelta(milliseconds=later_ms)
+        return NodeSnapshot(tag=tag, id="1", vm_state_size=size, date=date, vm_clock_ns=clock)
+
+    def file(tag: str, clock: int) -> StateFile:
+        return StateFile(
+            path=f"/vm/{tag}", size=9, disk_tag=tag, image="/vm/a", vm_state_size=5, date=DATE, vm_clock_ns=clock
+        )
+
+    rows = [
+        ("live", 1_234_567), ("rounded", 5_000_000), ("stale", 7), ("new.qsnap-2", 8), ("both", 9),
+        ("both.qsnap-2", 10),
+    ]  # fmt: skip
+    two = graph(
+        node("a", snapshots=(*(row(tag, clock) for tag, clock in rows), row("full", 3, size=7))),
+        node("b", snapshots=(*(row(tag, clock, 4) for tag, clock in rows), row("full", 3))),
+    )
+    files = [
+        file("live", 1_234_567), file("rounded", 5_123_456), file("stale", 6), file("new.qsnap-2", 8), file("both", 9),
+        file("both.qsnap-2", 10), file("full", 3), file("gone", 1),
+    ]  # fmt: skip
+    found = [(s.tag, s.kind.value, s.disk_tag) for s in snapshots.snapshots(two, survey(two).devices, files)]
+    assert sorted(found) == [
+        ("both", "live", "both"),
+        ("both.qsnap-2", "live", "both.qsnap-2"),
+        ("full", "full", "full"),
+        ("full", "state-only", "full"),
+        ("gone", "state-only", "gone"),
+        ("live", "live", "live"),
+        ("new", "live", "new.qsnap-2"),
+        ("rounded", "live", "rounded"),
+        ("stale", "disk-only", "stale"),
+        ("stale", "state-only", "stale"),
+    ]
+    assert not any(s.problems for s in snapshots.snapshots(two, survey(two).devices, files) if s.devices)
+    held = snapshots.holding(two, survey(two).devices, "both", files)
+    assert held == (("both", "both.qsnap-2"), ("a", "b"), ("/vm/both", "/vm/both.qsnap-2"))
