@@ -1,0 +1,39 @@
+"""The Linux guest of the scripts: tests/guests/init.c on Debian's kernel, as scripts/get-linux makes it."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+from guest import Guest, blockdev, make_disk, until
+
+ROOT = Path(__file__).resolve().parent.parent
+#: MiB that the kernel needs beside what the guest fills.
+KERNEL_MIB = 160
+
+
+def boot_linux(
+    directory: Path, *, fill: int, stamps: int = 256, memory: int | None = None, iothread: bool = False
+) -> Guest:
+    """The guest on two disks, counting.
+
+    :param fill: MiB of its memory that are not zero.
+    :param stamps: pages that it writes every 10 ms.
+    """
+    linux = ROOT / ".venv" / "linux"
+    subprocess.run([ROOT / "scripts" / "get-linux", linux], check=True)
+    more = ",iothread=io" if iothread else ""
+    guest = Guest(
+        *(["-object", "iothread,id=io"] if iothread else []),
+        *blockdev("disk0", make_disk(directory / "disk0")), "-device", f"virtio-blk,drive=disk0{more}",
+        *blockdev("disk1", make_disk(directory / "disk1")), "-device", f"virtio-blk,drive=disk1{more}",
+        "-kernel", str(linux / "vmlinuz"), "-initrd", str(linux / "initrd"),
+        "-append", f"console=ttyS0 quiet panic=-1 fill={fill} stamps={stamps}", "-cpu", "max",
+        memory=str(memory or fill + KERNEL_MIB),
+    )  # fmt: skip
+    try:
+        until("Linux to count", lambda: len(guest.lines()) > 10 or None, 120)
+    except AssertionError:
+        guest.kill()
+        raise
+    return guest
