@@ -224,7 +224,11 @@ async def do_live_save(
     )
     attempt = LiveAttempt(monitor, journal, report.devices)
     image = shelf.image(plan.save.graph, report.vmstate)
-    file = _created(part, image, await _reserved(monitor, background))
+    try:
+        file = _created(part, image, await _reserved(monitor, background))
+    except QsnapError:
+        journal.done(live=None)
+        raise
     images = [path for node in report.saved if (path := shelf.image(plan.save.graph, node))]
 
     async def snapshot_disks() -> None:

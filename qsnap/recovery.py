@@ -158,11 +158,10 @@ async def _clear_up(monitor: Monitor, journal: Journal) -> list[str]:
     record = journal.record
     graph = await monitor.block_graph()
     devices = rules.survey(graph, chooses_devices=monitor.chooses_devices).devices
-    if record.settings and monitor.background is not None:
-        await monitor.background.end_stream()
-        await monitor.background.put_back(record.settings)
     if record.live is not None:
         return [await LiveAttempt(monitor, journal, devices).undo()]
+    if record.settings and monitor.background is not None:
+        await monitor.background.put_back(record.settings)
     if record.operation == "save" and (record.older is not None or record.saving or record.stand_in):
         _, sentence = await Attempt(monitor, journal, devices).undo(keeps_whole=True)
         return [sentence]
