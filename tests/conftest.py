@@ -25,9 +25,11 @@ def pytest_sessionstart() -> None:
     """A missing QEMU fails the run: a green one without it would say nothing."""
     if shutil.which(QEMU) is None:
         pytest.exit(f"{QEMU} is not installed (or not what QSNAP_QEMU should name)", returncode=3)
-    # A shell starts its background jobs with SIGINT ignored, and so would we every qsnap.
+    # A shell starts its background jobs with SIGINT ignored, nohup ignores SIGHUP; and so would every qsnap of ours.
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
     # What whoever runs the tests has set up for their own VMs is none of ours.
     os.environ["XDG_CONFIG_HOME"] = "/nonexistent"
     for name in ("QSNAP_CONFIG", "QSNAP_MONITOR"):
