@@ -31,6 +31,7 @@ from qsnap.monitor.background import Background
 from qsnap.pace import SnapshotThread
 from qsnap.progress import INTERVAL_S, Phase, Progress, Watcher
 from qsnap.stopped import Pause, stopped
+from qsnap.undisturbed import undisturbed
 
 #: The mark that keeps the processor time, in nanoseconds, that QEMU's thread needs before it takes the device state.
 PACE = "qsnap-pace"
@@ -252,6 +253,9 @@ class Moment:
             elapsed_s = time.monotonic() - began
             if watch is not None:
                 watch(Progress(Phase.SAVING, elapsed_s, stream.done, stream.total))
+            # Little by little: a flush of the guest's own would wait for all that is dirty on that file system
+            with suppress(OSError):
+                await undisturbed(asyncio.to_thread(os.fdatasync, self._file), _STATE_TIMEOUT_S)
             await asyncio.sleep(min(INTERVAL_S, 0.005 + elapsed_s / 10))
         if stream.status != "completed":
             raise JobFailed("migrate", stream.error or f"it was {stream.status}")
