@@ -30,7 +30,7 @@ def boot_linux(directory: Path, *, fill: int, stamps: int = 256, halts: bool = T
         *blockdev("disk1", make_disk(directory / "disk1")), "-device", f"virtio-blk,drive=disk1{more}",
         "-kernel", str(linux / "vmlinuz"), "-initrd", str(linux / "initrd"),
         "-append", append, "-cpu", "max",
-        memory=str(fill + fill // 32 + KERNEL_MIB),
+        memory=str(fill + fill // 8 + KERNEL_MIB),
     )  # fmt: skip
     try:
         until("Linux to count", lambda: len(guest.lines()) > 10 or None, 120)
