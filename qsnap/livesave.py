@@ -301,12 +301,11 @@ def _complete(file: int, part: Path, path: Path, content: qcow2.Content) -> None
     :raise JobFailed: it cannot be written.
     """
     try:
-        *behind, (at, header) = qcow2.envelope(content)
-        for offset, table in behind:
-            os.pwrite(file, table, offset)
         os.ftruncate(file, qcow2.file_size(content.vm_state_size))
-        os.fsync(file)
-        os.pwrite(file, header, at)
+        for offset, clusters in qcow2.envelope(content):
+            if offset == 0:
+                os.fsync(file)  # the header comes last, when the rest is on the disk
+            os.pwrite(file, clusters, offset)
         os.fsync(file)
         part.rename(path)
         directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)

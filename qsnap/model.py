@@ -18,6 +18,10 @@ from qsnap.errors import BadUsage
 MAX_TAG_BYTES = 255
 
 
+#: query-migrate's words for a migration that is not under way (qapi/migration.json: MigrationStatus).
+MIGRATION_IDLE = frozenset({None, "none", "completed", "failed", "cancelled"})
+
+
 class RunState(StrEnum):
     """The guest's run state, in QEMU's words (qapi/run-state.json). One that is not known is kept as it is."""
 

@@ -82,7 +82,6 @@ class Moment:
         self._snapshot_disks = snapshot_disks
         self._forget_disks = forget_disks
         self._images = images
-        self._deadline = time.monotonic() + _STATE_TIMEOUT_S
 
     async def take(self) -> Pause:
         """Take disks and device state, and leave the guest running, while QEMU writes its RAM.
@@ -189,9 +188,11 @@ class Moment:
         """Wait until QEMU has the device state, and the guest may run; or runs, where QEMU resumes it by itself.
 
         :return: the processor time that *thread* was seen to have had before.
+        :raise JobFailed: it will not come, or takes too long.
         """
         spent = 0
-        while True:
+        deadline = time.monotonic() + _STATE_TIMEOUT_S
+        while time.monotonic() < deadline:
             before = thread.spent_ns
             stream = await self._background.stream()
             if stream.status == "setup":
@@ -202,21 +203,13 @@ class Moment:
                     return spent
             elif stream.pages or stream.status == "completed":
                 return spent
-            await self._next_look()
+            await self._raise_if_failed()
+            await asyncio.sleep(_LOOK_S)
+        raise JobFailed("migrate", f"QEMU has not taken the device state within {_STATE_TIMEOUT_S:g} s")
 
     async def _has_begun(self) -> bool:
         """Whether QEMU is about to take the device state, or beyond that."""
         return (await self._background.stream()).status != "setup"
-
-    async def _next_look(self) -> None:
-        """Wait a little for the device state.
-
-        :raise JobFailed: it will not come, or takes too long.
-        """
-        await self._raise_if_failed()
-        await asyncio.sleep(_LOOK_S)
-        if time.monotonic() > self._deadline:
-            raise JobFailed("migrate", f"QEMU has not taken the device state within {_STATE_TIMEOUT_S:g} s")
 
     async def _raise_if_failed(self) -> None:
         stream = await self._background.stream()

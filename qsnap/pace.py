@@ -10,6 +10,7 @@ varies little from save to save (wall time varies by a factor of three on a busy
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from pathlib import Path
@@ -52,7 +53,8 @@ class SnapshotThread:
         :return: the processor time that was seen last.
         """
         spent = 0
-        for _ in range(int(_PATIENCE_S / _LOOK_S)):
+        deadline = time.monotonic() + _PATIENCE_S
+        while time.monotonic() < deadline:
             seen = self.spent_ns
             if (goal_ns is not None and seen >= goal_ns) or await is_too_late():
                 break

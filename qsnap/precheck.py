@@ -14,6 +14,7 @@ from qsnap import devices as rules
 from qsnap import local, snapshots
 from qsnap.errors import CommandFailed, NotSupported, PrecheckRefused, SnapshotNotFound
 from qsnap.model import (
+    MIGRATION_IDLE,
     BlockGraph,
     CheckReport,
     Finding,
@@ -44,8 +45,6 @@ _NEED_RESET = frozenset({RunState.SHUTDOWN, RunState.INTERNAL_ERROR})
 #: What QEMU answers to most commands under -preconfig (qapi/qmp-dispatch.c), where query-status says "prelaunch";
 #: before 6.0 the other sentence, and query-status says "preconfig".
 _NO_MACHINE = ("permitted only after machine initialization", "isn't permitted in 'preconfig' state")
-#: query-migrate's words for a migration that is not under way (qapi/migration.json: MigrationStatus).
-_MIGRATION_IDLE = frozenset({None, "none", "completed", "failed", "cancelled"})
 #: Capabilities with which savevm fails or crashes QEMU, and the version from which they are harmless.
 #: multifd: seen to crash 7.2, refused since 10.2. mapped-ram: since 10.2 savevm can write it.
 #: block: "Block migration and snapshots are incompatible"; it went in 9.1.
@@ -312,7 +311,7 @@ def _reset_findings(runstate: RunState) -> Iterator[Finding]:
 
 
 def _migration_findings(migration: Migration, version: QemuVersion) -> Iterator[Finding]:
-    if migration.status not in _MIGRATION_IDLE:
+    if migration.status not in MIGRATION_IDLE:
         yield _refusal(
             "migration-running",
             f"There's a migration process in progress (status {migration.status})",

@@ -23,6 +23,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, NamedTuple
 
 from qsnap.errors import CommandFailed, JobFailed, NotSupported
+from qsnap.model import MIGRATION_IDLE
 from qsnap.monitor import STATE_NODE_PREFIX, wire
 
 if TYPE_CHECKING:
@@ -38,7 +39,6 @@ RESUMED_BY_US_SINCE = (9, 0)
 _CAPABILITY = "background-snapshot"
 _BANDWIDTH = "max-bandwidth"
 _POLL_S = 0.02
-_OVER = frozenset({None, "none", "completed", "failed", "cancelled"})
 
 
 class Stream(NamedTuple):
@@ -60,7 +60,7 @@ class Stream(NamedTuple):
     @property
     def is_over(self) -> bool:
         """Whether nothing is under way."""
-        return self.status in _OVER
+        return self.status in MIGRATION_IDLE
 
 
 class Background:
@@ -101,10 +101,6 @@ class Background:
     async def prepare(self) -> None:
         """Switch background snapshots on, and the bound of the stream's speed off."""
         await self.put_back({_CAPABILITY: 1, _BANDWIDTH: UNBOUNDED})
-
-    async def switch_off(self) -> None:
-        """Switch background snapshots off: with them on, QEMU loads nothing."""
-        await self.put_back({_CAPABILITY: 0})
 
     async def put_back(self, settings: Mapping[str, int]) -> None:
         """Set what :meth:`settings` returned."""
