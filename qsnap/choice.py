@@ -28,6 +28,7 @@ class Target(NamedTuple):
     :ivar settings: the defaults that the config file has for it.
     :ivar title: what to call it in a sentence, where it was found by looking.
     :ivar is_found: it was taken unasked.
+    :ivar word: what ``--vm`` takes for it; "" where it was named by its address.
     """
 
     address: Address
@@ -35,6 +36,12 @@ class Target(NamedTuple):
     pid: int | None = None
     title: str = ""
     is_found: bool = False
+    word: str = ""
+
+    @property
+    def name(self) -> str:
+        """What to call it in a table or a label: the same whenever it is chosen in that way."""
+        return self.word or str(self.address)
 
 
 class KnownVM(Struct, frozen=True):
@@ -98,8 +105,20 @@ def choose(
         return _only(known_vms(config, running()), config)
     named = config.vms.get(wanted)
     if named and named.monitor:
-        return Target(named.monitor, config.settings(wanted))
+        return Target(named.monitor, config.settings(wanted), word=wanted)
     return _named(wanted, config, running())
+
+
+def choose_all(config: Config, running: Sequence[RunningVM]) -> list[Target]:
+    """Every VM of this user that runs and has a monitor for us; those that libvirt manages are not ours.
+
+    :raise NoVM: there is none.
+    """
+    known = known_vms(config, running)
+    reachable = [vm for vm in known if vm.running and vm.running.is_ours and vm.monitor]
+    if not reachable:
+        _only(known, config)  # says why
+    return [_target(vm, config) for vm in reachable]
 
 
 def known_vms(config: Config, running: Sequence[RunningVM]) -> list[KnownVM]:
@@ -220,7 +239,9 @@ def _target(known: KnownVM, config: Config, name: str | None = None) -> Target:
     assert vm is not None
     if known.monitor is None:
         raise NoVM(f"{_title(vm)} cannot be reached: {reason(vm)}")
-    return Target(known.monitor, config.settings(name or known.config), vm.pid, _title(vm))
+    return Target(
+        known.monitor, config.settings(name or known.config), vm.pid, _title(vm), word=name or known.word or ""
+    )
 
 
 def _title(vm: RunningVM) -> str:

@@ -13,6 +13,7 @@ from qsnap.errors import JobFailed, PartialFailure, PrecheckRefused, QsnapError,
 from qsnap.journal import Journal
 from qsnap.model import DeleteResult, Device, Labels
 from qsnap.monitor import Monitor
+from qsnap.notes import refuse_protected
 from qsnap.precheck import refuse_untransportable, runstate_findings
 from qsnap.snapshots import Holding
 from qsnap.statefile.shelf import NO_SHELF, Shelf
@@ -38,7 +39,7 @@ async def do_delvm(
     :return: for each tag the node-names that held it.
     :raise NotSupported: the tag cannot go through a human monitor.
     :raise SnapshotNotFound: no device holds the tag (with several tags: any of them).
-    :raise PrecheckRefused: in a run state with inactive images; QEMU 5.2 crashes there.
+    :raise PrecheckRefused: the tag is protected; or in a run state with inactive images: QEMU 5.2 crashes there.
     :raise JobFailed: QEMU reported an error; the tag may be left on some devices.
     :raise VerifyFailed: QEMU reported success, and the tag is still there.
     :raise PartialFailure: some of several tags were deleted, and some not.
@@ -80,6 +81,7 @@ async def _delete(
     held = snapshots.holding(graph, devices, tag, shelf.files(graph, devices))
     if not held.tags and not held.files and not missing_ok:
         raise SnapshotNotFound(tag)
+    refuse_protected(shelf, graph, devices, tag, "deleted")
     if held.tags or held.files:
         await journal.armed()
         journal.note(tags=(tag,), devices=held.nodes, disk_tags=held.tags, files=held.files)

@@ -276,6 +276,9 @@ class Snapshot(Struct, frozen=True):
     """Where the VM state is, if it is not in the image of :attr:`vmstate`."""
     disk_tag: str = ""
     """The tag under which the devices hold it: :attr:`tag`, or its second name after a live save has replaced it."""
+    protected: bool = False
+    """It is neither replaced nor deleted nor pruned."""
+    description: str = ""
 
     @property
     def has_state(self) -> bool:
@@ -309,6 +312,26 @@ class CheckReport(Struct, frozen=True):
         return tuple(finding for finding in self.findings if not finding.refuses)
 
 
+class PruneDecision(Struct, frozen=True):
+    """What becomes of a snapshot of a series."""
+
+    tag: str
+    kind: Kind
+    date: datetime
+    vm_state_size: int
+    reasons: tuple[str, ...]
+    """Why it is kept; none: it is not."""
+
+
+class PruneResult(Struct, frozen=True):
+    """What a prune has kept and removed, each the newest first. ``dry_run``: what one would."""
+
+    prefix: str
+    keep: tuple[PruneDecision, ...]
+    remove: tuple[PruneDecision, ...]
+    dry_run: bool = False
+
+
 class SaveResult(Struct, frozen=True):
     """What a save has made. ``dry_run`` results describe what one would make, with sizes and times 0."""
 
@@ -332,6 +355,9 @@ class SaveResult(Struct, frozen=True):
     labels: Labels = {}
     file: StateFile | None = None
     """Of a live save."""
+    description: str = ""
+    pruned: PruneResult | None = None
+    """What was pruned after it."""
 
 
 class LoadResult(Struct, frozen=True):
@@ -434,6 +460,16 @@ def tag_problem(tag: str) -> str | None:
     if any(ord(char) < 0x20 or 0x7F <= ord(char) < 0xA0 for char in tag):
         return "the tag holds control characters"
     return None
+
+
+def series_tag(prefix: str, now: datetime) -> str:
+    """The name of a snapshot of a series, from the local time *now*."""
+    return f"{prefix}-{now:%Y%m%dT%H%M%S}"
+
+
+def is_of_series(tag: str, prefix: str) -> bool:
+    """Whether :func:`series_tag` has made that name; a name made by hand is of no series."""
+    return bool(re.fullmatch(rf"{re.escape(prefix)}-[0-9]{{8}}T[0-9]{{6}}", tag))
 
 
 def automatic_tag(now: datetime) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from datetime import datetime, timedelta
 from pathlib import Path
 
@@ -37,6 +37,7 @@ from qsnap.model import (
     automatic_tag,
 )
 from qsnap.monitor import Monitor
+from qsnap.notes import refuse_protected
 from qsnap.precheck import SavePlan, plan_save
 from qsnap.progress import Watcher, watched
 from qsnap.statefile.shelf import NO_SHELF, Shelf, read
@@ -104,6 +105,7 @@ async def do_savevm(
     older = snapshots.holding(plan.graph, report.devices, name, shelf.files(plan.graph, report.devices))
     if (older.tags or older.files) and not replace:
         raise SnapshotExists(name, (*rules.spoken(older.nodes, report.devices), *older.files))
+    refuse_protected(shelf, plan.graph, report.devices, name, "saved")
     if dry_run:
         return save_result(plan, name, bool(older.tags or older.files), began, dry_run=True)
 
@@ -164,11 +166,14 @@ async def _stand_in(attempt: Attempt, graph: BlockGraph, stand_in: str) -> None:
         await attempt.write(stand_in)
 
 
-def free_automatic_tag(graph: BlockGraph) -> str:
-    """The automatic tag; that of a later second where it is taken, as nobody asked to replace anything."""
+def free_automatic_tag(graph: BlockGraph, name: Callable[[datetime], str] = automatic_tag) -> str:
+    """The automatic tag; that of a later second where it is taken, as nobody asked to replace anything.
+
+    :param name: makes it of the local time.
+    """
     taken = {row.tag for node in graph.nodes.values() for row in node.snapshots}
     now = datetime.now().astimezone()
-    while (tag := automatic_tag(now)) in taken:
+    while (tag := name(now)) in taken:
         now += timedelta(seconds=1)
     return tag
 

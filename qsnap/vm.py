@@ -28,6 +28,7 @@ from qsnap.errors import (
     NotSupported,
     OperationTimeout,
     PrecheckRefused,
+    QsnapError,
     SnapshotNotFound,
     VMLocked,
 )
@@ -39,6 +40,7 @@ from qsnap.model import (
     Finding,
     LoadResult,
     NodeSnapshot,
+    PruneResult,
     Recovered,
     RunState,
     SaveResult,
@@ -54,6 +56,7 @@ from qsnap.statefile.shelf import Shelf
 if TYPE_CHECKING:
     from qsnap.journal import Journal
     from qsnap.progress import Watcher
+    from qsnap.retention import Policy
 
 #: Seconds to wait for another qsnap.
 LOCK_WAIT_S = 5.0
@@ -66,6 +69,7 @@ class VM:
 
     :ivar address: where its monitor is.
     :ivar recovered: what had to be done about runs that had died, by whichever method came upon them.
+    :ivar remarks: what else is to be said to the user, a sentence each.
     :ivar lock_wait_s: how many seconds to wait for another qsnap that is at work on this VM; 0 refuses at once.
     """
 
@@ -82,6 +86,7 @@ class VM:
         self.address = address
         self.lock_wait_s = lock_wait_s
         self.recovered: list[Recovered] = []
+        self.remarks: list[str] = []
         self._is_timed = is_timed
         self._shelf = Shelf(monitor.pid, state_dir)
         self._turn = asyncio.Lock()
@@ -103,16 +108,29 @@ class VM:
         watch: Watcher | None = None,
         safe_replace: bool = False,
         live: bool | Literal["auto"] = False,
+        prefix: str | None = None,
+        description: str = "",
     ) -> SaveResult:
         """Save RAM, device state and every writable disk under one tag: see :func:`qsnap.savevm.do_savevm`.
 
+        :param prefix: instead of a tag: save the next one of that series, as PREFIX-YYYYMMDDTHHMMSS in local time.
+        :param description: written down beside the image: see :mod:`qsnap.notes`.
         :param safe_replace: a live save never is without a whole snapshot, with this or without.
         :param live: while the guest runs: see :func:`qsnap.livesave.do_live_save`. A guest that is paused gains
             nothing by it, and is saved the ordinary way. "auto" saves the ordinary way also where a live save is not
             possible. The result's warnings say so.
         :raise VMLocked: another qsnap is at work on this VM.
         """
-        async with self._claimed("save", (tag or "",), is_dry=dry_run) as journal:
+        if tag is not None and prefix is not None:
+            raise BadUsage("a tag and a prefix exclude each other")
+        if description:
+            from qsnap.notes import checked_description
+
+            checked_description(description)
+        async with self._claimed("save", (tag or prefix or "",), is_dry=dry_run) as journal:
+            if prefix is not None:
+                tag = await self._next_of_series(prefix)
+            place = await self._place_of_notes() if description else None
             choice: dict[str, Any] = {"vmstate": vmstate, "exclude": exclude, "force": force, "journal": journal}
             common = {
                 **choice,
@@ -131,7 +149,17 @@ class VM:
 
                 result = await do_savevm(self._monitor, tag, safe_replace=safe_replace, **common)
             await self._dismiss_leftovers()
-        return msgspec.structs.replace(result, warnings=(*result.warnings, *not_live)) if not_live else result
+            if place and not dry_run:
+                await self._describe(place, result.tag, description)
+        return msgspec.structs.replace(result, description=description, warnings=(*result.warnings, *not_live))
+
+    async def _next_of_series(self, prefix: str) -> str:
+        from qsnap.model import series_tag
+        from qsnap.prune import check_prefix
+        from qsnap.savevm import free_automatic_tag
+
+        check_prefix(prefix)
+        return free_automatic_tag(await self._monitor.block_graph(), lambda now: series_tag(prefix, now))
 
     async def _why_not_live(
         self,
@@ -181,7 +209,109 @@ class VM:
 
         async with self._claimed("delete", tags) as journal:
             await self._dismiss_leftovers()
-            return await do_delvm(self._monitor, tags, shelf=self._shelf, missing_ok=missing_ok, journal=journal)
+            try:
+                return await do_delvm(self._monitor, tags, shelf=self._shelf, missing_ok=missing_ok, journal=journal)
+            finally:
+                await self._forget_notes()
+
+    async def prune(
+        self,
+        prefix: str,
+        policy: Policy,
+        *,
+        allow_remove_all: bool = False,
+        dry_run: bool = False,
+        pending: SaveResult | None = None,
+    ) -> PruneResult:
+        """Delete the snapshots of a series that a policy does not keep: see :func:`qsnap.prune.do_prune`.
+
+        :raise VMLocked: another qsnap is at work on this VM.
+        """
+        from qsnap.prune import do_prune
+
+        async with self._claimed("delete", (f"{prefix}-*",), is_dry=dry_run) as journal:
+            if not dry_run:
+                await self._dismiss_leftovers()
+            try:
+                return await do_prune(
+                    self._monitor,
+                    prefix,
+                    policy,
+                    shelf=self._shelf,
+                    allow_remove_all=allow_remove_all,
+                    dry_run=dry_run,
+                    pending=pending,
+                    journal=journal,
+                )
+            finally:
+                if not dry_run:
+                    await self._forget_notes()
+
+    async def note(
+        self, *tags: str, protected: bool | None = None, description: str | None = None
+    ) -> tuple[Snapshot, ...]:
+        """Protect snapshots, or describe them: see :mod:`qsnap.notes`. The guest is not touched.
+
+        :param protected: whether they are from now on; None leaves that as it is.
+        :param description: one line, "" for none; None leaves that as it is.
+        :return: them, as they are now.
+        :raise SnapshotNotFound: there is no such snapshot; nothing was written down.
+        :raise NotSupported: the image cannot be seen from here.
+        :raise VMLocked: another qsnap is at work on this VM.
+        """
+        from qsnap.notes import Notes, checked_description
+
+        if description is not None:
+            checked_description(description)
+        async with self._claimed("note", tags):
+            graph = await self._monitor.block_graph()
+            devices = self._devices_of(graph)
+            found = snapshots.snapshots(graph, devices, self._shelf.files(graph, devices))
+            chosen = [one for one in found if one.tag in tags]
+            if missing := [tag for tag in tags if tag not in {one.tag for one in chosen}]:
+                raise SnapshotNotFound(missing[0])
+            notes = Notes(self._shelf, graph, devices)
+            changes = {"protected": protected, "description": description}
+            given = {name: value for name, value in changes.items() if value is not None}
+            changed = [msgspec.structs.replace(notes.of(one), **given) for one in chosen]
+            notes.write(await self._place_of_notes(), changed, found)
+            return notes.added_to(chosen)
+
+    async def _forget_notes(self) -> None:
+        """Leave out the notes of snapshots that are gone. They do no harm, so an error is none."""
+        from qsnap.notes import Notes
+
+        with suppress(QsnapError):
+            graph = await self._monitor.block_graph()
+            devices = self._devices_of(graph)
+            Notes(self._shelf, graph, devices).forget(
+                snapshots.snapshots(graph, devices, self._shelf.files(graph, devices))
+            )
+
+    async def _place_of_notes(self) -> Path:
+        """The file for notes; see :func:`qsnap.notes.place`."""
+        from qsnap.notes import place
+
+        graph = await self._monitor.block_graph()
+        survey = rules.survey(graph, chooses_devices=self._monitor.chooses_devices)
+        node = survey.vmstate or next((d.image for d in survey.devices if d.image), None)
+        if node is None:
+            raise NotSupported("no device of this VM can have snapshots, so there is no place for notes")
+        return place(self._shelf, graph, survey.devices, node)
+
+    async def _describe(self, place: Path, tag: str, description: str) -> None:
+        """Write down the description of a snapshot that was just saved."""
+        from qsnap.notes import Notes
+
+        graph = await self._monitor.block_graph()
+        devices = self._devices_of(graph)
+        found = snapshots.snapshots(graph, devices, self._shelf.files(graph, devices))
+        (saved,) = (one for one in found if one.tag == tag)
+        try:
+            notes = Notes(self._shelf, graph, devices)
+            notes.write(place, [msgspec.structs.replace(notes.of(saved), description=description)], found)
+        except QsnapError as error:
+            raise QsnapError(f"snapshot {tag!r} was saved, but not its description: {error}") from error
 
     async def recover(self, *, force: bool = False) -> tuple[Recovered, ...]:
         """See runs through that died on this VM: resume the guest, remove what they left half made.
@@ -215,6 +345,7 @@ class VM:
         snapshot = snapshots.find(graph, devices, tag, self._shelf.files(graph, devices))
         if snapshot is None:
             raise SnapshotNotFound(tag)
+        (snapshot,) = self._noted(graph, devices, [snapshot])
         return snapshot, {name: graph.nodes[name].tagged(snapshot.disk_tag) for name in snapshot.devices}
 
     async def check(
@@ -262,7 +393,17 @@ class VM:
         )
 
     def _snapshots_of(self, graph: BlockGraph, devices: Sequence[Device]) -> tuple[Snapshot, ...]:
-        return snapshots.snapshots(graph, devices, self._shelf.files(graph, devices))
+        return self._noted(graph, devices, snapshots.snapshots(graph, devices, self._shelf.files(graph, devices)))
+
+    def _noted(self, graph: BlockGraph, devices: Sequence[Device], found: Sequence[Snapshot]) -> tuple[Snapshot, ...]:
+        """The same snapshots with what is written down about them; without, if that cannot be read."""
+        from qsnap.notes import Notes
+
+        try:
+            return Notes(self._shelf, graph, devices).added_to(found)
+        except QsnapError as error:
+            self.remarks.append(str(error))
+            return tuple(found)
 
     def _devices_of(self, graph: BlockGraph) -> Sequence[Device]:
         return rules.survey(graph, chooses_devices=self._monitor.chooses_devices).devices

@@ -315,6 +315,25 @@ def test_a_qemu_that_ends_between_the_look_and_the_connection(machine: Machine) 
 
 
 @pytest.mark.skipif(not IS_ROOT, reason="only root may start a QEMU as another user")
+def test_all(machine: Machine) -> None:
+    """All that run, of this user, with a monitor; neither libvirt's, nor one that is not running, nor one without."""
+    assert "no VM is running" in machine.qsnap("status", "--all", expect=4).err
+    machine.start("-name", "one", *qmp("one"))
+    machine.start("-name", "none", "-monitor", "none")
+    assert machine.qsnap("status", "--all").out.startswith("one:\nguest:       one, running\n")
+    machine.start("-name", "two", "-monitor", "unix:two,server=on,wait=off")
+    if IS_ROOT:
+        machine.start("-name", "theirs", *qmp("theirs"), user=NOBODY, group=NOBODY, extra_groups=[])
+    machine.config.write_text("[vm.off]\nmonitor='off.qmp'\n[vm.first]\nmonitor='one'")
+    found = machine.qsnap("status", "--all", "--json", env={"QSNAP_MONITOR": "off.qmp"}).json["vms"]
+    assert [(one["vm"], one["exit_code"], one["result"]["name"]) for one in found] == [
+        ("first", 0, "one"),
+        ("two", 0, "two"),
+    ]
+    assert machine.qsnap("check", "--all", "-q", expect=6).out == "", "no devices: all for the same reason"
+    assert machine.qsnap("load", "x", "--all", expect=7).err.count("no snapshot 'x'") == 2
+
+
 def test_another_user_s(machine: Machine) -> None:
     theirs = machine.start("-name", "theirs", *qmp("theirs"), user=NOBODY, group=NOBODY, extra_groups=[])
     assert "not taken unasked: --vm theirs" in machine.qsnap("status", expect=4).err

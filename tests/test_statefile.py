@@ -110,9 +110,12 @@ def test_an_image_of_another_kind(tmp_path: Path) -> None:
 
 
 def test_names() -> None:
-    assert shelf._name("root.qcow2", "before-upgrade") == "root.qcow2.before-upgrade.qsnap"
-    assert shelf._name("d", "a/b\\%\n") == "d.a%2Fb%5C%25%0A.qsnap"
-    long = [shelf._name("d" * 100, "é" * 120 + last) for last in "ab"]
+    def name(base: str, tag: str) -> str:
+        return shelf._fitting(base + shelf._ending(tag), shelf.SUFFIX)
+
+    assert name("root.qcow2", "before-upgrade") == "root.qcow2.before-upgrade.qsnap"
+    assert name("d", "a/b\\%\n") == "d.a%2Fb%5C%25%0A.qsnap"
+    long = [name("d" * 100, "é" * 120 + last) for last in "ab"]
     assert long[0] != long[1]
     assert all(len(os.fsencode(name)) + len(".qsnap-part") - len(".qsnap") <= 255 for name in long)
 

@@ -24,6 +24,7 @@ from qsnap.model import (
     Labels,
     LoadResult,
     NodeSnapshot,
+    PruneResult,
     Recovered,
     SaveResult,
     Snapshot,
@@ -55,7 +56,7 @@ _STYLES = {
 }
 
 #: Columns whose cells may take several lines, and the width that they then need at least.
-_FOLDING = frozenset({"WHY", "DEVICES", "DISKS", "MONITOR"})
+_FOLDING = frozenset({"WHY", "DEVICES", "DISKS", "MONITOR", "REASONS", "NOTE"})
 _FOLDED_TO = 14
 
 
@@ -69,11 +70,15 @@ def write_json(document: Mapping[str, Any], stream: TextIO) -> None:
     stream.write(json.dumps(document) + "\n")
 
 
+def document_of(error: QsnapError, exit_code: int) -> dict[str, object]:
+    """An error as ``--json`` shows it."""
+    return {"error": type(error).__name__, "exit_code": exit_code, "message": str(error), **error.details()}
+
+
 def say_error(error: QsnapError, exit_code: int, *, as_json: bool) -> None:
     """An error, on standard error."""
     if as_json:
-        document = {"error": type(error).__name__, "exit_code": exit_code, "message": str(error)}
-        write_json({**document, **error.details()}, sys.stderr)
+        write_json(document_of(error, exit_code), sys.stderr)
         return
     sys.stderr.write(f"qsnap: {printable(str(error), keep_newlines=True)}\n")
     if isinstance(error, SeveralVMs):
@@ -100,6 +105,8 @@ class Renderer:
         if result.dry_run:
             head = f"would save {printable(result.tag)} ({old}): VM state {vmstate}"
             self._print(f"{head}, snapshots on {_names(result.devices, result.labels)}\n{whole}{carried}")
+            if result.pruned:
+                self.prune(result.pruned)
             return
         pause = f", guest paused {seconds(result.pause_ms)}" if result.pause_ms else f", guest {result.runstate}"
         replaced = ", replaced the older one" if result.replaced else ""
@@ -107,6 +114,32 @@ class Renderer:
             f"saved {printable(result.tag)}: {size(result.vm_state_size)} {vmstate}, "
             f"{_count(result.devices, 'device')}{pause}{replaced}\n{whole}{carried}"
         )
+        if result.pruned:
+            self._print(f"  {_pruned(result.pruned)}\n")
+
+    def prune(self, result: PruneResult) -> None:
+        """What became of each snapshot of a series, the newest first, and why."""
+        decisions = sorted((*result.keep, *result.remove), key=lambda one: (one.date, one.tag), reverse=True)
+        if decisions:
+            self._table(
+                ("TAG", "KIND", "DATE", "", "REASONS"),
+                [
+                    (
+                        one.tag,
+                        one.kind,
+                        date(one.date),
+                        "keep" if one.reasons else "remove",
+                        ", ".join(one.reasons) or "-",
+                    )
+                    for one in decisions
+                ],
+            )
+        self._print(f"{_pruned(result)}\n")
+
+    def noted(self, snapshots: Sequence[Snapshot]) -> None:
+        """What is written down about snapshots now."""
+        for snapshot in snapshots:
+            self._print(f"{printable(snapshot.tag)}: {printable(_note(snapshot)) or 'not protected'}\n")
 
     def load(self, result: LoadResult) -> None:
         left = f"  left as it is: {_names(result.excluded, result.labels)}\n" if result.excluded else ""
@@ -128,8 +161,9 @@ class Renderer:
             self._say("no snapshots")
             return
         now = datetime.now(UTC)
+        has_notes = any(map(_note, snapshots))
         self._table(
-            ("TAG", "KIND", "STATE", "DATE", "AGE", "VM CLOCK", "VMSTATE", "DEVICES"),
+            ("TAG", "KIND", "STATE", "DATE", "AGE", "VM CLOCK", "VMSTATE", "DEVICES", *(["NOTE"] if has_notes else [])),
             [
                 (
                     snapshot.tag,
@@ -142,6 +176,7 @@ class Renderer:
                     (_names(snapshot.devices, snapshot.labels) or "-")
                     + (f" (not {_names(snapshot.missing, snapshot.labels)})" if snapshot.missing else "")
                     + (" (!)" if snapshot.problems else ""),
+                    *([_note(snapshot) or "-"] if has_notes else []),
                 )
                 for snapshot in snapshots
             ],
@@ -152,6 +187,8 @@ class Renderer:
         facts = [
             ("tag", snapshot.tag),
             ("kind", snapshot.kind),
+            ("description", snapshot.description),
+            ("protected", "yes" if snapshot.protected else ""),
             (
                 "VM state",
                 f"{size(snapshot.vm_state_size)} {_state_place(snapshot.vmstate, snapshot.file, snapshot.labels)}"
@@ -166,7 +203,7 @@ class Renderer:
         ]
         for name, value in facts:
             if value:
-                self._print(f"{name + ':':<12}{printable(value)}\n")
+                self._print(f"{name + ':':<14}{printable(value)}\n")
         self._table(
             ("NODE", "ID", "STATE", "DATE", "VM CLOCK"),
             [
@@ -317,6 +354,12 @@ class JsonRenderer(Renderer):
     def delete(self, result: DeleteResult) -> None:
         self._write(result)
 
+    def prune(self, result: PruneResult) -> None:
+        self._write(result)
+
+    def noted(self, snapshots: Sequence[Snapshot]) -> None:
+        self.list(snapshots)
+
     def list(self, snapshots: Sequence[Snapshot]) -> None:
         write_json({"snapshots": [snapshot.to_json() for snapshot in snapshots]}, sys.stdout)
 
@@ -397,6 +440,18 @@ def _left_behind(status: Status) -> Iterator[str]:
 
 def _run(run: Unfinished) -> str:
     return f"{run.operation} {', '.join(run.tags)} by process {run.pid}, begun {run.began}"
+
+
+def _note(snapshot: Snapshot) -> str:
+    """What the user has written down about it, in a line."""
+    return ": ".join(filter(None, ("protected" if snapshot.protected else "", snapshot.description)))
+
+
+def _pruned(result: PruneResult) -> str:
+    removed = ", ".join(one.tag for one in result.remove)
+    verb = "would remove" if result.dry_run else "removed"
+    kept = f"{'would keep' if result.dry_run else 'kept'} {len(result.keep)} of series {result.prefix}"
+    return printable(f"{kept}, {verb} {removed or 'none'}")
 
 
 def _finding(finding: Finding) -> str:

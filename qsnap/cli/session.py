@@ -1,4 +1,4 @@
-"""One command, run: the VM that is meant, the connection, and the signals."""
+"""One command, run: the VMs that are meant, the connections, and the signals."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ import signal
 import sys
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING, NamedTuple, TypeVar
+from functools import cache
+from typing import TYPE_CHECKING, Generic, NamedTuple, TypeVar
 
 from qsnap.cli.render import Renderer, renderer
 from qsnap.cli.text import printable
-from qsnap.errors import ConnectError, Interrupted
-from qsnap.monitor.address import TcpAddress
+from qsnap.errors import BadUsage, ConnectError, Interrupted, QsnapError
+from qsnap.monitor.address import Address, TcpAddress
 from qsnap.vm import LOCK_WAIT_S, VM, connect
 
 if TYPE_CHECKING:
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 _T = TypeVar("_T")
 _V = TypeVar("_V")
 
+#: VMs that are worked on at once: they share disks.
+JOBS = 2
 #: A hang-up is a lost terminal: as final as the other two.
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -34,6 +37,9 @@ class Options(NamedTuple):
     """The options that every command takes; those that choose a VM only if it is to be one.
 
     :ivar monitor: None where the command line and the environment name none.
+    :ivar vms: the names after ``--vm``.
+    :ivar all_vms: every VM of this user that runs.
+    :ivar jobs: at so many VMs the work is done at once.
     """
 
     as_json: bool
@@ -41,10 +47,17 @@ class Options(NamedTuple):
     verbose: bool
     config: str | None
     monitor: str | None = None
-    vm: str | None = None
+    vms: tuple[str, ...] = ()
+    all_vms: bool = False
+    jobs: int = JOBS
     timeout_s: float | None = None
     lock_wait_s: float | None = None
     state_dir: str | None = None
+
+    @property
+    def is_of_several(self) -> bool:
+        """Whether more than one VM is asked for."""
+        return self.all_vms or len(self.vms) > 1
 
     @property
     def renderer(self) -> Renderer:
@@ -52,12 +65,58 @@ class Options(NamedTuple):
         return renderer(as_json=self.as_json, quiet=self.quiet)
 
 
+class Outcome(NamedTuple, Generic[_T]):
+    """What became of one VM: a result, or an error.
+
+    :ivar title: what to call the VM.
+    """
+
+    title: str
+    result: _T | None = None
+    error: QsnapError | None = None
+
+
 def target(options: Options) -> Target:
     """The VM that the options mean: see :func:`qsnap.choice.choose`."""
     from qsnap.choice import choose
     from qsnap.config import load
 
-    return choose(load(options.config), _running_vms, monitor=options.monitor, vm=options.vm)
+    if options.is_of_several:
+        raise BadUsage("this is done with one VM at a time; name one, with --vm or -m")
+    vm = options.vms[0] if options.vms else None
+    return choose(load(options.config), _running_vms, monitor=options.monitor, vm=vm)
+
+
+def _targets(options: Options) -> Iterator[tuple[str, Target | QsnapError]]:
+    """The VMs that the options mean, and what to call each; an error for one that cannot be had."""
+    if not options.is_of_several:
+        title = next(iter(options.vms), options.monitor) or ""
+        try:
+            meant = target(options)
+            yield title or meant.name, meant
+        except QsnapError as error:
+            yield title, error
+        return
+    from qsnap.choice import choose, choose_all
+    from qsnap.config import load
+
+    if options.monitor is not None or (options.vms and options.all_vms):
+        raise BadUsage("-m, --vm and --all exclude each other")
+    config = load(options.config)
+    if options.all_vms:
+        yield from ((meant.name, meant) for meant in choose_all(config, _running_vms()))
+        return
+    running = cache(_running_vms)
+    seen: set[Address] = set()
+    for name in dict.fromkeys(options.vms):
+        try:
+            meant = choose(config, running, vm=name)
+        except QsnapError as error:
+            yield name, error
+            continue
+        if meant.address not in seen:
+            yield name, meant
+        seen.add(meant.address)
 
 
 def _running_vms() -> Sequence[RunningVM]:
@@ -70,38 +129,84 @@ def run(options: Options, action: Callable[[VM, Settings], Awaitable[_T]]) -> _T
     """Find the VM, connect, do *action*, and return what it returns.
 
     :param action: is given the VM, and the defaults that the config file has for it.
-    :raise BadUsage: a monitor was named that cannot be meant; or none, and several VMs run.
+    :raise BadUsage: a monitor was named that cannot be meant; or none, and several VMs run; or several were named.
     :raise NoVM: no such VM runs, or none at all.
     :raise Interrupted: by a signal; the guest was resumed.
     """
-    if options.verbose:
-        _show_dialogue()
     meant = target(options)
+    _say_which(options, meant)
+    return run_interruptibly(_connected(options, meant, action))
+
+
+def run_each(options: Options, action: Callable[[VM, Settings], Awaitable[_T]]) -> list[Outcome[_T]]:
+    """The same with each VM that is meant, one or several, at ``options.jobs`` of them at once.
+
+    :raise BadUsage: the options that choose the VMs contradict each other.
+    :raise Interrupted: by a signal; the guests were resumed.
+    """
+    chosen = list(_targets(options))
+    if not options.is_of_several:
+        for meant in (meant for _, meant in chosen if not isinstance(meant, QsnapError)):
+            _say_which(options, meant)
+    turns = asyncio.Semaphore(options.jobs)
+    ended: list[tuple[str, str]] = []
+
+    async def one(title: str, meant: Target | QsnapError) -> Outcome[_T]:
+        if isinstance(meant, QsnapError):
+            return Outcome(title, error=meant)
+        async with turns:
+            try:
+                outcome = Outcome(title, result=await _connected(options, meant, action))
+                ended.append((title, "done"))
+            except QsnapError as error:
+                outcome = Outcome(title, error=error)
+                ended.append((title, str(error)))
+            except asyncio.CancelledError as cancelled:
+                ended.extend((title, note) for note in getattr(cancelled, "__notes__", ()))
+                raise
+        return outcome
+
+    async def each() -> list[Outcome[_T]]:
+        try:
+            return await asyncio.gather(*(one(title, meant) for title, meant in chosen))
+        except asyncio.CancelledError as cancelled:
+            for title, note in ended:
+                cancelled.add_note(f"{title}: {note}" if options.is_of_several else note)
+            raise
+
+    return run_interruptibly(each())
+
+
+def _say_which(options: Options, meant: Target) -> None:
+    """Tell of a VM that was taken unasked, and warn of a monitor that anybody can reach."""
     address = meant.address
     if isinstance(address, TcpAddress) and not address.is_loopback:
         sys.stderr.write(f"warning: {address}: a monitor has no password; whoever reaches it controls the VM\n")
     if meant.is_found and not options.quiet and not options.as_json:
         sys.stderr.write(printable(f"qsnap: using {meant.title} at {address}") + "\n")
-    timeout_s = _first(options.timeout_s, meant.settings.timeout)
+
+
+async def _connected(options: Options, meant: Target, action: Callable[[VM, Settings], Awaitable[_T]]) -> _T:
+    if options.verbose:
+        _show_dialogue()
+    address = meant.address
     lock_wait_s = _first(options.lock_wait_s, meant.settings.lock_wait)
     state_dir = _first(options.state_dir, meant.settings.state_dir)
-
-    async def connected() -> _T:
-        async with connect(
-            address,
-            timeout_s=timeout_s,
-            lock_wait_s=LOCK_WAIT_S if lock_wait_s is None else lock_wait_s,
-            state_dir=None if state_dir is None else os.path.expanduser(state_dir),  # noqa: PTH111, ASYNC240 (as above)
-        ) as vm:
-            if meant.pid and vm.pid not in (None, meant.pid):
-                raise ConnectError(f"{meant.title} is not what answers at {address}: that is process {vm.pid}")
-            try:
-                return await action(vm, meant.settings)
-            finally:
-                if not options.quiet:
-                    options.renderer.aftermath(vm.recovered)
-
-    return run_interruptibly(connected())
+    async with connect(
+        address,
+        timeout_s=_first(options.timeout_s, meant.settings.timeout),
+        lock_wait_s=LOCK_WAIT_S if lock_wait_s is None else lock_wait_s,
+        state_dir=None if state_dir is None else os.path.expanduser(state_dir),  # noqa: PTH111, ASYNC240 (as above)
+    ) as vm:
+        if meant.pid and vm.pid not in (None, meant.pid):
+            raise ConnectError(f"{meant.title} is not what answers at {address}: that is process {vm.pid}")
+        try:
+            return await action(vm, meant.settings)
+        finally:
+            if not options.quiet:
+                options.renderer.aftermath(vm.recovered)
+            for remark in vm.remarks:
+                sys.stderr.write(printable(f"warning: {remark}") + "\n")
 
 
 def _first(*values: _V | None) -> _V | None:
@@ -162,6 +267,8 @@ def _signals_handled(task: asyncio.Future[_T], received: list[int]) -> Iterator[
 
 
 def _show_dialogue() -> None:
+    if logging.getLogger("qsnap").handlers:
+        return
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(asctime)s.%(msecs)03d %(message)s", "%H:%M:%S"))
     logger = logging.getLogger("qsnap")

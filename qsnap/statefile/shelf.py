@@ -46,15 +46,31 @@ class Shelf:
         :param vmstate: the node that would hold the state.
         :raise NotSupported: the image cannot be seen from here, and no directory was chosen.
         """
-        image = self.image(graph, vmstate)
-        if image is not None and self.state_dir is None:
-            return image.with_name(_name(image.name, disk_tag))
-        if self.state_dir is None:
-            raise NotSupported(
-                f"the image of {vmstate} cannot be seen from here, so its state file cannot be put beside it; "
-                "choose a directory: --state-dir DIR"
-            )
-        return self.state_dir.absolute() / _name(_unique(self.identity(graph, vmstate)), disk_tag)
+        return self.beside(graph, vmstate, _ending(disk_tag), SUFFIX)
+
+    def beside(self, graph: BlockGraph, node: str, end: str, suffix: str, *, always: bool = False) -> Path:
+        """The path of a file that belongs to a node's image, made of the image's name, *end* and *suffix*.
+
+        :param always: beside the image wherever that can be seen, whatever directory was chosen.
+        :raise NotSupported: the image cannot be seen from here, and no directory was chosen.
+        """
+        image = self.image(graph, node)
+        if image is not None and (always or self.state_dir is None):
+            return image.with_name(_fitting(image.name + end, suffix))
+        if self.state_dir is not None:
+            return self.state_dir.absolute() / _fitting(_unique(self.identity(graph, node)) + end, suffix)
+        raise NotSupported(
+            f"the image of {node} cannot be seen from here, so no file can be put beside it; "
+            "choose a directory: --state-dir DIR"
+        )
+
+    def all_beside(self, graph: BlockGraph, devices: Iterable[Device], suffix: str) -> tuple[Path, ...]:
+        """The paths of the files of that *suffix* that this VM may have, whether they are there or not."""
+        images = self._images(graph, devices)
+        paths = [image.with_name(_fitting(image.name, suffix)) for image, is_seen in images.items() if is_seen]
+        if self.state_dir is not None:
+            paths += [self.state_dir.absolute() / _fitting(_unique(image), suffix) for image in images]
+        return tuple(paths)
 
     def image(self, graph: BlockGraph, node: str) -> Path | None:
         """The real path of a node's image, where it can be seen."""
@@ -114,17 +130,21 @@ def _unique(image: Path) -> str:
     return f"{image.name}-{hashlib.sha256(os.fsencode(image)).hexdigest()[:8]}"
 
 
-def _name(base: str, disk_tag: str) -> str:
-    """The name of a state file. A long one is cut, and told from others by a sum of the tag."""
+def _ending(disk_tag: str) -> str:
+    """What a tag adds to the name of a file."""
     tag = quote_from_bytes(os.fsencode(disk_tag), safe=" +,=@()[]{}~!#$&':;")
-    name = f"{base}.{tag}"
-    room = _NAME_MAX - len(PART_SUFFIX)
+    return f".{tag}"
+
+
+def _fitting(name: str, suffix: str) -> str:
+    """The name of a file. A long one is cut, and told from others by a sum of it."""
+    room = _NAME_MAX - max(len(PART_SUFFIX), len(suffix))
     if len(os.fsencode(name)) > room:
         import hashlib
 
         digest = hashlib.sha256(os.fsencode(name)).hexdigest()[:16]
         name = os.fsdecode(os.fsencode(name)[: room - len(digest) - 1]) + f"~{digest}"
-    return name + SUFFIX
+    return name + suffix
 
 
 def read(path: Path) -> StateFile | None:

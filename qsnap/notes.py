@@ -1,0 +1,208 @@
+"""What a user has written down about snapshots: which are protected, and a description of each.
+
+There is no place for it in an image that QEMU has open. So it stands in a file beside the one that would hold the VM
+state, ``IMAGE.qsnap-notes``: move or copy it together with the images. (Where the image cannot be seen, it is in the
+directory for state files.) It is JSON, and small. A note belongs to the snapshot of its tag, date and VM clock: one of
+the same tag that is made later has none of it. Notes of snapshots that are gone are left out when the file is next
+written.
+
+If the file is lost, so are descriptions and protection, and nothing else. If it cannot be read, nothing that might be
+protected is replaced, deleted or pruned.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import tempfile
+from collections.abc import Collection, Iterable, Sequence
+from contextlib import suppress
+from pathlib import Path
+
+import msgspec
+
+from qsnap import snapshots
+from qsnap.errors import BadUsage, PrecheckRefused, QsnapError
+from qsnap.model import BlockGraph, Device, Finding, Severity, Snapshot, Struct
+from qsnap.statefile.shelf import Shelf
+
+#: What the name of the file ends with.
+SUFFIX = ".qsnap-notes"
+#: The greatest length of a description, in characters: it is a line in a table.
+MAX_DESCRIPTION = 1000
+_VERSION = 1
+
+
+class Note(Struct, frozen=True):
+    """What is written down about one snapshot. The first three say which that is."""
+
+    tag: str
+    date: int
+    """Seconds since 1970."""
+    vm_clock_ms: int
+    protected: bool = False
+    description: str = ""
+
+    @property
+    def says_something(self) -> bool:
+        """Whether it is worth keeping."""
+        return self.protected or bool(self.description)
+
+
+class _File(Struct, frozen=True):
+    version: int
+    notes: tuple[Note, ...]
+
+
+def blank(snapshot: Snapshot) -> Note:
+    """The note of a snapshot about which nothing is written down."""
+    return Note(tag=snapshot.tag, date=int(snapshot.date.timestamp()), vm_clock_ms=snapshot.vm_clock_ns // 1_000_000)
+
+
+class Notes:
+    """The notes of one VM, as they stand.
+
+    :raise QsnapError: a file of them cannot be read.
+    """
+
+    def __init__(self, shelf: Shelf, graph: BlockGraph, devices: Sequence[Device]) -> None:
+        self._paths = shelf.all_beside(graph, devices, SUFFIX)
+        self._notes = [note for path in self._paths for note in _read(path)]
+
+    def of(self, snapshot: Snapshot) -> Note:
+        """The note of a snapshot; one that says nothing where there is none."""
+        wanted = blank(snapshot)
+        for note in self._notes:
+            if (note.tag, note.date, note.vm_clock_ms) == (wanted.tag, wanted.date, wanted.vm_clock_ms):
+                return note
+        return wanted
+
+    def added_to(self, found: Iterable[Snapshot]) -> tuple[Snapshot, ...]:
+        """The same snapshots, with what is written down about each."""
+        return tuple(
+            msgspec.structs.replace(one, protected=note.protected, description=note.description)
+            for one, note in ((one, self.of(one)) for one in found)
+        )
+
+    def write(self, place: Path, changed: Collection[Note], present: Iterable[Snapshot]) -> None:
+        """Write down *changed* notes, and leave out those of snapshots that are not *present*.
+
+        :param place: the file for them, if there is none yet.
+        :raise QsnapError: it cannot be written; what stood there stands.
+        """
+        notes = {note.tag: note for note in map(self.of, present)} | {note.tag: note for note in changed}
+        kept = [note for note in notes.values() if note.says_something]
+        existing = [path for path in self._paths if path.exists()]
+        for path in existing[1:]:
+            _write(path, ())  # two images had one each
+        if kept or existing:
+            _write(existing[0] if existing else place, kept)
+        self._notes = kept
+
+    def forget(self, present: Collection[Snapshot]) -> None:
+        """Leave out the notes of snapshots that are not *present*.
+
+        :raise QsnapError: that cannot be written.
+        """
+        if any(note not in map(self.of, present) for note in self._notes):
+            self.write(self._paths[0], (), present)
+
+
+def place(shelf: Shelf, graph: BlockGraph, devices: Sequence[Device], node: str) -> Path:
+    """The file for notes: beside the image of *node*, which would hold the VM state.
+
+    :raise NotSupported: that cannot be seen from here, and no directory was chosen.
+    :raise QsnapError: the directory cannot be written, or notes that are there cannot be read.
+    """
+    path = shelf.beside(graph, node, "", SUFFIX, always=True)
+    Notes(shelf, graph, devices)
+    if not os.access(path.parent, os.W_OK | os.X_OK):
+        raise QsnapError(f"no notes can be made in {path.parent}: it cannot be written; nothing was done")
+    return path
+
+
+def refuse_protected(shelf: Shelf, graph: BlockGraph, devices: Sequence[Device], tag: str, what: str) -> None:
+    """Refuse to do away with *tag* if it is protected.
+
+    :param what: what is not done, for people: "saved".
+    :raise PrecheckRefused: it is.
+    :raise QsnapError: the notes cannot be read, so that it might be.
+    """
+    found = snapshots.snapshots(graph, devices, shelf.files(graph, devices))
+    for snapshot in (one for one in found if one.tag == tag):
+        if Notes(shelf, graph, devices).of(snapshot).protected:
+            finding = Finding(
+                code="protected",
+                severity=Severity.REFUSE,
+                message=f"snapshot {tag!r} is protected",
+                cure=f"qsnap unprotect {shlex.quote(tag)}",
+            )
+            raise PrecheckRefused(f"nothing was {what}", [finding])
+
+
+def checked_description(text: str) -> str:
+    """*text*, if it can be a description: one line.
+
+    :raise BadUsage: it cannot.
+    """
+    if len(text) > MAX_DESCRIPTION:
+        raise BadUsage(f"the description has {len(text)} characters, and may have {MAX_DESCRIPTION}")
+    if any(ord(char) < 0x20 or 0x7F <= ord(char) < 0xA0 for char in text):
+        raise BadUsage("the description must be one line, without control characters")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise BadUsage("the description is not valid UTF-8") from None
+    return text
+
+
+def _read(path: Path) -> Sequence[Note]:
+    try:
+        text = path.read_bytes()
+    except FileNotFoundError:
+        return ()
+    except OSError as error:
+        raise QsnapError(f"the notes {path} cannot be read: {error.strerror}; a snapshot may be protected") from error
+    try:
+        file = msgspec.json.decode(text, type=_File)
+    except (msgspec.DecodeError, ValueError) as error:
+        cure = "mend the file, or move it away: then nothing is protected"
+        raise QsnapError(f"the notes {path} cannot be understood: {error}; {cure}") from error
+    if file.version != _VERSION:
+        raise QsnapError(f"the notes {path} are of a later qsnap (version {file.version} of their form)")
+    return file.notes
+
+
+def _write(path: Path, notes: Sequence[Note]) -> None:
+    """Replace the file by one that holds *notes*, and is whole at every instant; none for no notes."""
+    try:
+        if not notes:
+            path.unlink(missing_ok=True)
+            return
+        text = msgspec.json.format(msgspec.json.encode(_File(version=_VERSION, notes=tuple(notes))), indent=1)
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f"{path.name[:200]}.", delete=False) as file:
+            try:
+                file.write(text + b"\n")
+                _look_like(path, file.fileno())
+                file.flush()
+                os.fsync(file.fileno())
+                Path(file.name).rename(path)
+            except BaseException:
+                Path(file.name).unlink(missing_ok=True)
+                raise
+    except OSError as error:
+        raise QsnapError(f"the notes {path} cannot be written: {error.strerror}") from error
+
+
+def _look_like(path: Path, file: int) -> None:
+    """Give a file the rights and the owner of the one that it replaces; of none, what the umask leaves."""
+    try:
+        info = path.stat()
+    except OSError:
+        mask = os.umask(0o077)
+        os.umask(mask)
+        os.fchmod(file, 0o666 & ~mask)
+        return
+    os.fchmod(file, info.st_mode & 0o777)
+    with suppress(OSError):
+        os.fchown(file, info.st_uid, info.st_gid)
