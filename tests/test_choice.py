@@ -52,7 +52,9 @@ def test_an_address_needs_no_look() -> None:
 
     assert choose(NONE, look, monitor="/m") == Target(UnixAddress("/m"), Settings())
     config = configured("default-vm='x'\n[vm.x]\nmonitor='/x'\ntimeout=5")
-    assert choose(config, look) == choose(config, look, vm="x") == Target(UnixAddress("/x"), Settings(timeout=5))
+    assert (
+        choose(config, look) == choose(config, look, vm="x") == Target(UnixAddress("/x"), Settings(timeout=5), word="x")
+    )
     assert choose(config, look, monitor="/x").settings == Settings(timeout=5), "it is the same VM"
     assert choose(config, look, monitor="/y").settings == Settings()
     with pytest.raises(BadUsage, match="not both"):

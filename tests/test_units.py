@@ -220,14 +220,15 @@ PACKAGE = Path(qsnap.__file__).parent
 #: Which modules may import which library: each has one home.
 HOMES = {
     "rich": ("cli/render.py", "cli/bar.py"),
-    "click": ("cli/__init__.py", "cli/completion.py"),
+    "click": tuple(f"cli/{name}.py" for name in ("__init__", "options", "commands", "periodic", "jobs", "completion")),
     "qemu": ("monitor/qmp.py",),
-    "psutil": ("discovery/machine.py",),
+    "psutil": ("discovery/machine.py", "cli/jobs.py"),
+    "pytest": ("pytest_plugin.py",),
 }
 #: From top to bottom; a module imports from its own layer and those below.
 LAYERS = [
-    ["cli", "__main__"],
-    ["vm", "choice"],
+    ["cli", "__main__", "pytest_plugin"],
+    ["vm", "choice", "metrics"],
     ["config", "guardian"],
     ["claim"],
     ["recovery", "guard"],
@@ -239,7 +240,8 @@ LAYERS = [
     ["stopped", "progress", "pace"],
     ["marks"],
     ["journal"],
-    ["notes", "retention"],
+    ["notes", "health"],
+    ["retention"],
     ["statefile"],
     ["devices", "snapshots"],
     ["monitor", "discovery"],

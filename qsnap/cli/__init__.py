@@ -17,7 +17,7 @@ from typing import NoReturn
 import click
 
 from qsnap import __version__
-from qsnap.cli import commands, periodic
+from qsnap.cli import commands, jobs, periodic
 from qsnap.errors import EXIT_TABLE, BadUsage, Interrupted, QsnapError
 
 #: Set by the scripts of ``qsnap completion``: what they ask for.
@@ -106,6 +106,6 @@ def cli() -> None:
 for _command in (
     commands.save, commands.load, commands.list_, commands.show, commands.delete, commands.check, commands.status,
     commands.recover, commands.vms, commands.completion, commands.demo,
-    periodic.prune, periodic.protect, periodic.unprotect, periodic.describe,
+    periodic.prune, periodic.protect, periodic.unprotect, periodic.describe, jobs.run, jobs.ensure,
 ):  # fmt: skip
     cli.add_command(_command)

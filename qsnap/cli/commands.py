@@ -4,13 +4,24 @@ from __future__ import annotations
 
 import sys
 from contextlib import suppress
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
 from qsnap.cli import options as given
 from qsnap.cli.options import common_options, completes, excluded, shown, takes, work, worked
-from qsnap.cli.periodic import policy_of, policy_options, prefix_option, prune_after, wants_policy
+from qsnap.cli.periodic import (
+    Account,
+    judged,
+    ping_option,
+    policy_of,
+    policy_options,
+    prefix_option,
+    prune_after,
+    textfile_option,
+    wants_policy,
+)
 from qsnap.errors import BadUsage, PrecheckRefused
 
 if TYPE_CHECKING:
@@ -52,6 +63,8 @@ class _SaveCommand(click.Command):
 @given.exclude
 @click.option("--description", metavar="TEXT", default="", help="A line about it, which list and show tell.")
 @policy_options
+@textfile_option
+@ping_option
 @click.option("--force", is_flag=True, help="Try even if there seems to be no room. Overrides nothing else.")
 @click.option("-n", "--dry-run", is_flag=True, help="Check and decide everything, and do nothing.")
 @common_options
@@ -66,6 +79,8 @@ def save(
     vmstate: str | None,
     exclude: tuple[str, ...],
     description: str,
+    textfile: Path | None,
+    ping: str | None,
     force: bool,
     dry_run: bool,
     **keep: Any,  # noqa: ANN401 (of policy_options)
@@ -77,6 +92,7 @@ def save(
     With --prefix it is the next one of a series; with a policy (--keep-…) the series is pruned when it is saved.
     """
     from qsnap.cli.bar import save_bar
+    from qsnap.cli.ping import pinged
 
     if tag is not None and prefix is not None:
         raise BadUsage("a tag and --prefix exclude each other: those of a series are named by the time")
@@ -105,8 +121,19 @@ def save(
 
         return msgspec.structs.replace(result, pruned=await prune_after(vm, prefix, policy, result))
 
-    with save_bar(quiet=options.quiet or dry_run or options.is_of_several) as watch:
-        show, code = worked(options, action, lambda renderer, result: renderer.save(result))
+    account = None if dry_run else Account(textfile, prefix)
+    with (
+        pinged(None if dry_run else ping) as report,
+        save_bar(quiet=options.quiet or dry_run or options.is_of_several) as watch,
+    ):
+        show, code = worked(
+            options,
+            action if account is None else account.of_save(action),
+            lambda renderer, result: renderer.save(result),
+            seen=account.entered if account else None,
+        )
+        code = code if account is None else account.closed(code)
+        report(code)
     return shown(show, code)
 
 
@@ -195,10 +222,32 @@ def check(options: Options, vmstate: str | None, exclude: tuple[str, ...]) -> in
 
 
 @click.command()
+@click.option("--max-age", metavar="DURATION", help="Tell as a monitoring plugin does whether there is one that young.")
+@click.option("--warn-age", metavar="DURATION", help="With --max-age: warn if the newest is older than that.")
+@prefix_option
+@textfile_option
 @common_options
-def status(options: Options) -> int:
-    """Show the guest's run state and devices, and what of an earlier qsnap is left behind."""
-    return work(options, lambda vm, _: vm.status(), lambda renderer, result: renderer.status(result))
+def status(
+    options: Options, max_age: str | None, warn_age: str | None, prefix: str | None, textfile: Path | None
+) -> int:
+    """Show the guest's run state and devices, and what of an earlier qsnap is left behind.
+
+    With --max-age 26h it answers as a monitoring plugin: one line, and 0 (OK), 1 (WARNING), 2 (CRITICAL: the newest
+    snapshot that can be loaded is older, or there is none) or 3 (UNKNOWN: nobody answers).
+    """
+    if max_age is None and (warn_age is not None or prefix is not None):
+        raise BadUsage("--warn-age and --prefix go with --max-age DURATION")
+    account = Account(textfile, prefix)
+    if max_age is not None:
+        show, code = judged(options, account, prefix, max_age, warn_age)
+    else:
+        show, code = worked(
+            options,
+            account.of_status(lambda vm, _: vm.status()),
+            lambda renderer, result: renderer.status(result),
+            seen=account.entered,
+        )
+    return shown(show, account.closed(code))
 
 
 @click.command()

@@ -2,20 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+import sys
+import time
+from collections.abc import Awaitable, Callable, Collection, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 import click
 
 from qsnap.cli import options as given
-from qsnap.cli.options import common_options, completes, work
+from qsnap.cli.options import common_options, completes, work, worked
+from qsnap.cli.text import printable
 from qsnap.errors import BadUsage, GuestLeftStopped, PartialFailure, QsnapError
 
 if TYPE_CHECKING:
-    from qsnap.cli.session import Options
-    from qsnap.model import PruneResult, SaveResult
+    from qsnap.cli.session import Options, Outcome
+    from qsnap.config import Settings
+    from qsnap.metrics import Metric
+    from qsnap.model import PruneResult, SaveResult, Snapshot
     from qsnap.retention import Policy
     from qsnap.vm import VM
+
+_T = TypeVar("_T")
+Action: TypeAlias = "Callable[[VM, Settings], Awaitable[_T]]"
 
 prefix_option = click.option(
     "--prefix", metavar="PREFIX", help="The series: snapshots named PREFIX-YYYYmmddTHHMMSS, and no others."
@@ -24,6 +34,27 @@ prefix_option = click.option(
 
 #: The periods of :data:`qsnap.retention.PERIODS`, and what one of each is called.
 _UNITS = {"hourly": "hour", "daily": "day", "weekly": "week", "monthly": "month", "yearly": "year"}
+
+
+textfile_option = click.option(
+    "--textfile",
+    type=click.Path(path_type=Path),
+    metavar="PATH",
+    shell_complete=completes("files"),
+    help="Write metrics for Prometheus' node exporter into that file (*.prom).",
+)
+ping_option = click.option(
+    "--ping",
+    metavar="URL",
+    callback=lambda _context, _parameter, url: _checked_url(url),
+    help="Call a health check: URL/start, and URL or URL/fail. It never fails the command.",
+)
+
+
+def _checked_url(url: str | None) -> str | None:
+    from qsnap.cli.ping import checked
+
+    return None if url is None else checked(url)
 
 
 def policy_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -148,3 +179,143 @@ def describe(options: Options, tag: str, description: str) -> int:
 
 def _noted(options: Options, tags: tuple[str, ...], **changes: Any) -> int:  # noqa: ANN401 (of VM.note)
     return work(options, lambda vm, _: vm.note(*tags, **changes), lambda renderer, snapshots: renderer.noted(snapshots))
+
+
+class Account:
+    """What a command writes down about VMs for Prometheus; nothing without a file for it.
+
+    :raise BadUsage: the file could not be written.
+    """
+
+    def __init__(self, path: Path | None, prefix: str | None) -> None:
+        self._path = path
+        self._prefix = prefix
+        self._figures: dict[int, dict[Metric, float]] = {}
+        self._trouble = ""
+        if path is not None:
+            from qsnap import metrics
+
+            metrics.check(path)
+
+    def of_save(self, action: Action[SaveResult]) -> Action[SaveResult]:
+        """A save that has its figures taken."""
+
+        async def save(vm: VM, settings: Settings) -> SaveResult:
+            result = await action(vm, settings)
+            if self._path is not None:
+                from qsnap import metrics
+
+                figures = {
+                    metrics.LAST_SUCCESS: time.time(),
+                    metrics.PAUSE: result.pause_ms / 1000,
+                    metrics.DURATION: result.duration_ms / 1000,
+                }
+                self._figures[id(result)] = {**figures, **_figures(await vm.list(), self._prefix, result.excluded)}
+            return result
+
+        return save
+
+    def of_status(self, action: Action[_T]) -> Action[_T]:
+        """Another look at the VM, that has its figures taken."""
+
+        async def look(vm: VM, settings: Settings) -> _T:
+            result = await action(vm, settings)
+            if self._path is not None:
+                left_out = await _left_out(vm, settings)
+                self._figures[id(result)] = _figures(await vm.list(), self._prefix, left_out)
+            return result
+
+        return look
+
+    def entered(self, outcome: Outcome[_T]) -> Outcome[_T]:
+        """Write down what became of a VM."""
+        if self._path is None:
+            return outcome
+        from qsnap import metrics
+
+        values = self._figures.get(id(outcome.result), {}) if outcome.error is None else {}
+        failed = outcome.error is not None
+        if failed or metrics.LAST_SUCCESS in values:
+            values = {**values, metrics.LAST_EXIT_CODE: outcome.error.exit_code if outcome.error else 0}
+        try:
+            labels = {"vm": outcome.title, "prefix": self._prefix or ""}
+            metrics.update(self._path, labels, values, failed=failed)
+        except QsnapError as error:
+            self._trouble = str(error)
+        return outcome
+
+    def closed(self, code: int) -> int:
+        """The exit code of the command: *code*, if all that was to be written is."""
+        if self._trouble:
+            sys.stderr.write(printable(f"qsnap: {self._trouble}") + "\n")
+        return code or (QsnapError.exit_code if self._trouble else 0)
+
+
+def _figures(found: Sequence[Snapshot], prefix: str | None, left_out: Collection[str]) -> dict[Metric, float]:
+    """What there is to tell of the snapshots of a VM, or of a series."""
+    from qsnap import metrics
+    from qsnap.health import is_sound
+    from qsnap.model import is_of_series
+
+    series = [one for one in found if prefix is None or is_of_series(one.tag, prefix)]
+    figures: dict[Metric, float] = {metrics.COUNT: len(series)}
+    if newest := max((one for one in series if is_sound(one, left_out)), key=lambda one: one.date, default=None):
+        figures[metrics.NEWEST] = newest.date.timestamp()
+        figures[metrics.AGE] = time.time() - newest.date.timestamp()
+        figures[metrics.SIZE] = newest.vm_state_size
+    return figures
+
+
+async def _left_out(vm: VM, settings: Settings) -> Sequence[str]:
+    """The node-names that the config file leaves out of snapshots."""
+    if not settings.exclude:
+        return ()
+    return (await vm.check(exclude=settings.exclude)).excluded
+
+
+def judged(
+    options: Options, account: Account, prefix: str | None, max_age: str, warn_age: str | None
+) -> tuple[Callable[[], object], int]:
+    """Tell as a monitoring plugin does whether snapshots are fresh: what shows it, and the exit code."""
+    from qsnap.cli.fleet import Manner
+    from qsnap.health import Health, Level, judge
+    from qsnap.retention import Duration
+
+    async def look(vm: VM, settings: Settings) -> Health:
+        status = await vm.status()
+        troubles = []
+        if status.is_half_restored:
+            troubles.append("a load has failed midway: saves are refused until a good snapshot is loaded")
+        if status.run is not None and status.run.is_alive is False:
+            troubles.append("a qsnap has died and was not seen to: qsnap recover")
+        return judge(
+            await vm.list(),
+            datetime.now().astimezone(),
+            Duration.parse(max_age),
+            warn_age=Duration.parse(warn_age) if warn_age is not None else None,
+            prefix=prefix,
+            left_out=await _left_out(vm, settings),
+            troubles=troubles,
+        )
+
+    def seen(outcome: Outcome[Health]) -> Outcome[Health]:
+        if outcome.error is None:
+            return account.entered(outcome)
+        from qsnap.cli.session import Outcome as Made
+
+        return Made(outcome.title, result=Health(level=Level.UNKNOWN, message=str(outcome.error)))
+
+    def worst(codes: Sequence[int]) -> int:
+        return max(codes, key=(0, 1, 3, 2).index)
+
+    try:
+        return worked(
+            options,
+            account.of_status(look),
+            lambda renderer, health: renderer.health(health),
+            Manner(exit_code=lambda health: health.level.exit_code, overall=worst),
+            seen=seen,
+        )
+    except QsnapError as error:
+        unknown = Health(level=Level.UNKNOWN, message=str(error))
+        return lambda: options.renderer.health(unknown), unknown.level.exit_code

@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 
     from qsnap.choice import KnownVM
     from qsnap.errors import QsnapError
+    from qsnap.health import Health
 
 _STYLES = {
     Verdict.SAVED: "green",
@@ -242,6 +243,10 @@ class Renderer:
             self._print(f"{name + ':':<13}{printable(value)}\n")
         self._devices(status.devices, status.vmstate)
 
+    def health(self, health: Health) -> None:
+        """A monitoring plugin's line, also with -q if it is not OK."""
+        sys.stdout.write(printable(health.line()) + "\n")
+
     def recover(self, recovered: Sequence[Recovered]) -> None:
         for item in recovered:
             self._print(f"recovered {_recovered(item)}\n")
@@ -329,6 +334,10 @@ class QuietRenderer(Renderer):
             if vm.word:
                 sys.stdout.write(printable(vm.word) + "\n")
 
+    def health(self, health: Health) -> None:
+        if health.level.exit_code:
+            super().health(health)
+
     def _print(self, text: str) -> None:
         pass
 
@@ -371,6 +380,9 @@ class JsonRenderer(Renderer):
 
     def status(self, status: Status) -> None:
         self._write(status)
+
+    def health(self, health: Health) -> None:
+        self._write(health, exit_code=health.level.exit_code)
 
     def aftermath(self, recovered: Sequence[Recovered]) -> None:
         pass  # standard error is for one document alone

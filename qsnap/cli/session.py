@@ -125,22 +125,30 @@ def _running_vms() -> Sequence[RunningVM]:
     return running_vms()
 
 
-def run(options: Options, action: Callable[[VM, Settings], Awaitable[_T]]) -> _T:
-    """Find the VM, connect, do *action*, and return what it returns.
+def chosen(options: Options) -> Target:
+    """The VM that is meant, said on standard error if it was taken unasked.
 
-    :param action: is given the VM, and the defaults that the config file has for it.
     :raise BadUsage: a monitor was named that cannot be meant; or none, and several VMs run; or several were named.
     :raise NoVM: no such VM runs, or none at all.
-    :raise Interrupted: by a signal; the guest was resumed.
     """
     meant = target(options)
     _say_which(options, meant)
+    return meant
+
+
+def run_on(options: Options, meant: Target, action: Callable[[VM, Settings], Awaitable[_T]]) -> _T:
+    """Connect to a VM that was chosen, do *action*, and return what it returns.
+
+    :param action: is given the VM, and the defaults that the config file has for it.
+    :raise Interrupted: by a signal; the guest was resumed.
+    """
     return run_interruptibly(_connected(options, meant, action))
 
 
 def run_each(options: Options, action: Callable[[VM, Settings], Awaitable[_T]]) -> list[Outcome[_T]]:
-    """The same with each VM that is meant, one or several, at ``options.jobs`` of them at once.
+    """Do *action* with each VM that is meant, one or several, at ``options.jobs`` of them at once.
 
+    :param action: is given the VM, and the defaults that the config file has for it.
     :raise BadUsage: the options that choose the VMs contradict each other.
     :raise Interrupted: by a signal; the guests were resumed.
     """

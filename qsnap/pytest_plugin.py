@@ -1,0 +1,194 @@
+"""A pytest plugin for tests against a running guest: it begins where a snapshot is, and a failure leaves one behind.
+
+Inert until a test asks for it, by the fixture ``qsnap_vm`` or the marker ``qsnap``::
+
+    @pytest.mark.qsnap(load="clean-install")     # put the guest back to that before the test
+    def test_upgrade(qsnap_vm):
+        ...
+        qsnap_vm.save("upgraded")
+
+The VM is named by ``--qsnap-monitor=ADDRESS`` or ``--qsnap-vm=NAME``, in the ini file by ``qsnap_monitor`` or
+``qsnap_vm``, or by ``$QSNAP_MONITOR``; none is taken unasked, as its state will be lost. With ``--qsnap-save-failed``
+(ini: ``qsnap_save_failed = true``) the guest of a test that failed is saved as ``failed-`` and the test's id, before
+anything is torn down.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Awaitable, Callable, Generator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import pytest
+
+if TYPE_CHECKING:
+    from qsnap.choice import Target
+    from qsnap.model import CheckReport, DeleteResult, LoadResult, SaveResult, Snapshot, Status
+    from qsnap.vm import VM
+
+_T = TypeVar("_T")
+
+#: Bytes of a tag that a test's id may take.
+_ID_MAX = 200
+
+
+class GuestVM:
+    """The VM under test: the methods of :class:`qsnap.VM`, for tests that do not await.
+
+    Each has a connection of its own; the monitor is free between two of them.
+
+    :ivar timeout_s: seconds that each may take; None for no bound.
+    """
+
+    def __init__(self, target: Target, timeout_s: float | None) -> None:
+        self._target = target
+        self.timeout_s = timeout_s
+
+    @property
+    def address(self) -> str:
+        """Where its monitor is."""
+        return str(self._target.address)
+
+    def call(self, action: Callable[[VM], Awaitable[_T]]) -> _T:
+        """Connect, do *action*, and return what it returns; also where an event loop runs already."""
+        import asyncio
+        from concurrent.futures import ThreadPoolExecutor
+
+        from qsnap.vm import connect
+
+        async def connected() -> _T:
+            state_dir = self._target.settings.state_dir
+            async with connect(self._target.address, timeout_s=self.timeout_s, state_dir=state_dir) as vm:
+                return await action(vm)
+
+        with ThreadPoolExecutor(1) as thread:
+            return thread.submit(asyncio.run, connected()).result()
+
+    def save(self, tag: str | None = None, **how: Any) -> SaveResult:  # noqa: ANN401 (of VM.save)
+        """Save the guest: see :meth:`qsnap.VM.save`."""
+        settings = self._target.settings
+        given = {"vmstate": settings.vmstate, "exclude": settings.exclude or (), "live": settings.live or False, **how}
+        return self.call(lambda vm: vm.save(tag, **given))
+
+    def load(self, tag: str, **how: Any) -> LoadResult:  # noqa: ANN401 (of VM.load)
+        """Put the guest back: see :meth:`qsnap.VM.load`."""
+        given = {"exclude": self._target.settings.exclude or (), **how}
+        return self.call(lambda vm: vm.load(tag, **given))
+
+    def delete(self, *tags: str, missing_ok: bool = False) -> DeleteResult:
+        """Delete snapshots: see :meth:`qsnap.VM.delete`."""
+        return self.call(lambda vm: vm.delete(*tags, missing_ok=missing_ok))
+
+    def list(self) -> tuple[Snapshot, ...]:
+        """All snapshots, oldest first."""
+        return self.call(lambda vm: vm.list())
+
+    def check(self) -> CheckReport:
+        """Whether the guest can be saved now."""
+        return self.call(lambda vm: vm.check(exclude=self._target.settings.exclude or ()))
+
+    def status(self) -> Status:
+        """The guest's run state and devices."""
+        return self.call(lambda vm: vm.status())
+
+
+def tag_of(nodeid: str) -> str:
+    """The tag under which the guest of a failed test is saved. A long one is cut, and told from others by a sum."""
+    name = re.sub(r"[^\w.\[\]-]+", "-", nodeid.removeprefix("tests/")).strip("-")
+    if len(name.encode()) > _ID_MAX:
+        import hashlib
+
+        digest = hashlib.sha256(nodeid.encode()).hexdigest()[:12]
+        name = f"{name.encode()[: _ID_MAX - 13].decode(errors='ignore')}-{digest}"
+    return f"failed-{name}"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """The options and ini values."""
+    group = parser.getgroup("qsnap", "snapshots of a running QEMU guest")
+    group.addoption("--qsnap-monitor", metavar="ADDRESS", help="the monitor of the VM under test")
+    group.addoption("--qsnap-vm", metavar="NAME", help="the VM under test: a name, pid or UUID (see qsnap vms)")
+    group.addoption("--qsnap-timeout", metavar="SECONDS", type=float, help="for each step of qsnap (default: 120)")
+    group.addoption("--qsnap-save-failed", action="store_true", default=None, help="save the guest of a failed test")
+    parser.addini("qsnap_monitor", "the monitor of the VM under test")
+    parser.addini("qsnap_vm", "the VM under test: a name, pid or UUID (see qsnap vms)")
+    parser.addini("qsnap_timeout", "seconds for each step of qsnap", default="120")
+    parser.addini("qsnap_save_failed", "save the guest of a failed test", type="bool", default=False)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """The marker."""
+    config.addinivalue_line("markers", "qsnap(load=TAG): put the guest back to snapshot TAG before the test")
+
+
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """A marked test gets the fixture, and before all others: they are to find the guest as it was saved."""
+    if item.get_closest_marker("qsnap") and (names := getattr(item, "fixturenames", None)) is not None:
+        if "qsnap_vm" in names:
+            names.remove("qsnap_vm")
+        names.insert(0, "qsnap_vm")
+
+
+@pytest.fixture
+def qsnap_vm(request: pytest.FixtureRequest) -> GuestVM:
+    """The VM under test; put back to the snapshot that the marker ``qsnap`` names, if there is one."""
+    vm = GuestVM(_target(request.config), _timeout_s(request.config))
+    marker = request.node.get_closest_marker("qsnap")
+    if marker is not None:
+        vm.load(_marked_tag(marker))
+    return vm
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Generator[None, Any, None]:
+    """Save the guest of a test that failed, before anything is torn down."""
+    outcome = yield
+    report: pytest.TestReport = outcome.get_result()
+    vm = getattr(item, "funcargs", {}).get("qsnap_vm")
+    if report.when != "call" or not report.failed or vm is None or not _saves_failed(item.config):
+        return
+    tag = tag_of(item.nodeid)
+    try:
+        vm.save(tag)
+        text = f"the guest was saved as {tag!r}"
+    except Exception as error:  # noqa: BLE001 (the test's own failure is what is told of)
+        text = f"the guest could not be saved as {tag!r}: {error}"
+    report.sections.append(("qsnap", text))
+
+
+def _marked_tag(marker: pytest.Mark) -> str:
+    names = (*marker.args, *marker.kwargs.values())
+    if len(names) != 1 or not isinstance(names[0], str) or set(marker.kwargs) - {"load"}:
+        raise pytest.UsageError("the marker qsnap takes the tag of a snapshot: @pytest.mark.qsnap(load='TAG')")
+    return names[0]
+
+
+def _target(config: pytest.Config) -> Target:
+    from qsnap import config as files
+    from qsnap.choice import choose
+    from qsnap.discovery import running_vms
+
+    monitor, vm = config.getoption("--qsnap-monitor"), config.getoption("--qsnap-vm")
+    if not monitor and not vm:
+        monitor, vm = config.getini("qsnap_monitor"), config.getini("qsnap_vm")
+        if monitor and config.inipath and not re.match(r"unix:|tcp:|-|/", monitor):
+            monitor = str(Path(config.inipath).parent / monitor)
+    if not monitor and not vm:
+        monitor = os.environ.get("QSNAP_MONITOR")
+    if not monitor and not vm:
+        raise pytest.UsageError(
+            "say which VM is under test: --qsnap-monitor=ADDRESS or --qsnap-vm=NAME (ini: qsnap_monitor, qsnap_vm)"
+        )
+    return choose(files.load(os.environ.get("QSNAP_CONFIG")), running_vms, monitor=monitor or None, vm=vm or None)
+
+
+def _timeout_s(config: pytest.Config) -> float:
+    given = config.getoption("--qsnap-timeout")
+    return float(given if given is not None else config.getini("qsnap_timeout"))
+
+
+def _saves_failed(config: pytest.Config) -> bool:
+    given = config.getoption("--qsnap-save-failed")
+    return bool(given if given is not None else config.getini("qsnap_save_failed"))

@@ -1,0 +1,324 @@
+"""run, ensure and the pytest plugin: commands around a guest, and what the guest holds afterwards."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+
+from conftest import Launch
+from guest import Guest, blockdev, both_monitors, cli, finish, make_boot_disk, start_cli, tags, until
+from qsnap.local import is_alive
+from qsnap.pytest_plugin import tag_of
+
+pytest_plugins = ["pytester"]
+
+
+@pytest.fixture
+def disk(guest: Guest, tmp_path: Path) -> Path:
+    """The first image of the guest fixture."""
+    return tmp_path / "disk0.qcow2"
+
+
+def wait_script(guest: Guest, ticks: int, then: str = "true") -> list[str]:
+    """A command that ends when the guest has gone on that much."""
+    lines = len(guest.lines()) + ticks
+    return ["sh", "-c", f"until [ $(grep -c bad= {guest.serial}) -ge {lines} ]; do sleep 0.01; done; {then}"]
+
+
+def assert_back_to(guest: Guest, before: int) -> None:
+    """The guest's RAM counts on from about there, and its disks agree with it."""
+    guest.wait_for_ticks(41)  # all slots of the disk's table have been compared
+    assert guest.lines()[-1][1] == 0, "RAM and disks differ"
+    counts = [count for count, _ in guest.lines()]
+    falls = [(one, other) for one, other in pairwise(counts) if other <= one]
+    assert falls, "it was put back"
+    assert before <= falls[-1][1] <= falls[-1][0]
+
+
+@both_monitors
+@pytest.mark.parametrize("code", [0, 7])
+def test_revert(guest: Guest, disk: Path, code: int) -> None:
+    """Contents: the counter in RAM falls back to where it was, and the disk's table agrees."""
+    before = guest.wait_for_ticks(3)
+    run = cli("run", "--revert", "--", *wait_script(guest, 60, f"exit {code}"), monitor=guest.address, expect=code)
+    assert_back_to(guest, before)
+    assert tags(disk) == [], "the temporary one is gone"
+    assert run.out == ""
+    assert "loaded qsnap-run-" in run.err
+
+
+def test_revert_to(guest: Guest, disk: Path) -> None:
+    cli("save", "clean", monitor=guest.address)
+    saved = guest.counter
+    guest.wait_for_ticks(60)
+    cli("run", "--revert-to", "clean", "-q", "--", "true", monitor=guest.address)
+    guest.wait_for_ticks(3)
+    counts = [count for count, _ in guest.lines()]
+    assert min(counts[-3:]) <= saved + 30 < max(counts)
+    assert tags(disk) == ["clean"]
+    marker = disk.with_name("ran")
+    run = cli("run", "--revert-to", "nope", "--", "touch", str(marker), monitor=guest.address, expect=125)
+    assert "the command was not run: there is no snapshot 'nope'" in run.err
+    assert not marker.exists()
+
+
+def test_a_paused_guest_is_paused_again(guest: Guest, disk: Path) -> None:
+    guest.qmp("stop")
+    cli("run", "--revert", "--", "sh", "-c", "true", monitor=guest.address)
+    assert guest.runstate == "paused"
+    # The command may resume it
+    resume = f"{sys.executable} -m qsnap load --running x"
+    cli("save", "x", monitor=guest.address)
+    cli("run", "--revert", "--", "sh", "-c", resume, monitor=guest.address, env={"QSNAP_MONITOR": guest.address})
+    assert guest.runstate == "paused"
+
+
+def test_save_on_fail(guest: Guest, disk: Path) -> None:
+    """The failed state can be looked at later; and the guest is back where it was all the same."""
+    before = guest.wait_for_ticks(3)
+    command = wait_script(guest, 60, "exit 3")
+    cli("run", "--revert", "--save-on-fail", "failed-7", "--", *command, monitor=guest.address, expect=3)
+    assert_back_to(guest, before)
+    assert tags(disk) == ["failed-7"]
+    now = guest.counter
+    cli("load", "failed-7", monitor=guest.address)
+    guest.wait_for_ticks(41)
+    assert guest.lines()[-1][1] == 0
+    assert guest.counter > min(now, before + 60)
+    cli("run", "--save-on-fail", "other", "--", "true", monitor=guest.address)
+    assert tags(disk) == ["failed-7"]
+
+
+def test_the_command_s_code_and_streams(guest: Guest) -> None:
+    run = cli("run", "--", "sh", "-c", "echo out; echo err >&2; exit 42", monitor=guest.address, expect=42)
+    assert (run.out, run.err) == ("out\n", "err\n")
+    cli("run", "--", "sh", "-c", "kill -9 $$", monitor=guest.address, expect=137)
+    cli("run", "no-such-program", monitor=guest.address, expect=127)
+    cli("run", "--", "/etc/passwd", monitor=guest.address, expect=126)
+    cli("run", monitor=guest.address, expect=2)
+    cli("run", "--revert", "--revert-to", "x", "--", "true", monitor=guest.address, expect=2)
+    cli("run", "--vm", "a", "--vm", "b", "--", "true", expect=125)
+    cli("run", "--", "true", "-m", "/none", monitor=guest.address)  # options behind the command are the command's
+
+
+def test_nobody_there(tmp_path: Path) -> None:
+    run = cli("run", "--revert", "-m", str(tmp_path / "none"), "--", "touch", str(tmp_path / "ran"), expect=125)
+    assert "the command was not run: " in run.err
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_hanging_command(guest: Guest, disk: Path, tmp_path: Path) -> None:
+    """It and what it has started are ended, and the guest is put back."""
+    before = guest.wait_for_ticks(3)
+    script = f"sleep 1000 & echo $! > {tmp_path}/pid; wait"
+    run = cli(
+        "run", "--revert", "--timeout", "2", "--", "sh", "-c", script, monitor=guest.address, expect=124
+    )  # fmt: skip
+    assert "not done within 2 s" in run.err
+    assert not is_alive(int((tmp_path / "pid").read_text()))
+    assert_back_to(guest, before)
+    assert tags(disk) == []
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_signals_are_the_command_s(guest: Guest, disk: Path, tmp_path: Path, signum: int) -> None:
+    before = guest.wait_for_ticks(3)
+    script = f"trap 'exit 9' TERM INT HUP; touch {tmp_path}/up; while :; do sleep 0.05; done"
+    process = start_cli("run", "--revert", "--", "sh", "-c", script, monitor=guest.address)
+    until("the command runs", (tmp_path / "up").exists)
+    guest.wait_for_ticks(45)
+    process.send_signal(signum)
+    assert finish(process).code == 9
+    assert_back_to(guest, before)
+    assert tags(disk) == []
+
+
+def test_a_killed_command(guest: Guest, disk: Path, tmp_path: Path) -> None:
+    before = guest.wait_for_ticks(3)
+    script = f"echo $$ > {tmp_path}/pid.part; mv {tmp_path}/pid.part {tmp_path}/pid; exec sleep 1000"
+    process = start_cli("run", "--revert", "--save-on-fail", "f", "--", "sh", "-c", script, monitor=guest.address)
+    until("the command runs", (tmp_path / "pid").exists)
+    guest.wait_for_ticks(45)
+    os.kill(int((tmp_path / "pid").read_text()), signal.SIGKILL)
+    assert finish(process).code == 137
+    assert_back_to(guest, before)
+    assert tags(disk) == ["f"]
+
+
+def test_what_fails_afterwards_is_told(guest: Guest, disk: Path) -> None:
+    """The command's own failure is not masked; its success is no success then."""
+    cli("save", "clean", monitor=guest.address)
+    delete = [sys.executable, "-m", "qsnap", "delete", "clean"]
+    env = {"QSNAP_MONITOR": guest.address}
+    for code, expect in ((0, 123), (5, 5)):
+        command = ["sh", "-c", f'"$@"; exit {code}', "x", *delete, "--missing-ok"]
+        if code:
+            cli("save", "clean", monitor=guest.address)
+        run = cli("run", "--revert-to", "clean", "--", *command, monitor=guest.address, expect=expect, env=env)
+        assert "no snapshot 'clean'" in run.err
+        guest.assert_running()
+
+
+# ensure
+
+
+@both_monitors
+def test_ensure(guest: Guest, disk: Path, tmp_path: Path) -> None:
+    command = ("sh", "-c", f"echo x >> {tmp_path}/runs")
+    run = cli("ensure", "warm", "--", *command, monitor=guest.address)
+    assert "saved warm" in run.err
+    saved = guest.counter
+    guest.wait_for_ticks(60)
+    run = cli("ensure", "warm", "--", *command, monitor=guest.address)
+    assert "loaded warm" in run.err
+    guest.wait_for_ticks(3)
+    assert min(count for count, _ in guest.lines()[-3:]) <= saved + 30
+    assert (tmp_path / "runs").read_text() == "x\n", "once"
+    assert tags(disk) == ["warm"]
+    guest.assert_running()
+
+
+def test_ensure_saves_nothing_of_a_failure(guest: Guest, disk: Path) -> None:
+    run = cli("ensure", "warm", "--", "sh", "-c", "exit 6", monitor=guest.address, expect=6)
+    assert "was not saved" in run.err
+    assert tags(disk) == []
+
+
+def test_ensure_makes_a_broken_one_anew(guest: Guest, disk: Path) -> None:
+    cli("save", "warm", "--exclude", "disk1", monitor=guest.address)
+    run = cli("ensure", "warm", "--", "true", monitor=guest.address)
+    assert "is partial" in run.err
+    assert cli("list", "--json", monitor=guest.address).json["snapshots"][0]["kind"] == "full"
+    guest.assert_running()
+
+
+# The plugin
+
+PLUGIN_TEST = """
+import pytest
+
+@pytest.mark.qsnap(load="clean")
+def test_good():
+    pass
+
+@pytest.mark.qsnap("clean")
+def test_bad(qsnap_vm, other):
+    assert other == "set up after the load"
+    assert [s.tag for s in qsnap_vm.list()] == ["clean"]
+    assert False, "on purpose"
+
+@pytest.fixture
+def other(qsnap_vm):
+    yield "set up after the load"
+    qsnap_vm.load("clean")
+
+def test_unmarked(qsnap_vm):
+    assert qsnap_vm.status().runstate == "running"
+    assert qsnap_vm.check().ok
+    assert qsnap_vm.save("mine").tag == "mine"
+    qsnap_vm.delete("mine")
+"""
+
+
+def test_the_plugin(guest: Guest, disk: Path, pytester: pytest.Pytester) -> None:
+    pytester.makeini("[pytest]\n")
+    pytester.makepyfile(PLUGIN_TEST)
+    cli("save", "clean", monitor=guest.address)
+    saved = guest.counter
+    guest.wait_for_ticks(60)
+    result = pytester.runpytest_subprocess(
+        f"--qsnap-monitor={guest.address}", "--qsnap-save-failed", "-k", "good or bad"
+    )
+    result.assert_outcomes(passed=1, failed=1)
+    result.stdout.fnmatch_lines(["*the guest was saved as 'failed-test_the_plugin.py-test_bad'*"])
+    guest.wait_for_ticks(3)
+    assert min(count for count, _ in guest.lines()[-3:]) <= saved + 60, "put back"
+    assert tags(disk) == ["clean", "failed-test_the_plugin.py-test_bad"]
+    cli("load", "failed-test_the_plugin.py-test_bad", monitor=guest.address)
+    guest.assert_running()
+    pytester.runpytest_subprocess(f"--qsnap-monitor={guest.address}", "-k", "unmarked").assert_outcomes(passed=1)
+    assert tags(disk) == ["clean", "failed-test_the_plugin.py-test_bad"]
+
+
+def test_the_plugin_by_its_ini(guest: Guest, disk: Path, pytester: pytest.Pytester) -> None:
+    pytester.makeini(f"[pytest]\nqsnap_monitor = {guest.address}\nqsnap_save_failed = true\n")
+    pytester.makepyfile("def test_x(qsnap_vm):\n    assert 0\n")
+    pytester.runpytest_subprocess().assert_outcomes(failed=1)
+    assert tags(disk) == ["failed-test_the_plugin_by_its_ini.py-test_x"]
+
+
+def test_the_plugin_is_inert(pytester: pytest.Pytester) -> None:
+    """Without a test that asks for it, nothing of qsnap but itself is loaded."""
+    pytester.makepyfile("""
+        import sys
+        def test_x():
+            heavy = {"click", "rich", "msgspec", "psutil", "qemu.qmp", "asyncio"} & set(sys.modules)
+            assert "qsnap.pytest_plugin" in sys.modules
+            assert {n for n in sys.modules if n.startswith("qsnap")} == {"qsnap", "qsnap.pytest_plugin"}, heavy
+    """)
+    pytester.runpytest_subprocess("-p", "no:asyncio").assert_outcomes(passed=1)
+
+
+def test_the_plugin_takes_no_vm_unasked(pytester: pytest.Pytester) -> None:
+    pytester.makepyfile("def test_x(qsnap_vm):\n    pass\n")
+    result = pytester.runpytest_subprocess()
+    result.assert_outcomes(errors=1)
+    result.stdout.fnmatch_lines(["*say which VM is under test*"])
+
+
+def test_the_plugin_without_its_snapshot(guest: Guest, pytester: pytest.Pytester) -> None:
+    pytester.makepyfile("import pytest\n@pytest.mark.qsnap(load='nope')\ndef test_x():\n    pass\n")
+    result = pytester.runpytest_subprocess(f"--qsnap-monitor={guest.address}")
+    result.assert_outcomes(errors=1)
+    result.stdout.fnmatch_lines(["*SnapshotNotFound: no snapshot 'nope'*"])
+    guest.assert_running()
+
+
+def test_tags_of_tests() -> None:
+    assert tag_of("tests/test_a.py::TestB::test_c[x y-1]") == "failed-test_a.py-TestB-test_c[x-y-1]"
+    long = [tag_of("tests/test_a.py::test[" + "é" * 300 + end) for end in "ab"]
+    assert long[0] != long[1]
+    assert all(len(tag.encode()) < 256 for tag in long)
+
+
+def test_a_guest_that_is_started_anew(launch: Launch, tmp_path: Path) -> None:
+    """The command may end QEMU and start it again, at the same address."""
+    image = make_boot_disk(tmp_path / "disk0.qcow2")
+    guest = launch(*blockdev("disk0", image), "-device", "virtio-blk,drive=disk0", "-name", "web")
+    cli("save", "clean", monitor=guest.address)
+    (tmp_path / "config.toml").write_text(f"[vm.web]\nmonitor = '{guest.address}'\n")
+    process = start_cli(
+        "run", "--revert-to", "clean", "--config", str(tmp_path / "config.toml"), "--vm", "web", "--",
+        "sh", "-c", f"touch {tmp_path}/up; until [ -e {tmp_path}/go ]; do sleep 0.01; done",
+    )  # fmt: skip
+    until("the command runs", (tmp_path / "up").exists)
+    arguments = Path(f"/proc/{guest.pid}/cmdline").read_text().split("\0")[:-1]
+    guest.quit()
+    again = subprocess.Popen(arguments, stdin=subprocess.DEVNULL)
+    try:
+        until("its monitor", lambda: _listens(guest.address))
+        (tmp_path / "go").touch()
+        assert finish(process).code == 0
+    finally:
+        again.kill()
+        again.wait(10)
+
+
+def _listens(address: str) -> bool:
+    import socket
+
+    with socket.socket(socket.AF_UNIX) as sock:
+        try:
+            sock.connect(address)
+        except OSError:
+            return False
+        end = time.monotonic() + 5
+        sock.settimeout(max(0.1, end - time.monotonic()))
+        return bool(sock.recv(1))
