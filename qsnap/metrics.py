@@ -114,7 +114,7 @@ def _write(path: Path, figures: Mapping[_Key, float]) -> None:
         own = [(labels, value) for (name, labels), value in figures.items() if name == metric.name]
         if own:
             lines += [f"# HELP {metric.name} {metric.help}", f"# TYPE {metric.name} {metric.type}"]
-            lines += [f"{metric.name}{{{labels}}} {value:.17g}" for labels, value in sorted(own)]
+            lines += [f"{metric.name}{{{labels}}} {value!r}" for labels, value in sorted(own)]
     with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=f".{path.name[:200]}.", delete=False) as file:
         try:
             file.write("\n".join(lines) + "\n")

@@ -32,14 +32,18 @@ def wait_script(guest: Guest, ticks: int, then: str = "true") -> list[str]:
     return ["sh", "-c", f"until [ $(grep -c bad= {guest.serial}) -ge {lines} ]; do sleep 0.01; done; {then}"]
 
 
+def falls(guest: Guest) -> list[tuple[int, int]]:
+    """Where the guest's count has fallen: from what, to what. It never does by itself."""
+    counts = [count for count, _ in guest.lines()]
+    return [(one, other) for one, other in pairwise(counts) if other <= one]
+
+
 def assert_back_to(guest: Guest, before: int) -> None:
-    """The guest's RAM counts on from about there, and its disks agree with it."""
+    """The guest's RAM has gone back to where it was, and counts on from there; its disks agree with it."""
     guest.wait_for_ticks(41)  # all slots of the disk's table have been compared
     assert guest.lines()[-1][1] == 0, "RAM and disks differ"
-    counts = [count for count, _ in guest.lines()]
-    falls = [(one, other) for one, other in pairwise(counts) if other <= one]
-    assert falls, "it was put back"
-    assert before <= falls[-1][1] <= falls[-1][0]
+    assert falls(guest), "it was put back"
+    assert abs(falls(guest)[-1][1] - before) <= 60
 
 
 @both_monitors
@@ -59,9 +63,7 @@ def test_revert_to(guest: Guest, disk: Path) -> None:
     saved = guest.counter
     guest.wait_for_ticks(60)
     cli("run", "--revert-to", "clean", "-q", "--", "true", monitor=guest.address)
-    guest.wait_for_ticks(3)
-    counts = [count for count, _ in guest.lines()]
-    assert min(counts[-3:]) <= saved + 30 < max(counts)
+    assert_back_to(guest, saved)
     assert tags(disk) == ["clean"]
     marker = disk.with_name("ran")
     run = cli("run", "--revert-to", "nope", "--", "touch", str(marker), monitor=guest.address, expect=125)
@@ -178,8 +180,7 @@ def test_ensure(guest: Guest, disk: Path, tmp_path: Path) -> None:
     guest.wait_for_ticks(60)
     run = cli("ensure", "warm", "--", *command, monitor=guest.address)
     assert "loaded warm" in run.err
-    guest.wait_for_ticks(3)
-    assert min(count for count, _ in guest.lines()[-3:]) <= saved + 30
+    assert_back_to(guest, saved)
     assert (tmp_path / "runs").read_text() == "x\n", "once"
     assert tags(disk) == ["warm"]
     guest.assert_running()
@@ -238,8 +239,8 @@ def test_the_plugin(guest: Guest, disk: Path, pytester: pytest.Pytester) -> None
     )
     result.assert_outcomes(passed=1, failed=1)
     result.stdout.fnmatch_lines(["*the guest was saved as 'failed-test_the_plugin.py-test_bad'*"])
-    guest.wait_for_ticks(3)
-    assert min(count for count, _ in guest.lines()[-3:]) <= saved + 60, "put back"
+    assert len(falls(guest)) == 3, "before each of the two tests, and by the fixture of one"
+    assert all(saved <= to <= saved + 30 for _, to in falls(guest))
     assert tags(disk) == ["clean", "failed-test_the_plugin.py-test_bad"]
     cli("load", "failed-test_the_plugin.py-test_bad", monitor=guest.address)
     guest.assert_running()

@@ -1,0 +1,14 @@
+#!/bin/sh
+# A job in a shell script: it begins with a provisioned guest, keeps the guest of a failure, and leaves the guest as it was.
+# QSNAP_MONITOR names the guest's monitor.
+set -eu
+
+: "${JOB_ID:=$(date +%Y%m%d%H%M%S)}"
+
+# The first job provisions the guest, all others load what it has left.
+qsnap ensure provisioned --timeout 600 -- "${PROVISION:-./provision}"
+
+# Whatever ends this script from here on: a failed one leaves a snapshot for the post-mortem. It never fails or hangs it.
+trap 'code=$?; [ $code -eq 0 ] || qsnap save -q --timeout 120 "failed-$JOB_ID" || true; exit $code' EXIT
+
+"${TESTS:-./run-tests}"
