@@ -10,8 +10,9 @@ import pytest
 
 import qsnap
 from guest import cli as run_cli
-from qsnap.cli import cli
+from qsnap.cli import cli, jobs
 from qsnap.errors import EXIT_TABLE
+from qsnap.retention import PERIODS
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
@@ -54,17 +55,19 @@ def test_options_are_in_the_readme(name: str) -> None:
 
 def test_options_in_the_readme_exist() -> None:
     known = {option for command in cli.commands.values() for option in options_of(command)}
+    others = set(re.findall(r'"(--qsnap-[a-z-]+)"', (ROOT / "qsnap" / "pytest_plugin.py").read_text()))
+    others |= set(re.findall(r'"(--[a-z-]+)"', (ROOT / "scripts" / "prove-live").read_text()))
     shown = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", README))
-    assert shown <= known
+    assert shown <= known | others | {"--now"}  # systemctl's
 
 
 @pytest.mark.parametrize("name", sorted(cli.commands))
 def test_which_commands_take_the_common_options(name: str) -> None:
     of_output = {"--json", "--quiet", "--verbose", "--config"}
-    of_vm = {"--monitor", "--vm", "--timeout", "--lock-wait", "--state-dir"}
+    of_vm = {"--monitor", "--vm", "--timeout", "--lock-wait", "--state-dir", "--all", "--jobs"}
     taken = {"vms": of_output, "completion": set(), "demo": set()}.get(name, of_output | of_vm)
     assert options_of(cli.commands[name]) & (of_output | of_vm) == taken
-    table = README.split("### In scripts and cron")[1].split("\n\n")[2]
+    table = README.split("### In scripts\n\n")[1].split("\n\n")[1]
     assert set(re.findall(r"`(--[a-z-]+)", table)) == of_output | of_vm
 
 
@@ -77,7 +80,7 @@ def test_files_that_the_readme_names_exist() -> None:
 
 
 def test_the_library_example_names_what_there_is() -> None:
-    example = README.split("```python")[1].split("```")[0]
+    example = README.split("## From Python")[1].split("```python")[1].split("```")[0]
     for name in re.findall(r"qsnap\.(\w+)\(", example):
         assert name in qsnap.__all__
     for name in qsnap.__all__:
@@ -87,3 +90,24 @@ def test_the_library_example_names_what_there_is() -> None:
 def test_the_changelog_has_an_unreleased_block_on_top() -> None:
     headings = re.findall(r"^## (.+)$", (ROOT / "CHANGELOG.md").read_text(), re.M)
     assert headings[0] == "Unreleased"
+
+
+def test_the_jobs_exit_table_is_the_readme_s() -> None:
+    section = README.split("### In CI")[1].split("#### pytest")[0]
+    rows = [
+        tuple(cell.strip() for cell in line.strip("| ").split(" | "))
+        for line in section.splitlines()
+        if line[:1] == "|"
+    ]
+    assert tuple(rows[2:]) == jobs.EXIT_TABLE
+    assert {int(code) for code, _ in jobs.EXIT_TABLE[:5]} == {
+        jobs.FAILED_AFTER, jobs.TIMED_OUT, jobs.FAILED_BEFORE, jobs.NOT_EXECUTABLE, jobs.NOT_FOUND,
+    }  # fmt: skip
+
+
+def test_the_policy_options_are_the_periods() -> None:
+    names = {period.name for period in PERIODS}
+    found = {
+        option.removeprefix("--keep-within-") for option in options_of(cli.commands["prune"]) if "-within-" in option
+    }
+    assert found == names
