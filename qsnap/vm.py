@@ -305,8 +305,10 @@ class VM:
 
         graph = await self._monitor.block_graph()
         devices = self._devices_of(graph)
-        found = snapshots.snapshots(graph, devices, self._shelf.files(graph, devices))
-        (saved,) = (one for one in found if one.tag == tag)
+        files = self._shelf.files(graph, devices)
+        found = snapshots.snapshots(graph, devices, files)
+        saved = snapshots.find(graph, devices, tag, files)
+        assert saved is not None
         try:
             notes = Notes(self._shelf, graph, devices)
             notes.write(place, [msgspec.structs.replace(notes.of(saved), description=description)], found)

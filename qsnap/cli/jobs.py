@@ -240,26 +240,32 @@ def _executed(command: Sequence[str], timeout_s: float | None) -> int:
     """Run the command to its end, with our streams, and pass signals on to it; its exit code, as a shell has it."""
     with suppress(OSError, ValueError):
         signal.signal(signal.SIGTSTP, signal.SIG_DFL)  # what is ignored here would be there
+    running: list[subprocess.Popen[bytes]] = []
+    early: list[int] = []
+
+    def pass_on(signum: int, _: FrameType | None) -> None:
+        if not running:
+            early.append(signum)
+        # Ctrl-C reaches it by itself
+        elif not (signum in (signal.SIGINT, signal.SIGQUIT) and _is_in_foreground()):
+            with suppress(ProcessLookupError):
+                running[0].send_signal(signum)
+
+    for signum in _PASSED_ON:
+        if signal.getsignal(signum) is not signal.SIG_IGN:
+            signal.signal(signum, pass_on)
     try:
         process = subprocess.Popen(command)
+        running.append(process)
+        for received in early:
+            process.send_signal(received)
+        code = process.wait(timeout_s)
     except FileNotFoundError:
         _say(f"{command[0]}: not found")
         return NOT_FOUND
     except (OSError, ValueError) as error:
         _say(f"{command[0]}: {getattr(error, 'strerror', None) or error}")
         return NOT_EXECUTABLE
-
-    def pass_on(signum: int, _: FrameType | None) -> None:
-        # Ctrl-C reaches it by itself
-        if not (signum in (signal.SIGINT, signal.SIGQUIT) and _is_in_foreground()):
-            with suppress(ProcessLookupError):
-                process.send_signal(signum)
-
-    for signum in _PASSED_ON:
-        if signal.getsignal(signum) is not signal.SIG_IGN:
-            signal.signal(signum, pass_on)
-    try:
-        code = process.wait(timeout_s)
     except subprocess.TimeoutExpired:
         _say(f"the command was not done within {timeout_s:g} s; it is ended")
         _end(process)
