@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
@@ -255,7 +256,8 @@ class Guest:
 
     def quit(self) -> None:
         """End QEMU in an orderly way; the images stay."""
-        self.qmp("quit")
+        with suppress(OSError, ValueError):  # it may be gone before its answer is read
+            self.qmp("quit")
         self.process.wait(DEADLINE_S)
 
     def kill(self) -> None:
