@@ -255,6 +255,8 @@ def _why_not(graph: BlockGraph, node: BlockNode) -> str:
 def _cure(node: BlockNode) -> str:
     if node.driver in _NO_PRIMARY_CHILD:
         return "QEMU cannot snapshot several images as one"
+    if not node.active:
+        return "resume the guest (`cont`); QEMU has its images then"
     path = node.filename or "IMAGE"
     return f"with the guest off: qemu-img convert -O qcow2 {path} NEW.qcow2, and use that"
 

@@ -8,6 +8,7 @@ and with that the snapshot exists. Only then the older one goes.
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import os
 import time
 from collections.abc import Collection, Sequence
@@ -40,7 +41,7 @@ from qsnap.precheck import SavePlan, plan_save
 from qsnap.progress import Watcher
 from qsnap.savevm import free_automatic_tag, save_result, unchanged_graph
 from qsnap.statefile import qcow2
-from qsnap.statefile.shelf import PART_SUFFIX, Shelf, read
+from qsnap.statefile.shelf import PART_SUFFIX, Shelf, read, remove_unused
 from qsnap.stopped import cure_of, has_ended, reconnect
 from qsnap.undisturbed import undisturbed
 
@@ -49,8 +50,9 @@ _PLACE_CURE = "choose another directory: --state-dir DIR"
 _CURES = {
     "host kernel": "it takes userfaultfd with write protection: Linux 5.7 or later, and QEMU run as root, with "
     "CAP_SYS_PTRACE, or after `sysctl vm.unprivileged_userfaultfd=1`",
-    "guest memory": "start the guest with ordinary memory: no hugepages, no file, not shared",
+    "guest memory": "start the guest with ordinary memory: no hugepages, no private mapping of a file",
     "not compatible with": "switch that capability off: migrate_set_capability NAME off",
+    "tls-creds": 'migrate_set_parameter tls-creds ""',
 }
 
 
@@ -117,7 +119,8 @@ async def plan_live(
         files=tuple(path for path in held.files if disk_tag in held.tags and file_tags[path] == disk_tag),
     )
     path = shelf.place(graph, report.vmstate, disk_tag)
-    findings = (*save.report.findings, *await _place_findings(monitor, path, force))
+    taken = os.path.lexists(path) and str(path) not in {file.path for file in files}  # noqa: ASYNC240
+    findings = (*save.report.findings, *await _place_findings(monitor, path, force, is_taken=taken))
     if any(finding.refuses for finding in findings):
         raise PrecheckRefused("the guest cannot be saved live now", findings)
     return LivePlan(
@@ -142,10 +145,17 @@ def _background(monitor: Monitor) -> Background:
     return monitor.background
 
 
-async def _place_findings(monitor: Monitor, path: Path, force: bool) -> Sequence[Finding]:
-    """What is wrong with the place of the state file."""
+async def _place_findings(monitor: Monitor, path: Path, force: bool, *, is_taken: bool) -> Sequence[Finding]:
+    """What is wrong with the place of the state file.
+
+    :param is_taken: something is there that is no state file of this VM.
+    """
     directory = path.parent
     cure = _PLACE_CURE
+    if is_taken:
+        message = f"the state file would be {path}, and what is there is no state file of this VM"
+        cure = f"choose another tag, or {_PLACE_CURE.removeprefix('choose ')}"
+        return [Finding(code="state-file-taken", severity=Severity.REFUSE, message=message, cure=cure)]
     if not os.access(directory, os.W_OK | os.X_OK):
         why = "cannot be written" if directory.is_dir() else "is not there"
         message = f"the state file cannot be put into {directory}: it {why}"
@@ -280,8 +290,9 @@ def _created(part: Path, image: Path | None, reserved: int) -> int:
     """
     file = -1
     try:
-        part.unlink(missing_ok=True)  # of a run that died: the claim is ours now
+        remove_unused(part)  # of a run that died: the claim is ours now
         file = os.open(part, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         if os.geteuid() == 0 and image is not None:
             owner = image.stat()
             os.fchown(file, owner.st_uid, owner.st_gid)
@@ -363,7 +374,7 @@ class LiveAttempt:
         :raise VerifyFailed: it is not.
         """
         found = read(Path(self._live.path))
-        if found is None:
+        if found is None or not found.is_whole:
             raise VerifyFailed(self._record.tags[0], [f"{self._live.path} is no state file"])
         await self._put_back()
         older = [path for path in self._live.older_files if path != self._live.path]
@@ -379,7 +390,7 @@ class LiveAttempt:
     def _is_complete(self, graph: BlockGraph) -> bool:
         """Whether the new snapshot is there: a state file of its name, and of the moment of the disks' snapshots."""
         file = read(Path(self._live.path))
-        if file is None or file.disk_tag != self._live.disk_tag:
+        if file is None or not file.is_whole or file.disk_tag != self._live.disk_tag:
             return False
         rows = [graph.nodes[node].tagged(file.disk_tag) for node in self._record.devices if node in graph.nodes]
         return bool(rows) and all(len(found) == 1 and found[0].vm_clock_ns == file.vm_clock_ns for found in rows)

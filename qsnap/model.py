@@ -253,6 +253,8 @@ class StateFile(Struct, frozen=True):
     vm_state_size: int
     date: datetime
     vm_clock_ns: int
+    is_whole: bool = True
+    """False: it is cut short. Where even what stands at its end is gone, size and clock are 0."""
 
 
 class Snapshot(Struct, frozen=True):

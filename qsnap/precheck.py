@@ -6,6 +6,7 @@ Each finding says what is wrong and how to cure it. All are collected; the first
 from __future__ import annotations
 
 import asyncio
+import shlex
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -46,11 +47,12 @@ _NEED_RESET = frozenset({RunState.SHUTDOWN, RunState.INTERNAL_ERROR})
 #: before 6.0 the other sentence, and query-status says "preconfig".
 _NO_MACHINE = ("permitted only after machine initialization", "isn't permitted in 'preconfig' state")
 #: Capabilities with which savevm fails or crashes QEMU, and the version from which they are harmless.
-#: multifd: seen to crash 7.2, refused since 10.2. mapped-ram: since 10.2 savevm can write it.
+#: multifd: seen to crash 7.2, refused since 10.2. mapped-ram: since 10.2 savevm can write it, but only a QEMU with it
+#: set loads that, and a QEMU that is started anew has it not; a live snapshot with it is never loaded (seen in 11.1).
 #: block: "Block migration and snapshots are incompatible"; it went in 9.1.
 _CAPABILITIES_REFUSED: dict[str, QemuVersion | None] = {
     "multifd": None,
-    "mapped-ram": QemuVersion(10, 2, 0),
+    "mapped-ram": None,
     "block": None,
 }
 
@@ -258,8 +260,19 @@ def _warning(code: str, message: str, cure: str = "", node: str | None = None) -
 
 
 def _tag_findings(tag: str | None) -> Iterator[Finding]:
-    if tag is not None and (problem := tag_problem(tag)):
+    if tag is None:
+        return
+    if problem := tag_problem(tag):
         yield _refusal("bad-tag", problem, "choose a tag of 1 to 255 bytes, without control characters")
+    elif snapshots.looks_like_id(tag):
+        yield _refusal(
+            "bad-tag",
+            f"the tag {tag!r} is a number: a load looks it up among the IDs that QEMU gives snapshots first, and would "
+            "bring back another one",
+            f"choose a tag with a letter: v{tag}",
+        )
+    elif suffix := next((end for end in snapshots.RESERVED_SUFFIXES if tag.endswith(end)), ""):
+        yield _refusal("bad-tag", f"tags that end with {suffix!r} are qsnap's own", "choose another tag")
 
 
 def runstate_findings(runstate: RunState) -> Iterator[Finding]:
@@ -329,13 +342,15 @@ def _migration_findings(migration: Migration, version: QemuVersion) -> Iterator[
         if harmless_since is None or version < harmless_since:
             yield _refusal(
                 "migration-capability",
-                f"the migration capability {capability} is set: with it a save fails, or QEMU crashes",
+                f"the migration capability {capability} is set: with it a save fails, QEMU crashes, or the snapshot "
+                "cannot be loaded",
                 f"switch it off: migrate_set_capability {capability} off",
             )
     if "x-ignore-shared" in migration.capabilities:
         yield _warning(
             "migration-capability",
-            "the migration capability x-ignore-shared is set: RAM in shared memory will not be in the snapshot",
+            "the migration capability x-ignore-shared is set: RAM in shared memory will not be in the snapshot, and it "
+            "will be loaded only while that is set",
             "switch it off: migrate_set_capability x-ignore-shared off",
         )
 
@@ -423,6 +438,13 @@ def _load_findings(graph: BlockGraph, snapshot: Snapshot, devices: Collection[st
             "",
             snapshot.vmstate,
         )
+    if snapshot.file is not None and not snapshot.file.is_whole:
+        yield _refusal(
+            "state-file",
+            f"{snapshot.tag!r}: its state file {snapshot.file.path} is cut short",
+            "restore it from a copy, or delete the snapshot",
+        )
+        return
     for problem in snapshot.problems:
         yield _refusal(
             "mixed-snapshot",
@@ -430,6 +452,15 @@ def _load_findings(graph: BlockGraph, snapshot: Snapshot, devices: Collection[st
             "delete the tag, or sort it out with the guest off: qemu-img snapshot -l IMAGE",
         )
     for name in devices:
+        # qcow2-snapshot.c: find_snapshot_by_id_or_name
+        if other := next((r for r in graph.nodes[name].snapshots if r.id == snapshot.disk_tag != r.tag), None):
+            yield _refusal(
+                "tag-is-an-id",
+                f"{name}: {snapshot.disk_tag!r} is the ID of snapshot {other.tag!r}, and QEMU looks for IDs first: it "
+                "would bring back the disk of that one",
+                f"if you can do without {other.tag!r}, delete it: qsnap delete {shlex.quote(other.tag)}",
+                name,
+            )
         if graph.nodes[name].dirty_bitmaps:
             yield _refusal(
                 "dirty-bitmaps",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
@@ -26,6 +27,8 @@ from qsnap.model import (
 STAND_IN_SUFFIX = ".qsnap-stand-in"
 #: What the second name of a tag ends with: a live save that replaces another is on the disks under that.
 SECOND_SUFFIX = ".qsnap-2"
+#: What no tag of a user's ends with.
+RESERVED_SUFFIXES = (STAND_IN_SUFFIX, SECOND_SUFFIX)
 
 
 def relevant_nodes(devices: Iterable[Device]) -> tuple[str, ...]:
@@ -104,6 +107,8 @@ def _gathered(
     moment = _moment if vmstate else _clock
     if others := sorted(node for node, row in first.items() if moment(row) != moment(main)):
         problems.append(f"{', '.join(others)}: made at another moment than the rest")
+    if file and not file.is_whole:
+        problems.append(f"its state file {file.path} is cut short")
     kind = Kind.FULL if vmstate else Kind.LIVE if file else Kind.DISK_ONLY
     return Snapshot(
         tag=tag,
@@ -130,7 +135,11 @@ def _without_disks(file: StateFile, names: Labels) -> Snapshot:
         vm_clock_ns=file.vm_clock_ns,
         vmstate=None,
         devices=(),
-        problems=("the disks' snapshots that belong to its state file are gone",),
+        problems=(
+            "the disks' snapshots that belong to its state file are gone"
+            if file.is_whole
+            else f"the state file {file.path} is cut short",
+        ),
         labels=names,
         file=file,
         disk_tag=file.disk_tag,
@@ -166,12 +175,14 @@ class Holding(NamedTuple):
 
 def holding(graph: BlockGraph, devices: Sequence[Device], tag: str, files: Iterable[StateFile]) -> Holding:
     """All that is there of *tag*, whole or not: what goes when it is deleted or replaced."""
-    names = (tag, f"{tag}{SECOND_SUFFIX}")
-    held = {name: holders(graph, devices, name) for name in names}
+    second = f"{tag}{SECOND_SUFFIX}"
+    held = {name: holders(graph, devices, name) for name in (tag, second)}
+    if any(row.vm_state_size for node in held[second] for row in graph.nodes[node].tagged(second)):
+        del held[second]  # it has a state of its own: somebody else's, who calls it so
     return Holding(
-        tags=tuple(name for name in names if held[name]),
+        tags=tuple(name for name, nodes in held.items() if nodes),
         nodes=tuple(node for node in relevant_nodes(devices) if any(node in nodes for nodes in held.values())),
-        files=tuple(file.path for file in files if file.disk_tag in names),
+        files=tuple(file.path for file in files if file.disk_tag in held),
     )
 
 
@@ -188,6 +199,14 @@ def save_problems(graph: BlockGraph, tag: str, vmstate: str, devices: Sequence[s
         elif name != vmstate and rows[0].vm_state_size != 0:
             problems.append(f"{name} holds a VM state that belongs on {vmstate}")
     return problems
+
+
+def looks_like_id(tag: str) -> bool:
+    """Whether a tag could be an ID in a snapshot table, where those are numbers from 1 on.
+
+    QEMU looks for the snapshot that it goes back to by ID first, and then by tag (qcow2-snapshot.c).
+    """
+    return bool(re.fullmatch(r"[1-9][0-9]*", tag, re.ASCII))
 
 
 def is_loadable(snapshot: Snapshot) -> bool:

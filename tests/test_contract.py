@@ -108,9 +108,10 @@ async def test_loading_what_is_not_there_fails_with_the_reason(monitor: Monitor)
     assert await monitor.settle() is None
 
 
-#: What a shell, HMP, a table or a file system might take for something else; "1" is the decoy's id.
+#: What a shell, HMP, a table or a file system might take for something else. (A number, which a load takes for an ID,
+#: is refused above the monitors.)
 TAGS = [
-    "a b", " a", 'quo"te', "back\\slash", "\\n", "-x", "--", "1", "ü", "日本語", "x;y", "%s%n", "'", "$(HOME)",
+    "a b", " a", 'quo"te', "back\\slash", "\\n", "-x", "--", "01", "ü", "日本語", "x;y", "%s%n", "'", "$(HOME)",
     "[b]", "a|b&c>d", "../a/b", "(qemu) x", "None", "5 MiB 2020-01-01 00:00:00 00:00:00.000", "x" * 255, "ü" * 127,
 ]  # fmt: skip
 

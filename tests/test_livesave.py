@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -644,3 +645,145 @@ async def test_disks_that_cannot_be_snapshotted_then(heavy: Guest, tmp_path: Pat
     heavy.assert_running()
     assert state_files(tmp_path) == []
     assert_settings_are_as_they_were(heavy)
+
+
+# State files that were touched by others, and neighbours
+
+
+def cut(path: Path, clusters: int) -> None:
+    os.truncate(path, max(0, path.stat().st_size - clusters * 65536) if clusters else 0)
+
+
+@pytest.mark.parametrize("clusters", [1, 2, 3, 20])
+def test_a_state_file_that_is_cut_short(heavy: Guest, tmp_path: Path, clusters: int) -> None:
+    """It is refused before the guest is touched, shown as what it is, and goes when it is deleted."""
+    cli("save", "--live", "good", monitor=heavy.address)
+    cli("save", "--live", "bad", monitor=heavy.address)
+    path = tmp_path / "disk0.bad.qsnap"
+    cut(path, clusters)
+    assert "cut short" in cli("list", "--json", monitor=heavy.address).out
+    before = heavy.wait_for_ticks(3)
+    cli("load", "bad", monitor=heavy.address, expect=6)
+    assert heavy.wait_for_ticks(3) > before
+    cli("load", "good", monitor=heavy.address)
+    assert_in_order(heavy)
+    cli("delete", "bad", monitor=heavy.address)
+    assert state_files(tmp_path) == ["disk0.good.qsnap"]
+    assert tags(tmp_path / "disk0") == ["good"]
+
+
+def test_a_state_file_that_qemu_finds_to_be_broken(heavy: Guest, tmp_path: Path) -> None:
+    """The load has begun: the guest is left stopped. But the next one can be loaded, in spite of the broken node."""
+    cli("save", "--live", "good", monitor=heavy.address)
+    cli("save", "--live", "bad", monitor=heavy.address)
+    with (tmp_path / "disk0.bad.qsnap").open("r+b") as file:
+        # The first L2 table of the snapshot: entries that lead nowhere
+        size = file.seek(0, os.SEEK_END)
+        for cluster in range(size // 65536 - 6, size // 65536 - 3):
+            file.seek(cluster * 65536)
+            if (data := file.read(65536)).count(b"\x80") < 100 and any(data):
+                file.seek(cluster * 65536)
+                file.write(b"\x7f\xff\xff\xff\xff\xff\xff\x01" * 8192)
+    run = cli("load", "bad", monitor=heavy.address, expect=None)
+    assert run.code in (6, 9, 20), run.err
+    listed = cli("list", "--json", monitor=heavy.address).json["snapshots"]
+    assert {one["tag"] for one in listed} >= {"good"}
+    cli("load", "good", "--running", monitor=heavy.address)
+    assert_in_order(heavy)
+    assert_settings_are_as_they_were(heavy)
+
+
+@pytest.mark.skipif(not IS_NEW, reason="the capability came with QEMU 9.0")
+def test_mapped_ram(heavy: Guest, tmp_path: Path) -> None:
+    """QEMU would save it, and never load it."""
+    heavy.qmp("migrate-set-capabilities", capabilities=[{"capability": "mapped-ram", "state": True}])
+    for how in (["--live"], ["--live=auto"], []):
+        error = cli("save", "t", *how, "--json", monitor=heavy.address, expect=6).error
+        assert "migration-capability" in {finding["code"] for finding in error["findings"]}
+    heavy.qmp("migrate-set-capabilities", capabilities=[{"capability": "mapped-ram", "state": False}])
+    assert_nothing_live_left(heavy, tmp_path)
+
+
+def test_tls_for_migrations(heavy: Guest, tmp_path: Path) -> None:
+    """It is meant for streams over a network, and would fail a live one into a file: told beforehand."""
+    heavy.qmp("object-add", qom_type="tls-creds-anon", id="tls0", endpoint="client")
+    heavy.qmp("migrate-set-parameters", tls_creds="tls0")
+    run = cli("save", "--live", "t", monitor=heavy.address, expect=5)
+    assert 'To make it so: migrate_set_parameter tls-creds ""' in run.err
+    assert "saved the ordinary way" in cli("save", "--live=auto", "t", monitor=heavy.address).err
+    assert tags(tmp_path / "disk0") == ["t"]
+    heavy.assert_running()
+
+
+def test_what_is_in_the_file_s_place_stays(heavy: Guest, tmp_path: Path) -> None:
+    """A file of the user's, or of another VM's, is not written over."""
+    place = tmp_path / "disk0.report.qsnap"
+    for make in (lambda: place.write_text("my report"), place.mkdir, lambda: place.symlink_to("/etc/passwd")):
+        make()
+        error = cli("save", "--live", "report", "--json", monitor=heavy.address, expect=6).error
+        assert [finding["code"] for finding in error["findings"] if finding["severity"] == "refuse"] == [
+            "state-file-taken"
+        ]
+        assert os.path.lexists(place)
+        place.rmdir() if place.is_dir() and not place.is_symlink() else place.unlink()
+    assert_nothing_live_left(heavy, tmp_path)
+
+
+def test_a_neighbour_whose_image_begins_alike(launch: Launch, tmp_path: Path) -> None:
+    """Whatever is done with the VM of image "vm", the live save of the VM of image "vm.data" goes on."""
+    guests = []
+    for name in ("vm", "vm.data"):
+        disk = make_heavy_disk(tmp_path / name)
+        guests.append(launch(*blockdev("disk0", disk), "-device", "virtio-blk,drive=disk0", memory="256"))
+    ours, theirs = guests
+    theirs.wait_for_ticks(5)
+    part = tmp_path / "vm.data.1x.qsnap-part"
+    process = start_cli("save", "--live", "1x", monitor=theirs.address)
+    until("it has begun", part.exists)
+    cli("save", "a", monitor=ours.address)
+    cli("recover", monitor=ours.address)
+    # The same name in the end, as VM "vm" with tag "data.1x"
+    run = cli("save", "--live", "data.1x", monitor=ours.address, expect=None)
+    assert finish(process).code == 0
+    assert run.code == 6, run.err
+    cli("save", "--live", "data.1x", monitor=ours.address, expect=6)
+    cli("load", "1x", monitor=theirs.address)
+    for guest in guests:
+        assert_in_order(guest)
+
+
+@pytest.mark.parametrize("how", ["copied", "moved", "renamed"])
+def test_images_and_their_state_files_elsewhere(launch: Launch, tmp_path: Path, how: str) -> None:
+    old, new = tmp_path / "old", tmp_path / "new"
+    old.mkdir()
+    guest = launch(*two_disks(old), memory="96")
+    guest.wait_for_ticks(ROUND)
+    cli("save", "--live", "a", monitor=guest.address)
+    guest.quit()
+    if how == "moved":
+        old.rename(new)
+    else:
+        shutil.copytree(old, new)
+    name = "other.img" if how == "renamed" else "disk0"
+    (new / "disk0").rename(new / name)
+    (new / "disk0.a.qsnap").rename(new / f"{name}.a.qsnap")
+    again = launch(*blockdev("disk0", new / name), "-device", "virtio-blk,drive=disk0",
+                   *blockdev("disk1", new / "disk1"), "-device", "virtio-blk,drive=disk1", memory="96")  # fmt: skip
+    again.wait_for_ticks(2)
+    (found,) = cli("list", "--json", monitor=again.address).json["snapshots"]
+    assert (found["tag"], found["kind"]) == ("a", "live")
+    cli("load", "a", monitor=again.address)
+    assert_in_order(again)
+    cli("delete", "a", monitor=again.address)
+    assert state_files(new) == []
+    if how == "copied":
+        assert state_files(old) == ["disk0.a.qsnap"], "the other VM's stays"
+
+
+def test_an_interrupt_is_told_of_once(big: Guest, tmp_path: Path) -> None:
+    process = start_cli("save", "--live", "t", monitor=big.address)
+    until_it_is_written(tmp_path)
+    process.send_signal(signal.SIGTERM)
+    run = finish(process)
+    assert run.code == 143
+    assert run.err.count("the guest is running") == 1, run.err

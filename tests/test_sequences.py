@@ -510,3 +510,37 @@ def test_list_and_show_for_people(guest: Guest) -> None:
     assert cli("list", "-q", monitor=guest.address).out == "first\nsecond one\n"
     shown = cli("show", "second one", monitor=guest.address).out
     assert f"on {holder}" in shown
+
+
+@both_monitors
+def test_a_tag_that_is_an_id(guest: Guest, tmp_path: Path) -> None:
+    """QEMU goes back to IDs first. Such a tag is not made, and one that others have made is not loaded wrongly."""
+    cli("save", "first", monitor=guest.address)
+    error = cli("save", "1", "--json", monitor=guest.address, expect=6).error
+    assert [(f["code"], f["cure"]) for f in error["findings"]] == [("bad-tag", "choose a tag with a letter: v1")]
+    guest.wait_for_ticks(45)
+    guest.qmp.hmp("savevm 1")
+    assert tags(tmp_path / "disk0.qcow2") == ["first", "1"]
+    before = guest.wait_for_ticks(45)
+    error = cli("load", "1", "--json", monitor=guest.address, expect=6).error
+    assert "'1' is the ID of snapshot 'first'" in error["findings"][0]["message"]
+    assert guest.wait_for_ticks(3) > before, "it was not touched"
+    # What stands in the way goes: then it is the one that is meant
+    cli("delete", "first", monitor=guest.address)
+    cli("load", "1", monitor=guest.address)
+    guest.wait_for_ticks(41)
+    guest.assert_running()
+    cli("delete", "1", monitor=guest.address)
+    assert tags(tmp_path / "disk0.qcow2") == []
+
+
+@pytest.mark.parametrize("ending", [".qsnap-2", ".qsnap-stand-in"])
+def test_tags_that_are_qsnap_s_own(guest: Guest, tmp_path: Path, ending: str) -> None:
+    """They are not made; and somebody else's of that name is none of ours when the other is replaced or deleted."""
+    assert "qsnap's own" in cli("save", f"b{ending}", monitor=guest.address, expect=6).err
+    guest.qmp.hmp("savevm b.qsnap-2")
+    cli("save", "b", monitor=guest.address)
+    cli("save", "b", monitor=guest.address)
+    assert sorted(tags(tmp_path / "disk0.qcow2")) == ["b", "b.qsnap-2"]
+    cli("delete", "b", monitor=guest.address)
+    assert tags(tmp_path / "disk0.qcow2") == ["b.qsnap-2"]

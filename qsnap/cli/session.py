@@ -177,10 +177,11 @@ def run_each(options: Options, action: Callable[[VM, Settings], Awaitable[_T]]) 
     async def each() -> list[Outcome[_T]]:
         try:
             return await asyncio.gather(*(one(title, meant) for title, meant in chosen))
-        except asyncio.CancelledError as cancelled:
+        except asyncio.CancelledError:
+            told = asyncio.CancelledError()
             for title, note in ended:
-                cancelled.add_note(f"{title}: {note}" if options.is_of_several else note)
-            raise
+                told.add_note(f"{title}: {note}" if options.is_of_several else note)
+            raise told from None
 
     return run_interruptibly(each())
 

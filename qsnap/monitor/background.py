@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, NamedTuple
@@ -90,6 +91,9 @@ class Background:
 
         It is asked by switching the capability on, and off again if it was off.
         """
+        parameters = await self._monitor.query(wire.MigrateParameters, "query-migrate-parameters")
+        if parameters.tls_creds:
+            return f"the migration parameter tls-creds is set ({parameters.tls_creds}), and a file speaks no TLS"
         before = await self.settings()
         try:
             await self.put_back({_CAPABILITY: 1})
@@ -180,13 +184,19 @@ class Background:
         added = await self._monitor.query(wire.AddedFile, "add-fd", {"opaque": PREFIX})
         return f"/dev/fdset/{added.fdset_id}"
 
+    async def _state_nodes(self) -> Sequence[str]:
+        """The names of our nodes. One whose image QEMU found to be broken makes it refuse to list any, and is named."""
+        try:
+            nodes = await self._monitor.query(list[wire.NodeName], "query-named-block-nodes", {"flat": True})
+        except CommandFailed as error:
+            return re.findall(rf"{PREFIX}-[0-9a-f]+", error.reason)
+        return [node.node_name for node in nodes if node.node_name.startswith(PREFIX)]
+
     async def tidy(self) -> None:
         """Take our nodes and files out of QEMU again; none there is no error."""
-        nodes = await self._monitor.query(list[wire.NodeName], "query-named-block-nodes", {"flat": True})
-        for node in nodes:
-            if node.node_name.startswith(PREFIX):
-                with suppress(CommandFailed):
-                    await self._monitor.execute("blockdev-del", {"node-name": node.node_name})
+        for name in await self._state_nodes():
+            with suppress(CommandFailed):
+                await self._monitor.execute("blockdev-del", {"node-name": name})
         for files in await self._monitor.query(list[wire.FileSet], "query-fdsets"):
             if any(file.opaque == PREFIX for file in files.fds):
                 with suppress(CommandFailed):

@@ -109,6 +109,7 @@ class MigrationInfo(Wire, frozen=True):
 
 class MigrateParameters(Wire, frozen=True):
     max_bandwidth: int = 0
+    tls_creds: str = ""
 
 
 class CapabilityStatus(Wire, frozen=True):

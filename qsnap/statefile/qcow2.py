@@ -172,15 +172,28 @@ def _header(content: Content, layout: _Layout) -> bytes:
 _EPOCH = datetime.fromtimestamp(0, UTC)
 
 
+def image_of(pread: Callable[[int, int], bytes]) -> str | None:
+    """The image that a state file says that it belongs to, which stands at its beginning; None where this is none."""
+    try:
+        fields, ours = _read_header(pread)
+        return None if ours is None or fields[0] != _MAGIC else str(json.loads(ours)["image"])
+    except (struct.error, ValueError, KeyError, TypeError, RecursionError):
+        return None
+
+
+def _read_header(pread: Callable[[int, int], bytes]) -> tuple[tuple[Any, ...], bytes | None]:
+    head = pread(CLUSTER, 0)
+    fields = _HEADER.unpack_from(head)
+    return fields, dict(_extensions(head, fields[-1])).get(_OURS)
+
+
 def content_of(pread: Callable[[int, int], bytes]) -> Content | None:
     """What a state file says that it holds; None where this is none of ours.
 
     :param pread: (bytes, offset) to those bytes of the file.
     """
-    head = pread(CLUSTER, 0)
     try:
-        fields = _HEADER.unpack_from(head)
-        ours = dict(_extensions(head, fields[-1])).get(_OURS)
+        fields, ours = _read_header(pread)
         if (fields[0], fields[1]) != (_MAGIC, 3) or ours is None or fields[11] != 1:
             return None
         # A name may have 255 bytes, and so may the id

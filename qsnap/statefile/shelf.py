@@ -10,12 +10,14 @@ disks may have the new one under a second name, TAG.qsnap-2: when the older one 
 
 from __future__ import annotations
 
+import fcntl
 import os
 import stat
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
+from datetime import UTC, datetime
 from pathlib import Path
-from urllib.parse import quote_from_bytes
+from urllib.parse import quote_from_bytes, unquote_to_bytes
 
 from qsnap import devices as rules
 from qsnap.errors import NotSupported
@@ -89,13 +91,16 @@ class Shelf:
         return tuple(file for file in found if self._is_ours(file, images))
 
     def remove_parts(self, graph: BlockGraph, devices: Iterable[Device]) -> None:
-        """Remove what live saves of this VM have left unfinished. None must be under way."""
+        """Remove what live saves of this VM have left unfinished. None must be under way.
+
+        Other VMs' images may begin like ours: what somebody is at work on stays.
+        """
         images = self._images(graph, devices)
         own = {f"{base}." for image in images for base in (image.name, _unique(image))}
         for path in self._listed(images, PART_SUFFIX):
             if any(map(path.name.startswith, own)):
                 with suppress(OSError):
-                    path.unlink()
+                    remove_unused(path)
 
     def _images(self, graph: BlockGraph, devices: Iterable[Device]) -> dict[Path, bool]:
         """What stands for each image, and whether it can be seen."""
@@ -111,12 +116,14 @@ class Shelf:
                 yield from sorted(path for path in directory.iterdir() if path.name.endswith(suffix))
 
     def _is_ours(self, file: StateFile, images: Iterable[Path]) -> bool:
-        """Whether a file is of one of our images; of one that was moved, if it lies beside one of the same name."""
-        image = Path(file.image)
-        if image in images:
-            return True
-        moved_here = any(image.name == other.name and other.parent == Path(file.path).parent for other in images)
-        return moved_here and not image.exists()
+        """Whether a file is of one of our images, by what it says, or by lying where one of that tag lies.
+
+        So it is found when it is moved or copied together with the image.
+        """
+        path, ending = Path(file.path), _ending(file.disk_tag)
+        return Path(file.image) in images or any(
+            path == image.with_name(_fitting(image.name + ending, SUFFIX)) for image in images
+        )
 
 
 #: That of a VM without state files, or where nobody wants to know.
@@ -147,23 +154,49 @@ def _fitting(name: str, suffix: str) -> str:
     return name + suffix
 
 
+def remove_unused(path: Path) -> bool:
+    """Remove a state file that is not complete, unless somebody is at work on it; whether it is gone.
+
+    Who is holds a lock on it (flock), and so does QEMU as long as it has it open.
+
+    :raise OSError: it cannot be removed.
+    """
+    try:
+        file = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except FileNotFoundError:
+        return True
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        path.unlink()
+    except BlockingIOError:
+        return False
+    finally:
+        os.close(file)
+    return True
+
+
 def read(path: Path) -> StateFile | None:
     """What lies there; None if it is no state file, or may not be read."""
     try:
         file = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
     except OSError:
         return None
+
+    def pread(size: int, offset: int) -> bytes:
+        return os.pread(file, size, offset)
+
     try:
         info = os.fstat(file)
         if not stat.S_ISREG(info.st_mode):
             return None
-        content = qcow2.content_of(lambda size, offset: os.pread(file, size, offset))
+        content = qcow2.content_of(pread)
+        image = content.image if content else qcow2.image_of(pread)
     except OSError:
         return None
     finally:
         os.close(file)
     if content is None:
-        return None
+        return _cut_short(path, info, image) if image is not None else None
     return StateFile(
         path=str(path),
         size=info.st_size,
@@ -172,4 +205,23 @@ def read(path: Path) -> StateFile | None:
         vm_state_size=content.vm_state_size,
         date=content.date,
         vm_clock_ns=content.vm_clock_ns,
+        is_whole=info.st_size >= qcow2.file_size(content.vm_state_size),
     )
+
+
+def _cut_short(path: Path, info: os.stat_result, image: str) -> StateFile | None:
+    """A state file that has lost its end, where the tag stands; its name tells that too, unless it was changed."""
+    for base in (Path(image).name, _unique(Path(image))):
+        if path.name.startswith(f"{base}."):
+            tag = os.fsdecode(unquote_to_bytes(path.name[len(base) + 1 : -len(SUFFIX)]))
+            return StateFile(
+                path=str(path),
+                size=info.st_size,
+                disk_tag=tag,
+                image=image,
+                vm_state_size=0,
+                date=datetime.fromtimestamp(info.st_mtime, UTC),
+                vm_clock_ns=0,
+                is_whole=False,
+            )
+    return None
