@@ -9,6 +9,7 @@ from __future__ import annotations
 import fcntl
 import os
 import re
+import stat
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -47,8 +48,9 @@ def check(path: Path) -> None:
 
     :raise BadUsage: there can be none, or a file that is not ours is there.
     """
-    if not path.parent.is_dir() or not os.access(path.parent, os.W_OK | os.X_OK):
-        raise BadUsage(f"no file of metrics can be made in {path.parent}; nothing was done")
+    place = path.resolve().parent
+    if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
+        raise BadUsage(f"no file of metrics can be made in {place}; nothing was done")
     _read(path)
 
 
@@ -60,6 +62,7 @@ def update(path: Path, labels: Mapping[str, str], values: Mapping[Metric, float]
     :raise BadUsage: the file there is not ours.
     """
     written = ",".join(f'{name}="{_escaped(value)}"' for name, value in labels.items())
+    path = path.resolve()  # a link leads to what is to be replaced
     try:
         with _alone(path.parent):
             figures = _read(path)
@@ -91,6 +94,8 @@ def _escaped(text: str) -> str:
 
 def _read(path: Path) -> dict[_Key, float]:
     try:
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise BadUsage(f"{path} is no regular file, so it is left alone")
         text = path.read_text()
     except FileNotFoundError:
         return {}

@@ -2,7 +2,7 @@
 
 There is no place for it in an image that QEMU has open. So it stands in a file beside the one that would hold the VM
 state, ``IMAGE.qsnap-notes``: move or copy it together with the images. (Where the image cannot be seen, it is in the
-directory for state files.) It is JSON, and small. A note belongs to the snapshot of its tag, date and VM clock: one of
+directory for state files.) It is JSON, and small. A note belongs to the snapshot of its tag and VM clock: one of
 the same tag that is made later has none of it. Notes of snapshots that are gone are left out when the file is next
 written.
 
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import os
 import shlex
+import stat
 import tempfile
 from collections.abc import Collection, Iterable, Sequence
 from contextlib import suppress
@@ -34,11 +35,14 @@ _VERSION = 1
 
 
 class Note(Struct, frozen=True):
-    """What is written down about one snapshot. The first three say which that is."""
+    """What is written down about one snapshot. Tag and clock say which that is.
+
+    The date does not: over a human monitor it is local time, and another one in another time zone.
+    """
 
     tag: str
     date: int
-    """Seconds since 1970."""
+    """Seconds since 1970; for people."""
     vm_clock_ms: int
     protected: bool = False
     description: str = ""
@@ -73,7 +77,7 @@ class Notes:
         """The note of a snapshot; one that says nothing where there is none."""
         wanted = blank(snapshot)
         for note in self._notes:
-            if (note.tag, note.date, note.vm_clock_ms) == (wanted.tag, wanted.date, wanted.vm_clock_ms):
+            if (note.tag, note.vm_clock_ms) == (wanted.tag, wanted.vm_clock_ms):
                 return note
         return wanted
 
@@ -85,13 +89,15 @@ class Notes:
         )
 
     def write(self, place: Path, changed: Collection[Note], present: Iterable[Snapshot]) -> None:
-        """Write down *changed* notes, and leave out those of snapshots that are not *present*.
+        """Write down *changed* notes, and leave out those of tags that are not *present*.
 
         :param place: the file for them, if there is none yet.
         :raise QsnapError: it cannot be written; what stood there stands.
         """
-        notes = {note.tag: note for note in map(self.of, present)} | {note.tag: note for note in changed}
-        kept = [note for note in notes.values() if note.says_something]
+        tags = {one.tag for one in present}
+        new = {(note.tag, note.vm_clock_ms) for note in changed}
+        old = [note for note in self._notes if note.tag in tags and (note.tag, note.vm_clock_ms) not in new]
+        kept = [note for note in (*old, *changed) if note.says_something]
         existing = [path for path in self._paths if path.exists()]
         for path in existing[1:]:
             _write(path, ())  # two images had one each
@@ -100,11 +106,11 @@ class Notes:
         self._notes = kept
 
     def forget(self, present: Collection[Snapshot]) -> None:
-        """Leave out the notes of snapshots that are not *present*.
+        """Leave out the notes of tags that are not *present*.
 
         :raise QsnapError: that cannot be written.
         """
-        if any(note not in map(self.of, present) for note in self._notes):
+        if {note.tag for note in self._notes} - {one.tag for one in present}:
             self.write(self._paths[0], (), present)
 
 
@@ -158,6 +164,8 @@ def checked_description(text: str) -> str:
 
 def _read(path: Path) -> Sequence[Note]:
     try:
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise QsnapError(f"the notes {path} cannot be read: that is no regular file; a snapshot may be protected")
         text = path.read_bytes()
     except FileNotFoundError:
         return ()
@@ -175,6 +183,7 @@ def _read(path: Path) -> Sequence[Note]:
 
 def _write(path: Path, notes: Sequence[Note]) -> None:
     """Replace the file by one that holds *notes*, and is whole at every instant; none for no notes."""
+    path = path.resolve()
     try:
         if not notes:
             path.unlink(missing_ok=True)

@@ -95,9 +95,14 @@ class GuestVM:
 
 
 def tag_of(nodeid: str) -> str:
-    """The tag under which the guest of a failed test is saved. A long one is cut, and told from others by a sum."""
-    name = re.sub(r"[^\w.\[\]-]+", "-", nodeid.removeprefix("tests/")).strip("-")
-    if len(name.encode()) > _ID_MAX:
+    """The tag under which the guest of a failed test is saved.
+
+    What is cut or cannot be told by its letters is told from others by a sum.
+    """
+    function, bracket, parameters = nodeid.removeprefix("tests/").partition("[")
+    clean = re.sub(r"[^\w.\[\]-]+", "-", parameters)
+    name = re.sub(r"[^\w.-]+", "-", function) + bracket + clean
+    if len(name.encode()) > _ID_MAX or clean != parameters:
         import hashlib
 
         digest = hashlib.sha256(nodeid.encode()).hexdigest()[:12]

@@ -412,6 +412,11 @@ class VM:
 
     @asynccontextmanager
     async def _claimed(self, operation: str, tags: tuple[str, ...], *, is_dry: bool = False) -> AsyncIterator[Journal]:
+        for tag in tags:
+            try:
+                tag.encode()
+            except UnicodeEncodeError:
+                raise BadUsage(f"the tag {tag!r} is not valid UTF-8") from None
         if is_dry:
             from qsnap.journal import Journal
 

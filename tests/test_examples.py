@@ -77,6 +77,9 @@ def test_the_shell_script(job: Job, guest: Guest, disk: Path) -> None:
     job.tests("exit 5")
     job.run(EXAMPLES / "job.sh", expect=5, JOB_ID="77")
     assert tags(disk) == ["provisioned", "failed-77"]
+    job.tests("kill -TERM $PPID")
+    job.run(EXAMPLES / "job.sh", expect=143, JOB_ID="78")
+    assert tags(disk) == ["provisioned", "failed-77", "failed-78"]
     guest.assert_running()
 
 
@@ -189,10 +192,14 @@ def test_the_service_fired(job: Job, guest: Guest, disk: Path, tmp_path: Path, u
     text = (units / "qsnap-save@web.service").read_text()
     settings = dict(re.findall(r"^(\w+)=(.*)$", text, re.M))
     environment = dict(pair.split("=", 1) for pair in shlex.split(settings["Environment"]))
+    environment = {name: value.replace("%i", "web") for name, value in environment.items()}
     environment["QSNAP_KEEP"] = "--keep-last 1"  # of /etc/qsnap/web.env
     command: list[str] = []
     for word in shlex.split(settings["ExecStart"]):
-        command += environment[word[1:]].split() if word.startswith("$") else [word.replace("%I", "web")]
+        if word.startswith("${"):
+            command.append(environment[word[2:-1]])
+        else:
+            command += environment[word[1:]].split() if word.startswith("$") else [word]
     for _ in range(3):
         out = job.run(*command, QSNAP_CONFIG=str(config), QSNAP_MONITOR="")
         assert out == ""

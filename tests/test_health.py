@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
+import signal
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -12,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from guest import Guest, cli, tags
+from guest import Guest, cli, finish, start_cli, tags, until
 from qsnap import metrics
 from qsnap.errors import BadUsage, QsnapError
 from qsnap.health import Level, judge
@@ -144,6 +147,42 @@ def test_a_file_that_is_not_ours_is_left_alone(guest: Guest, tmp_path: Path) -> 
     assert tags(tmp_path / "disk0.qcow2") == [], "looked at before the guest was touched"
 
 
+def test_what_is_no_regular_file_is_left_alone(guest: Guest, tmp_path: Path) -> None:
+    """Neither replaced, nor waited for."""
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
+    null = tmp_path / "null"
+    null.symlink_to("/dev/null")
+    for path in (fifo, null, tmp_path):
+        run = cli("save", "a", "--textfile", str(path), monitor=guest.address, expect=2)
+        assert "left alone" in run.err
+    assert not Path("/dev/null").is_file()
+    link, target = tmp_path / "link.prom", tmp_path / "target.prom"
+    link.symlink_to(target)
+    cli("save", "a", "--textfile", str(link), monitor=guest.address)
+    assert link.is_symlink()
+    assert figures(target)
+
+
+def catches(pid: int, signum: int) -> bool:
+    """Whether a process has a handler for a signal (proc(5), status)."""
+    (mask,) = re.findall(r"SigCgt:\s*(\w+)", Path(f"/proc/{pid}/status").read_text())
+    return bool(int(mask, 16) >> (signum - 1) & 1)
+
+
+def test_an_interrupted_save_has_failed(guest: Guest, tmp_path: Path) -> None:
+    path = tmp_path / "x.prom"
+    with socket.socket(socket.AF_UNIX) as other:  # it waits for the monitor
+        other.connect(guest.address)
+        assert other.recv(1)
+        process = start_cli("save", "a", "--textfile", str(path), "--lock-wait", "30", monitor=guest.address)
+        until("it handles signals", lambda: catches(process.pid, signal.SIGTERM))
+        process.send_signal(signal.SIGTERM)
+        run = finish(process)
+    assert run.code == 143, run.err
+    assert [value for name, value in figures(path).items() if "failures" in name] == [1]
+
+
 def test_metrics_of_several_writers(tmp_path: Path) -> None:
     path = tmp_path / "x.prom"
     names = [f'vm "{number}"\\' for number in range(8)]
@@ -222,6 +261,25 @@ def test_pings(guest: Guest, checks: Checks) -> None:
     assert checks.calls == []
 
 
+def test_a_server_that_speaks_something_else(guest: Guest) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def answer() -> None:
+            for _ in range(2):
+                connection, _ = server.accept()
+                with connection:
+                    connection.recv(1000)
+                    connection.sendall(b"SSH-2.0-nonsense\r\n")
+
+        thread = threading.Thread(target=answer)
+        thread.start()
+        url = f"http://127.0.0.1:{server.getsockname()[1]}/"
+        run = cli("save", "a", "-q", "--ping", url, monitor=guest.address)
+        thread.join(10)
+    assert run.err.count("warning: the health check") == 2
+    assert "Traceback" not in run.err
+
+
 @pytest.mark.parametrize("checks", [500], indirect=True)
 def test_a_check_that_fails_fails_nothing(guest: Guest, checks: Checks, tmp_path: Path) -> None:
     run = cli("save", "a", "--ping", checks.url, monitor=guest.address)
@@ -229,5 +287,5 @@ def test_a_check_that_fails_fails_nothing(guest: Guest, checks: Checks, tmp_path
     run = cli("save", "b", "--ping", "http://127.0.0.1:1/x", monitor=guest.address)
     assert "warning: the health check" in run.err
     assert tags(tmp_path / "disk0.qcow2") == ["a", "b"]
-    for url in ("", "file:///etc/passwd", "ftp://x/", "http://", "http://[x/", "http://a b/"):
+    for url in ("", "file:///etc/passwd", "ftp://x/", "http://", "http://[x/", "http://a b/", "http://a:b/"):
         assert "no URL" in cli("save", "c", "--ping", url, monitor=guest.address, expect=2).err

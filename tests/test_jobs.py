@@ -9,10 +9,11 @@ import sys
 import time
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from conftest import Launch
+from conftest import Intercept, Launch
 from guest import Guest, blockdev, both_monitors, cli, finish, make_boot_disk, start_cli, tags, until
 from qsnap.local import is_alive
 from qsnap.pytest_plugin import tag_of
@@ -154,6 +155,105 @@ def test_a_killed_command(guest: Guest, disk: Path, tmp_path: Path) -> None:
     assert tags(disk) == ["f"]
 
 
+@pytest.mark.parametrize("ticks", [0, 2, 5, 9])
+def test_a_signal_after_the_command(guest: Guest, disk: Path, tmp_path: Path, ticks: int) -> None:
+    """A job that is cancelled late: what is to be done after the command is done all the same."""
+    before = guest.wait_for_ticks(3)
+    script = f"touch {tmp_path}/up; until [ -e {tmp_path}/go ]; do sleep 0.01; done; exit 5"
+    process = start_cli("run", "--revert", "--save-on-fail", "f", "--", "sh", "-c", script, monitor=guest.address)
+    until("the command runs", (tmp_path / "up").exists)
+    guest.wait_for_ticks(45)
+    (tmp_path / "go").touch()
+    until("the command has ended", lambda: not children(process.pid))
+    if ticks:
+        guest.wait_for_ticks(ticks)
+    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGINT):
+        process.send_signal(signum)
+    assert finish(process).code == 5
+    assert_back_to(guest, before)
+    assert tags(disk) == ["f"]
+
+
+def children(pid: int) -> list[str]:
+    """The commands of its children."""
+    pids = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return [text for one in pids if "sh" in (text := Path(f"/proc/{one}/comm").read_text())]
+
+
+def test_a_signal_before_the_command(guest: Guest, disk: Path, tmp_path: Path, intercept: Intercept) -> None:
+    """It is not lost, wherever it comes: the command does not run, and nothing is left."""
+    sent: list[int] = []
+    process: list[subprocess.Popen[str]] = []
+
+    def end(message: dict[str, Any]) -> None:
+        if message.get("execute") == "query-status" and process and not sent:
+            sent.append(1)
+            process[0].send_signal(signal.SIGTERM)
+
+    proxy = intercept(guest, on_command=end)
+    ran = tmp_path / "ran"
+    process.append(start_cli("run", "--revert", "--", "touch", str(ran), monitor=proxy.address))
+    run = finish(process[0])
+    assert sent
+    assert run.code == 143, run.err
+    assert not ran.exists()
+    assert tags(disk) == []
+    guest.assert_running()
+
+
+def test_orphans_are_ended_with_the_command(guest: Guest, tmp_path: Path) -> None:
+    """What it has left behind must not hold the job's output open."""
+    script = f"(sleep 1000 & echo $! > {tmp_path}/a); setsid sleep 1000 & echo $! > {tmp_path}/b; wait"
+    began = time.monotonic()
+    cli("run", "--timeout", "2", "--", "sh", "-c", script, monitor=guest.address, expect=124)
+    assert time.monotonic() - began < 30, "the streams are closed"
+    for name in ("a", "b"):
+        assert not is_alive(int((tmp_path / name).read_text()))
+
+
+def test_what_ignores_sigterm_is_killed(guest: Guest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    script = f"trap '' TERM; echo $$ > {tmp_path}/a; while :; do sleep 1; done"
+    cli("run", "--timeout", "1", "--", "sh", "-c", script, monitor=guest.address, expect=124)
+    assert not is_alive(int((tmp_path / "a").read_text()))
+
+
+@pytest.mark.parametrize("tag", ["bad\ntag", "17", "kept"])
+def test_a_tag_that_cannot_be_saved_is_told_of_before(guest: Guest, disk: Path, tmp_path: Path, tag: str) -> None:
+    cli("save", "kept", monitor=guest.address)
+    cli("protect", "kept", monitor=guest.address)
+    ran = str(tmp_path / "ran")
+    cli("run", "--save-on-fail", tag, "--", "touch", ran, monitor=guest.address, expect=125)
+    if tag != "kept":
+        cli("ensure", tag, "--", "touch", ran, monitor=guest.address, expect=125)
+    assert not Path(ran).exists()
+    assert tags(disk) == ["kept"]
+
+
+def test_from_a_terminal(guest: Guest, disk: Path, tmp_path: Path) -> None:
+    """Ctrl-C reaches the command once, as the terminal sends it; and a kill of qsnap alone is passed on."""
+    import pty
+
+    script = f"trap 'echo caught >> {tmp_path}/caught; exit 9' INT; touch {tmp_path}/up; while :; do sleep 0.05; done"
+    for by_terminal in (True, False):
+        for name in ("up", "caught"):
+            (tmp_path / name).unlink(missing_ok=True)
+        pid, terminal = pty.fork()
+        if pid == 0:
+            os.environ["QSNAP_MONITOR"] = guest.address
+            os.execv(sys.executable, [sys.executable, "-m", "qsnap", "run", "--revert", "--", "sh", "-c", script])  # noqa: S606
+        until("the command runs", (tmp_path / "up").exists)
+        if by_terminal:
+            os.write(terminal, b"\x03")
+        else:
+            os.kill(pid, signal.SIGINT)
+        ended = until("its end", lambda p=pid: ((found := os.waitpid(p, os.WNOHANG))[0] and found) or None)  # type: ignore[misc]
+        os.close(terminal)
+        assert os.waitstatus_to_exitcode(ended[1]) == 9
+        assert (tmp_path / "caught").read_text() == "caught\n"
+        assert tags(disk) == []
+    guest.assert_running()
+
+
 def test_what_fails_afterwards_is_told(guest: Guest, disk: Path) -> None:
     """The command's own failure is not masked; its success is no success then."""
     cli("save", "clean", monitor=guest.address)
@@ -184,6 +284,20 @@ def test_ensure(guest: Guest, disk: Path, tmp_path: Path) -> None:
     assert (tmp_path / "runs").read_text() == "x\n", "once"
     assert tags(disk) == ["warm"]
     guest.assert_running()
+
+
+def test_two_jobs_at_once(guest: Guest, disk: Path, tmp_path: Path) -> None:
+    """Both provision the guest; the second is told so, and takes nothing away."""
+    script = f"touch {tmp_path}/up; until [ -e {tmp_path}/go ]; do sleep 0.01; done"
+    process = start_cli("ensure", "warm", "--", "sh", "-c", script, monitor=guest.address)
+    until("it runs", (tmp_path / "up").exists)
+    first = cli("ensure", "warm", "--", "true", monitor=guest.address)
+    assert "saved warm" in first.err
+    made = cli("list", "--json", monitor=guest.address).json["snapshots"]
+    (tmp_path / "go").touch()
+    run = finish(process)
+    assert (run.code, "already exists" in run.err) == (123, True), run.err
+    assert cli("list", "--json", monitor=guest.address).json["snapshots"] == made
 
 
 def test_ensure_saves_nothing_of_a_failure(guest: Guest, disk: Path) -> None:
@@ -283,7 +397,8 @@ def test_the_plugin_without_its_snapshot(guest: Guest, pytester: pytest.Pytester
 
 
 def test_tags_of_tests() -> None:
-    assert tag_of("tests/test_a.py::TestB::test_c[x y-1]") == "failed-test_a.py-TestB-test_c[x-y-1]"
+    assert tag_of("tests/test_a.py::TestB::test_c[x-1]") == "failed-test_a.py-TestB-test_c[x-1]"
+    assert len({tag_of(f"test_a.py::test_c[a{char}b]") for char in "- /:é\n"}) == 6
     long = [tag_of("tests/test_a.py::test[" + "é" * 300 + end) for end in "ab"]
     assert long[0] != long[1]
     assert all(len(tag.encode()) < 256 for tag in long)

@@ -87,6 +87,11 @@ def test_what_is_refused_changes_nothing(guest: Guest, disk: Path) -> None:
         ("prune", "--prefix", "nightly", "--keep-last", "-1"),
         ("prune", "--prefix", "nightly", "--keep-within", "7"),
         ("prune", "--prefix", "x" * 250, "--keep-last", "1"),
+        ("prune", "--prefix", "nightly", "--keep-tag", ""),
+        ("prune", "--prefix", "\udcff", "--keep-last", "1"),
+        ("save", "--prefix", "\udcff"),
+        ("delete", "\udcff"),
+        ("protect", "\udcff"),
         ("save", "--prefix", "nightly", "tag"),
         ("save", "--keep-last", "1"),
         ("save", "tag", "--keep-last", "1"),
@@ -216,6 +221,21 @@ def test_notes_survive_both_programs_and_are_of_one_snapshot(launch: Launch, tmp
     assert not Path(f"{image}.qsnap-notes").exists()
 
 
+def test_protection_holds_in_any_time_zone(guest: Guest, disk: Path) -> None:
+    """A human monitor tells dates in local time, and whose local time that is differs."""
+    cli("save", "a", "--description", "text", monitor=guest.address)
+    cli("save", "b", monitor=guest.address)
+    cli("protect", "a", monitor=guest.address)
+    for zone in ("America/New_York", "Asia/Kathmandu"):
+        cli("delete", "a", monitor=guest.hmp_address, env={"TZ": zone}, expect=6)
+        cli("describe", "b", zone, monitor=guest.hmp_address, env={"TZ": zone})
+    listed = cli("list", "--json", monitor=guest.address).json["snapshots"]
+    assert {one["tag"]: (one["protected"], one["description"]) for one in listed} == {
+        "a": (True, "text"),
+        "b": (False, "Asia/Kathmandu"),
+    }
+
+
 def test_notes_that_cannot_be_read(guest: Guest, disk: Path) -> None:
     """Nothing that may be protected is done away with; the rest goes on."""
     cli("save", "a", monitor=guest.address)
@@ -229,6 +249,9 @@ def test_notes_that_cannot_be_read(guest: Guest, disk: Path) -> None:
             assert "the notes" in cli(*command, monitor=guest.address, expect=1).err, command
         cli("load", "a", monitor=guest.address)
         assert notes.read_text() == text
+    notes.unlink()
+    os.mkfifo(notes)
+    cli("delete", "a", monitor=guest.address, expect=1)
     notes.unlink()
     cli("delete", "a", monitor=guest.address)
     guest.assert_running()
@@ -260,6 +283,9 @@ def test_several_vms(two: tuple[list[Guest], list[Path], Path]) -> None:
     env = {"QSNAP_CONFIG": str(config)}
     run = cli("save", "a", "--vm", "web", "--vm", "db", env=env)
     assert [line.partition(":")[0] for line in run.out.splitlines()] == ["web", "db"]
+    run = cli("save", "--prefix", "n", "--keep-last", "1", "--vm", "web", "--vm", "db", env=env)
+    assert [line.partition(":")[0] for line in run.out.splitlines()] == ["web", "db"], "one line each"
+    cli("prune", "--prefix", "n", "--allow-remove-all", "--vm", "web", "--vm", "db", env=env)
     assert [tags(image) for image in images] == [["a"], ["a"]]
     listed = cli("list", "--vm", "web", "--vm", "db", "--json", env=env).json["vms"]
     assert [(one["vm"], one["exit_code"], one["result"]["snapshots"][0]["tag"]) for one in listed] == [

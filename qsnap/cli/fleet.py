@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import signal
 import sys
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import redirect_stdout
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 from qsnap.cli.render import Renderer, document_of, write_json
 from qsnap.cli.session import Options, Outcome, run_each
 from qsnap.cli.text import printable
-from qsnap.errors import GuestLeftStopped, PartialFailure
+from qsnap.errors import GuestLeftStopped, Interrupted, PartialFailure
 
 if TYPE_CHECKING:
     from qsnap.config import Settings
@@ -53,7 +54,10 @@ def work(
     :return: what shows the results, and the exit code.
     :raise QsnapError: of a single VM, what went wrong with it.
     """
-    outcomes = [seen(outcome) for outcome in run_each(options, action)]
+    interrupt = Interrupted(signal.SIGINT)
+    outcomes = [
+        seen(outcome) for outcome in run_each(options, action, lambda title: seen(Outcome(title, error=interrupt)))
+    ]
     codes = [outcome.error.exit_code if outcome.error else manner.exit_code(outcome.result) for outcome in outcomes]
     renderer = options.renderer
     if options.is_of_several:
@@ -94,7 +98,8 @@ def _show_all(
 
 def _titled(title: str, text: str) -> str:
     """What was printed about one VM: a line begins with its name, a table stands below it."""
-    lines = text.splitlines()
-    if len(lines) <= 1:
-        return "".join(f"{title}: {line}\n" for line in lines)
+    first, *more = text.splitlines() or [""]
+    if all(line.startswith("  ") for line in more):
+        # What else there is to say of a result stands in the same line
+        return f"{title}: {'; '.join([first, *(line.strip() for line in more)])}\n" if first else ""
     return f"{title}:\n{text}\n"

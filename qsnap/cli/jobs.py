@@ -11,10 +11,10 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout, suppress
 from datetime import datetime
-from types import FrameType
+from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 import click
@@ -25,6 +25,8 @@ from qsnap.cli.text import printable
 from qsnap.errors import BadUsage, Interrupted, QsnapError, SnapshotNotFound
 
 if TYPE_CHECKING:
+    import psutil
+
     from qsnap.choice import Target
     from qsnap.cli.session import Options
     from qsnap.config import Settings
@@ -92,24 +94,31 @@ def run(
         raise BadUsage("--revert and --revert-to exclude each other")
     job = _Job(options, exclude)
     tag = revert_to
-    with _signals_kept():
+    with _signals_noted() as noted:
         try:
             was_running = job.step(lambda vm, _: _is_running(vm))
             if revert_to is not None:
                 job.step(lambda vm, settings: _loadable(vm, revert_to, job.excluded(settings)))
+            if save_on_fail is not None:
+                job.save(save_on_fail, dry_run=True)
             if revert:
                 tag = f"qsnap-run-{datetime.now().astimezone():%Y%m%dT%H%M%S}-{os.getpid()}"
                 job.save(tag)
         except QsnapError as error:
             return _not_run(error)
-        code = _executed(command, options.timeout_s)
         troubles: list[QsnapError] = []
+        job.obeys_signals = False  # what is to be done after the command is done whatever comes
+        if noted:
+            if revert:
+                job.attempt(troubles, lambda: job.delete(tag or ""))
+            return _not_run(Interrupted(noted[0]))
+        code = _executed(command, options.timeout_s)
         if code and save_on_fail is not None:
             job.attempt(troubles, lambda: job.save(save_on_fail))
         if tag is not None:
-            job.attempt(troubles, lambda: job.load(tag, running=was_running if revert else None))
-        if revert and not troubles:
-            job.attempt(troubles, lambda: job.step(lambda vm, _: vm.delete(tag or "", missing_ok=True)))
+            was_loaded = job.attempt(troubles, lambda: job.load(tag, running=was_running if revert else None))
+            if revert and was_loaded:
+                job.attempt(troubles, lambda: job.delete(tag))
         return code or (FAILED_AFTER if troubles else 0)
 
 
@@ -125,19 +134,24 @@ def ensure(options: Options, tag: str, exclude: tuple[str, ...], command: tuple[
     cannot be loaded, because it is not whole, is made anew.
     """
     job = _Job(options, exclude)
-    with _signals_kept():
+    with _signals_noted() as noted:
         try:
-            found = job.step(lambda vm, settings: _found(vm, tag, job.excluded(settings)))
+            found, is_there = job.step(lambda vm, settings: _found(vm, tag, job.excluded(settings)))
             if found:
                 job.load(tag)
                 return 0
+            job.save(tag, dry_run=True)
         except QsnapError as error:
             return _not_run(error)
+        if noted:
+            return _not_run(Interrupted(noted[0]))
+        job.obeys_signals = False
         if code := _executed(command, options.timeout_s):
             _say(f"the command failed ({code}), so {tag!r} was not saved")
             return code
         troubles: list[QsnapError] = []
-        job.attempt(troubles, lambda: job.save(tag))
+        # One that is there now and was not before is another job's: this guest was provisioned by both
+        job.attempt(troubles, lambda: job.save(tag, replace=is_there))
         return FAILED_AFTER if troubles else 0
 
 
@@ -148,6 +162,7 @@ class _Job:
         self._options = options
         self._exclude = exclude
         self._meant: Target | None = None
+        self.obeys_signals = True
 
     def excluded(self, settings: Settings) -> tuple[str, ...]:
         """The devices that are left out."""
@@ -163,31 +178,43 @@ class _Job:
         if self._meant is None:
             self._meant = chosen(self._options)
         try:
-            return run_on(self._options, self._meant, action)
+            return run_on(self._options, self._meant, action, obeys_signals=self.obeys_signals)
         finally:
             # The command may start it anew: then it is another process at the same address
             self._meant = self._meant._replace(pid=None)
-            _keep_signals()
+            _note_signals()
 
-    def attempt(self, troubles: list[QsnapError], deed: Callable[[], object]) -> None:
-        """Do what is to be done whatever went wrong before; say what goes wrong."""
+    def attempt(self, troubles: list[QsnapError], deed: Callable[[], object]) -> bool:
+        """Do what is to be done whatever went wrong before, and say what goes wrong; whether it went well."""
         try:
             deed()
         except QsnapError as error:
             troubles.append(error)
             _say(str(error))
+            return False
+        return True
 
-    def save(self, tag: str) -> None:
-        """Save the guest, as the config file says."""
+    def save(self, tag: str, *, replace: bool = True, dry_run: bool = False) -> None:
+        """Save the guest, as the config file says; or find out whether that could be done now."""
 
         async def save(vm: VM, settings: Settings) -> SaveResult:
             return await vm.save(
-                tag, vmstate=settings.vmstate, exclude=self.excluded(settings), live=settings.live or False
+                tag,
+                replace=replace,
+                vmstate=settings.vmstate,
+                exclude=self.excluded(settings),
+                live=settings.live or False,
+                dry_run=dry_run,
             )
 
         result = self.step(save)
-        with redirect_stdout(sys.stderr):
-            self._options.renderer.save(result)
+        if not dry_run:
+            with redirect_stdout(sys.stderr):
+                self._options.renderer.save(result)
+
+    def delete(self, tag: str) -> None:
+        """Delete the temporary snapshot; the command may have done so."""
+        self.step(lambda vm, _: vm.delete(tag, missing_ok=True))
 
     def load(self, tag: str, *, running: bool | None = None) -> None:
         """Put the guest back."""
@@ -206,22 +233,22 @@ async def _is_running(vm: VM) -> bool:
     return (await vm.status()).runstate is RunState.RUNNING
 
 
-async def _found(vm: VM, tag: str, left_out: Sequence[str]) -> Snapshot | None:
-    """The snapshot of that tag, if it can be loaded."""
+async def _found(vm: VM, tag: str, left_out: Sequence[str]) -> tuple[Snapshot | None, bool]:
+    """The snapshot of that tag, if it can be loaded; and whether there is anything of that tag."""
     from qsnap.health import is_sound
 
     named = [one for one in await vm.list() if one.tag == tag]
     if not named:
-        return None
+        return None, False
     nodes = (await vm.check(exclude=left_out)).excluded if left_out else ()
     if sound := next((one for one in named if is_sound(one, nodes)), None):
-        return sound
+        return sound, True
     _say(f"snapshot {tag!r} is {named[0].kind}, and cannot be loaded")
-    return None
+    return None, True
 
 
 async def _loadable(vm: VM, tag: str, left_out: Sequence[str]) -> Snapshot:
-    found = await _found(vm, tag, left_out)
+    found, _ = await _found(vm, tag, left_out)
     if found is None:
         raise SnapshotNotFound(tag, f"there is no snapshot {tag!r} that can be loaded")
     return found
@@ -237,89 +264,109 @@ def _say(text: str) -> None:
 
 
 def _executed(command: Sequence[str], timeout_s: float | None) -> int:
-    """Run the command to its end, with our streams, and pass signals on to it; its exit code, as a shell has it."""
+    """Run the command to its end, with our streams, and pass signals on to it; its exit code, as a shell has it.
+
+    Signals are held back and looked at one by one: what a terminal sends (Ctrl-C) reaches the command by itself.
+    """
     with suppress(OSError, ValueError):
         signal.signal(signal.SIGTSTP, signal.SIG_DFL)  # what is ignored here would be there
-    running: list[subprocess.Popen[bytes]] = []
-    early: list[int] = []
-
-    def pass_on(signum: int, _: FrameType | None) -> None:
-        if not running:
-            early.append(signum)
-        # Ctrl-C reaches it by itself
-        elif not (signum in (signal.SIGINT, signal.SIGQUIT) and _is_in_foreground()):
-            with suppress(ProcessLookupError):
-                running[0].send_signal(signum)
-
-    for signum in _PASSED_ON:
-        if signal.getsignal(signum) is not signal.SIG_IGN:
-            signal.signal(signum, pass_on)
+    passed_on = {signum for signum in _PASSED_ON if signal.getsignal(signum) is not signal.SIG_IGN}
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, passed_on | {signal.SIGCHLD})
+    _adopt_orphans()
+    ours = _children()
+    deadline = None if timeout_s is None else time.monotonic() + timeout_s
     try:
-        process = subprocess.Popen(command)
-        running.append(process)
-        for received in early:
-            process.send_signal(received)
-        code = process.wait(timeout_s)
+        process = subprocess.Popen(command, preexec_fn=lambda: signal.pthread_sigmask(signal.SIG_SETMASK, before))
+        while (code := process.poll()) is None:
+            left_s = 3600.0 if deadline is None else deadline - time.monotonic()
+            if left_s <= 0:
+                _say(f"the command was not done within {timeout_s:g} s; it is ended")
+                _end(process, ours)
+                return TIMED_OUT
+            came = signal.sigtimedwait(passed_on | {signal.SIGCHLD}, left_s)
+            # sigaction(2): si_code is above 0 for what the kernel sends
+            if came is not None and came.si_signo != signal.SIGCHLD and came.si_code <= 0:
+                process.send_signal(came.si_signo)
     except FileNotFoundError:
         _say(f"{command[0]}: not found")
         return NOT_FOUND
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, subprocess.SubprocessError) as error:
         _say(f"{command[0]}: {getattr(error, 'strerror', None) or error}")
         return NOT_EXECUTABLE
-    except subprocess.TimeoutExpired:
-        _say(f"the command was not done within {timeout_s:g} s; it is ended")
-        _end(process)
-        return TIMED_OUT
     finally:
-        _keep_signals()
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
     return code if code >= 0 else 128 - code
 
 
-def _is_in_foreground() -> bool:
-    """Whether a terminal sends its signals to us, and so to the command too."""
-    try:
-        with open("/dev/tty") as terminal:  # noqa: PTH123 (a device)
-            return os.tcgetpgrp(terminal.fileno()) == os.getpgrp()
-    except OSError:
-        return False
+def _adopt_orphans() -> None:
+    """Become the parent of what the command starts and leaves behind, so that it can be ended with it (prctl(2))."""
+    import ctypes
+
+    set_child_subreaper = 36
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(set_child_subreaper, 1, 0, 0, 0)
 
 
-def _end(process: subprocess.Popen[bytes]) -> None:
-    """End a command and all that it has started: by SIGTERM, and what is left after a while by SIGKILL."""
+def _children() -> set[int]:
+    """Our own processes that are there before the command is: guards that have not ended yet."""
+    with suppress(OSError, ValueError):
+        return set(map(int, Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()))
+    return set()
+
+
+def _end(process: subprocess.Popen[bytes], ours: Collection[int]) -> None:
+    """End a command and all that it has started: by SIGTERM, and what is left after a while by SIGKILL.
+
+    :param ours: processes that are not the command's.
+    """
     import psutil
 
-    all_of_it = []
-    with suppress(psutil.Error):
-        root = psutil.Process(process.pid)
-        all_of_it = [root, *root.children(recursive=True)]
-    for one in all_of_it:
-        with suppress(psutil.Error):
-            one.terminate()
+    ourselves = psutil.Process()
     deadline = time.monotonic() + GRACE_S
-    _, alive = psutil.wait_procs([one for one in all_of_it if one.pid != process.pid], timeout=0)
-    with suppress(subprocess.TimeoutExpired):
-        process.wait(max(0.0, deadline - time.monotonic()))
-    _, alive = psutil.wait_procs(alive, timeout=max(0.0, deadline - time.monotonic()))
-    for one in alive:
-        with suppress(psutil.Error):
-            one.kill()
-    process.kill()
-    process.wait()
+    told: set[int] = set()
+    while True:
+        # Looked at again and again: what is ended may start something, or leave it behind
+        found = [one for one in ourselves.children(recursive=True) if one.pid not in ours and not _is_zombie(one)]
+        if process.poll() is not None and not found:
+            return
+        is_over = time.monotonic() > deadline
+        for one in found:
+            with suppress(psutil.Error):
+                if is_over:
+                    one.kill()
+                elif one.pid not in told:
+                    one.terminate()
+            told.add(one.pid)
+        time.sleep(0.02)  # a poll with a deadline
 
 
-def _keep_signals() -> None:
-    """See that no signal ends us between two steps: what is to be done after a command is done."""
+def _is_zombie(process: psutil.Process) -> bool:
+    import psutil
+
+    try:
+        return bool(process.status() == psutil.STATUS_ZOMBIE)
+    except psutil.Error:
+        return True
+
+
+_noted: list[int] = []
+
+
+def _note_signals() -> None:
+    """See that no signal ends us between two steps, and that it is known that one came."""
     for signum in _PASSED_ON[:3]:
         if signal.getsignal(signum) is not signal.SIG_IGN:
-            signal.signal(signum, lambda *_: None)
+            signal.signal(signum, lambda received, _: _noted.append(received))
 
 
 @contextmanager
-def _signals_kept() -> Iterator[None]:
+def _signals_noted() -> Iterator[list[int]]:
+    """Note signals for the duration of a block, in what it is given."""
     before = {signum: signal.getsignal(signum) for signum in _PASSED_ON}
-    _keep_signals()
+    _noted.clear()
+    _note_signals()
     try:
-        yield
+        yield _noted
     finally:
         for signum, handler in before.items():
             signal.signal(signum, handler)

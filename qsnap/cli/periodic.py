@@ -92,6 +92,8 @@ def policy_of(options: dict[str, Any]) -> Policy:
             counts[name] = retention.parse_count(text)
         if (text := options[f"keep_within_{name}"]) is not None:
             within[name] = retention.Duration.parse(text)
+    if not all(options["keep_tag"]):
+        raise BadUsage("--keep-tag '' is no pattern: no tag is empty")
     return retention.Policy(
         last=retention.parse_count(options["keep_last"] or "0"),
         counts=counts,

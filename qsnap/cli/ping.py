@@ -24,6 +24,7 @@ def checked(url: str) -> str:
     """
     try:
         parts = urlsplit(url)
+        parts.port  # noqa: B018 (raises for one that is no number)
     except ValueError as error:
         raise BadUsage(f"{url!r} is no URL: {error}") from error
     if parts.scheme not in ("http", "https") or not parts.hostname or not url.isprintable() or " " in url:
@@ -61,7 +62,12 @@ def _begun(url: str, what: str, message: str) -> threading.Thread:
 
 def _ended(start: threading.Thread, url: str, what: str, message: str) -> None:
     start.join(TIMEOUT_S)
-    _begun(url, what, message).join(TIMEOUT_S + 1)  # a name server can hold it up longer than its own limit
+    end = _begun(url, what, message)
+    end.join(
+        TIMEOUT_S + 1
+    )  # a name server, or one that answers a byte at a time, holds it up longer than its own limit
+    if end.is_alive():
+        _warn(url, "it has not answered in time")
 
 
 def _call(url: str, what: str, message: str) -> None:
@@ -74,6 +80,10 @@ def _call(url: str, what: str, message: str) -> None:
         request = Request(urlunsplit(parts._replace(path=path)), data=body)  # noqa: S310 (see checked)
         with urlopen(request, timeout=TIMEOUT_S):  # noqa: S310
             pass
-    except (OSError, ValueError) as error:
-        text = f"warning: the health check at {parts.hostname} was not reached: {error}"
-        sys.stderr.write(printable(text[:500]) + "\n")
+    except Exception as error:  # noqa: BLE001 (whatever a library makes of whatever a server sends)
+        _warn(url, str(error) or type(error).__name__)
+
+
+def _warn(url: str, why: str) -> None:
+    text = f"warning: the health check at {urlsplit(url).hostname} was not reached: {why}"
+    sys.stderr.write(printable(text[:500]) + "\n")

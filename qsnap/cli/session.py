@@ -136,19 +136,27 @@ def chosen(options: Options) -> Target:
     return meant
 
 
-def run_on(options: Options, meant: Target, action: Callable[[VM, Settings], Awaitable[_T]]) -> _T:
+def run_on(
+    options: Options, meant: Target, action: Callable[[VM, Settings], Awaitable[_T]], *, obeys_signals: bool = True
+) -> _T:
     """Connect to a VM that was chosen, do *action*, and return what it returns.
 
     :param action: is given the VM, and the defaults that the config file has for it.
+    :param obeys_signals: False goes on to the end, and only says that it does.
     :raise Interrupted: by a signal; the guest was resumed.
     """
-    return run_interruptibly(_connected(options, meant, action))
+    return run_interruptibly(_connected(options, meant, action), obeys_signals=obeys_signals)
 
 
-def run_each(options: Options, action: Callable[[VM, Settings], Awaitable[_T]]) -> list[Outcome[_T]]:
+def run_each(
+    options: Options,
+    action: Callable[[VM, Settings], Awaitable[_T]],
+    interrupted: Callable[[str], object] = lambda _: None,
+) -> list[Outcome[_T]]:
     """Do *action* with each VM that is meant, one or several, at ``options.jobs`` of them at once.
 
     :param action: is given the VM, and the defaults that the config file has for it.
+    :param interrupted: is given the title of each that a signal has kept from being done.
     :raise BadUsage: the options that choose the VMs contradict each other.
     :raise Interrupted: by a signal; the guests were resumed.
     """
@@ -162,16 +170,17 @@ def run_each(options: Options, action: Callable[[VM, Settings], Awaitable[_T]]) 
     async def one(title: str, meant: Target | QsnapError) -> Outcome[_T]:
         if isinstance(meant, QsnapError):
             return Outcome(title, error=meant)
-        async with turns:
-            try:
+        try:
+            async with turns:
                 outcome = Outcome(title, result=await _connected(options, meant, action))
-                ended.append((title, "done"))
-            except QsnapError as error:
-                outcome = Outcome(title, error=error)
-                ended.append((title, str(error)))
-            except asyncio.CancelledError as cancelled:
-                ended.extend((title, note) for note in getattr(cancelled, "__notes__", ()))
-                raise
+            ended.append((title, "done"))
+        except QsnapError as error:
+            outcome = Outcome(title, error=error)
+            ended.append((title, str(error)))
+        except asyncio.CancelledError as cancelled:
+            ended.extend((title, note) for note in getattr(cancelled, "__notes__", ()))
+            interrupted(title)
+            raise
         return outcome
 
     async def each() -> list[Outcome[_T]]:
@@ -223,9 +232,10 @@ def _first(*values: _V | None) -> _V | None:
     return next((value for value in values if value is not None), None)
 
 
-def run_interruptibly(work: Awaitable[_T]) -> _T:
+def run_interruptibly(work: Awaitable[_T], *, obeys_signals: bool = True) -> _T:
     """Run *work* on a loop of its own; a signal cancels it, and it then ends in its own time.
 
+    :param obeys_signals: False lets it go on.
     :raise Interrupted: a signal came; *work* has cleared up.
     """
 
@@ -238,7 +248,7 @@ def run_interruptibly(work: Awaitable[_T]) -> _T:
     async def main() -> _T:
         task = asyncio.ensure_future(work)
         received: list[int] = []
-        with _signals_handled(task, received):
+        with _signals_handled(task, received, obeys_signals):
             try:
                 return await task
             except asyncio.CancelledError as cancelled:
@@ -251,12 +261,14 @@ def run_interruptibly(work: Awaitable[_T]) -> _T:
 
 
 @contextmanager
-def _signals_handled(task: asyncio.Future[_T], received: list[int]) -> Iterator[None]:
+def _signals_handled(task: asyncio.Future[_T], received: list[int], obeys: bool) -> Iterator[None]:
     loop = asyncio.get_running_loop()
 
     def handle(signum: int) -> None:
         received.append(signum)
-        if len(received) == 1:
+        if not obeys:
+            sys.stderr.write("qsnap: putting things in order first; Ctrl-\\ (SIGQUIT) ends qsnap at once\n")
+        elif len(received) == 1:
             task.cancel()
         else:
             sys.stderr.write("qsnap: waiting for QEMU to answer, so that the guest can be resumed\n")
