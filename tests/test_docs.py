@@ -65,7 +65,10 @@ def test_options_in_the_readme_exist() -> None:
 def test_which_commands_take_the_common_options(name: str) -> None:
     of_output = {"--json", "--quiet", "--verbose", "--config"}
     of_vm = {"--monitor", "--vm", "--timeout", "--lock-wait", "--state-dir", "--all", "--jobs"}
-    taken = {"vms": of_output, "completion": set(), "demo": set()}.get(name, of_output | of_vm)
+    of_one = of_output | of_vm - {"--all", "--jobs"}
+    taken = {"vms": of_output, "completion": set(), "demo": set(), "run": of_one, "ensure": of_one}.get(
+        name, of_output | of_vm
+    )
     assert options_of(cli.commands[name]) & (of_output | of_vm) == taken
     table = README.split("### In scripts\n\n")[1].split("\n\n")[1]
     assert set(re.findall(r"`(--[a-z-]+)", table)) == of_output | of_vm

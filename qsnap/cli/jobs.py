@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, TypeVar
 import click
 
 from qsnap.cli import options as given
-from qsnap.cli.options import common_options, completes, excluded
+from qsnap.cli.options import completes, excluded, one_vm_options
 from qsnap.cli.text import printable
 from qsnap.errors import BadUsage, Interrupted, QsnapError, SnapshotNotFound
 
@@ -74,7 +74,7 @@ _command = click.argument("command", metavar="-- COMMAND...", nargs=-1, required
     "--save-on-fail", metavar="TAG", help="If the command fails, save the guest as TAG, before it is put back."
 )
 @given.exclude
-@common_options
+@one_vm_options
 @_command
 def run(
     options: Options,
@@ -125,7 +125,7 @@ def run(
 @click.command(epilog=_EXITS)
 @given.tag
 @given.exclude
-@common_options
+@one_vm_options
 @_command
 def ensure(options: Options, tag: str, exclude: tuple[str, ...], command: tuple[str, ...]) -> int:
     """Load snapshot TAG; if there is none, run a command that provisions the guest, and save TAG.

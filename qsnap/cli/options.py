@@ -106,14 +106,6 @@ _vm_options = (
         help="The VM: a name of the config file, QEMU's -name, its pid or UUID. See: qsnap vms. "
         "Without -m and --vm: the only VM that runs. May be repeated.",
     ),
-    click.option("--all", "all_vms", is_flag=True, help="All VMs of yours that run and have a monitor."),
-    click.option(
-        "--jobs",
-        type=click.IntRange(1, 64),
-        default=2,
-        metavar="N",
-        help="Of several VMs, work on so many at once. Default: 2, as they share disks.",
-    ),
     click.option(
         "--timeout",
         "timeout_s",
@@ -133,6 +125,18 @@ _vm_options = (
         metavar="DIR",
         shell_complete=completes("directories"),
         help="Where the state files of live saves lie. Default: beside the images.",
+    ),
+)
+
+
+_several_options = (
+    click.option("--all", "all_vms", is_flag=True, help="All VMs of yours that run and have a monitor."),
+    click.option(
+        "--jobs",
+        type=click.IntRange(1, 64),
+        default=2,
+        metavar="N",
+        help="Of several VMs, work on so many at once. Default: 2, as they share disks.",
     ),
 )
 
@@ -167,7 +171,9 @@ def options_of(context: click.Context) -> Options:
     return Options(**common)
 
 
-common_options = takes(*_vm_options, *output_options)
+common_options = takes(*_vm_options, *_several_options, *output_options)
+#: Of a command that is about one VM.
+one_vm_options = takes(*_vm_options, *output_options)
 
 
 tag = click.argument("tag", shell_complete=completes("tags"))
