@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Awaitable, Callable, Collection, Iterator, Sequence
@@ -25,6 +24,8 @@ from qsnap.cli.text import printable
 from qsnap.errors import BadUsage, Interrupted, QsnapError, SnapshotNotFound
 
 if TYPE_CHECKING:
+    import subprocess
+
     import psutil
 
     from qsnap.choice import Target
@@ -268,6 +269,8 @@ def _executed(command: Sequence[str], timeout_s: float | None) -> int:
 
     Signals are held back and looked at one by one: what a terminal sends (Ctrl-C) reaches the command by itself.
     """
+    import subprocess
+
     with suppress(OSError, ValueError):
         signal.signal(signal.SIGTSTP, signal.SIG_DFL)  # what is ignored here would be there
     passed_on = {signum for signum in _PASSED_ON if signal.getsignal(signum) is not signal.SIG_IGN}
