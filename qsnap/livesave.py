@@ -414,9 +414,12 @@ class LiveAttempt:
         return "nothing of it is left" + (f"; the older snapshot {tag!r} is as it was" if replaced else "")
 
     def remove_part(self) -> None:
-        """Remove the state file that is not complete."""
+        """Remove the state file that is not complete, and give its room back at once: QEMU may have it open still."""
+        part = Path(self._live.part)
         with suppress(OSError):
-            Path(self._live.part).unlink()
+            os.truncate(part, 0)
+        with suppress(OSError):
+            part.unlink()
 
     async def clear_up(self, failure: BaseException) -> None:
         """Undo the save after *failure*, and say there how things stand.
