@@ -57,6 +57,9 @@ _CAPABILITIES_REFUSED: dict[str, QemuVersion | None] = {
 }
 
 
+#: From here on a load after a migration that failed fails midway, with the disks reverted already (seen in 10.0 and
+#: 11.1; 7.2 loads).
+_LOADS_AFTER_A_FAILURE_UNTIL = QemuVersion(9, 0, 0)
 #: From here on nvme can be saved; and QEMU crashes in it where a controller has no drive of its own (seen in 11.1).
 _NVME_IS_SAVED = QemuVersion(11, 0, 0)
 
@@ -191,6 +194,7 @@ async def plan_load(monitor: Monitor, tag: str, *, shelf: Shelf, exclude: Collec
         *runstate_findings(runstate),
         *_migration_findings(migration, monitor.version),
         *_background_findings(migration),
+        *_failure_findings(migration, monitor.version),
         *_device_findings_for_load(survey, exclude_all if monitor.chooses_devices else ""),
         *_reset_findings(runstate),
         *_load_findings(graph, snapshot, devices),
@@ -352,6 +356,15 @@ def _migration_findings(migration: Migration, version: QemuVersion) -> Iterator[
             "the migration capability x-ignore-shared is set: RAM in shared memory will not be in the snapshot, and it "
             "will be loaded only while that is set",
             "switch it off: migrate_set_capability x-ignore-shared off",
+        )
+
+
+def _failure_findings(migration: Migration, version: QemuVersion) -> Iterator[Finding]:
+    if migration.status == "failed" and version >= _LOADS_AFTER_A_FAILURE_UNTIL:
+        yield _refusal(
+            "migration-failed",
+            "the last migration, or live save, has failed: QEMU fails in the middle of any load after that",
+            "a save of any kind that goes well clears it: qsnap save TAG, under a tag that is free",
         )
 
 
