@@ -6,15 +6,18 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from conftest import Intercept, Launch
 from guest import Guest, blockdev, both_monitors, cli, finish, make_boot_disk, start_cli, tags, until
+from qsnap.cli import jobs
 from qsnap.local import is_alive
 from qsnap.pytest_plugin import tag_of
 
@@ -211,7 +214,24 @@ def test_orphans_are_ended_with_the_command(guest: Guest, tmp_path: Path) -> Non
         assert not is_alive(int((tmp_path / name).read_text()))
 
 
-def test_what_ignores_sigterm_is_killed(guest: Guest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_cannot_be_killed_is_left(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """As a process that hangs in the kernel, or another user's: it must not hang the job. (Here no signal is sent.)"""
+    for name, value in (("GRACE_S", 0.1), ("KILL_S", 0.1)):
+        monkeypatch.setattr(jobs, name, value)
+    with subprocess.Popen(["sleep", "1000"]) as process:
+        try:
+            for name in ("terminate", "kill"):
+                monkeypatch.setattr(psutil.Process, name, lambda _: None)
+            ended = threading.Thread(target=jobs._end, args=(process, ()), daemon=True)
+            ended.start()
+            ended.join(30)
+            assert not ended.is_alive()
+            assert f"left behind, as it cannot be killed: process {process.pid}" in capsys.readouterr().err
+        finally:
+            process.kill()
+
+
+def test_what_ignores_sigterm_is_killed(guest: Guest, tmp_path: Path) -> None:
     script = f"trap '' TERM; echo $$ > {tmp_path}/a; while :; do sleep 1; done"
     cli("run", "--timeout", "1", "--", "sh", "-c", script, monitor=guest.address, expect=124)
     assert not is_alive(int((tmp_path / "a").read_text()))

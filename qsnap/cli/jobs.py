@@ -61,6 +61,8 @@ _EXITS = "\b\nExit codes: the command's own, and\n" + "\n".join(
 
 #: Seconds that a command whose time is over has to end by itself.
 GRACE_S = 10.0
+#: Seconds that what was killed has to be gone. What is not (it hangs in the kernel, or is another user's) is left.
+KILL_S = 5.0
 _PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)
 
 _command = click.argument("command", metavar="-- COMMAND...", nargs=-1, required=True, type=click.UNPROCESSED)
@@ -257,7 +259,7 @@ async def _loadable(vm: VM, tag: str, left_out: Sequence[str]) -> Snapshot:
 
 def _not_run(error: QsnapError) -> int:
     _say(f"the command was not run: {error}")
-    return 128 + error.signum if isinstance(error, Interrupted) else FAILED_BEFORE
+    return error.status if isinstance(error, Interrupted) else FAILED_BEFORE
 
 
 def _say(text: str) -> None:
@@ -331,6 +333,9 @@ def _end(process: subprocess.Popen[bytes], ours: Collection[int]) -> None:
         # Looked at again and again: what is ended may start something, or leave it behind
         found = [one for one in ourselves.children(recursive=True) if one.pid not in ours and not _is_zombie(one)]
         if process.poll() is not None and not found:
+            return
+        if time.monotonic() > deadline + KILL_S:
+            _say(f"left behind, as it cannot be killed: process {', '.join(str(one.pid) for one in found)}")
             return
         is_over = time.monotonic() > deadline
         for one in found:
