@@ -13,6 +13,7 @@ from datetime import UTC, datetime, timedelta
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from guest import Guest, cli, finish, start_cli, tags, until
@@ -21,22 +22,15 @@ from qsnap.errors import BadUsage, QsnapError
 from qsnap.health import Level, judge
 from qsnap.model import Kind, Snapshot
 from qsnap.retention import Duration
+from test_retention import snapshot
 
 NOW = datetime(2026, 11, 24, 12, tzinfo=UTC)
 
 
 def made(hours_ago: float, kind: Kind = Kind.FULL, tag: str | None = None, missing: tuple[str, ...] = ()) -> Snapshot:
-    date = NOW - timedelta(hours=hours_ago)
-    return Snapshot(
-        tag=tag or f"n-{date:%Y%m%dT%H%M%S}",
-        kind=kind,
-        vm_state_size=7,
-        date=date,
-        vm_clock_ns=0,
-        vmstate=None if kind is Kind.DISK_ONLY else "disk0",
-        devices=("disk0",),
-        missing=missing,
-    )
+    vmstate = None if kind is Kind.DISK_ONLY else "disk0"
+    plain = snapshot(NOW - timedelta(hours=hours_ago), kind, tag)
+    return msgspec.structs.replace(plain, vm_state_size=7, vmstate=vmstate, missing=missing)
 
 
 @pytest.mark.parametrize(

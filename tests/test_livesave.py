@@ -789,9 +789,8 @@ def test_an_interrupt_is_told_of_once(big: Guest, tmp_path: Path) -> None:
     assert run.err.count("the guest is running") == 1, run.err
 
 
-@pytest.mark.skipif(not IS_NEW, reason="before 9.0 QEMU loads all the same")
-def test_a_load_after_a_migration_that_failed(heavy: Guest, tmp_path: Path) -> None:
-    """QEMU would fail midway: refused before the guest is touched. A save clears it."""
+def test_a_load_after_a_migration_that_failed(heavy: Guest) -> None:
+    """From 9.0 on QEMU would fail midway: refused before the guest is touched, and a save clears it. 7.2 loads."""
     cli("save", "good", monitor=heavy.address)
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(str(heavy.directory / "m"))
@@ -800,10 +799,11 @@ def test_a_load_after_a_migration_that_failed(heavy: Guest, tmp_path: Path) -> N
         connection, _ = listener.accept()
         connection.close()
     until("its failure", lambda: heavy.qmp("query-migrate")["status"] == "failed" or None)
-    before = heavy.wait_for_ticks(3)
-    error = cli("load", "good", "--json", monitor=heavy.address, expect=6).error
-    assert [finding["code"] for finding in error["findings"]] == ["migration-failed"]
-    assert heavy.wait_for_ticks(3) > before
-    cli("save", "other", monitor=heavy.address)
+    if IS_NEW:
+        before = heavy.wait_for_ticks(3)
+        error = cli("load", "good", "--json", monitor=heavy.address, expect=6).error
+        assert [finding["code"] for finding in error["findings"]] == ["migration-failed"]
+        assert heavy.wait_for_ticks(3) > before
+        cli("save", "other", monitor=heavy.address)
     cli("load", "good", monitor=heavy.address)
     assert_in_order(heavy)
