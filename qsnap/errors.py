@@ -45,6 +45,11 @@ class QsnapError(Exception):
     #: What the code means, as the exit table prints it.
     meaning: ClassVar[str] = "any other failure"
 
+    @property
+    def status(self) -> int:
+        """What a command that ends with this error exits with."""
+        return self.exit_code
+
     def details(self) -> Mapping[str, object]:
         """What ``--json`` adds to the error document beyond class, code and message."""
         return {}
@@ -295,7 +300,7 @@ class GuestLeftStopped(QsnapError):
 class Interrupted(QsnapError):
     """A signal ended the command. The guest was resumed before this was raised.
 
-    :ivar signum: the signal; the exit code is 128 + signum.
+    :ivar signum: the signal.
     """
 
     exit_code = 130
@@ -305,6 +310,10 @@ class Interrupted(QsnapError):
         name = signal.Signals(signum).name
         super().__init__(f"interrupted by {name}; {outcome}" if outcome else f"interrupted by {name}")
         self.signum = signum
+
+    @property
+    def status(self) -> int:
+        return 128 + self.signum
 
 
 #: The exit table, code by code, in the order in which it is printed.

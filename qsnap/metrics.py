@@ -10,13 +10,13 @@ import fcntl
 import os
 import re
 import stat
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
 from qsnap.errors import BadUsage, QsnapError
+from qsnap.replacing import replace_file
 
 
 class Metric(NamedTuple):
@@ -62,9 +62,8 @@ def update(path: Path, labels: Mapping[str, str], values: Mapping[Metric, float]
     :raise BadUsage: the file there is not ours.
     """
     written = ",".join(f'{name}="{_escaped(value)}"' for name, value in labels.items())
-    path = path.resolve()  # a link leads to what is to be replaced
     try:
-        with _alone(path.parent):
+        with _alone(path.resolve().parent):
             figures = _read(path)
             for metric, value in values.items():
                 figures[metric.name, written] = value
@@ -120,12 +119,5 @@ def _write(path: Path, figures: Mapping[_Key, float]) -> None:
         if own:
             lines += [f"# HELP {metric.name} {metric.help}", f"# TYPE {metric.name} {metric.type}"]
             lines += [f"{metric.name}{{{labels}}} {value!r}" for labels, value in sorted(own)]
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=f".{path.name[:200]}.", delete=False) as file:
-        try:
-            file.write("\n".join(lines) + "\n")
-            file.flush()
-            os.fchmod(file.fileno(), 0o644)  # the exporter is another user
-            Path(file.name).rename(path)
-        except BaseException:
-            Path(file.name).unlink(missing_ok=True)
-            raise
+    # The exporter is another user
+    replace_file(path, ("\n".join(lines) + "\n").encode(), lambda file: os.fchmod(file, 0o644))

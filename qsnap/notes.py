@@ -15,7 +15,6 @@ from __future__ import annotations
 import os
 import shlex
 import stat
-import tempfile
 from collections.abc import Collection, Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -25,6 +24,7 @@ import msgspec
 from qsnap import snapshots
 from qsnap.errors import BadUsage, PrecheckRefused, QsnapError
 from qsnap.model import BlockGraph, Device, Finding, Severity, Snapshot, Struct
+from qsnap.replacing import replace_file
 from qsnap.statefile.shelf import Shelf
 
 #: What the name of the file ends with.
@@ -183,22 +183,12 @@ def _read(path: Path) -> Sequence[Note]:
 
 def _write(path: Path, notes: Sequence[Note]) -> None:
     """Replace the file by one that holds *notes*, and is whole at every instant; none for no notes."""
-    path = path.resolve()
     try:
         if not notes:
-            path.unlink(missing_ok=True)
+            path.resolve().unlink(missing_ok=True)
             return
         text = msgspec.json.format(msgspec.json.encode(_File(version=_VERSION, notes=tuple(notes))), indent=1)
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f"{path.name[:200]}.", delete=False) as file:
-            try:
-                file.write(text + b"\n")
-                _look_like(path, file.fileno())
-                file.flush()
-                os.fsync(file.fileno())
-                Path(file.name).rename(path)
-            except BaseException:
-                Path(file.name).unlink(missing_ok=True)
-                raise
+        replace_file(path, text + b"\n", lambda file: _look_like(path, file))
     except OSError as error:
         raise QsnapError(f"the notes {path} cannot be written: {error.strerror}") from error
 

@@ -59,7 +59,7 @@ _CAPABILITIES_REFUSED: dict[str, QemuVersion | None] = {
 
 #: From here on a load after a migration that failed fails midway, with the disks reverted already (seen in 10.0 and
 #: 11.1; 7.2 loads).
-_LOADS_AFTER_A_FAILURE_UNTIL = QemuVersion(9, 0, 0)
+_FAILURE_SPOILS_LOADS_SINCE = QemuVersion(9, 0, 0)
 #: From here on nvme can be saved; and QEMU crashes in it where a controller has no drive of its own (seen in 11.1).
 _NVME_IS_SAVED = QemuVersion(11, 0, 0)
 
@@ -360,7 +360,7 @@ def _migration_findings(migration: Migration, version: QemuVersion) -> Iterator[
 
 
 def _failure_findings(migration: Migration, version: QemuVersion) -> Iterator[Finding]:
-    if migration.status == "failed" and version >= _LOADS_AFTER_A_FAILURE_UNTIL:
+    if migration.status == "failed" and version >= _FAILURE_SPOILS_LOADS_SINCE:
         yield _refusal(
             "migration-failed",
             "the last migration, or live save, has failed: QEMU fails in the middle of any load after that",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from datetime import datetime, tzinfo
+from datetime import datetime
 
 from qsnap import devices as rules
 from qsnap import retention, snapshots
@@ -23,8 +23,6 @@ async def do_prune(
     policy: Policy,
     *,
     shelf: Shelf = NO_SHELF,
-    now: datetime | None = None,
-    zone: tzinfo | None = None,
     allow_remove_all: bool = False,
     dry_run: bool = False,
     pending: SaveResult | None = None,
@@ -36,8 +34,6 @@ async def do_prune(
 
     :param prefix: those that :func:`qsnap.model.series_tag` names: PREFIX-YYYYMMDDTHHMMSS. Any other is no candidate.
     :param policy: see :func:`qsnap.retention.decide`.
-    :param now: what is later is from the future, and kept. Default: the clock's.
-    :param zone: of the policy's periods. Default: the system's.
     :param allow_remove_all: delete the newest whole one too, if the policy does not keep it.
     :param dry_run: decide everything and do nothing.
     :param pending: of a dry run: a snapshot that would be there by then.
@@ -57,8 +53,7 @@ async def do_prune(
     decisions = retention.decide(
         series,
         policy,
-        now or datetime.now().astimezone(),
-        zone=zone,
+        datetime.now().astimezone(),
         protected=[one.tag for one in series if one.protected],
         allow_remove_all=allow_remove_all,
     )

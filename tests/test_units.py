@@ -245,7 +245,7 @@ LAYERS = [
     ["statefile"],
     ["devices", "snapshots"],
     ["monitor", "discovery"],
-    ["local", "undisturbed", "guest"],
+    ["local", "undisturbed", "replacing", "guest"],
     ["model"],
     ["errors"],
     ["__init__"],

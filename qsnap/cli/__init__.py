@@ -77,10 +77,9 @@ def _said(error: QsnapError, as_json: bool) -> int:
     """The error's exit code, whether or not it can be told to anybody."""
     from qsnap.cli.render import say_error
 
-    code = 128 + error.signum if isinstance(error, Interrupted) else error.exit_code
     with suppress(OSError):
-        say_error(error, code, as_json=as_json)
-    return code
+        say_error(error, as_json=as_json)
+    return error.status
 
 
 def _usage_message(error: click.ClickException) -> str:

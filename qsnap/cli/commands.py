@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import click
 
 from qsnap.cli import options as given
-from qsnap.cli.options import common_options, completes, excluded, shown, takes, work, worked
+from qsnap.cli.options import common_options, completes, excluded, shown, takes, work
 from qsnap.cli.periodic import (
     Account,
     judged,
@@ -91,6 +91,7 @@ def save(
     afterwards; with --live it runs meanwhile. A snapshot of that name is replaced, unless --no-replace is given.
     With --prefix it is the next one of a series; with a policy (--keep-…) the series is pruned when it is saved.
     """
+    from qsnap.cli import fleet
     from qsnap.cli.bar import save_bar
     from qsnap.cli.ping import pinged
 
@@ -121,20 +122,20 @@ def save(
 
         return msgspec.structs.replace(result, pruned=await prune_after(vm, prefix, policy, result))
 
-    account = None if dry_run else Account(textfile, prefix)
+    account = Account(None if dry_run else textfile, prefix)
     with (
         pinged(None if dry_run else ping) as report,
         save_bar(quiet=options.quiet or dry_run or options.is_of_several) as watch,
     ):
-        show, code = worked(
+        shows, code = fleet.work(
             options,
-            action if account is None else account.of_save(action),
+            account.of_save(action),
             lambda renderer, result: renderer.save(result),
-            seen=account.entered if account else None,
+            seen=account.entered,
         )
-        code = code if account is None else account.closed(code)
+        code = account.closed(code)
         report(code)
-    return shown(show, code)
+    return shown(shows, code)
 
 
 def _liveness(live: bool | None, auto: bool, settings: Settings) -> bool | Literal["auto"]:
@@ -211,14 +212,15 @@ def check(options: Options, vmstate: str | None, exclude: tuple[str, ...]) -> in
 
     Exits with 0 or 6. The guest is not touched.
     """
-    from qsnap.cli.fleet import Manner
+    from qsnap.cli import fleet
 
-    return work(
+    shows, code = fleet.work(
         options,
         lambda vm, settings: vm.check(vmstate=vmstate or settings.vmstate, exclude=excluded(exclude, settings)),
         lambda renderer, report: renderer.check(report),
-        Manner(exit_code=lambda report: 0 if report.ok else PrecheckRefused.exit_code),
+        fleet.Manner(exit_code=lambda report: 0 if report.ok else PrecheckRefused.exit_code),
     )
+    return shown(shows, code)
 
 
 @click.command()
@@ -237,17 +239,19 @@ def status(
     """
     if max_age is None and (warn_age is not None or prefix is not None):
         raise BadUsage("--warn-age and --prefix go with --max-age DURATION")
+    from qsnap.cli import fleet
+
     account = Account(textfile, prefix)
     if max_age is not None:
-        show, code = judged(options, account, prefix, max_age, warn_age)
+        shows, code = judged(options, account, prefix, max_age, warn_age)
     else:
-        show, code = worked(
+        shows, code = fleet.work(
             options,
             account.of_status(lambda vm, _: vm.status()),
             lambda renderer, result: renderer.status(result),
             seen=account.entered,
         )
-    return shown(show, account.closed(code))
+    return shown(shows, account.closed(code))
 
 
 @click.command()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import signal
 import sys
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import redirect_stdout
@@ -22,29 +21,32 @@ if TYPE_CHECKING:
 _T = TypeVar("_T")
 
 
-class Manner(NamedTuple):
-    """What is peculiar to a command.
-
-    :ivar exit_code: that of a result.
-    :ivar overall: that of several, none of which is 0 alone.
-    """
-
-    exit_code: Callable[[Any], int] = lambda _: 0
-    overall: Callable[[Sequence[int]], int] = lambda codes: overall(codes)
-
-
-def overall(codes: Sequence[int]) -> int:
+def _of_several(codes: Sequence[int]) -> int:
     """The exit code for several VMs: what all have in common; else 3, or 20 if any guest is left stopped."""
     if len(set(codes)) == 1:
         return codes[0]
     return GuestLeftStopped.exit_code if GuestLeftStopped.exit_code in codes else PartialFailure.exit_code
 
 
+class Manner(NamedTuple):
+    """What is peculiar to a command.
+
+    :ivar exit_code: that of a result.
+    :ivar overall: that of several VMs, from those of each.
+    """
+
+    exit_code: Callable[[Any], int] = lambda _: 0
+    overall: Callable[[Sequence[int]], int] = _of_several
+
+
+_PLAIN = Manner()
+
+
 def work(
     options: Options,
     action: Callable[[VM, Settings], Awaitable[_T]],
     show: Callable[[Renderer, _T], object],
-    manner: Manner,
+    manner: Manner = _PLAIN,
     seen: Callable[[Outcome[_T]], Outcome[_T]] = lambda outcome: outcome,
 ) -> tuple[Callable[[], object], int]:
     """Do *action* with each VM that is meant.
@@ -54,11 +56,14 @@ def work(
     :return: what shows the results, and the exit code.
     :raise QsnapError: of a single VM, what went wrong with it.
     """
-    interrupt = Interrupted(signal.SIGINT)
-    outcomes = [
-        seen(outcome) for outcome in run_each(options, action, lambda title: seen(Outcome(title, error=interrupt)))
-    ]
-    codes = [outcome.error.exit_code if outcome.error else manner.exit_code(outcome.result) for outcome in outcomes]
+    cut_off: list[str] = []
+    try:
+        outcomes = [seen(outcome) for outcome in run_each(options, action, cut_off.append)]
+    except Interrupted as interrupted:
+        for title in cut_off:
+            seen(Outcome(title, error=interrupted))
+        raise
+    codes = [outcome.error.status if outcome.error else manner.exit_code(outcome.result) for outcome in outcomes]
     renderer = options.renderer
     if options.is_of_several:
         return lambda: _show_all(options, renderer, outcomes, codes, show), manner.overall(codes)
@@ -82,11 +87,7 @@ def _show_all(
             with redirect_stdout(text):
                 show(renderer, outcome.result)  # type: ignore[arg-type]
         if options.as_json:
-            more = (
-                {"error": document_of(outcome.error, code)}
-                if outcome.error
-                else {"result": json.loads(text.getvalue())}
-            )
+            more = {"error": document_of(outcome.error)} if outcome.error else {"result": json.loads(text.getvalue())}
             documents.append({"vm": outcome.title, "exit_code": code, **more})
         elif outcome.error is not None:
             sys.stderr.write(f"qsnap: {printable(f'{outcome.title}: {outcome.error}', keep_newlines=True)}\n")

@@ -14,13 +14,15 @@ from qsnap.errors import QsnapError
 if TYPE_CHECKING:
     from click.shell_completion import CompletionItem
 
-    from qsnap.cli.fleet import Manner
     from qsnap.cli.render import Renderer
-    from qsnap.cli.session import Options, Outcome
+    from qsnap.cli.session import Options
     from qsnap.config import Settings
     from qsnap.vm import VM
 
 _T = TypeVar("_T")
+
+#: VMs that are worked on at once: they share disks.
+JOBS = 2
 
 
 def shown(show: Callable[[], object], exit_code: int = 0) -> int:
@@ -39,28 +41,12 @@ def shown(show: Callable[[], object], exit_code: int = 0) -> int:
 
 
 def work(
-    options: Options,
-    action: Callable[[VM, Settings], Awaitable[_T]],
-    show: Callable[[Renderer, _T], object],
-    manner: Manner | None = None,
-    seen: Callable[[Outcome[_T]], Outcome[_T]] | None = None,
+    options: Options, action: Callable[[VM, Settings], Awaitable[_T]], show: Callable[[Renderer, _T], object]
 ) -> int:
     """Do *action* with each VM that is meant, and show what comes of it: see :func:`qsnap.cli.fleet.work`."""
-    return shown(*worked(options, action, show, manner, seen))
-
-
-def worked(
-    options: Options,
-    action: Callable[[VM, Settings], Awaitable[_T]],
-    show: Callable[[Renderer, _T], object],
-    manner: Manner | None = None,
-    seen: Callable[[Outcome[_T]], Outcome[_T]] | None = None,
-) -> tuple[Callable[[], object], int]:
-    """The same without showing it: what shows it, and the exit code."""
     from qsnap.cli import fleet
 
-    more: dict[str, Any] = {"seen": seen} if seen else {}
-    return fleet.work(options, action, show, manner or fleet.Manner(), **more)
+    return shown(*fleet.work(options, action, show))
 
 
 def completes(kind: str) -> Callable[[click.Context, click.Parameter, str], list[CompletionItem[str]]]:
@@ -134,9 +120,9 @@ _several_options = (
     click.option(
         "--jobs",
         type=click.IntRange(1, 64),
-        default=2,
+        default=JOBS,
         metavar="N",
-        help="Of several VMs, work on so many at once. Default: 2, as they share disks.",
+        help=f"Of several VMs, work on so many at once. Default: {JOBS}, as they share disks.",
     ),
 )
 

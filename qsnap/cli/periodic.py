@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 import click
 
 from qsnap.cli import options as given
-from qsnap.cli.options import common_options, completes, work, worked
+from qsnap.cli.options import common_options, completes, work
 from qsnap.cli.text import printable
 from qsnap.errors import BadUsage, GuestLeftStopped, PartialFailure, QsnapError
 
@@ -238,7 +238,7 @@ class Account:
         values = self._figures.get(id(outcome.result), {}) if outcome.error is None else {}
         failed = outcome.error is not None
         if failed or metrics.LAST_SUCCESS in values:
-            values = {**values, metrics.LAST_EXIT_CODE: outcome.error.exit_code if outcome.error else 0}
+            values = {**values, metrics.LAST_EXIT_CODE: outcome.error.status if outcome.error else 0}
         try:
             labels = {"vm": outcome.title, "prefix": self._prefix or ""}
             metrics.update(self._path, labels, values, failed=failed)
@@ -279,7 +279,7 @@ def judged(
     options: Options, account: Account, prefix: str | None, max_age: str, warn_age: str | None
 ) -> tuple[Callable[[], object], int]:
     """Tell as a monitoring plugin does whether snapshots are fresh: what shows it, and the exit code."""
-    from qsnap.cli.fleet import Manner
+    from qsnap.cli import fleet
     from qsnap.health import Health, Level, judge
     from qsnap.retention import Duration
 
@@ -293,8 +293,8 @@ def judged(
         return judge(
             await vm.list(),
             datetime.now().astimezone(),
-            Duration.parse(max_age),
-            warn_age=Duration.parse(warn_age) if warn_age is not None else None,
+            oldest,
+            warn_age=old,
             prefix=prefix,
             left_out=await _left_out(vm, settings),
             troubles=troubles,
@@ -303,19 +303,19 @@ def judged(
     def seen(outcome: Outcome[Health]) -> Outcome[Health]:
         if outcome.error is None:
             return account.entered(outcome)
-        from qsnap.cli.session import Outcome as Made
-
-        return Made(outcome.title, result=Health(level=Level.UNKNOWN, message=str(outcome.error)))
+        return outcome._replace(result=Health(level=Level.UNKNOWN, message=str(outcome.error)), error=None)
 
     def worst(codes: Sequence[int]) -> int:
         return max(codes, key=(0, 1, 3, 2).index)
 
     try:
-        return worked(
+        oldest = Duration.parse(max_age)
+        old = Duration.parse(warn_age) if warn_age is not None else None
+        return fleet.work(
             options,
             account.of_status(look),
             lambda renderer, health: renderer.health(health),
-            Manner(exit_code=lambda health: health.level.exit_code, overall=worst),
+            fleet.Manner(exit_code=lambda health: health.level.exit_code, overall=worst),
             seen=seen,
         )
     except QsnapError as error:

@@ -63,9 +63,8 @@ def _begun(url: str, what: str, message: str) -> threading.Thread:
 def _ended(start: threading.Thread, url: str, what: str, message: str) -> None:
     start.join(TIMEOUT_S)
     end = _begun(url, what, message)
-    end.join(
-        TIMEOUT_S + 1
-    )  # a name server, or one that answers a byte at a time, holds it up longer than its own limit
+    # A name server, or one that answers a byte at a time, holds it up longer than its own limit
+    end.join(TIMEOUT_S + 1)
     if end.is_alive():
         _warn(url, "it has not answered in time")
 

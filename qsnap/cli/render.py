@@ -71,15 +71,15 @@ def write_json(document: Mapping[str, Any], stream: TextIO) -> None:
     stream.write(json.dumps(document) + "\n")
 
 
-def document_of(error: QsnapError, exit_code: int) -> dict[str, object]:
+def document_of(error: QsnapError) -> dict[str, object]:
     """An error as ``--json`` shows it."""
-    return {"error": type(error).__name__, "exit_code": exit_code, "message": str(error), **error.details()}
+    return {"error": type(error).__name__, "exit_code": error.status, "message": str(error), **error.details()}
 
 
-def say_error(error: QsnapError, exit_code: int, *, as_json: bool) -> None:
+def say_error(error: QsnapError, *, as_json: bool) -> None:
     """An error, on standard error."""
     if as_json:
-        write_json(document_of(error, exit_code), sys.stderr)
+        write_json(document_of(error), sys.stderr)
         return
     sys.stderr.write(f"qsnap: {printable(str(error), keep_newlines=True)}\n")
     if isinstance(error, SeveralVMs):

@@ -13,6 +13,7 @@ from contextlib import contextmanager, suppress
 from functools import cache
 from typing import TYPE_CHECKING, Generic, NamedTuple, TypeVar
 
+from qsnap.cli.options import JOBS
 from qsnap.cli.render import Renderer, renderer
 from qsnap.cli.text import printable
 from qsnap.errors import BadUsage, ConnectError, Interrupted, QsnapError
@@ -27,8 +28,6 @@ if TYPE_CHECKING:
 _T = TypeVar("_T")
 _V = TypeVar("_V")
 
-#: VMs that are worked on at once: they share disks.
-JOBS = 2
 #: A hang-up is a lost terminal: as final as the other two.
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -160,9 +159,9 @@ def run_each(
     :raise BadUsage: the options that choose the VMs contradict each other.
     :raise Interrupted: by a signal; the guests were resumed.
     """
-    chosen = list(_targets(options))
+    targets = list(_targets(options))
     if not options.is_of_several:
-        for meant in (meant for _, meant in chosen if not isinstance(meant, QsnapError)):
+        for meant in (meant for _, meant in targets if not isinstance(meant, QsnapError)):
             _say_which(options, meant)
     turns = asyncio.Semaphore(options.jobs)
     ended: list[tuple[str, str]] = []
@@ -185,7 +184,7 @@ def run_each(
 
     async def each() -> list[Outcome[_T]]:
         try:
-            return await asyncio.gather(*(one(title, meant) for title, meant in chosen))
+            return await asyncio.gather(*(one(title, meant) for title, meant in targets))
         except asyncio.CancelledError:
             told = asyncio.CancelledError()
             for title, note in ended:
