@@ -85,6 +85,8 @@ class Record(Struct, frozen=True):
     """The tag under which the same state stands until the new snapshot is there; "" without."""
     settings: Mapping[str, int] = {}
     """What a live save changes in QEMU, as it was before."""
+    forgetting: bool = False
+    """A stream of ours may be under way, which QEMU is to forget by that a migration has failed."""
     live: LiveRecord | None = None
     """Of a live save."""
     disk_tags: tuple[str, ...] = ()

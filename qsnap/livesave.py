@@ -45,6 +45,8 @@ from qsnap.statefile.shelf import PART_SUFFIX, Shelf, read, remove_unused
 from qsnap.stopped import cure_of, has_ended, reconnect
 from qsnap.undisturbed import undisturbed
 
+#: More than QEMU writes before there is any RAM in the stream: the names of devices and of blocks of RAM.
+_SETUP_BYTES = 1 << 20
 _PLACE_CURE = "choose another directory: --state-dir DIR"
 #: What makes a live save possible, by words of QEMU's refusal (migration/options.c: migrate_caps_check).
 _CURES = {
@@ -274,10 +276,10 @@ async def do_live_save(
 
 
 async def _reserved(monitor: Monitor, background: Background) -> int:
-    """Bytes to take on the file system beforehand: where QEMU must not find that there is no room, all that it can
-    need. A page of RAM takes 9 bytes more in the stream."""
+    """Bytes to take on the file system beforehand: what QEMU needs to set the stream up, as it must not fail by then;
+    and all that it can need, where it must not fail at all. A page of RAM takes 9 bytes more in the stream."""
     if not background.must_not_fail:
-        return 0
+        return qcow2.STREAM_OFFSET + _SETUP_BYTES
     ram_bytes = await monitor.memory_size()
     return ram_bytes + ram_bytes // 256 + local.OVERHEAD_BYTES
 
@@ -407,8 +409,12 @@ class LiveAttempt:
             await self.conclude()
             return f"the new snapshot {tag!r} was complete and is kept"
         self.remove_part()
-        await self._put_back()
         await self.forget_disks()
+        try:
+            # Else the user's other snapshots could not be loaded
+            await _background(self._monitor).forget_failure()
+        finally:
+            await self._put_back()
         self._journal.done(live=None)
         replaced = self._live.older or self._live.older_files
         return "nothing of it is left" + (f"; the older snapshot {tag!r} is as it was" if replaced else "")

@@ -23,7 +23,7 @@ from qsnap.errors import (
 from qsnap.journal import AFTERMATH_TIMEOUT_S, Journal
 from qsnap.model import Finding, LoadResult, RunState, Severity
 from qsnap.monitor import HALF_RESTORED, STATE_NODE_PREFIX, Monitor
-from qsnap.precheck import LoadPlan, plan_load
+from qsnap.precheck import LoadPlan, plan_load, spoiled_finding
 from qsnap.statefile.shelf import NO_SHELF, Shelf
 from qsnap.stopped import Pause, has_ended, reconnect, stopped
 from qsnap.undisturbed import undisturbed
@@ -64,6 +64,9 @@ async def do_loadvm(
     began = time.monotonic()
     journal = journal or Journal()
     plan = await plan_load(monitor, tag, shelf=shelf, exclude=exclude)
+    if plan.spoiled:
+        await _forget_failure(monitor, tag, journal)
+        plan = plan._replace(spoiled=False)
     # HMP has no job that tells how a load ended. But a guest that loadvm itself has stopped tells by its run state.
     by_qemu = not monitor.chooses_devices and running is not False
     async with _source(monitor, plan) as (vmstate, devices), stopped(monitor, journal, by_qemu=by_qemu) as pause:
@@ -113,6 +116,25 @@ async def do_loadvm(
         labels=snapshot.labels,
         file=snapshot.file,
     )
+
+
+async def _forget_failure(monitor: Monitor, tag: str, journal: Journal) -> None:
+    """Have QEMU forget that a migration has failed, without which it would fail in the middle of the load.
+
+    :raise PrecheckRefused: it does not; the guest was not touched.
+    """
+    background = monitor.background
+    assert background is not None  # or the plan had been refused
+    await journal.armed()
+    journal.note(settings=await background.settings(), forgetting=True)
+    try:
+        await background.forget_failure()
+    except JobFailed as error:
+        finding = spoiled_finding(await monitor.migration())
+        raise PrecheckRefused(f"snapshot {tag!r} cannot be loaded now", [finding]) from error
+    finally:
+        await undisturbed(background.put_back(journal.record.settings), journal.patience_s)
+        journal.done(forgetting=False)
 
 
 @asynccontextmanager

@@ -58,6 +58,10 @@ class QemuVersion(NamedTuple):
         return ".".join(map(str, self))
 
 
+#: See :meth:`Migration.spoils_loads`; between 7.2 and 10.0 it was not looked for.
+_ERRORS_SPOIL_LOADS_SINCE = QemuVersion(9, 0, 0)
+
+
 class Struct(msgspec.Struct, frozen=True, kw_only=True):
     """Base of the types below: immutable, named arguments only."""
 
@@ -156,6 +160,14 @@ class Migration(Struct, frozen=True):
     status: str | None = None
     blocked_reasons: tuple[str, ...] = ()
     capabilities: frozenset[str] = frozenset()
+    error: str | None = ""
+    """What QEMU notes of a migration that failed, or that was cancelled while it was set up; None where the monitor
+    does not tell."""
+
+    def spoils_loads(self, version: QemuVersion) -> bool:
+        """Whether that error is there, or may be, and QEMU fails for it in the middle of any load, with the disks
+        reverted already (seen in 10.0 and 11.1; 7.2 loads)."""
+        return self.error != "" and version >= _ERRORS_SPOIL_LOADS_SINCE
 
 
 class Role(StrEnum):

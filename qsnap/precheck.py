@@ -57,9 +57,6 @@ _CAPABILITIES_REFUSED: dict[str, QemuVersion | None] = {
 }
 
 
-#: From here on a load after a migration that failed fails midway, with the disks reverted already (seen in 10.0 and
-#: 11.1; 7.2 loads).
-_FAILURE_SPOILS_LOADS_SINCE = QemuVersion(9, 0, 0)
 #: From here on nvme can be saved; and QEMU crashes in it where a controller has no drive of its own (seen in 11.1).
 _NVME_IS_SAVED = QemuVersion(11, 0, 0)
 
@@ -86,12 +83,14 @@ class LoadPlan(NamedTuple):
     """What a load will do: the snapshot, and the devices that it puts back.
 
     :ivar vmstate: the device that holds the VM state; None where it is in the snapshot's state file.
+    :ivar spoiled: a migration has failed, and QEMU must forget that first: see :meth:`Migration.spoils_loads`.
     """
 
     snapshot: Snapshot
     vmstate: str | None
     devices: tuple[str, ...]
     excluded: tuple[str, ...]
+    spoiled: bool
 
 
 async def plan_save(
@@ -194,11 +193,13 @@ async def plan_load(monitor: Monitor, tag: str, *, shelf: Shelf, exclude: Collec
         *runstate_findings(runstate),
         *_migration_findings(migration, monitor.version),
         *_background_findings(migration),
-        *_failure_findings(migration, monitor.version),
         *_device_findings_for_load(survey, exclude_all if monitor.chooses_devices else ""),
         *_reset_findings(runstate),
         *_load_findings(graph, snapshot, devices),
     ]
+    spoiled = migration.spoils_loads(monitor.version)
+    if spoiled and monitor.background is None:
+        findings.append(spoiled_finding(migration))
     if any(finding.refuses for finding in findings):
         raise PrecheckRefused(f"snapshot {tag!r} cannot be loaded now", findings)
     if snapshot.file is not None and monitor.background is None:
@@ -216,7 +217,7 @@ async def plan_load(monitor: Monitor, tag: str, *, shelf: Shelf, exclude: Collec
             f"{monitor.limit} cannot load through the filters above a disk's image: the guest would "
             "hang. With the guest off: qemu-img snapshot -a TAG IMAGE, on every disk; the guest was not touched"
         )
-    return LoadPlan(snapshot, snapshot.vmstate, devices, tuple(sorted(filter(None, left_out))))
+    return LoadPlan(snapshot, snapshot.vmstate, devices, tuple(sorted(filter(None, left_out))), spoiled)
 
 
 def _device_findings_for_load(survey: rules.Survey, exclude_all: str) -> Iterator[Finding]:
@@ -359,13 +360,17 @@ def _migration_findings(migration: Migration, version: QemuVersion) -> Iterator[
         )
 
 
-def _failure_findings(migration: Migration, version: QemuVersion) -> Iterator[Finding]:
-    if migration.status == "failed" and version >= _FAILURE_SPOILS_LOADS_SINCE:
-        yield _refusal(
-            "migration-failed",
-            "the last migration, or live save, has failed: QEMU fails in the middle of any load after that",
-            "a save of any kind that goes well clears it: qsnap save TAG, under a tag that is free",
-        )
+def spoiled_finding(migration: Migration) -> Finding:
+    """The refusal of a load where :meth:`Migration.spoils_loads`."""
+    if migration.error is None:
+        what = "was cancelled, and may have failed by that (this monitor does not tell)"
+    else:
+        what = f"has failed ({migration.error})"
+    return _refusal(
+        "migration-failed",
+        f"the last migration, or live save, {what}: QEMU would fail in the middle of any load after that",
+        "a save of any kind that goes well clears it: qsnap save TAG, under a tag that is free",
+    )
 
 
 def _background_findings(migration: Migration) -> Iterator[Finding]:

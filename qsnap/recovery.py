@@ -161,6 +161,8 @@ async def _clear_up(monitor: Monitor, journal: Journal) -> list[str]:
     if record.live is not None:
         return [await LiveAttempt(monitor, journal, devices).undo()]
     if record.settings and monitor.background is not None:
+        if record.forgetting:
+            await monitor.background.end_stream()
         await monitor.background.put_back(record.settings)
     if record.operation == "save" and (record.older is not None or record.saving or record.stand_in):
         _, sentence = await Attempt(monitor, journal, devices).undo(keeps_whole=True)

@@ -119,6 +119,19 @@ def test_migration(recording: Recording) -> None:
     assert hmp_tables.migration("", on).capabilities == {"multifd"}
 
 
+def test_the_error_of_a_migration() -> None:
+    """As 10.0 and 11.1 print it; of one that was cancelled they tell nothing."""
+    why = "ram_save_setup failed: Input/output error"
+    for head in ("globals:\nMigration status: ", "Status: \t\t"):
+        failed, cancelled, completed = (
+            hmp_tables.migration(f"{head}{status}\ntotal time: 0 ms\n", "")
+            for status in (f"failed ({why})", "cancelled", "completed")
+        )
+        assert (failed.status, failed.error) == ("failed", why)
+        assert (cancelled.status, cancelled.error) == ("cancelled", None)
+        assert (completed.status, completed.error) == ("completed", "")
+
+
 def test_other_answers(recording: Recording) -> None:
     assert hmp_tables.memory_size(recording.answers("info memory_size_summary")[0]) == 16 << 20
     assert "pc.ram" in hmp_tables.objects(recording.answers("qom-list /objects")[0])

@@ -10,6 +10,11 @@ Facts (QEMU's migration/options.c, migration.c, file.c, fd.c; measured on 7.2, 1
   what is between them is taken for the worse.
 * Up to 8.2 QEMU resumes the guest by itself when it has taken the device state. From 9.0 on it leaves a guest that was
   stopped before as it is. The status "active" comes before that; pages in the stream come after it.
+* In 10.0 and 11.1 a background snapshot that fails or is cancelled while it is set up (status "setup") makes QEMU
+  close its file descriptor 0, whatever that is by then: a monitor, or a disk's image (ram.c: ram_write_tracking_stop
+  closes uffdio_fd, which is 0 as long as nothing was write-protected; seen).
+* A migration begins with no error noted, and notes one when it fails, or is cancelled while it is set up. From then on
+  until the next begins any load fails at its end (savevm.c: qemu_loadvm_state; seen in 10.0 and 11.1, not in 7.2).
 * ``/dev/fdset/N`` names a descriptor that ``add-fd`` was given, in place of any file name; only one of the same access
   mode. ``remove-fd`` of a set lets go of it at once if the guest runs, and else some time later.
 """
@@ -39,7 +44,12 @@ RESUMED_BY_US_SINCE = (9, 0)
 
 _CAPABILITY = "background-snapshot"
 _BANDWIDTH = "max-bandwidth"
+_DOWNTIME = "downtime-limit"
 _POLL_S = 0.02
+#: Bytes a second of a stream that is never to end. One that is less than a byte a tenth of a second has no bound.
+_SLOW = 1000
+#: Streams that are begun to have QEMU forget an error; the first one did in all of 40 trials.
+_FORGETTING_TRIES = 5
 
 
 class Stream(NamedTuple):
@@ -76,7 +86,7 @@ class Background:
         self.resumes_by_itself = self.must_not_fail = monitor.version < RESUMED_BY_US_SINCE
 
     async def settings(self) -> dict[str, int]:
-        """What a live save changes, as it is now: to be given to :meth:`put_back`."""
+        """What a live save and :meth:`forget_failure` change, as it is now: to be given to :meth:`put_back`."""
         capabilities, parameters = await asyncio.gather(
             self._monitor.query(list[wire.CapabilityStatus], "query-migrate-capabilities"),
             self._monitor.query(wire.MigrateParameters, "query-migrate-parameters"),
@@ -84,7 +94,11 @@ class Background:
         known = {item.capability: item.state for item in capabilities}
         if _CAPABILITY not in known:
             raise NotSupported(f"QEMU {self._monitor.version} has no background snapshots; 6.0 and later have")
-        return {_CAPABILITY: int(known[_CAPABILITY]), _BANDWIDTH: parameters.max_bandwidth}
+        return {
+            _CAPABILITY: int(known[_CAPABILITY]),
+            _BANDWIDTH: parameters.max_bandwidth,
+            _DOWNTIME: parameters.downtime_limit,
+        }
 
     async def refused(self) -> str:
         """Why this QEMU, its kernel or its memory cannot do background snapshots, in its own words; "" if they can.
@@ -111,8 +125,8 @@ class Background:
         if _CAPABILITY in settings:
             capability = {"capability": _CAPABILITY, "state": bool(settings[_CAPABILITY])}
             await self._monitor.execute("migrate-set-capabilities", {"capabilities": [capability]})
-        if _BANDWIDTH in settings:
-            await self._monitor.execute("migrate-set-parameters", {_BANDWIDTH: settings[_BANDWIDTH]})
+        if parameters := {name: settings[name] for name in (_BANDWIDTH, _DOWNTIME) if name in settings}:
+            await self._monitor.execute("migrate-set-parameters", parameters)
 
     async def snapshot_disks(self, tag: str, devices: Sequence[str]) -> None:
         """Take a snapshot of all *devices* at once, or of none.
@@ -157,12 +171,44 @@ class Background:
         )
 
     async def end_stream(self) -> None:
-        """Cancel what is under way, and wait until it is over. Where it must not be cancelled, only wait."""
-        while not (await self.stream()).is_over:
-            if not self.must_not_fail:
+        """Cancel what is under way, as soon as it may be, and wait until it is over; what may not be only ends."""
+        while not (stream := await self.stream()).is_over:
+            if not self.must_not_fail and stream.status != "setup":
                 with suppress(CommandFailed):
                     await self._monitor.execute("migrate_cancel")
             await asyncio.sleep(_POLL_S)
+
+    async def forget_failure(self) -> None:
+        """Have QEMU forget that a migration has failed, where that spoils loads.
+
+        An ordinary migration is begun and cancelled, which the guest does not notice: so slow a one never comes to the
+        point where it would stop the guest. Its settings stay: :meth:`put_back` is to follow.
+
+        :raise JobFailed: QEMU does not forget it.
+        """
+        for _ in range(_FORGETTING_TRIES):
+            migration = await self._monitor.migration()
+            if not migration.spoils_loads(self._monitor.version):
+                return
+            parameters = await self._monitor.query(wire.MigrateParameters, "query-migrate-parameters")
+            if parameters.mode != "normal" or "x-ignore-shared" in migration.capabilities:
+                break  # that one would stop the guest
+            await self.put_back({_CAPABILITY: 0, _BANDWIDTH: _SLOW, _DOWNTIME: 0})
+            await self._begin_and_cancel()
+        raise JobFailed("migrate", f"QEMU goes on to note that a migration has failed: {migration.error}")
+
+    async def _begin_and_cancel(self) -> None:
+        memory = os.memfd_create(PREFIX, os.MFD_CLOEXEC)
+        file = -1
+        try:
+            file = os.open(f"/proc/self/fd/{memory}", os.O_WRONLY | os.O_CLOEXEC)
+            await self.begin_stream(file, 0)
+        finally:
+            await self.end_stream()
+            os.close(memory)
+            if file >= 0:
+                os.close(file)
+            await self.tidy()
 
     def turns(self) -> Sequence[tuple[str, float]]:
         """The STOP and RESUME events since the stream began, with their time stamps in seconds since 1970."""

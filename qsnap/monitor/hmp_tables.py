@@ -274,13 +274,14 @@ def runstate(text: str) -> RunState:
 
 
 def migration(info: str, capabilities: str) -> Migration:
-    """``info migrate`` and ``info migrate_capabilities``."""
-    status = re.search(r"^(?:Migration status|Status): *\t*([\w-]+)", info, re.MULTILINE)
+    """``info migrate``, which tells the error of a migration that failed only, and ``info migrate_capabilities``."""
+    status = re.search(r"^(?:Migration status|Status): *\t*([\w-]+)(?: \((.*)\))?", info, re.MULTILINE)
     blocked = re.search(r"^Outgoing migration blocked:\n((?:  .+\n?)+)", info, re.MULTILINE)
     return Migration(
         status=status[1] if status else None,
         blocked_reasons=tuple(line.strip() for line in blocked[1].splitlines()) if blocked else (),
         capabilities=frozenset(re.findall(r"^([\w-]+): on$", capabilities, re.MULTILINE)),
+        error=None if status and status[1] == "cancelled" else (status and status[2]) or "",
     )
 
 

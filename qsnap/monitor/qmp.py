@@ -290,6 +290,7 @@ class QmpMonitor:
             status=info.status,
             blocked_reasons=tuple(info.blocked_reasons),
             capabilities=frozenset(item.capability for item in capabilities if item.state),
+            error=info.error_desc,
         )
 
     async def without_drive(self, kind: str) -> Sequence[str]:

@@ -109,7 +109,9 @@ class MigrationInfo(Wire, frozen=True):
 
 class MigrateParameters(Wire, frozen=True):
     max_bandwidth: int = 0
+    downtime_limit: int = 0
     tls_creds: str = ""
+    mode: str = "normal"
 
 
 class CapabilityStatus(Wire, frozen=True):
