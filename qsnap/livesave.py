@@ -52,7 +52,8 @@ _PLACE_CURE = "choose another directory: --state-dir DIR"
 _CURES = {
     "host kernel": "it takes userfaultfd with write protection: Linux 5.7 or later, and QEMU run as root, with "
     "CAP_SYS_PTRACE, or after `sysctl vm.unprivileged_userfaultfd=1`",
-    "guest memory": "start the guest with ordinary memory: no hugepages, no private mapping of a file",
+    "guest memory": "start the guest with memory that is not in a file on a disk: ordinary memory, or, from Linux 5.19 "
+    "on, shared memory (memory-backend-memfd, /dev/shm) or hugepages",
     "not compatible with": "switch that capability off: migrate_set_capability NAME off",
     "tls-creds": 'migrate_set_parameter tls-creds ""',
 }
@@ -110,10 +111,10 @@ async def plan_live(
     second = snapshots.second_name(name)
     files = shelf.files(graph, report.devices)
     held = snapshots.holding(graph, report.devices, name, files)
-    found = {s.disk_tag: s for s in snapshots.snapshots(graph, report.devices, files) if s.devices}
     disk_tag = next((free for free in (name, second) if free not in held.tags), None)
     if disk_tag is None:
-        disk_tag = name if snapshots.is_loadable(found[second]) else second
+        counts = snapshots.find(graph, report.devices, name, files)
+        disk_tag = name if counts is not None and counts.disk_tag == second else second
     file_tags = {file.path: file.disk_tag for file in files}
     spare = snapshots.Holding(
         tags=tuple(other for other in held.tags if other == disk_tag),

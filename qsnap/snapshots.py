@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import msgspec
@@ -65,13 +65,34 @@ def snapshots(graph: BlockGraph, devices: Sequence[Device], files: Sequence[Stat
         file = _file_of(tag, held, unpaired)
         if file is not None:
             unpaired.remove(file)
-        snapshot = _gathered(tag, held, required, names, file)
-        first = tag.removesuffix(SECOND_SUFFIX)
-        if file is not None and first not in rows and snapshot.kind is Kind.LIVE:
-            snapshot = msgspec.structs.replace(snapshot, tag=first)
-        found.append(snapshot)
+        found.append(_gathered(tag, held, required, names, file))
     found += (_without_disks(file, names) for file in unpaired)
-    return tuple(sorted(found, key=lambda snapshot: (snapshot.date, snapshot.tag)))
+    return tuple(sorted(_named(found), key=lambda snapshot: (snapshot.date, snapshot.tag)))
+
+
+def _named(found: Iterable[Snapshot]) -> Iterator[Snapshot]:
+    """Give the snapshots the tags that users know them by, where the devices may have them under a second name.
+
+    The tag belongs to the one that can be loaded, of two such to the newer. What else there is of it, as a replacement
+    was cut short, has the second name, whatever the devices call it.
+    """
+    groups: dict[str, list[Snapshot]] = {}
+    for snapshot in found:
+        groups.setdefault(_owner(snapshot), []).append(snapshot)
+    for tag, members in groups.items():
+        main = max(members, key=lambda snapshot: (is_loadable(snapshot), snapshot.date))
+        if is_loadable(main) or (len(members) == 1 and main.kind is Kind.LIVE):
+            yield msgspec.structs.replace(main, tag=tag)
+            others = (snapshot for snapshot in members if snapshot is not main)
+            yield from (msgspec.structs.replace(other, tag=f"{tag}{SECOND_SUFFIX}") for other in others)
+        else:
+            yield from members
+
+
+def _owner(snapshot: Snapshot) -> str:
+    """The user's tag that a snapshot is, or was, under. What has a state in an image is somebody else's, who calls it
+    like a second name."""
+    return snapshot.disk_tag.removesuffix(SECOND_SUFFIX) if snapshot.vmstate is None else snapshot.disk_tag
 
 
 def _file_of(tag: str, held: dict[str, list[NodeSnapshot]], files: Iterable[StateFile]) -> StateFile | None:
@@ -173,16 +194,17 @@ class Holding(NamedTuple):
     files: tuple[str, ...]
 
 
-def holding(graph: BlockGraph, devices: Sequence[Device], tag: str, files: Iterable[StateFile]) -> Holding:
-    """All that is there of *tag*, whole or not: what goes when it is deleted or replaced."""
-    second = f"{tag}{SECOND_SUFFIX}"
-    held = {name: holders(graph, devices, name) for name in (tag, second)}
-    if any(row.vm_state_size for node in held[second] for row in graph.nodes[node].tagged(second)):
-        del held[second]  # it has a state of its own: somebody else's, who calls it so
+def holding(graph: BlockGraph, devices: Sequence[Device], tag: str, files: Sequence[StateFile]) -> Holding:
+    """All that is there of *tag*, whole or not: what goes when it is deleted or replaced.
+
+    Of a second name it is what is listed so; not the snapshot that has the tag itself.
+    """
+    meant = [found for found in snapshots(graph, devices, files) if tag in (found.tag, _owner(found))]
+    held = {found.disk_tag: found.devices for found in meant if found.devices}
     return Holding(
-        tags=tuple(name for name, nodes in held.items() if nodes),
+        tags=tuple(sorted(held)),
         nodes=tuple(node for node in relevant_nodes(devices) if any(node in nodes for nodes in held.values())),
-        files=tuple(file.path for file in files if file.disk_tag in held),
+        files=tuple(found.file.path for found in meant if found.file is not None),
     )
 
 

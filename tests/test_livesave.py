@@ -327,6 +327,33 @@ def test_replacing(heavy: Guest, disks: list[Path], tmp_path: Path) -> None:
     assert_nothing_live_left(heavy, tmp_path)
 
 
+def test_what_a_replacement_that_was_cut_short_has_left(heavy: Guest, disks: list[Path], tmp_path: Path) -> None:
+    """Whatever the disks call it, it is listed, and deleted, beside the snapshot that counts, which loads."""
+    for _ in range(2):
+        cli("save", "--live", "t", monitor=heavy.address)
+        heavy.wait_for_ticks(5)
+    assert [tags(disk) for disk in disks] == [["t.qsnap-2"], ["t.qsnap-2"]]
+    heavy.qmp("blockdev-snapshot-internal-sync", device="disk1", name="t")
+
+    def listed() -> list[tuple[str, str]]:
+        rows = cli("list", "--json", monitor=heavy.address).json["snapshots"]
+        return sorted((row["tag"], row["kind"]) for row in rows)
+
+    assert listed() == [("t", "live"), ("t.qsnap-2", "partial")]
+    cli("load", "t", monitor=heavy.address)
+    assert_in_order(heavy)
+    cli("delete", "t.qsnap-2", monitor=heavy.address)
+    assert listed() == [("t", "live")]
+    cli("load", "t", monitor=heavy.address)
+    assert_in_order(heavy)
+    # The next save takes it away too
+    heavy.qmp("blockdev-snapshot-internal-sync", device="disk0", name="t")
+    cli("save", "--live", "t", monitor=heavy.address)
+    assert listed() == [("t", "live")]
+    assert [tags(disk) for disk in disks] == [["t"], ["t"]]
+    assert state_files(tmp_path) == ["disk0.t.qsnap"]
+
+
 def test_a_directory_of_its_own(heavy: Guest, disks: list[Path], tmp_path: Path) -> None:
     states = tmp_path / "states"
     states.mkdir()

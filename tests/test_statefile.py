@@ -127,36 +127,49 @@ def test_which_disks_a_file_belongs_to() -> None:
         date = DATE + timedelta(milliseconds=later_ms)
         return NodeSnapshot(tag=tag, id="1", vm_state_size=size, date=date, vm_clock_ns=clock)
 
-    def file(tag: str, clock: int) -> StateFile:
+    def file(tag: str, clock: int, *, is_whole: bool = True) -> StateFile:
         return StateFile(
-            path=f"/vm/{tag}", size=9, disk_tag=tag, image="/vm/a", vm_state_size=5, date=DATE, vm_clock_ns=clock
-        )
+            path=f"/vm/{tag}", size=9, disk_tag=tag, image="/vm/a", vm_state_size=5, date=DATE, vm_clock_ns=clock,
+            is_whole=is_whole,
+        )  # fmt: skip
 
     rows = [
         ("live", 1_234_567), ("rounded", 5_000_000), ("stale", 7), ("new.qsnap-2", 8), ("both", 9),
-        ("both.qsnap-2", 10),
+        ("both.qsnap-2", 10), ("cut", 11), ("cut.qsnap-2", 12), ("short.qsnap-2", 13), ("half.qsnap-2", 14),
     ]  # fmt: skip
     two = graph(
-        node("a", snapshots=(*(row(tag, clock) for tag, clock in rows), row("full", 3, size=7))),
-        node("b", snapshots=(*(row(tag, clock, 4) for tag, clock in rows), row("full", 3))),
+        node("a", snapshots=(*(row(tag, clock, clock) for tag, clock in rows), row("full", 3, size=7))),
+        node("b", snapshots=(*(row(tag, clock, 4) for tag, clock in rows if tag != "cut"), row("full", 3))),
     )
     files = [
         file("live", 1_234_567), file("rounded", 5_123_456), file("stale", 6), file("new.qsnap-2", 8), file("both", 9),
-        file("both.qsnap-2", 10), file("full", 3), file("gone", 1),
+        file("both.qsnap-2", 10), file("full", 3), file("gone", 1), file("cut", 11), file("cut.qsnap-2", 12),
+        file("short.qsnap-2", 13, is_whole=False),
     ]  # fmt: skip
     found = [(s.tag, s.kind.value, s.disk_tag) for s in snapshots.snapshots(two, survey(two).devices, files)]
     assert sorted(found) == [
-        ("both", "live", "both"),
-        ("both.qsnap-2", "live", "both.qsnap-2"),
+        ("both", "live", "both.qsnap-2"),
+        ("both.qsnap-2", "live", "both"),
+        ("cut", "live", "cut.qsnap-2"),
+        ("cut.qsnap-2", "partial", "cut"),
         ("full", "full", "full"),
-        ("full", "state-only", "full"),
+        ("full.qsnap-2", "state-only", "full"),
         ("gone", "state-only", "gone"),
+        ("half.qsnap-2", "disk-only", "half.qsnap-2"),
         ("live", "live", "live"),
         ("new", "live", "new.qsnap-2"),
         ("rounded", "live", "rounded"),
+        ("short", "live", "short.qsnap-2"),
         ("stale", "disk-only", "stale"),
         ("stale", "state-only", "stale"),
     ]
-    assert not any(s.problems for s in snapshots.snapshots(two, survey(two).devices, files) if s.devices)
-    held = snapshots.holding(two, survey(two).devices, "both", files)
-    assert held == (("both", "both.qsnap-2"), ("a", "b"), ("/vm/both", "/vm/both.qsnap-2"))
+    troubled = [s.tag for s in snapshots.snapshots(two, survey(two).devices, files) if s.devices and s.problems]
+    assert troubled == ["short"]
+
+    def held(tag: str) -> snapshots.Holding:
+        return snapshots.holding(two, survey(two).devices, tag, files)
+
+    assert held("both") == (("both", "both.qsnap-2"), ("a", "b"), ("/vm/both", "/vm/both.qsnap-2"))
+    assert held("both.qsnap-2") == (("both",), ("a", "b"), ("/vm/both",)), "what is listed so"
+    assert held("cut.qsnap-2") == (("cut",), ("a",), ("/vm/cut",))
+    assert held("full.qsnap-2") == ((), (), ("/vm/full",))
