@@ -15,7 +15,7 @@ import signal
 import socket
 import subprocess
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -156,6 +156,59 @@ def test_what_a_load_brings_back(launch: Launch, tmp_path: Path, topology: Calla
     guest.qmp("snapshot-load", **{"job-id": "j", "tag": "b", "vmstate": "s", "devices": ["s"]})
     until("the load to end", lambda: [job for job in guest.qmp("query-jobs") if job["status"] == "concluded"])
     until("the guest to see it", lambda: guest.lines()[-1][1] > 0 or None)
+
+
+@contextmanager
+def hugepages(mebibytes: int) -> Iterator[None]:
+    """Huge pages of 2 MiB for that much memory, in whatever the system has of them."""
+    setting = Path("/proc/sys/vm/nr_hugepages")
+    before = int(setting.read_text())
+    sudo = [] if os.geteuid() == 0 else ["sudo", "-n"]
+
+    def set_to(pages: int) -> int:
+        subprocess.run([*sudo, "tee", setting], input=str(pages), text=True, stdout=subprocess.DEVNULL, check=False)
+        return int(setting.read_text())
+
+    if set_to(before + mebibytes // 2) < before + mebibytes // 2:
+        set_to(before)
+        pytest.skip("this system lends no huge pages")
+    try:
+        yield
+    finally:
+        set_to(before)
+
+
+@pytest.mark.parametrize("options", ["share=on", "share=on,hugetlb=on"])
+def test_memory_that_is_shared_or_in_huge_pages(launch: Launch, tmp_path: Path, options: str) -> None:
+    """Linux 5.19 and later."""
+    memory = f"memory-backend-memfd,id=memory,size=96M,{options}"
+    with hugepages(96) if "hugetlb" in options else nullcontext():
+        guest = launch(
+            *two_disks(tmp_path), "-object", memory, memory="96", machine="q35,accel=tcg,memory-backend=memory"
+        )
+        guest.wait_for_ticks(ROUND)
+        for number in range(3):
+            cli("save", "--live", f"t{number}", monitor=guest.address)
+            guest.wait_for_ticks(10)
+        for number in (1, 0, 2):
+            cli("load", f"t{number}", monitor=guest.address)
+            assert_in_order(guest)
+        guest.quit()
+
+
+def test_memory_in_a_file(launch: Launch, tmp_path: Path) -> None:
+    """On a disk it will not do, with the reason and the cure; in /dev/shm it does."""
+    kind = subprocess.run(["stat", "-f", "-c", "%T", tmp_path], capture_output=True, text=True, check=True).stdout
+    memory = f"memory-backend-file,id=memory,size=96M,share=on,mem-path={tmp_path}/memory"
+    guest = launch(*two_disks(tmp_path), "-object", memory, memory="96", machine="q35,accel=tcg,memory-backend=memory")
+    guest.wait_for_ticks(5)
+    if kind.strip() == "tmpfs":
+        cli("save", "--live", "t", monitor=guest.address)
+        return
+    run = cli("save", "--live", "t", monitor=guest.address, expect=5)
+    assert "guest memory configuration" in run.err
+    assert "memory that is not in a file on a disk" in run.err
+    assert_nothing_live_left(guest, tmp_path)
 
 
 def test_a_state_over_512_mib(launch: Launch, tmp_path: Path) -> None:
