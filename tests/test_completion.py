@@ -35,8 +35,8 @@ TAGS = [
     "aq|touch pwned&", "arend ", "as$HOME", "at<x>@y", "au^x-y", "av'touch pwned'", "-dash", "=equals", "~tilde",
     "#hash",
 ]  # fmt: skip
-#: They cannot be typed, and are left out.
-UNTYPED = ["zz\nzz", "zz\tx", "zz\x1b[31m", "zz\u202ex"]
+#: They cannot be typed, and are left out. No name of a temporary directory, as in a prompt, has capitals.
+UNTYPED = ["ZZ\nZZ", "ZZ\tx", "ZZ\x1b[31m", "ZZ\u202ex"]
 
 
 class Shell:
@@ -232,7 +232,7 @@ def test_the_lists_show_what_there_is(machine: Machine, shell: Start, name: str)
     running = shell(name, start_vm(machine))
     shown = running.listed("qsnap show a", "av")
     assert all(f"{tag[:2]}" in shown for tag in TAGS if tag[0] == "a")
-    assert "zz" not in shown
+    assert "ZZ" not in shown
     assert not (machine.directory / "pwned").exists()
 
 
@@ -271,7 +271,7 @@ def test_what_is_offered(machine: Machine, name: str) -> None:
     assert "=equals" in text
     assert "-dash" not in text, "it would be taken for an option"
     assert "-dash" in asked(machine, name, "qsnap show -- ", **env).stdout
-    assert "zz" not in text
+    assert "ZZ" not in text
     text = asked(machine, name, "qsnap delete aaplain ", **env).stdout
     assert "aaplain" not in text
     assert "aix" in text

@@ -337,14 +337,27 @@ def test_ensure_makes_a_broken_one_anew(guest: Guest, disk: Path) -> None:
 # The plugin
 
 PLUGIN_TEST = """
+import time
+from pathlib import Path
+
 import pytest
+
+SERIAL = Path(SERIAL_PATH)
+
+def wait_for_a_tick():
+    # Two lines are begun: without one in between, the guest would not be seen to have been put back twice
+    size, deadline = SERIAL.stat().st_size, time.monotonic() + 30
+    while SERIAL.stat().st_size < size + 2 * len("c=00000000 bad=0000\\r\\n"):
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
 
 @pytest.mark.qsnap(load="clean")
 def test_good():
-    pass
+    wait_for_a_tick()
 
 @pytest.mark.qsnap("clean")
 def test_bad(qsnap_vm, other):
+    wait_for_a_tick()
     assert other == "set up after the load"
     assert [s.tag for s in qsnap_vm.list()] == ["clean"]
     assert False, "on purpose"
@@ -364,7 +377,7 @@ def test_unmarked(qsnap_vm):
 
 def test_the_plugin(guest: Guest, disk: Path, pytester: pytest.Pytester) -> None:
     pytester.makeini("[pytest]\n")
-    pytester.makepyfile(PLUGIN_TEST)
+    pytester.makepyfile(PLUGIN_TEST.replace("SERIAL_PATH", repr(str(guest.serial))))
     cli("save", "clean", monitor=guest.address)
     saved = guest.counter
     guest.wait_for_ticks(60)
