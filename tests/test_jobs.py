@@ -177,6 +177,39 @@ def test_a_signal_after_the_command(guest: Guest, disk: Path, tmp_path: Path, ti
     assert tags(disk) == ["f"]
 
 
+SIGNALLED_IN_BETWEEN = """
+import asyncio, os, signal
+end, end_of_loop = os._exit, asyncio.BaseEventLoop.shutdown_asyncgens
+
+def signalled():
+    for signum in (signal.SIGTERM, signal.SIGHUP):
+        os.kill(os.getpid(), signum)
+
+async def shutdown_asyncgens(loop):
+    if os.path.exists(RAN):
+        signalled()
+    await end_of_loop(loop)
+
+def _exit(code):
+    signalled()
+    end(code)
+
+asyncio.BaseEventLoop.shutdown_asyncgens, os._exit = shutdown_asyncgens, _exit
+"""
+
+
+def test_a_signal_between_the_steps_after_the_command(guest: Guest, disk: Path, tmp_path: Path) -> None:
+    """Each has a loop of its own: a signal at the end of one, or of us, ends nothing either."""
+    ran = tmp_path / "ran"
+    (tmp_path / "sitecustomize.py").write_text(SIGNALLED_IN_BETWEEN.replace("RAN", repr(str(ran))))
+    before = guest.wait_for_ticks(3)
+    command = wait_script(guest, 60, f"touch {ran}; exit 5")
+    args = ("run", "--revert", "--save-on-fail", "f", "--", *command)
+    cli(*args, monitor=guest.address, expect=5, env={"PYTHONPATH": str(tmp_path)})
+    assert_back_to(guest, before)
+    assert tags(disk) == ["f"]
+
+
 def children(pid: int) -> list[str]:
     """The commands of its children."""
     pids = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()

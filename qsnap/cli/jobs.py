@@ -10,8 +10,8 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Awaitable, Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager, redirect_stdout, suppress
+from collections.abc import Awaitable, Callable, Collection, Sequence
+from contextlib import redirect_stdout, suppress
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
@@ -97,32 +97,32 @@ def run(
         raise BadUsage("--revert and --revert-to exclude each other")
     job = _Job(options, exclude)
     tag = revert_to
-    with _signals_noted() as noted:
-        try:
-            was_running = job.step(lambda vm, _: _is_running(vm))
-            if revert_to is not None:
-                job.step(lambda vm, settings: _loadable(vm, revert_to, job.excluded(settings)))
-            if save_on_fail is not None:
-                job.save(save_on_fail, dry_run=True)
-            if revert:
-                tag = f"qsnap-run-{datetime.now().astimezone():%Y%m%dT%H%M%S}-{os.getpid()}"
-                job.save(tag)
-        except QsnapError as error:
-            return _not_run(error)
-        troubles: list[QsnapError] = []
-        job.obeys_signals = False  # what is to be done after the command is done whatever comes
-        if noted:
-            if revert:
-                job.attempt(troubles, lambda: job.delete(tag or ""))
-            return _not_run(Interrupted(noted[0]))
-        code = _executed(command, options.timeout_s)
-        if code and save_on_fail is not None:
-            job.attempt(troubles, lambda: job.save(save_on_fail))
-        if tag is not None:
-            was_loaded = job.attempt(troubles, lambda: job.load(tag, running=was_running if revert else None))
-            if revert and was_loaded:
-                job.attempt(troubles, lambda: job.delete(tag))
-        return code or (FAILED_AFTER if troubles else 0)
+    noted = _note_signals()
+    try:
+        was_running = job.step(lambda vm, _: _is_running(vm))
+        if revert_to is not None:
+            job.step(lambda vm, settings: _loadable(vm, revert_to, job.excluded(settings)))
+        if save_on_fail is not None:
+            job.save(save_on_fail, dry_run=True)
+        if revert:
+            tag = f"qsnap-run-{datetime.now().astimezone():%Y%m%dT%H%M%S}-{os.getpid()}"
+            job.save(tag)
+    except QsnapError as error:
+        return _not_run(error)
+    troubles: list[QsnapError] = []
+    job.obeys_signals = False  # what is to be done after the command is done whatever comes
+    if noted:
+        if revert:
+            job.attempt(troubles, lambda: job.delete(tag or ""))
+        return _not_run(Interrupted(noted[0]))
+    code = _executed(command, options.timeout_s)
+    if code and save_on_fail is not None:
+        job.attempt(troubles, lambda: job.save(save_on_fail))
+    if tag is not None:
+        was_loaded = job.attempt(troubles, lambda: job.load(tag, running=was_running if revert else None))
+        if revert and was_loaded:
+            job.attempt(troubles, lambda: job.delete(tag))
+    return code or (FAILED_AFTER if troubles else 0)
 
 
 @click.command(epilog=_EXITS)
@@ -137,25 +137,25 @@ def ensure(options: Options, tag: str, exclude: tuple[str, ...], command: tuple[
     cannot be loaded, because it is not whole, is made anew.
     """
     job = _Job(options, exclude)
-    with _signals_noted() as noted:
-        try:
-            found, is_there = job.step(lambda vm, settings: _found(vm, tag, job.excluded(settings)))
-            if found:
-                job.load(tag)
-                return 0
-            job.save(tag, dry_run=True)
-        except QsnapError as error:
-            return _not_run(error)
-        if noted:
-            return _not_run(Interrupted(noted[0]))
-        job.obeys_signals = False
-        if code := _executed(command, options.timeout_s):
-            _say(f"the command failed ({code}), so {tag!r} was not saved")
-            return code
-        troubles: list[QsnapError] = []
-        # One that is there now and was not before is another job's: this guest was provisioned by both
-        job.attempt(troubles, lambda: job.save(tag, replace=is_there))
-        return FAILED_AFTER if troubles else 0
+    noted = _note_signals()
+    try:
+        found, is_there = job.step(lambda vm, settings: _found(vm, tag, job.excluded(settings)))
+        if found:
+            job.load(tag)
+            return 0
+        job.save(tag, dry_run=True)
+    except QsnapError as error:
+        return _not_run(error)
+    if noted:
+        return _not_run(Interrupted(noted[0]))
+    job.obeys_signals = False
+    if code := _executed(command, options.timeout_s):
+        _say(f"the command failed ({code}), so {tag!r} was not saved")
+        return code
+    troubles: list[QsnapError] = []
+    # One that is there now and was not before is another job's: this guest was provisioned by both
+    job.attempt(troubles, lambda: job.save(tag, replace=is_there))
+    return FAILED_AFTER if troubles else 0
 
 
 class _Job:
@@ -185,7 +185,6 @@ class _Job:
         finally:
             # The command may start it anew: then it is another process at the same address
             self._meant = self._meant._replace(pid=None)
-            _note_signals()
 
     def attempt(self, troubles: list[QsnapError], deed: Callable[[], object]) -> bool:
         """Do what is to be done whatever went wrong before, and say what goes wrong; whether it went well."""
@@ -357,24 +356,10 @@ def _is_zombie(process: psutil.Process) -> bool:
         return True
 
 
-_noted: list[int] = []
-
-
-def _note_signals() -> None:
-    """See that no signal ends us between two steps, and that it is known that one came."""
+def _note_signals() -> list[int]:
+    """See that no signal ends us from now on, whatever is done; it is noted in what is returned."""
+    noted: list[int] = []
     for signum in _PASSED_ON[:3]:
         if signal.getsignal(signum) is not signal.SIG_IGN:
-            signal.signal(signum, lambda received, _: _noted.append(received))
-
-
-@contextmanager
-def _signals_noted() -> Iterator[list[int]]:
-    """Note signals for the duration of a block, in what it is given."""
-    before = {signum: signal.getsignal(signum) for signum in _PASSED_ON}
-    _noted.clear()
-    _note_signals()
-    try:
-        yield _noted
-    finally:
-        for signum, handler in before.items():
-            signal.signal(signum, handler)
+            signal.signal(signum, lambda received, _: noted.append(received))
+    return noted

@@ -276,14 +276,15 @@ def _signals_handled(task: asyncio.Future[_T], received: list[int], obeys: bool)
     with suppress(OSError, ValueError):
         signal.signal(signal.SIGTSTP, signal.SIG_IGN)
     # One that is ignored (nohup) stays so.
-    handled = [signum for signum in SIGNALS if signal.getsignal(signum) is not signal.SIG_IGN]
-    for signum in handled:
-        loop.add_signal_handler(signum, handle, signum)
+    before = {signum: handler for signum in SIGNALS if (handler := signal.getsignal(signum)) is not signal.SIG_IGN}
+    for signum in before:
+        # The loop's own way, add_signal_handler, ends with the signal's default: it would end us between two steps
+        signal.signal(signum, lambda came, _: loop.call_soon_threadsafe(handle, came))
     try:
         yield
     finally:
-        for signum in handled:
-            loop.remove_signal_handler(signum)
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
 
 
 def _show_dialogue() -> None:
