@@ -34,11 +34,22 @@ class StateEstimate(NamedTuple):
     at_most: int
 
 
-class _Mapping(NamedTuple):
+class Mapping(NamedTuple):
+    """A mapping of a process; sizes in bytes.
+
+    :ivar start: its address.
+    :ivar touched: what of it exists, in RAM or in swap.
+    :ivar huge: what of that is mapped by huge pages.
+    :ivar permissions: as in proc(5), ``rw-p`` or so.
+    :ivar flags: as in proc(5), ``hg`` for one that is to have huge pages.
+    """
+
     start: int
     size: int
     touched: int
+    huge: int
     permissions: str
+    flags: tuple[str, ...]
 
 
 class Process(Struct, frozen=True):
@@ -159,7 +170,7 @@ def state_estimate(pid: int | None, ram_bytes: int) -> StateEstimate | None:
     if pid is None:
         return None
     try:
-        mappings = _ram_mappings(pid, ram_bytes)
+        mappings = ram_mappings(pid, ram_bytes)
     except (OSError, ValueError):
         return None
     touched = sum(mapping.touched for mapping in mappings)
@@ -181,8 +192,12 @@ def state_estimate(pid: int | None, ram_bytes: int) -> StateEstimate | None:
     )
 
 
-def _ram_mappings(pid: int, ram_bytes: int) -> list[_Mapping]:
-    """The largest mappings that together are as large as the guest's RAM. (TCG's code buffer is executable.)"""
+def ram_mappings(pid: int, ram_bytes: int) -> list[Mapping]:
+    """The largest mappings that together are as large as the guest's RAM. (TCG's code buffer is executable.)
+
+    :return: none if there are none that could be it.
+    :raise OSError: /proc does not show them.
+    """
     chosen = []
     total = 0
     data = (mapping for mapping in _mappings(pid) if mapping.permissions.startswith("rw-"))
@@ -194,23 +209,23 @@ def _ram_mappings(pid: int, ram_bytes: int) -> list[_Mapping]:
     return chosen if total >= ram_bytes else []
 
 
-def _mappings(pid: int) -> Iterator[_Mapping]:
+def _mappings(pid: int) -> Iterator[Mapping]:
     header = re.compile(r"^([0-9a-f]+)-([0-9a-f]+) (\S{4}) ")
-    start = end = touched = 0
+    start = end = touched = huge = 0
     permissions = ""
     with Path(f"/proc/{pid}/smaps").open() as smaps:
         for line in smaps:
             if match := header.match(line):
-                if end:
-                    yield _Mapping(start, end - start, touched, permissions)
-                start, end, permissions, touched = int(match[1], 16), int(match[2], 16), match[3], 0
+                start, end, permissions, touched, huge = int(match[1], 16), int(match[2], 16), match[3], 0, 0
             elif line.startswith(("Rss:", "Swap:")):
                 touched += int(line.split()[1]) * 1024
-    if end:
-        yield _Mapping(start, end - start, touched, permissions)
+            elif line.startswith(("AnonHugePages:", "ShmemPmdMapped:", "FilePmdMapped:")):
+                huge += int(line.split()[1]) * 1024
+            elif line.startswith("VmFlags:"):  # the last line of each
+                yield Mapping(start, end - start, touched, huge, permissions, tuple(line.split()[1:]))
 
 
-def _used_share(pid: int, mappings: list[_Mapping]) -> float:
+def _used_share(pid: int, mappings: list[Mapping]) -> float:
     """The share of pages that are not all zeroes, from a random sample. A page that never was is all zeroes."""
     import random
 

@@ -7,12 +7,13 @@ the guest stands still from before the one until after the other. There are two 
   most of the processor time that it took the last time. If QEMU was faster nevertheless, it has stopped and resumed the
   guest by itself before, and the disks would be of another moment. That shows in the order of events; the attempt is
   given up, and repeated.
-* *plain*: the guest is stopped first, and stands still while QEMU reads its RAM: for little RAM, and where nothing is
-  known yet.
+* *plain*: the guest is stopped first, and stands still while QEMU reads its RAM: where that takes no longer than to
+  stop late, as with little RAM, or RAM in huge pages; and where nothing is known yet.
 
-Before either, from 9.0 on, a stream that nobody wants is begun and cancelled: QEMU reads RAM once more a moment later,
-and it takes a fraction of the time then. Up to 8.2 a stream must not be cancelled. There that is done once, with a
-stream to nowhere, to learn how long it takes.
+First RAM is put back into huge pages (:mod:`qsnap.hugepages`), where that is possible. If that is not enough for the
+plain way, a stream that nobody wants is begun and cancelled, from 9.0 on, to learn how long it takes; and every time if
+RAM is in base pages, as QEMU reads it once more a moment later, and it takes a fraction of the time then. Up to 8.2 a
+stream must not be cancelled. There that is done once, with a stream to nowhere, and only for RAM in base pages.
 """
 
 from __future__ import annotations
@@ -24,25 +25,32 @@ from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
+from qsnap import hugepages
 from qsnap.errors import JobFailed, QsnapError
+from qsnap.hugepages import Layout
 from qsnap.journal import Journal
 from qsnap.monitor import Monitor
 from qsnap.monitor.background import Background
-from qsnap.pace import SnapshotThread
+from qsnap.pace import Pace, SnapshotThread
 from qsnap.progress import INTERVAL_S, Phase, Progress, Watcher
 from qsnap.stopped import Pause, stopped
 from qsnap.undisturbed import undisturbed
 
-#: The mark that keeps the processor time, in nanoseconds, that QEMU's thread needs before it takes the device state.
+#: The mark that keeps QEMU's pace.
 PACE = "qsnap-pace"
+_GIB = 1 << 30
 #: The share of it after which the guest is stopped. It was seen to vary by a tenth.
 _SHARE = 0.85
 #: Nanoseconds that the disks' snapshots may take: where QEMU resumes the guest by itself they must be done by then.
 _DISKS_NS = 25_000_000
-#: Bytes of RAM that are read within some 25 ms at the slowest: they may be read in the pause.
-_LITTLE = 256 << 20
-#: The same in a QEMU whose memory has not been write-protected yet, and has huge pages.
-_LITTLE_AT_FIRST = 4 << 30
+#: Nanoseconds per GiB that QEMU needs to read and protect RAM in base pages, and RAM in huge pages, at the slowest.
+_BASE_NS, _HUGE_NS = 100_000_000, 5_000_000
+#: Nanoseconds that this may take in the pause: to stop late is no better.
+_PLAIN_NS = 10_000_000
+#: The same where the disks take part of the time, and one attempt that fails takes as long as a whole save.
+_PLAIN_WITHOUT_CANCEL_NS = 50_000_000
+#: The share of RAM in base pages with which it is left as it is.
+_HARDLY_ANY = 1 / 32
 #: Attempts to stop late, before the guest is stopped first.
 _LATE_ATTEMPTS = 3
 #: Seconds between two looks whether the device state has been taken.
@@ -88,31 +96,38 @@ class Moment:
 
         :raise JobFailed: QEMU reported an error. The guest runs; the stream may still be under way.
         """
-        pace = await self._known_pace()
-        ram_bytes = await self._monitor.memory_size()
-        is_first = pace is None and (await self._background.stream()).status in (None, "none")
-        if ram_bytes <= (_LITTLE_AT_FIRST if is_first else _LITTLE):
+        ram = await self._ram(await self._monitor.memory_size())
+        reading_ns = ram.base / _GIB * _BASE_NS + ram.other / _GIB * _HUGE_NS
+        if reading_ns <= (_PLAIN_WITHOUT_CANCEL_NS if self._background.must_not_fail else _PLAIN_NS):
             await self._flush()
             pause, _ = await self._plain()
             return pause
-        if self._background.must_not_fail:
-            pace = pace or await self._rehearse()
-            await self._flush()
-        else:
-            await self._flush()
-            # What is read once more at once is in the processor's caches: it takes a fraction of the time
-            await self._rehearse()
+        known = await self._known_pace(ram)
+        pace = known
+        if self._rehearses(known, ram):
+            rehearsed = await self._rehearse()
+            pace = known or rehearsed
+        await self._flush()
         for _ in range(1 if self._background.must_not_fail else _LATE_ATTEMPTS):
-            if not pace or self._goal(pace) <= 0:
+            if self._goal(pace) <= 0:
                 break  # nothing is known, or there is nothing to be gained
             late_pause, pace = await self._late(pace)
             if late_pause is not None:
-                await self._remember(pace)
+                await self._remember(pace, known, ram)
                 return late_pause
             await self._begin_anew()
         pause, pace = await self._plain()
-        await self._remember(pace)
+        await self._remember(pace, known, ram)
         return pause
+
+    async def _ram(self, ram_bytes: int) -> Layout:
+        """How RAM is mapped, when what can be put into huge pages has been."""
+        pid = self._monitor.pid
+        ram = await asyncio.to_thread(hugepages.layout, pid, ram_bytes)
+        if pid is None or ram.base <= ram_bytes * _HARDLY_ANY:
+            return ram
+        await hugepages.collapse(pid, ram_bytes)
+        return await asyncio.to_thread(hugepages.layout, pid, ram_bytes)
 
     @property
     def stream_size(self) -> int:
@@ -139,6 +154,14 @@ class Moment:
         """The processor time after which the guest is stopped."""
         goal = int(pace * _SHARE)
         return goal - _DISKS_NS if self._background.resumes_by_itself else goal
+
+    def _rehearses(self, known: int, ram: Layout) -> bool:
+        """Whether a stream that nobody wants is begun first."""
+        if self._background.must_not_fail:
+            # It goes on to its end, and splits what huge pages there are
+            return self._monitor.pid is not None and not known and ram.base > ram.other
+        # Base pages that are read once more at once are in the processor's caches: it takes a fraction of the time
+        return not known or ram.base > ram.other
 
     async def _rehearse(self) -> int:
         """Have QEMU begin a stream that nobody wants; return the processor time that its thread needed.
@@ -227,14 +250,17 @@ class Moment:
             with suppress(OSError):
                 await asyncio.to_thread(_sync, image)
 
-    async def _known_pace(self) -> int | None:
-        text = await self._monitor.mark(PACE) or ""
-        return int(text) if text.isdecimal() else None
+    async def _known_pace(self, ram: Layout) -> int:
+        """The processor time that QEMU's thread needed the last time that RAM was mapped so; 0 if that is not known."""
+        pace = Pace.decode(await self._monitor.mark(PACE) or "")
+        return pace.spent_ns if pace is not None and pace.is_of(ram) else 0
 
-    async def _remember(self, pace: int) -> None:
+    async def _remember(self, spent_ns: int, known: int, ram: Layout) -> None:
+        if self._background.must_not_fail and known:
+            spent_ns = min(spent_ns, known)  # one attempt that fails takes as long as a whole save
         with suppress(QsnapError):
             await self._monitor.clear_mark(PACE)
-            await self._monitor.set_mark(PACE, str(pace))
+            await self._monitor.set_mark(PACE, Pace(spent_ns, ram.base).encode())
 
     async def written(self, watch: Watcher | None) -> None:
         """Wait for the end of the stream.

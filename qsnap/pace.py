@@ -4,7 +4,7 @@ Before QEMU takes the device state it reads a byte of every page of RAM (migrati
 ram_write_tracking_prepare), so that each page is there to be write-protected. That takes 5 ms per GiB in a fresh
 process with huge pages, and 40 to 100 ms per GiB in each later save, as write protection splits them. The guest may
 run meanwhile. QEMU tells nothing of it; but the kernel tells how much processor time QEMU's thread has had, which
-varies little from save to save (wall time varies by a factor of three on a busy machine).
+varies little from save to save of RAM that is mapped alike (wall time varies by a factor of three on a busy machine).
 """
 
 from __future__ import annotations
@@ -14,11 +14,41 @@ import time
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import NamedTuple
 
+from qsnap.hugepages import Layout
+
+#: What was learnt is of use as long as no more of the RAM than that share has changed between base and huge pages.
+_SAME = 1 / 16
 #: Seconds between two looks.
 _LOOK_S = 0.001
 #: Seconds after which the guest is stopped whatever the thread does: it has read some hundred GiB by then.
 _PATIENCE_S = 60.0
+
+
+class Pace(NamedTuple):
+    """How long QEMU took.
+
+    :ivar spent_ns: processor time of its thread, before it took the device state.
+    :ivar base: bytes of RAM that were in base pages.
+    """
+
+    spent_ns: int
+    base: int
+
+    @classmethod
+    def decode(cls, text: str) -> Pace | None:
+        """What :meth:`encode` has written; None if it has not."""
+        fields = text.split(" ")
+        return cls(*map(int, fields)) if len(fields) == len(cls._fields) and all(map(str.isdecimal, fields)) else None
+
+    def encode(self) -> str:
+        """As the text of a mark."""
+        return f"{self.spent_ns} {self.base}"
+
+    def is_of(self, ram: Layout) -> bool:
+        """Whether it can be expected of RAM that is mapped so."""
+        return self.spent_ns > 0 and abs(self.base - ram.base) <= sum(ram) * _SAME
 
 
 class SnapshotThread:

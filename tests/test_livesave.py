@@ -39,9 +39,10 @@ from guest import (
     until,
 )
 from proxy import deed
-from qsnap import moment
+from qsnap import hugepages, moment
 from qsnap.errors import JobFailed
-from qsnap.pace import SnapshotThread
+from qsnap.hugepages import Layout
+from qsnap.pace import Pace, SnapshotThread
 from qsnap.stopped import stopped
 from test_guard import Killer, assert_all_is_well, kill_guard, marks, wait_for_the_guard
 
@@ -159,7 +160,7 @@ def test_what_a_load_brings_back(launch: Launch, tmp_path: Path, topology: Calla
 
 
 @contextmanager
-def hugepages(mebibytes: int) -> Iterator[None]:
+def lent_hugepages(mebibytes: int) -> Iterator[None]:
     """Huge pages of 2 MiB for that much memory, in whatever the system has of them."""
     setting = Path("/proc/sys/vm/nr_hugepages")
     before = int(setting.read_text())
@@ -182,7 +183,7 @@ def hugepages(mebibytes: int) -> Iterator[None]:
 def test_memory_that_is_shared_or_in_huge_pages(launch: Launch, tmp_path: Path, options: str) -> None:
     """Linux 5.19 and later."""
     memory = f"memory-backend-memfd,id=memory,size=96M,{options}"
-    with hugepages(96) if "hugetlb" in options else nullcontext():
+    with lent_hugepages(96) if "hugetlb" in options else nullcontext():
         guest = launch(
             *two_disks(tmp_path), "-object", memory, memory="96", machine="q35,accel=tcg,memory-backend=memory"
         )
@@ -258,13 +259,25 @@ def test_the_guest_runs_meanwhile(heavy: Guest) -> None:
 # How the moment is taken
 
 
+#: RAM that is in base pages, and cannot be put into huge ones; and the other way round.
+LAYOUTS = {"base pages": Layout(96 << 20, 0), "huge pages": Layout(0, 96 << 20)}
+
+
+def never_plain(monkeypatch: pytest.MonkeyPatch, layout: Layout) -> None:
+    """Have the guest stopped late, however little RAM it has."""
+    for name in ("_PLAIN_NS", "_PLAIN_WITHOUT_CANCEL_NS"):
+        monkeypatch.setattr(moment, name, -1)
+    monkeypatch.setattr(hugepages, "layout", lambda *_: layout)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
 @pytest.mark.parametrize("pace", [None, 10**15, 1], ids=["unknown", "too slow", "too quick"])
-async def test_late_stops(heavy: Guest, monkeypatch: pytest.MonkeyPatch, pace: int | None) -> None:
+async def test_late_stops(heavy: Guest, monkeypatch: pytest.MonkeyPatch, pace: int | None, layout: Layout) -> None:
     """Whatever was known of QEMU's pace: where it was quicker than the stop, the attempt is repeated."""
-    monkeypatch.setattr(moment, "_LITTLE", 0)
-    monkeypatch.setattr(moment, "_LITTLE_AT_FIRST", 0)
+    never_plain(monkeypatch, layout)
     if pace is not None:
-        heavy.qmp("object-add", **{"qom-type": "authz-simple", "id": moment.PACE, "identity": str(pace)})
+        text = Pace(pace, layout.base).encode()
+        heavy.qmp("object-add", **{"qom-type": "authz-simple", "id": moment.PACE, "identity": text})
     async with qsnap.connect(heavy.address) as vm:
         for tag in ("a", "b"):
             before = heavy.counter
@@ -305,11 +318,12 @@ async def test_a_stop_that_comes_too_late_is_seen(
         async with real(*arguments) as pause:
             yield pause
 
-    for name, value in ("_LITTLE", 0), ("_LITTLE_AT_FIRST", 0), ("_DISKS_NS", 0), ("stopped", too_late):
+    never_plain(monkeypatch, LAYOUTS["base pages"])
+    for name, value in ("_DISKS_NS", 0), ("stopped", too_late):
         monkeypatch.setattr(moment, name, value)
     monkeypatch.setattr(SnapshotThread, "until_it_has_spent", at_once)
     monkeypatch.setattr(moment.Moment, "_has_begun", not_yet)
-    heavy.qmp("object-add", **{"qom-type": "authz-simple", "id": moment.PACE, "identity": "100"})
+    heavy.qmp("object-add", **{"qom-type": "authz-simple", "id": moment.PACE, "identity": f"100 {96 << 20}"})
     heavy.qmp.events.clear()
     async with qsnap.connect(heavy.address) as vm:
         result = await vm.save("t", live=True)

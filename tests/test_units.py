@@ -14,6 +14,7 @@ from qsnap import devices as rules
 from qsnap import errors, snapshots
 from qsnap.cli import text
 from qsnap.errors import BadUsage, NotSupported, QsnapError
+from qsnap.hugepages import Layout
 from qsnap.model import (
     BlockBackend,
     BlockGraph,
@@ -26,6 +27,7 @@ from qsnap.model import (
 from qsnap.monitor import hmp_text
 from qsnap.monitor.address import TcpAddress, UnixAddress, parse_address
 from qsnap.monitor.wire import image_path
+from qsnap.pace import Pace
 from qsnap.precheck import runstate_findings
 
 
@@ -238,6 +240,7 @@ LAYERS = [
     ["delvm"],
     ["precheck"],
     ["stopped", "progress", "pace"],
+    ["hugepages"],
     ["marks"],
     ["journal"],
     ["notes", "health"],
@@ -288,3 +291,17 @@ def test_imports_run_one_way(path: Path) -> None:
 def test_every_module_says_what_it_is_for() -> None:
     for path in PACKAGE.rglob("*.py"):
         assert ast.get_docstring(ast.parse(path.read_text())), path
+
+
+@pytest.mark.parametrize("text", ["", "5", "5 6 7", "a 6", "5 -6", "5  6", "5.0 6"])
+def test_a_pace_that_is_none(text: str) -> None:
+    """A mark that somebody else has made, or another version."""
+    assert Pace.decode(text) is None
+
+
+def test_a_pace_is_of_ram_that_is_mapped_alike() -> None:
+    pace = Pace(30, 1000)
+    assert Pace.decode(pace.encode()) == pace
+    assert all(pace.is_of(Layout(base, 1600 - base)) for base in (900, 1000, 1100))
+    assert not any(pace.is_of(Layout(base, 1600 - base)) for base in (0, 899, 1101))
+    assert not Pace(0, 1000).is_of(Layout(1000, 600)), "that nothing was seen is not a pace"
