@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import os
 from collections.abc import Sequence
 from contextlib import suppress
 
 from qsnap import devices as rules
-from qsnap import snapshots
+from qsnap import gentle, snapshots
 from qsnap.errors import JobFailed, PartialFailure, PrecheckRefused, QsnapError, SnapshotNotFound, VerifyFailed
 from qsnap.journal import Journal
 from qsnap.model import DeleteResult, Device, Labels
@@ -105,7 +104,7 @@ async def delete_all(
     for file in files:
         try:
             with suppress(FileNotFoundError):
-                os.unlink(file)  # noqa: PTH108 (no more than the directory is written)
+                await asyncio.to_thread(gentle.remove, file)
         except OSError as error:
             raise JobFailed("unlink", f"{file}: {error.strerror}") from error
 

@@ -25,7 +25,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from qsnap import hugepages
+from qsnap import gentle, hugepages
 from qsnap.errors import JobFailed, QsnapError
 from qsnap.hugepages import Layout
 from qsnap.journal import Journal
@@ -268,16 +268,27 @@ class Moment:
         :raise JobFailed: QEMU could not write it, or somebody cancelled it.
         """
         began = time.monotonic()
+        done = 0
         while not (stream := await self._background.stream()).is_over:
             elapsed_s = time.monotonic() - began
             if watch is not None:
                 watch(Progress(Phase.SAVING, elapsed_s, stream.done, stream.total))
-            # Little by little: a flush of the guest's own would wait for all that is dirty on that file system
-            with suppress(OSError):
-                await undisturbed(asyncio.to_thread(os.fdatasync, self._file), _STATE_TIMEOUT_S)
-            await asyncio.sleep(min(INTERVAL_S, 0.005 + elapsed_s / 10))
+            done = await self._write_back(done)
+            if done == self.stream_size:
+                await asyncio.sleep(min(INTERVAL_S, 0.005 + elapsed_s / 10))
         if stream.status != "completed":
             raise JobFailed("migrate", stream.error or f"it was {stream.status}")
+        while done < self.stream_size:
+            done = await self._write_back(done)
+
+    async def _write_back(self, done: int) -> int:
+        """Have the kernel write what there is of the stream, from *done* on; how far it has come after a moment."""
+        size = self.stream_size
+        work = asyncio.to_thread(gentle.write_back, self._file, self._offset + done, self._offset + size, INTERVAL_S)
+        try:
+            return await undisturbed(work, _STATE_TIMEOUT_S) - self._offset
+        except OSError:
+            return size  # what is wrong there is told when the file is completed
 
 
 def _sync(image: Path) -> None:

@@ -248,7 +248,7 @@ LAYERS = [
     ["statefile"],
     ["devices", "snapshots"],
     ["monitor", "discovery"],
-    ["local", "undisturbed", "replacing", "guest"],
+    ["local", "undisturbed", "replacing", "gentle", "guest"],
     ["model"],
     ["errors"],
     ["__init__"],
