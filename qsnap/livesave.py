@@ -247,7 +247,6 @@ async def do_live_save(
     images = [path for node in report.saved if (path := shelf.image(plan.save.graph, node))]
 
     async def snapshot_disks() -> None:
-        await unchanged_graph(monitor, plan.save, vmstate, exclude)
         await background.snapshot_disks(plan.disk_tag, report.saved)
 
     moment = Moment(
@@ -263,6 +262,8 @@ async def do_live_save(
     try:
         await background.prepare()
         pause = await moment.take()
+        # It could not have changed in the pause; and to look takes a part of one
+        await unchanged_graph(monitor, plan.save, vmstate, exclude)
         await moment.written(watch)
         content = await attempt.content(moment.stream_size, shelf.identity(plan.save.graph, report.vmstate))
         await undisturbed(asyncio.to_thread(_complete, file, part, plan.path, content), journal.patience_s)

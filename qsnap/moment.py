@@ -145,8 +145,13 @@ class Moment:
         """
         thread = SnapshotThread(self._monitor.pid)
         async with stopped(self._monitor, self._journal) as pause:
-            await self._snapshot_disks()
-            await self._background.begin_stream(self._file, self._offset)
+            if self._background.resumes_by_itself:
+                await self._snapshot_disks()
+                await self._background.begin_stream(self._file, self._offset)
+            else:
+                # It reads RAM in the meantime
+                await self._background.begin_stream(self._file, self._offset)
+                await self._snapshot_disks()
             spent = await self._state_taken(pause, thread)
         return pause, spent
 

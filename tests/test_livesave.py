@@ -40,7 +40,7 @@ from guest import (
 )
 from proxy import deed
 from qsnap import hugepages, moment
-from qsnap.errors import JobFailed
+from qsnap.errors import JobFailed, PrecheckRefused
 from qsnap.hugepages import Layout
 from qsnap.pace import Pace, SnapshotThread
 from qsnap.stopped import stopped
@@ -332,6 +332,23 @@ async def test_a_stop_that_comes_too_late_is_seen(
         await vm.load("t")
     assert_in_order(heavy)
     assert [tags(tmp_path / name) for name in ("disk0", "disk1")] == [["t"]] * 2
+
+
+async def test_a_disk_plugged_between_check_and_stop(heavy: Guest, tmp_path: Path, intercept: Intercept) -> None:
+    """Its contents would be of another moment than the rest, or of none: nothing is saved."""
+    spare = make_disk(tmp_path / "spare")
+
+    def plug(message: dict[str, Any]) -> None:
+        if message["execute"] == "stop":
+            options = {"driver": "qcow2", "node-name": "spare", "file": {"driver": "file", "filename": str(spare)}}
+            heavy.qmp("blockdev-add", **options)
+
+    async with qsnap.connect(intercept(heavy, on_command=plug).address, state_dir=tmp_path) as vm:
+        with pytest.raises(PrecheckRefused, match="changed between"):
+            await vm.save("t", live=True)
+    assert_nothing_live_left(heavy, tmp_path)
+    assert tags(spare) == []
+    assert_in_order(heavy)
 
 
 # One kind of snapshot
