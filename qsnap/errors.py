@@ -155,17 +155,18 @@ class NotSupported(QsnapError):
 
 
 class PrecheckRefused(QsnapError):
-    """The pre-checks found reasons why it would fail or do harm. The guest was not touched.
+    """The pre-checks found reasons why it would fail or do harm.
 
+    :param outcome: how things stand. Default: the guest was not touched.
     :ivar findings: all that was found, warnings included.
     """
 
     exit_code = 6
     meaning = "a pre-check refused: a device, a blocker, no room, run state"
 
-    def __init__(self, what: str, findings: Sequence[Finding]) -> None:
+    def __init__(self, what: str, findings: Sequence[Finding], outcome: str = "the guest was not touched") -> None:
         refusals = [finding for finding in findings if finding.refuses]
-        lines = [f"{what}; the guest was not touched"]
+        lines = [f"{what}; {outcome}"]
         for finding in refusals:
             lines.append(f"- {finding.message}")
             if finding.cure:

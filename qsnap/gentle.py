@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import signal
 import time
 from contextlib import suppress
 
@@ -66,12 +67,26 @@ def remove(path: str) -> None:
 
 
 def _give_back(file: int) -> None:
-    """Shorten a file to nothing that has no name and nobody else."""
-    fcntl.fcntl(file, fcntl.F_SETLEASE, fcntl.F_WRLCK)
-    info = os.fstat(file)
-    size = info.st_size
+    """Shorten a file to nothing that has no name and that nobody else has open."""
+    size = os.fstat(file).st_size
+    if os.fstat(file).st_nlink or _is_open_elsewhere(file):
+        return
     deadline = time.monotonic() + _PATIENCE_S
-    while info.st_nlink == 0 and size > 0 and time.monotonic() < deadline:
+    while size > 0 and time.monotonic() < deadline:
         size = max(0, size - _DELETED_AT_ONCE)
         os.ftruncate(file, size)
         os.fsync(file)
+
+
+def _is_open_elsewhere(file: int) -> bool:
+    """Whether the kernel refuses a lease; it is given back at once.
+
+    Who opens the file meanwhile has the kernel send a signal to us: by default SIGIO, which would end us.
+    """
+    try:
+        fcntl.fcntl(file, fcntl.F_SETSIG, signal.SIGURG)  # ignored by default
+        fcntl.fcntl(file, fcntl.F_SETLEASE, fcntl.F_WRLCK)
+        fcntl.fcntl(file, fcntl.F_SETLEASE, fcntl.F_UNLCK)
+    except OSError:
+        return True
+    return False

@@ -9,8 +9,8 @@ Facts (Linux: mm/madvise.c, mm/khugepaged.c; madvise(2), process_madvise(2), pro
 
 * MADV_COLLAPSE copies what base pages hold into huge pages; Linux 6.1 and later do it for another process, too, for
   who may read its memory and has CAP_SYS_NICE: root. It takes 0.2 s per GiB, which is the caller's processor time.
-* It fills up what is missing in a huge page with zeroes. So only those are asked for of which (nearly) all is there:
-  the process does not grow, and what a balloon has given back is not taken again.
+* It fills up what is missing in a huge page with zeroes. So only those are asked for of which nearly all is there: the
+  process grows by 3 % at the most, also where a balloon has given back a page here and there.
 * It ignores what /sys says of transparent huge pages; we do not.
 """
 
@@ -31,10 +31,10 @@ from qsnap.local import Mapping
 PATIENCE_S = 20.0
 
 _HUGE = 2 << 20
-#: Bytes that are asked for at once: some 15 ms, as one that is cancelled waits for it.
+#: Bytes that are asked for at once: some 15 ms. Who is cancelled in between asks for no more.
 _AT_ONCE = 64 << 20
-#: A huge page of which that many base pages, or more, are missing is left alone.
-_MISSING_AT_MOST = 64
+#: A huge page of which more base pages than that are missing is left alone.
+_MISSING_AT_MOST = 16
 #: The top byte of an entry of /proc/PID/pagemap: the page is there, and it is nobody else's.
 _THERE = b"\x81"
 _ENTRY = 8

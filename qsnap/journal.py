@@ -351,5 +351,5 @@ def directory() -> Path:
     except OSError as error:
         raise QsnapError(f"the runtime directory {path} cannot be made: {error.strerror}; {cure}") from error
     if not stat.S_ISDIR(info.st_mode) or info.st_uid != os.geteuid() or info.st_mode & 0o077:
-        raise QsnapError(f"the runtime directory {path} is not this user's alone (mode 0700); {cure}")
+        raise QsnapError(f"the runtime directory {path} is not this user's alone (chmod 700 it); or {cure}")
     return path

@@ -12,7 +12,7 @@ import fcntl
 import os
 import time
 from collections.abc import Collection, Sequence
-from contextlib import suppress
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -249,30 +249,31 @@ async def do_live_save(
     async def snapshot_disks() -> None:
         await background.snapshot_disks(plan.disk_tag, report.saved)
 
-    moment = Moment(
-        monitor,
-        background,
-        journal,
-        file=file,
-        offset=qcow2.STREAM_OFFSET,
-        snapshot_disks=snapshot_disks,
-        forget_disks=attempt.forget_disks,
-        images=images,
-    )
     try:
-        await background.prepare()
-        pause = await moment.take()
-        # It could not have changed in the pause; and to look takes a part of one
-        await unchanged_graph(monitor, plan.save, vmstate, exclude)
-        await moment.written(watch)
-        content = await attempt.content(moment.stream_size, shelf.identity(plan.save.graph, report.vmstate))
+        with closing(
+            Moment(
+                monitor,
+                background,
+                journal,
+                file=file,
+                offset=qcow2.STREAM_OFFSET,
+                snapshot_disks=snapshot_disks,
+                forget_disks=attempt.forget_disks,
+                images=images,
+            )
+        ) as moment:
+            await background.prepare()
+            pause = await moment.take()
+            # What had changed before is seen yet; and to look would take a part of the pause
+            await unchanged_graph(monitor, plan.save, vmstate, exclude)
+            await moment.written(watch)
+            content = await attempt.content(moment.stream_size, shelf.identity(plan.save.graph, report.vmstate))
         await undisturbed(asyncio.to_thread(_complete, file, part, plan.path, content), journal.patience_s)
         found = await undisturbed(attempt.conclude(), journal.patience_s)
     except BaseException as failure:
         await undisturbed(attempt.clear_up(failure), journal.patience_s)
         raise
     finally:
-        moment.close()
         os.close(file)
     return save_result(plan.save, plan.tag, plan.replaces, began, pause=pause, is_live=True, file=found)
 

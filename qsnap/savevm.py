@@ -181,7 +181,10 @@ def free_automatic_tag(graph: BlockGraph, name: Callable[[datetime], str] = auto
 async def unchanged_graph(
     monitor: Monitor, plan: SavePlan, vmstate: str | None, exclude: Collection[str]
 ) -> BlockGraph:
-    """The block graph of the stopped guest, if it still asks for the same decisions as before the stop."""
+    """The block graph, if it still asks for the same decisions as before the guest was stopped.
+
+    :raise PrecheckRefused: it does not.
+    """
     graph = await monitor.block_graph()
     survey = rules.survey(graph, exclude=exclude, vmstate=vmstate, chooses_devices=monitor.chooses_devices)
     if (survey.devices, survey.vmstate) != (plan.report.devices, plan.report.vmstate):
@@ -191,7 +194,7 @@ async def unchanged_graph(
             message="its block devices have changed between the check and the stop",
             cure="try again",
         )
-        raise PrecheckRefused("nothing was saved, and the guest was resumed", [change])
+        raise PrecheckRefused("nothing was saved", [change], "the guest is as it was before")
     return graph
 
 

@@ -26,7 +26,7 @@ async def undisturbed(work: Coroutine[Any, Any, _T], timeout_s: float) -> _T:
         except TimeoutError as error:
             if not timer.expired():
                 raise
-            raise OperationTimeout(f"QEMU has not answered for {timeout_s:g} s") from error
+            raise OperationTimeout(f"QEMU, or the file system, has not answered for {timeout_s:g} s") from error
 
     task = asyncio.ensure_future(bounded())
     cancelled: asyncio.CancelledError | None = None

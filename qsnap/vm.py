@@ -12,7 +12,7 @@ Each sequence is loaded when it is first used: a list should not wait for what a
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Collection, Sequence
+from collections.abc import AsyncIterator, Collection, Iterable, Sequence
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -38,6 +38,7 @@ from qsnap.model import (
     DeleteResult,
     Device,
     Finding,
+    Kind,
     LoadResult,
     NodeSnapshot,
     PruneResult,
@@ -195,6 +196,7 @@ class VM:
 
         async with self._claimed("load", (tag,)) as journal:
             await self._dismiss_leftovers()
+            await self._warn_of_unseen_files_of((tag,))
             return await do_loadvm(
                 self._monitor, tag, shelf=self._shelf, running=running, exclude=exclude, journal=journal
             )
@@ -209,6 +211,7 @@ class VM:
 
         async with self._claimed("delete", tags) as journal:
             await self._dismiss_leftovers()
+            await self._warn_of_unseen_files_of(tags)
             try:
                 return await do_delvm(self._monitor, tags, shelf=self._shelf, missing_ok=missing_ok, journal=journal)
             finally:
@@ -334,7 +337,10 @@ class VM:
         """All snapshots, oldest first; those on some devices only and those that others made too."""
         await self._recover_if_seen()
         graph = await self._monitor.block_graph()
-        return self._snapshots_of(graph, self._devices_of(graph))
+        devices = self._devices_of(graph)
+        found = self._snapshots_of(graph, devices)
+        self._warn_of_unseen_files(graph, devices, found)
+        return found
 
     async def show(self, tag: str) -> tuple[Snapshot, dict[str, tuple[NodeSnapshot, ...]]]:
         """One snapshot, and its rows in the snapshot table of each node that holds it.
@@ -348,6 +354,7 @@ class VM:
         if snapshot is None:
             raise SnapshotNotFound(tag)
         (snapshot,) = self._noted(graph, devices, [snapshot])
+        self._warn_of_unseen_files(graph, devices, [snapshot])
         return snapshot, {name: graph.nodes[name].tagged(snapshot.disk_tag) for name in snapshot.devices}
 
     async def check(
@@ -396,6 +403,22 @@ class VM:
 
     def _snapshots_of(self, graph: BlockGraph, devices: Sequence[Device]) -> tuple[Snapshot, ...]:
         return self._noted(graph, devices, snapshots.snapshots(graph, devices, self._shelf.files(graph, devices)))
+
+    def _warn_of_unseen_files(self, graph: BlockGraph, devices: Sequence[Device], found: Iterable[Snapshot]) -> None:
+        """Say so where what looks like disks alone may have its RAM in a file that cannot be seen from here."""
+        tags = [snapshot.tag for snapshot in found if snapshot.kind is Kind.DISK_ONLY]
+        if tags and not self._shelf.sees_all(graph, devices):
+            self.remarks.append(
+                "the directories of the images cannot be seen from here: if there is a state file of a live save in "
+                f"one, it is left out of account ({', '.join(tags)})"
+            )
+
+    async def _warn_of_unseen_files_of(self, tags: Collection[str]) -> None:
+        """The same before something is done with these *tags*."""
+        graph = await self._monitor.block_graph()
+        devices = self._devices_of(graph)
+        found = snapshots.snapshots(graph, devices, self._shelf.files(graph, devices))
+        self._warn_of_unseen_files(graph, devices, [snapshot for snapshot in found if snapshot.tag in tags])
 
     def _noted(self, graph: BlockGraph, devices: Sequence[Device], found: Sequence[Snapshot]) -> tuple[Snapshot, ...]:
         """The same snapshots with what is written down about them; without, if that cannot be read."""

@@ -5,7 +5,9 @@ from __future__ import annotations
 import mmap
 import os
 import subprocess
+import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -61,6 +63,23 @@ def test_who_reads_it_reads_it_to_its_end(tmp_path: Path, truncated: list[int]) 
         gentle.remove(str(file))
         assert begin + reader.read() == b"".join(bytes([number + 1]) * MIB for number in range(4))
     assert truncated == []
+    assert not file.exists()
+
+
+def test_no_signal_comes_of_those_who_look(tmp_path: Path) -> None:
+    """The kernel tells the holder of a lease, by a signal that ends it, when somebody opens the file."""
+    file = made(tmp_path / "file", 200)
+    script = f"from qsnap import gentle; gentle._DELETED_AT_ONCE = 1 << 20; gentle.remove({str(file)!r})"
+    process = subprocess.Popen([sys.executable, "-c", script])
+    looks = 0
+    while process.poll() is None:
+        for link in Path(f"/proc/{process.pid}/fd").glob("*"):
+            with suppress(OSError):
+                if str(link.readlink()).startswith(str(file)):
+                    os.close(os.open(link, os.O_RDONLY | os.O_NONBLOCK))
+                    looks += 1
+    assert looks > 0
+    assert process.returncode == 0
     assert not file.exists()
 
 

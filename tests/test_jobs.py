@@ -210,6 +210,33 @@ def test_a_signal_between_the_steps_after_the_command(guest: Guest, disk: Path, 
     assert tags(disk) == ["f"]
 
 
+SIGNALLED_BEFORE = """
+import os, signal
+block = signal.pthread_sigmask
+
+def pthread_sigmask(how, signals):
+    # The last thing before the command is to be run: signals are held back from here on
+    signal.pthread_sigmask = block
+    os.kill(os.getpid(), signal.SIGTERM)
+    return block(how, signals)
+
+signal.pthread_sigmask = pthread_sigmask
+"""
+
+
+@pytest.mark.parametrize("command", [["run", "--revert"], ["ensure", "t"]], ids=" ".join)
+def test_a_signal_at_the_last_moment_before_the_command(
+    guest: Guest, disk: Path, tmp_path: Path, command: list[str]
+) -> None:
+    (tmp_path / "sitecustomize.py").write_text(SIGNALLED_BEFORE)
+    ran = tmp_path / "ran"
+    env = {"PYTHONPATH": str(tmp_path)}
+    run = cli(*command, "--", "touch", str(ran), monitor=guest.address, expect=143, env=env)
+    assert "the command was not run" in run.err
+    assert not ran.exists()
+    assert tags(disk) == []
+
+
 def children(pid: int) -> list[str]:
     """The commands of its children."""
     pids = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()

@@ -483,6 +483,41 @@ def test_a_file_that_is_not_ours_is_left_alone(heavy: Guest, tmp_path: Path) -> 
     assert state_files(tmp_path) == ["copy.t.qsnap", "other.t.qsnap"]
 
 
+def test_who_cannot_see_the_images_is_told_so(heavy: Guest, tmp_path: Path, intercept: Intercept) -> None:
+    """A state file may lie beside them; from another machine, say, it is neither found nor deleted."""
+    cli("save", "--live", "t", monitor=heavy.address)
+    elsewhere = intercept(heavy, on_command=lambda _: None).address
+    run = cli("list", "--json", monitor=elsewhere)
+    assert [snapshot["kind"] for snapshot in run.json["snapshots"]] == ["disk-only"]
+    told = "cannot be seen from here: if there is a state file"
+    assert told in run.err
+    assert told in cli("load", "t", monitor=elsewhere, expect=6).err
+    assert told not in cli("list", "--state-dir", str(tmp_path / "none"), monitor=elsewhere).err
+    assert told in cli("delete", "t", monitor=elsewhere).err
+    assert state_files(tmp_path) == ["disk0.t.qsnap"]
+    assert told not in cli("list", monitor=elsewhere).err
+    assert told not in cli("delete", "t", monitor=heavy.address).err
+    assert state_files(tmp_path) == []
+
+
+@pytest.mark.parametrize("how", ["copied", "linked"])
+def test_copies_beside_the_original_are_left_alone(heavy: Guest, tmp_path: Path, how: str) -> None:
+    """A backup in the same directory, or the state file of a VM that runs on copies of the images."""
+    cli("save", "--live", "a", monitor=heavy.address)
+    copies = [tmp_path / "disk0.bak.a.qsnap", tmp_path / "backup.qsnap"]
+    for copy in copies:
+        shutil.copy(tmp_path / "disk0.a.qsnap", copy) if how == "copied" else copy.hardlink_to(
+            tmp_path / "disk0.a.qsnap"
+        )
+    contents = copies[0].read_bytes()
+    assert cli("list", "-q", monitor=heavy.address).out.splitlines() == ["a"]
+    cli("save", "--live", "a", monitor=heavy.address)
+    assert cli("list", "-q", monitor=heavy.address).out.splitlines() == ["a"]
+    cli("delete", "a", monitor=heavy.address)
+    assert state_files(tmp_path) == sorted(copy.name for copy in copies)
+    assert all(copy.read_bytes() == contents for copy in copies)
+
+
 def test_without_qsnap(heavy: Guest, disks: list[Path], launch: Launch, tmp_path: Path) -> None:
     """As the README says: the state file is a migration stream from 64 KiB on."""
     before = heavy.counter

@@ -111,11 +111,11 @@ def run(
         return _not_run(error)
     troubles: list[QsnapError] = []
     job.obeys_signals = False  # what is to be done after the command is done whatever comes
-    if noted:
+    code = _executed(command, options.timeout_s, noted)
+    if code is None:
         if revert:
             job.attempt(troubles, lambda: job.delete(tag or ""))
         return _not_run(Interrupted(noted[0]))
-    code = _executed(command, options.timeout_s)
     if code and save_on_fail is not None:
         job.attempt(troubles, lambda: job.save(save_on_fail))
     if tag is not None:
@@ -146,10 +146,11 @@ def ensure(options: Options, tag: str, exclude: tuple[str, ...], command: tuple[
         job.save(tag, dry_run=True)
     except QsnapError as error:
         return _not_run(error)
-    if noted:
-        return _not_run(Interrupted(noted[0]))
     job.obeys_signals = False
-    if code := _executed(command, options.timeout_s):
+    code = _executed(command, options.timeout_s, noted)
+    if code is None:
+        return _not_run(Interrupted(noted[0]))
+    if code:
         _say(f"the command failed ({code}), so {tag!r} was not saved")
         return code
     troubles: list[QsnapError] = []
@@ -265,10 +266,13 @@ def _say(text: str) -> None:
     sys.stderr.write(printable(f"qsnap: {text}", keep_newlines=True) + "\n")
 
 
-def _executed(command: Sequence[str], timeout_s: float | None) -> int:
+def _executed(command: Sequence[str], timeout_s: float | None, noted: Sequence[int]) -> int | None:
     """Run the command to its end, with our streams, and pass signals on to it; its exit code, as a shell has it.
 
     Signals are held back and looked at one by one: what a terminal sends (Ctrl-C) reaches the command by itself.
+
+    :param noted: signals that came before; if there are any the command is not run.
+    :return: None if it was not run for that.
     """
     import subprocess
 
@@ -280,6 +284,8 @@ def _executed(command: Sequence[str], timeout_s: float | None) -> int:
     ours = _children()
     deadline = None if timeout_s is None else time.monotonic() + timeout_s
     try:
+        if noted:
+            return None
         process = subprocess.Popen(command, preexec_fn=lambda: signal.pthread_sigmask(signal.SIG_SETMASK, before))
         while (code := process.poll()) is None:
             left_s = 3600.0 if deadline is None else deadline - time.monotonic()

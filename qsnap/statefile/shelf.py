@@ -1,8 +1,9 @@
 """State files: where they lie, and which snapshot each belongs to.
 
-There is no database. A file lies beside the image that would hold the state, or in a directory of the user's choice;
-it says itself of which image it is, and under which tag the disks have its snapshot. The pair is known by that tag and
-by the guest's clock, which stands in the disks' snapshot tables too.
+There is no database. A file lies beside the image that would hold the state, or in a directory of the user's choice,
+under a name that is made of the image's and the tag's. It says itself of which image it is, and under which tag the
+disks have its snapshot. The pair is known by that tag and by the guest's clock, which stands in the disks' snapshot
+tables too. A copy under another name is nobody's but the user's.
 
 A snapshot in an image cannot be renamed. So that a live save can replace another without ever being without one, the
 disks may have the new one under a second name, TAG.qsnap-2: when the older one is gone, that *is* TAG.
@@ -90,6 +91,10 @@ class Shelf:
         found = (file for path in self._listed(images, SUFFIX) if (file := read(path)) is not None)
         return tuple(file for file in found if self._is_ours(file, images))
 
+    def sees_all(self, graph: BlockGraph, devices: Iterable[Device]) -> bool:
+        """Whether the state files of this VM can be looked for wherever they may lie."""
+        return self.state_dir is not None or all(self._images(graph, devices).values())
+
     def remove_parts(self, graph: BlockGraph, devices: Iterable[Device]) -> None:
         """Remove what live saves of this VM have left unfinished. None must be under way.
 
@@ -116,14 +121,17 @@ class Shelf:
                 yield from sorted(path for path in directory.iterdir() if path.name.endswith(suffix))
 
     def _is_ours(self, file: StateFile, images: Iterable[Path]) -> bool:
-        """Whether a file is of one of our images, by what it says, or by lying where one of that tag lies.
+        """Whether a file lies where one of that tag lies of one of our images.
 
-        So it is found when it is moved or copied together with the image.
+        One of another name may say that it is of our image, and is a copy: of the user's own, or another VM's.
         """
         path, ending = Path(file.path), _ending(file.disk_tag)
-        return Path(file.image) in images or any(
-            path == image.with_name(_fitting(image.name + ending, SUFFIX)) for image in images
-        )
+        for image in images:
+            if path == image.with_name(_fitting(image.name + ending, SUFFIX)):
+                return True  # whatever it says, so that it is found when it is moved or copied together with the image
+            if path.name == _fitting(_unique(image) + ending, SUFFIX) and Path(file.image) == image:
+                return True  # in the user's directory, which may be the image's
+        return False
 
 
 #: That of a VM without state files, or where nobody wants to know.
@@ -157,7 +165,7 @@ def _fitting(name: str, suffix: str) -> str:
 def remove_unused(path: Path) -> bool:
     """Remove a state file that is not complete, unless somebody is at work on it; whether it is gone.
 
-    Who is holds a lock on it (flock), and so does QEMU as long as it has it open.
+    Who is holds a lock on it (flock). QEMU does not: what is left of a run that died goes, whoever still writes to it.
 
     :raise OSError: it cannot be removed.
     """
