@@ -3,7 +3,7 @@
 While the guest is stopped QEMU reads all of RAM once and write-protects it. That takes some 5 ms per GiB in huge pages,
 and up to 100 ms per GiB in base pages. QEMU asks for huge pages for its RAM (MADV_HUGEPAGE) and has them at first; but
 each live save splits all of them, as protection is lifted from one base page after the other, and the kernel's own
-daemon takes hours to put them together again. The kernel does it at once for whoever asks, while the guest runs.
+daemon looks at 16 MiB in ten seconds by default. The kernel does it at once for whoever asks, while the guest runs.
 
 Facts (Linux: mm/madvise.c, mm/khugepaged.c; madvise(2), process_madvise(2), proc(5); measured on 6.18):
 
