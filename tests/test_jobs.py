@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -238,9 +239,12 @@ def test_a_signal_at_the_last_moment_before_the_command(
 
 
 def children(pid: int) -> list[str]:
-    """The commands of its children."""
-    pids = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    return [text for one in pids if "sh" in (text := Path(f"/proc/{one}/comm").read_text())]
+    """The commands of its children that are shells; one that ends while we look has ended."""
+    names = []
+    for one in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
+        with suppress(FileNotFoundError, ProcessLookupError):
+            names.append(Path(f"/proc/{one}/comm").read_text())
+    return [name for name in names if "sh" in name]
 
 
 def test_a_signal_before_the_command(guest: Guest, disk: Path, tmp_path: Path, intercept: Intercept) -> None:
