@@ -17,6 +17,7 @@ import subprocess
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager, nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -265,7 +266,7 @@ LAYOUTS = {"base pages": Layout(96 << 20, 0), "huge pages": Layout(0, 96 << 20)}
 
 def never_plain(monkeypatch: pytest.MonkeyPatch, layout: Layout) -> None:
     """Have the guest stopped late, however little RAM it has."""
-    for name in ("_PLAIN_NS", "_PLAIN_WITHOUT_CANCEL_NS"):
+    for name in ("_PLAIN_NS", "_PLAIN_READ_AGAIN_NS", "_PLAIN_WITHOUT_CANCEL_NS"):
         monkeypatch.setattr(moment, name, -1)
     monkeypatch.setattr(hugepages, "layout", lambda *_: layout)
 
@@ -291,6 +292,34 @@ async def test_late_stops(heavy: Guest, monkeypatch: pytest.MonkeyPatch, pace: i
     found = [item["name"] for item in heavy.qmp("qom-list", path="/objects")]
     assert moment.PACE in found
     assert_settings_are_as_they_were(heavy)
+
+
+@pytest.mark.parametrize(
+    ("layout", "known", "rehearsed", "pace", "is_late"),
+    [
+        ("huge pages", 0, [15], 15, False),
+        ("huge pages", 60, [300, 62, 17], 17, False),
+        ("huge pages", 0, [200, 70, 65], 65, True),
+        ("huge pages", 0, [900, 500, 300, 200], 200, True),
+        ("base pages", 0, [300, 90, 85], 85, True),
+        ("base pages", 90, [300], 90, True),
+    ],
+)
+async def test_rehearsals(
+    monkeypatch: pytest.MonkeyPatch, layout: str, known: int, rehearsed: list[int], pace: int, is_late: bool
+) -> None:
+    """RAM is read until that takes no less any more, and where it is little then the guest is stopped first (ms)."""
+    left = [each * 1_000_000 for each in rehearsed]
+
+    async def rehearse(_: object) -> int:
+        return left.pop(0)
+
+    monkeypatch.setattr(moment.Moment, "_rehearse", rehearse)
+    taken = object.__new__(moment.Moment)
+    taken._background = SimpleNamespace(must_not_fail=False, resumes_by_itself=False)  # type: ignore[assignment]
+    found = await taken._expected_pace(known * 1_000_000, LAYOUTS[layout])
+    assert (found, left) == (pace * 1_000_000, [])
+    assert taken._is_to_stop_late(found) == is_late
 
 
 async def test_a_stop_that_comes_too_late_is_seen(
