@@ -277,6 +277,8 @@ class Moment:
         return pace.spent_ns if pace is not None and pace.is_of(ram) else 0
 
     async def _remember(self, spent_ns: int, known: int, ram: Layout) -> None:
+        if not spent_ns:
+            return  # nothing was seen: QEMU was too quick, or its threads cannot be seen from here
         if self._background.must_not_fail and known:
             spent_ns = min(spent_ns, known)  # one attempt that fails takes as long as a whole save
         with suppress(QsnapError):

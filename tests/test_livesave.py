@@ -290,7 +290,7 @@ async def test_late_stops(heavy: Guest, monkeypatch: pytest.MonkeyPatch, pace: i
             heavy.qmp("cont")
             assert_in_order(heavy)
     found = [item["name"] for item in heavy.qmp("qom-list", path="/objects")]
-    assert moment.PACE in found
+    assert moment.PACE in found or pace is None
     assert_settings_are_as_they_were(heavy)
 
 
@@ -320,6 +320,19 @@ async def test_rehearsals(
     found = await taken._expected_pace(known * 1_000_000, LAYOUTS[layout])
     assert (found, left) == (pace * 1_000_000, [])
     assert taken._is_to_stop_late(found) == is_late
+
+
+async def test_that_nothing_was_seen_is_not_remembered(guest: Guest) -> None:
+    """What was known before stays, and where nothing was known no mark is left."""
+    async with qsnap.connect(guest.address) as vm:
+        taken = object.__new__(moment.Moment)
+        taken._monitor = vm._monitor
+        taken._background = SimpleNamespace(must_not_fail=False)  # type: ignore[assignment]
+        await taken._remember(0, 0, Layout(7, 0))
+        assert await vm._monitor.mark(moment.PACE) is None
+        await taken._remember(5, 0, Layout(7, 0))
+        await taken._remember(0, 5, Layout(7, 0))
+        assert await vm._monitor.mark(moment.PACE) == Pace(5, 7).encode()
 
 
 async def test_a_stop_that_comes_too_late_is_seen(
