@@ -206,8 +206,8 @@ def test_many_at_once_never_interleave(guest: Guest, tmp_path: Path, runtime_dir
         for number in range(3)
         for verb, tag, *more in (("save", "a"), ("delete", "a", "--missing-ok"), ("save", "b"))
     ]
-    codes = [finish(process, 110).code for process in running]
-    assert codes == [0] * len(running)
+    runs = [finish(process, 110) for process in running]
+    assert [(run.code, run.err) for run in runs if run.code] == []
     wait_for_the_guard(runtime_directory)
     for snapshot in cli("list", "--json", monitor=guest.address).json["snapshots"]:
         assert (snapshot["kind"], snapshot["problems"]) == ("full", [])
