@@ -12,6 +12,7 @@ import fcntl
 import os
 import secrets
 import stat
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from datetime import datetime
@@ -31,6 +32,8 @@ RowKey = tuple[int, int]
 _SUFFIX = ".journal"
 #: Of one that does not hold its record yet.
 _BEGINNING = ".beginning"
+#: Seconds after which one that is not whole is of a run that died. Until it is locked it cannot be told from that.
+_BEGINNING_S = 60.0
 
 #: Seconds that a resume and a clean-up may take. QEMU answers nobody while it writes, and after an interrupt
 #: the write has to end first: this bounds a save of several hundred GiB.
@@ -253,7 +256,9 @@ def found() -> Iterator[Found]:
         except OSError:
             continue
         try:
-            if not stat.S_ISREG(os.fstat(file).st_mode):
+            info = os.fstat(file)
+            is_new = path.suffix == _BEGINNING and time.time() - info.st_mtime < _BEGINNING_S
+            if not stat.S_ISREG(info.st_mode) or is_new:
                 continue
             is_held = not _can_lock(file)
             record = _read(file) if path.suffix == _SUFFIX else None

@@ -22,7 +22,7 @@ from guest import Guest, assert_nothing_left, both_monitors, cli, finish, start_
 from proxy import deed
 from qsnap import marks
 from qsnap.errors import QsnapError, VMLocked
-from qsnap.journal import Journal, Record, new_record
+from qsnap.journal import Journal, Record, found, new_record
 from qsnap.local import Process, is_alive, process, this_process
 from qsnap.model import SaveResult
 from qsnap.monitor.address import TcpAddress
@@ -195,6 +195,18 @@ def test_the_second_waits_for_its_turn(launch: Launch, tmp_path: Path, runtime_d
     assert (finish(first).code, finish(second).code) == (0, 0)
     assert_nothing_left(guest, {image: ["first", "second"]})
     assert journals(runtime_directory) == []
+
+
+def test_a_journal_that_is_just_being_made_is_left_alone(runtime_directory: Path) -> None:
+    """It is not locked yet: who looks then must not take it for one of a run that died. That is removed."""
+    runtime_directory.mkdir(mode=0o700, exist_ok=True)
+    beginning = runtime_directory / "a.beginning"
+    beginning.touch()
+    assert list(found()) == []
+    assert beginning.exists()
+    os.utime(beginning, (0, 0))
+    assert list(found()) == []
+    assert not beginning.exists()
 
 
 @both_monitors

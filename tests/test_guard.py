@@ -323,6 +323,7 @@ def test_a_broken_journal_does_no_harm(guest: Guest, runtime_directory: Path) ->
     (runtime_directory / "f.journal").mkdir()
     os.mkfifo(runtime_directory / "g.journal")
     (runtime_directory / "h.beginning").write_text("")
+    os.utime(runtime_directory / "h.beginning", (0, 0))
     cli("save", "t", monitor=guest.address)
     assert sorted(path.name for path in journals(runtime_directory)) == ["f.journal", "g.journal"]
     guest.assert_running()
