@@ -169,7 +169,7 @@ class Moment:
             return known if known or self._monitor.pid is None or ram.base <= ram.other else await self._rehearse()
         # What it has read a moment ago it reads in a fraction of the time, until that is all that it takes
         pace = await self._rehearse()
-        if known and ram.base > ram.other:
+        if known:
             return known
         for _ in range(_MORE_REHEARSALS):
             if pace <= _PLAIN_READ_AGAIN_NS:
@@ -271,14 +271,21 @@ class Moment:
             with suppress(OSError):
                 await asyncio.to_thread(_sync, image)
 
+    def _keeps_pace(self, ram: Layout) -> bool:
+        """Whether a pace is of use the next time: not of RAM in huge pages where it is rehearsed anew."""
+        return self._background.must_not_fail or ram.base > ram.other
+
     async def _known_pace(self, ram: Layout) -> int:
         """The processor time that QEMU's thread needed the last time that RAM was mapped so; 0 if that is not known."""
+        if not self._keeps_pace(ram):
+            return 0
         pace = Pace.decode(await self._monitor.mark(PACE) or "")
         return pace.spent_ns if pace is not None and pace.is_of(ram) else 0
 
     async def _remember(self, spent_ns: int, known: int, ram: Layout) -> None:
-        if not spent_ns:
-            return  # nothing was seen: QEMU was too quick, or its threads cannot be seen from here
+        # Nothing was seen if QEMU was too quick, or its threads cannot be seen from here
+        if not spent_ns or not self._keeps_pace(ram):
+            return
         if self._background.must_not_fail and known:
             spent_ns = min(spent_ns, known)  # one attempt that fails takes as long as a whole save
         with suppress(QsnapError):
