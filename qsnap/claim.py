@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
-from pathlib import Path
 
 from qsnap import guard, journal, marks
 from qsnap.errors import MonitorBusy, MonitorError, MonitorLost, QsnapError, VMLocked
@@ -20,7 +19,7 @@ from qsnap.marks import CLAIM, Holder
 from qsnap.model import Recovered, RunState, Unfinished
 from qsnap.monitor import Monitor
 from qsnap.monitor.address import Address
-from qsnap.monitor.connection import listener_pid
+from qsnap.monitor.connection import AnotherAnswers, listener_pid
 from qsnap.stopped import has_ended
 from qsnap.undisturbed import undisturbed
 
@@ -83,12 +82,15 @@ async def _acquired(
             continue
         if clock() >= deadline:
             raise _locked(holder, wait_s)
+        pid = monitor.pid
         await monitor.aclose()
         await asyncio.sleep(_LOOK_S)
         try:
             await monitor.reconnect(max(_LOOK_S, deadline - clock()))
         except MonitorBusy as busy:
             raise _locked(holder, wait_s) from busy
+        if monitor.pid != pid:
+            raise AnotherAnswers(address)
 
 
 async def _claim(monitor: Monitor, address: Address, operation: str, tags: tuple[str, ...]) -> Journal | None:
@@ -137,7 +139,7 @@ async def _release(monitor: Monitor, ours: Journal) -> None:
             async with asyncio.timeout(_RELEASE_TIMEOUT_S):
                 await marks.give_up(monitor, CLAIM, ours.record.token)
         except (QsnapError, TimeoutError) as error:
-            is_done = isinstance(error, MonitorError) and await has_ended(monitor)
+            is_done = isinstance(error, MonitorError) and await has_ended(ours)
     if is_done:
         _drop(ours, watching)
     else:
@@ -268,15 +270,8 @@ def _is_of(run: journal.Record, place: tuple[str, ...], pid: int | None) -> bool
     """Whether a run is on the VM whose monitor is at that place, and its process that *pid*."""
     if place and run.place == place:
         return True
-    return pid is not None and run.qemu is not None and run.qemu.pid == pid and _is_qemu(pid)
-
-
-def _is_qemu(pid: int) -> bool:
-    """Whether that is a QEMU, and not a proxy that leads to several."""
-    from qsnap.discovery import qemu_arguments
-
-    try:
-        argv = Path(f"/proc/{pid}/cmdline").read_text(errors="replace").split("\0")
-    except OSError:
+    if pid is None or run.qemu is None or run.qemu.pid != pid:
         return False
-    return qemu_arguments(argv) is not None
+    from qsnap.discovery import is_qemu
+
+    return is_qemu(pid)  # and not a proxy that leads to several

@@ -131,6 +131,7 @@ class Journal:
     :ivar patience_s: how many seconds an interrupted run waits itself for QEMU to answer, before it leaves the guest to
         its guard.
     :ivar guard: the run's guard; None without one.
+    :ivar another_answers: another QEMU than that of the run was met at the monitor's address.
     """
 
     def __init__(self, record: Record | None = None, file: int | None = None, path: Path | None = None) -> None:
@@ -138,6 +139,7 @@ class Journal:
         self.path = path
         self.patience_s = AFTERMATH_TIMEOUT_S
         self.guard: Guard | None = None
+        self.another_answers = False
         self._file = file
 
     async def armed(self) -> None:

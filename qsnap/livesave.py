@@ -438,7 +438,7 @@ class LiveAttempt:
         """
         runstate = RunState.RUNNING
         try:
-            await _reconnected(self._monitor)
+            await _reconnected(self._monitor, self._journal)
             outcome = await self.undo()
             runstate = await self._monitor.runstate()
             outcome += f"; the guest is {runstate}"
@@ -446,7 +446,7 @@ class LiveAttempt:
             outcome = f"clearing up after it failed: {trouble}"
             if not isinstance(trouble, MonitorError):
                 self._journal.done(live=None)
-            elif await has_ended(self._monitor):
+            elif await has_ended(self._journal):
                 self._journal.done(live=None)
                 self.remove_part()
                 (tag,) = self._record.tags
@@ -467,9 +467,9 @@ class LiveAttempt:
             raise JobFailed(failure.command, failure.reason, outcome) from failure
 
 
-async def _reconnected(monitor: Monitor) -> None:
+async def _reconnected(monitor: Monitor, journal: Journal) -> None:
     """See that there is a connection."""
     try:
         await monitor.runstate()
     except MonitorLost:
-        await reconnect(monitor)
+        await reconnect(monitor, journal)

@@ -88,7 +88,7 @@ async def do_loadvm(
                 raise await _not_loaded(monitor, plan, failure) from failure
             await _leave_stopped(monitor, pause, journal, plan, failure)
         except MonitorLost as lost:
-            outcome = outcome_after(lost, monitor, was_running=pause.was_running)
+            outcome = outcome_after(lost, monitor, journal, was_running=pause.was_running)
             if error := await _awaited(outcome, pause, journal):
                 await _leave_stopped(monitor, pause, journal, plan, error)
         except asyncio.CancelledError as cancelled:
@@ -192,10 +192,12 @@ async def _not_loaded(monitor: Monitor, plan: LoadPlan, failure: JobFailed) -> Q
     return failure
 
 
-async def outcome_after(lost: MonitorLost, monitor: Monitor, *, was_running: bool) -> QsnapError | None:
+async def outcome_after(
+    lost: MonitorLost, monitor: Monitor, journal: Journal, *, was_running: bool
+) -> QsnapError | None:
     """How a load ended whose connection was lost, as a new one tells; None if it is seen to have ended well."""
     try:
-        await reconnect(monitor)
+        await reconnect(monitor, journal)
         return await outcome(lost, monitor, was_running=was_running)
     except QsnapError as error:
         return error
@@ -243,7 +245,7 @@ async def _left_stopped(
     :raise MonitorLost: there is no guest any more.
     :raise JobFailed: otherwise.
     """
-    if isinstance(failure, MonitorError) and await has_ended(monitor):
+    if isinstance(failure, MonitorError) and await has_ended(journal):
         journal.done(stopped=False, loading="")
         # qcow2-snapshot.c: qcow2_snapshot_goto; seen in 1 of 120 loadvm that were killed
         raise MonitorLost(

@@ -94,10 +94,15 @@ def decode(text: str) -> Holder | None:
         return None
 
 
+async def is_of(monitor: Monitor, name: str, token: str) -> bool:
+    """Whether the mark of that *name* is there, and is that of *token*."""
+    found = decode(await monitor.mark(name) or "")
+    return found is not None and found.token == token
+
+
 async def give_up(monitor: Monitor, name: str, token: str) -> None:
     """Take a mark away, if it is that of *token*: nobody else's."""
-    found = decode(await monitor.mark(name) or "")
-    if found is not None and found.token == token:
+    if await is_of(monitor, name, token):
         await monitor.clear_mark(name)
 
 

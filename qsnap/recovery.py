@@ -66,10 +66,9 @@ async def recover(monitor: Monitor, journal: Journal) -> Recovered:
     """
     record = journal.record
     assert record.owner is not None
-    mark = decode(await monitor.mark(CLAIM) or "")
     actions: list[str] = []
     # Without its mark this is another QEMU, or the run had not begun, or was at its very end
-    if mark is not None and mark.token == record.token:
+    if await marks.is_of(monitor, CLAIM, record.token):
         await monitor.take_over(record.owner.pid)
         if record.loading:
             actions += await _end_load(monitor, journal)
@@ -98,8 +97,7 @@ async def recover_by_mark(monitor: Monitor, holder: Holder) -> Recovered | None:
             await marks.give_up(monitor, marks.RECOVERY, other.token)
         return None
     try:
-        found = decode(await monitor.mark(CLAIM) or "")
-        if found is None or found.token != holder.token:
+        if not await marks.is_of(monitor, CLAIM, holder.token):
             return None
         actions: tuple[str, ...] = ()
         # No guest that a load has stopped is resumed blindly

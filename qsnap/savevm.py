@@ -266,7 +266,7 @@ class Attempt:
         runstate = RunState.RUNNING
         try:
             if isinstance(failure, MonitorLost) and not was_running:
-                await reconnect(self.monitor)  # where the guest was resumed, that has been done
+                await reconnect(self.monitor, self.journal)  # where the guest was resumed, that has been done
             await self.monitor.settle()
             is_cut_short = not isinstance(failure, (JobFailed, VerifyFailed))
             removed, outcome = await self.undo(keeps_whole=is_cut_short)

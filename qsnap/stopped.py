@@ -10,9 +10,10 @@ from typing import NoReturn
 
 from qsnap.errors import CommandFailed, GuestLeftStopped, MonitorBusy, MonitorError, MonitorLost, QsnapError
 from qsnap.journal import Journal
-from qsnap.local import is_alive
+from qsnap.marks import CLAIM, is_of
 from qsnap.model import RunState
 from qsnap.monitor import Monitor
+from qsnap.monitor.connection import AnotherAnswers
 from qsnap.undisturbed import undisturbed
 
 #: Seconds for a new connection, where the old one is lost: QEMU greets nobody either while it writes.
@@ -107,30 +108,40 @@ async def stopped(monitor: Monitor, journal: Journal, *, by_qemu: bool = False) 
     finally:
         if pause.resume:
             try:
-                await undisturbed(_resume(monitor, pause), journal.patience_s)
+                await undisturbed(_resume(monitor, pause, journal), journal.patience_s)
                 journal.done(stopped=False)
             except QsnapError as error:
                 await _explain_failed_resume(monitor, pause, journal, error)
 
 
-async def _resume(monitor: Monitor, pause: Pause) -> None:
+async def _resume(monitor: Monitor, pause: Pause, journal: Journal) -> None:
     """Resume the guest; over a new connection, if the one that stopped it is lost."""
     try:
         await pause._resume(monitor)
     except MonitorLost:
-        await reconnect(monitor)
+        await reconnect(monitor, journal)
         await pause._resume(monitor)
 
 
-async def reconnect(monitor: Monitor) -> None:
-    """Make a new connection to the same QEMU.
+async def reconnect(monitor: Monitor, journal: Journal) -> None:
+    """Make a new connection to the same QEMU: the one that has the mark of the run of *journal*.
 
-    :raise MonitorError: none of several tries came through, or there is another QEMU now.
+    Over TCP no process is to be seen, behind a proxy that of the proxy, and a number may be given to another process:
+    only the mark tells. What answers without it is left as it is, and :func:`has_ended` knows of that.
+
+    :raise AnotherAnswers: it is another QEMU.
+    :raise MonitorError: none of several tries came through.
     """
     for attempt in range(1, 1 + RECONNECT_ATTEMPTS):
         try:
             await monitor.reconnect(RECONNECT_TIMEOUT_S)
+            if journal.record.token and not await is_of(monitor, CLAIM, journal.record.token):
+                await monitor.aclose()
+                raise AnotherAnswers(journal.record.where)
         except MonitorBusy:
+            raise
+        except AnotherAnswers:
+            journal.another_answers = True
             raise
         except MonitorError:
             if attempt == RECONNECT_ATTEMPTS:
@@ -144,9 +155,10 @@ async def _explain_failed_resume(monitor: Monitor, pause: Pause, journal: Journa
     if isinstance(error, GuestLeftStopped):
         journal.done(stopped=False)  # QEMU resumed it, and it has stopped by itself
         raise error
-    if isinstance(error, MonitorError) and await has_ended(monitor):
+    if isinstance(error, MonitorError) and await has_ended(journal):
         journal.done(stopped=False)
-        raise MonitorLost("QEMU has ended; there is no guest any more") from error
+        more = f", and {error}" if isinstance(error, AnotherAnswers) else ""
+        raise MonitorLost(f"QEMU has ended; there is no guest any more{more}") from error
     if isinstance(error, CommandFailed) and (runstate := await monitor.runstate()) in HAS_ENDED:
         journal.done(stopped=False)
         raise GuestLeftStopped(f"the guest was running and is {runstate}: {cure_of(runstate)}") from error
@@ -158,10 +170,19 @@ async def _explain_failed_resume(monitor: Monitor, pause: Pause, journal: Journa
     raise failure(f"the guest {state}, and resuming it failed: {error}. {cure}") from error
 
 
-async def has_ended(monitor: Monitor) -> bool:
-    """Whether QEMU is seen to end within a second: its sockets are closed a little before it is gone."""
-    for _ in range(20 if monitor.pid is not None else 0):
-        if not is_alive(monitor.pid or 0):
-            return True
-        await asyncio.sleep(0.05)
-    return False
+async def has_ended(journal: Journal) -> bool:
+    """Whether the QEMU of a run is seen to end within a second: its sockets are closed a little before it is gone.
+
+    Where its own process cannot be seen, it has ended when another QEMU has taken its place.
+    """
+    qemu = journal.record.qemu
+    if qemu is not None:
+        for _ in range(20):
+            if not qemu.is_alive:
+                return True
+            await asyncio.sleep(0.05)
+    if not journal.another_answers:
+        return False
+    from qsnap.discovery import is_qemu
+
+    return qemu is None or not is_qemu(qemu.pid)

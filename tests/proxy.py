@@ -56,20 +56,25 @@ def messages(pending: str) -> tuple[list[dict[str, Any]], str]:
 class Proxy:
     """Listens at ``address``, and connects each client on to QEMU.
 
+    :param address: a socket file to make; None for a TCP port.
     :ivar commands: the names of the commands that have passed.
     """
 
     def __init__(
-        self, target: str, address: Path, *, on_command: Hook | None = None, on_data: Change | None = None
+        self, target: str, address: Path | None, *, on_command: Hook | None = None, on_data: Change | None = None
     ) -> None:
-        self.address = str(address)
         self.commands: list[str] = []
         self._target = target
         self._on_command = on_command
         self._on_data = on_data
         self._sockets: list[socket.socket] = []
-        self._listener = socket.socket(socket.AF_UNIX)
-        self._listener.bind(self.address)
+        if address is None:
+            self._listener = socket.create_server(("127.0.0.1", 0))
+            self.address = f"tcp:127.0.0.1:{self._listener.getsockname()[1]}"
+        else:
+            self._listener = socket.socket(socket.AF_UNIX)
+            self._listener.bind(str(address))
+            self.address = str(address)
         self._listener.listen()
         self._threads = [threading.Thread(target=self._accept, daemon=True)]
         self._threads[0].start()

@@ -18,8 +18,19 @@ import pytest
 import qsnap
 from conftest import Intercept, Launch
 from fake import FakeMonitor
-from guest import Guest, assert_nothing_left, both_monitors, cli, finish, start_cli, tags, until
-from proxy import deed
+from guest import (
+    Guest,
+    assert_nothing_left,
+    blockdev,
+    both_monitors,
+    cli,
+    finish,
+    make_boot_disk,
+    start_cli,
+    tags,
+    until,
+)
+from proxy import Proxy, deed
 from qsnap import marks
 from qsnap.errors import QsnapError, VMLocked
 from qsnap.journal import Journal, Record, found, new_record
@@ -195,6 +206,40 @@ def test_the_second_waits_for_its_turn(launch: Launch, tmp_path: Path, runtime_d
     assert (finish(first).code, finish(second).code) == (0, 0)
     assert_nothing_left(guest, {image: ["first", "second"]})
     assert journals(runtime_directory) == []
+
+
+@pytest.mark.parametrize(
+    ("option", "verb", "way"),
+    [("-qmp", "save", "tcp"), ("-qmp", "save", "proxy"), ("-monitor", "save", "tcp"), ("-qmp", "load", "tcp")],
+)
+def test_another_qemu_in_the_place_of_the_first(
+    launch: Launch, tmp_path: Path, runtime_directory: Path, option: str, verb: str, way: str
+) -> None:
+    """No process of QEMU's can be seen there. It is sent nothing but the question whether it is the same."""
+    monitor = (option, f"unix:{tmp_path}/mon,server=on,wait=off")
+    first = launch(*blockdev("a", make_boot_disk(tmp_path / "a")), "-device", "virtio-blk,drive=a", *monitor)
+    first.wait_for_ticks()
+    cli("save", "old", monitor=first.address)
+
+    def replace(message: dict[str, Any]) -> None:
+        if deed(message) == f"snapshot-{verb}" and not second:
+            first.process.kill()
+            first.process.wait(30)
+            second.append(launch("-S", *monitor))
+
+    second: list[Guest] = []
+    proxy = Proxy(f"{tmp_path}/mon", None if way == "tcp" else tmp_path / "proxy", on_command=replace)
+    try:
+        run = cli(verb, "old", "--json", monitor=proxy.address, expect=None)
+    finally:
+        proxy.close()
+    assert (run.code, run.error["error"]) == (4, "MonitorLost"), run.err
+    assert "QEMU has ended" in run.error["message"]
+    wait_for_the_guard(runtime_directory)
+    (other,) = second
+    assert (other.runstate, marks_of(other)) == ("prelaunch", [])
+    sent = proxy.commands[proxy.commands.index(f"snapshot-{verb}") + 1 :]
+    assert set(sent) <= {"qmp_capabilities", "qom-list", "qom-get", "hmp"}, sent
 
 
 def test_a_journal_that_is_just_being_made_is_left_alone(runtime_directory: Path) -> None:

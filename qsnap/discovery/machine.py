@@ -67,6 +67,15 @@ def holder(path: str) -> Holder | None:
     return _holder(owners, clients, but={os.getpid(), *(pid for inode in accepted for pid in owners.get(inode, ()))})
 
 
+def is_qemu(pid: int) -> bool:
+    """Whether that process is a QEMU, as far as its command line can be seen: a proxy before one is not."""
+    try:
+        with open(f"/proc/{pid}/cmdline", errors="replace") as file:
+            return qemu_arguments(file.read().split("\0")) is not None
+    except OSError:
+        return False
+
+
 class _Machine:
     """One look at this machine: whatever is needed of it is read once."""
 

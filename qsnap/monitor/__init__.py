@@ -48,7 +48,7 @@ class Monitor(Protocol):
     transport: str
     #: False: QEMU itself chooses the devices and the vmstate node (HMP savevm).
     chooses_devices: bool
-    #: The QEMU process, where it is on this machine and the socket tells.
+    #: The process at the other end, where it is on this machine and the socket tells: QEMU, or a proxy before it.
     pid: int | None
     #: The connection itself, for a guard to inherit; None where there is none.
     sock: socket.socket | None
@@ -138,7 +138,11 @@ class Monitor(Protocol):
     async def reconnect(self, timeout_s: float) -> None:
         """Open the connection anew after it was lost. What was under way is then known to :meth:`settle`.
 
+        Whether it leads to the same QEMU the mark of a claim tells, and nothing else: see
+        :func:`qsnap.stopped.reconnect`.
+
         :param timeout_s: seconds until the greeting; QEMU sends none while it writes.
+        :raise AnotherAnswers: a QEMU of another version, or another kind of monitor, is there.
         :raise MonitorError: as :func:`open_monitor`.
         """
 

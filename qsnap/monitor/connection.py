@@ -191,9 +191,11 @@ def hang_up(sock: socket.socket | None) -> None:
             sock.shutdown(socket.SHUT_RDWR)
 
 
-def another_answers(address: Address) -> MonitorLost:
-    """The error of a new connection that does not lead to the same process as the old one."""
-    return MonitorLost(f"another QEMU answers at {address} now; the one that was there has ended")
+class AnotherAnswers(MonitorLost):
+    """A new connection leads to another QEMU than the old one did. It was closed, and nothing was asked of it."""
+
+    def __init__(self, address: Address) -> None:
+        super().__init__(f"another QEMU answers at {address} now, and was left as it is")
 
 
 def lost(command: str, error: BaseException) -> MonitorLost:

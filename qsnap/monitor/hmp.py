@@ -19,7 +19,7 @@ from qsnap.errors import CommandFailed, MonitorError, NotSupported, QsnapError
 from qsnap.model import BlockGraph, Job, Migration, QemuVersion, RunState
 from qsnap.monitor import PERIPHERALS, hmp_tables, hmp_text
 from qsnap.monitor.address import Address
-from qsnap.monitor.connection import Connection, another_answers, connection, hang_up, lost, peer_pid
+from qsnap.monitor.connection import AnotherAnswers, Connection, connection, hang_up, lost, peer_pid
 from qsnap.monitor.human import HumanSnapshots
 
 _log = logging.getLogger("qsnap.hmp")
@@ -248,10 +248,13 @@ class HmpMonitor(HumanSnapshots):
         await self.aclose()
         self._under_way = None
         async with connection(self.address, timeout_s) as link:
-            if not link.is_human or link.pid != self.pid:
-                raise another_answers(self.address)
-            self._line, _ = await _greeted(link)
-            self.sock = link.sock.dup()
+            if not link.is_human:
+                raise AnotherAnswers(self.address)
+            self._line, version = await _greeted(link)
+            if version != self.version:
+                await self._line.close()
+                raise AnotherAnswers(self.address)
+            self.sock, self.pid = link.sock.dup(), link.pid
 
     async def aclose(self) -> None:
         if self.sock is not None:

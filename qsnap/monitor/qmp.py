@@ -34,7 +34,7 @@ from qsnap.errors import (
 from qsnap.model import BlockGraph, Job, Migration, QemuVersion, RunState
 from qsnap.monitor import PERIPHERALS, ignore, wire
 from qsnap.monitor.address import Address, UnixAddress
-from qsnap.monitor.connection import Connection, another_answers, connection, first_bytes, hang_up, lost, peer_pid
+from qsnap.monitor.connection import AnotherAnswers, Connection, connection, first_bytes, hang_up, lost, peer_pid
 from qsnap.monitor.human import HumanSnapshots
 
 if TYPE_CHECKING:
@@ -425,10 +425,13 @@ class QmpMonitor:
         hang_up(self.sock)
         await self.aclose()
         async with connection(self.address, timeout_s) as link:
-            if link.is_human or link.pid != self.pid:
-                raise another_answers(self.address)
+            if link.is_human:
+                raise AnotherAnswers(self.address)
             client = await _negotiated(link, self.address)
-            self.sock = link.sock.dup()
+            if _version(client) != self.version:
+                await client.disconnect()
+                raise AnotherAnswers(self.address)
+            self.sock, self.pid = link.sock.dup(), link.pid
         self._client = client
         self._client.register_listener(self._turns)
         self._client.register_listener(self._seen)
