@@ -77,7 +77,7 @@ async def _acquired(
                 return ours
             continue
         holder = marks.decode(text)
-        if holder is not None and (recovered := await _recovered(monitor, holder)):
+        if recovered := await _recovered(monitor, text):
             tell(recovered)
             continue
         if clock() >= deadline:
@@ -148,7 +148,8 @@ async def _release(monitor: Monitor, ours: Journal) -> None:
 
 def _locked(holder: Holder | None, waited_s: float) -> VMLocked:
     if holder is None:
-        return VMLocked("one of another version, which cannot be read", waited_s)
+        cure = "If none is at work: qsnap recover --force takes the claim away, and leaves the guest as it is"
+        return VMLocked(f"its claim (the object {CLAIM} in QEMU) is of another version, or damaged", waited_s, cure)
     cure = _cure_of_stopped(holder.owner.pid) if holder.is_here else ""
     if not holder.is_here:
         cure = "It is on another machine or in another container. If it is dead: qsnap recover --force"
@@ -162,19 +163,19 @@ def _cure_of_stopped(pid: int) -> str:
     return f"It is stopped itself (SIGSTOP): kill -CONT {pid}; or kill -KILL {pid}, and its guard sees to the guest"
 
 
-async def _recovered(monitor: Monitor, holder: Holder, *, force: bool = False) -> Recovered | None:
-    """Recover the run of *holder*, if it is dead; None if it lives, or that cannot be told.
+async def _recovered(monitor: Monitor, text: str, *, force: bool = False) -> Recovered | None:
+    """Recover the run whose claim's mark has that *text*, if it is dead; None if it lives, or that cannot be told.
 
     :param force: take it for dead where that cannot be told.
     """
     from qsnap import recovery
 
+    holder = marks.decode(text)
     for other in journal.found():
-        if other.record.token == holder.token:
+        if holder and other.record.token == holder.token:
             return await _recover(monitor, other)
-    if (holder.is_here and not holder.is_alive) or (force and not holder.is_here):
-        return await recovery.recover_by_mark(monitor, holder)
-    return None
+    is_dead = not holder.is_alive if holder and holder.is_here else force
+    return await recovery.recover_by_mark(monitor, text, force=force) if is_dead else None
 
 
 async def _recover(monitor: Monitor, dead: Found) -> Recovered | None:
@@ -192,15 +193,15 @@ async def _recover(monitor: Monitor, dead: Found) -> Recovered | None:
 async def recover_all(monitor: Monitor, address: Address, *, force: bool = False) -> list[Recovered]:
     """Recover every run on this VM that died.
 
-    :param force: also one that cannot be told to be dead, being of another machine or container.
+    :param force: also one that cannot be told to be dead: it is of another machine or container, or its claim cannot be
+        read.
     :raise VMLocked: a run lives.
     """
     done: list[Recovered | None] = []
-    if text := await monitor.mark(CLAIM):
-        holder = marks.decode(text)
-        recovered = await _recovered(monitor, holder, force=force) if holder else None
+    if (text := await monitor.mark(CLAIM)) is not None:
+        recovered = await _recovered(monitor, text, force=force)
         if recovered is None:
-            raise _locked(holder, 0)
+            raise _locked(marks.decode(text), 0)
         done.append(recovered)
     # Journals without a mark: of a QEMU that is gone, or of a run that died before it began or after it had ended
     done += [await _recover(monitor, other) for other in _unheld(monitor, address)]

@@ -419,10 +419,10 @@ class Recovered(Struct, frozen=True):
     """What was done about a run that died."""
 
     operation: str
-    """"save", "load" or "delete"."""
+    """"save", "load" or "delete"; "" where its claim could not be read, and nothing is known of it."""
     tags: tuple[str, ...]
     pid: int
-    """Its process, which is no more."""
+    """Its process, which is no more; 0 where it is not known."""
     began: str
     """ISO 8601."""
     actions: tuple[str, ...]

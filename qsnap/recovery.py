@@ -18,7 +18,7 @@ from qsnap.errors import CommandFailed, ConnectError, GuestLeftStopped, MonitorE
 from qsnap.journal import Journal
 from qsnap.livesave import LiveAttempt
 from qsnap.loadvm import outcome
-from qsnap.marks import CLAIM, Holder, decode
+from qsnap.marks import CLAIM, decode
 from qsnap.model import Recovered, RunState
 from qsnap.monitor import HALF_RESTORED, Monitor, adopt_monitor, open_monitor
 from qsnap.savevm import Attempt
@@ -85,27 +85,39 @@ async def recover(monitor: Monitor, journal: Journal) -> Recovered:
     )
 
 
-async def recover_by_mark(monitor: Monitor, holder: Holder) -> Recovered | None:
-    """The same where nothing but the mark is to be had. None if somebody else is at it, or has been.
+async def recover_by_mark(monitor: Monitor, text: str, *, force: bool = False) -> Recovered | None:
+    """The same where nothing but the *text* of the mark is to be had. None if somebody else is at it, or has been.
 
-    What a save has half made is not known then; it shows in the list of snapshots.
+    What a save has half made is not known then; it shows in the list of snapshots. Of a mark that cannot be read not even
+    that is known for what its run had stopped the guest: that stays as it is.
+
+    :param force: also where somebody else cannot be told to be dead.
     """
-    ours = marks.of_this_process("recover", holder.tag)
+    holder = decode(text)
+    ours = marks.of_this_process("recover", holder.tag if holder else "")
     if not await monitor.set_mark(marks.RECOVERY, ours.encode()):
         other = decode(await monitor.mark(marks.RECOVERY) or "")
-        if other is not None and other.is_here and not other.is_alive:
-            await marks.give_up(monitor, marks.RECOVERY, other.token)
+        if not other.is_alive if other and other.is_here else force:
+            await monitor.clear_mark(marks.RECOVERY)  # and the next look at the claim will do
         return None
     try:
-        if not await marks.is_of(monitor, CLAIM, holder.token):
+        if await monitor.mark(CLAIM) != text:
             return None
         actions: tuple[str, ...] = ()
+        if holder is None:
+            runstate = await monitor.runstate()
+            cure = (
+                "" if runstate is RunState.RUNNING else ": nothing tells what stopped it. If that was a save, `cont` it"
+            )
+            actions = (f"the claim was taken away, and the guest was left as it is, {runstate}{cure}",)
         # No guest that a load has stopped is resumed blindly
-        if holder.was_running and holder.operation == "save":
+        elif holder.was_running and holder.operation == "save":
             actions = tuple(await _resume(monitor))
-        await marks.give_up(monitor, CLAIM, holder.token)
+        await monitor.clear_mark(CLAIM)
     finally:
         await marks.give_up(monitor, marks.RECOVERY, ours.token)
+    if holder is None:
+        return Recovered(operation="", tags=(), pid=0, began="", actions=actions)
     return Recovered(
         operation=holder.operation, tags=(holder.tag,), pid=holder.owner.pid, began=holder.began, actions=actions
     )

@@ -189,12 +189,29 @@ def test_a_holder_on_another_machine(guest: Guest, tmp_path: Path) -> None:
     cli("save", "x", monitor=guest.address)
 
 
-def test_a_claim_that_cannot_be_read(guest: Guest) -> None:
-    """As of a later qsnap: it is respected."""
-    guest.qmp("object-add", qom_type="authz-simple", id=CLAIM, identity="%%%")
-    run = cli("save", "x", "--lock-wait", "0", monitor=guest.address, expect=11)
-    assert "another version" in run.err
-    assert "of another machine or container" in cli("status", monitor=guest.address).out
+@both_monitors
+@pytest.mark.parametrize(
+    "damage",
+    [{"qom_type": "authz-simple", "identity": "garbage"}, {"qom_type": "rng-builtin"}],
+    ids=["garbage", "no mark"],
+)
+def test_a_claim_that_cannot_be_read(guest: Guest, tmp_path: Path, damage: dict[str, str]) -> None:
+    """As of a later qsnap: it is respected, and the message names the way out. No guest is resumed blindly."""
+    guest.qmp("object-add", id=CLAIM, **damage)
+    guest.qmp("object-add", id=marks.RECOVERY, **damage)
+    guest.qmp("stop")
+    for verb in (("save", "x"), ("recover",)):
+        run = cli(*verb, "--lock-wait", "0", monitor=guest.address, expect=11)
+        assert "of another version, or damaged" in run.err
+        assert "qsnap recover --force" in run.err
+    assert "qsnap recover --force" in cli("status", monitor=guest.address).out
+    cli("recover", "--force", monitor=guest.address, expect=11)
+    run = cli("recover", "--force", monitor=guest.address)
+    assert "the guest was left as it is, paused" in run.out
+    assert marks_of(guest) == []
+    guest.qmp("cont")
+    cli("save", "x", monitor=guest.address)
+    assert_nothing_left(guest, {tmp_path / "disk0.qcow2": ["x"]})
 
 
 @both_monitors

@@ -430,6 +430,8 @@ def _vm_row(vm: KnownVM) -> list[str]:
 def _recovered(item: Recovered) -> str:
     deed = f"{item.operation} {', '.join(item.tags)}".rstrip()
     actions = "; ".join(item.actions) or "nothing was left to do"
+    if not item.operation:
+        return printable(f"from a qsnap that is not known: {actions}")
     return printable(f"from a qsnap that died ({deed}, process {item.pid}, begun {item.began}): {actions}")
 
 
@@ -437,7 +439,7 @@ def _at_work(status: Status) -> str:
     run = status.run
     if run is None or run.is_alive is False:
         return "nobody"
-    doubt = "" if run.is_alive else " (of another machine or container: it may be dead)"
+    doubt = "" if run.is_alive else " (of another machine or container: it may be dead; qsnap recover --force)"
     return f"{_run(run)}{doubt}"
 
 
@@ -451,6 +453,8 @@ def _left_behind(status: Status) -> Iterator[str]:
 
 
 def _run(run: Unfinished) -> str:
+    if not run.operation:
+        return "a qsnap whose claim cannot be read"
     return f"{run.operation} {', '.join(run.tags)} by process {run.pid}, begun {run.began}"
 
 

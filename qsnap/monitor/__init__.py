@@ -108,6 +108,8 @@ class Monitor(Protocol):
     async def mark(self, name: str) -> str | None:
         """The text of a mark that some qsnap has set since this QEMU was started; None where there is none.
 
+        "" where an object has that name that is not a mark.
+
         A mark is an object of no effect in QEMU. It is the same over every monitor of a VM, and ends with its QEMU.
         """
 

@@ -214,7 +214,8 @@ class HmpMonitor(HumanSnapshots):
         except CommandFailed as error:
             if "not found" not in error.reason:
                 raise
-            return None  # it went meanwhile; or there are no objects yet (-preconfig)
+            # It is an object of another type; or it went meanwhile, or there are no objects yet (-preconfig)
+            return "" if "identity" in error.reason else None
         except ValueError as error:
             raise MonitorError(f"the human monitor tells no text of {name}") from error
 

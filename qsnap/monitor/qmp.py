@@ -311,7 +311,8 @@ class QmpMonitor:
         except CommandFailed as error:
             if "not found" not in error.reason:
                 raise
-            return None  # it went meanwhile; or there are no objects yet (-preconfig)
+            # It is an object of another type; or it went meanwhile, or there are no objects yet (-preconfig)
+            return "" if "identity" in error.reason else None
 
     async def set_mark(self, name: str, text: str) -> bool:
         try:
