@@ -21,9 +21,10 @@ from qsnap.errors import (
     SnapshotNotFound,
 )
 from qsnap.journal import AFTERMATH_TIMEOUT_S, Journal
-from qsnap.model import Finding, LoadResult, RunState, Severity
+from qsnap.model import Finding, LoadResult, RunState, Severity, Snapshot
 from qsnap.monitor import HALF_RESTORED, STATE_NODE_PREFIX, Monitor
 from qsnap.precheck import LoadPlan, plan_load, spoiled_finding
+from qsnap.statefile import qcow2
 from qsnap.statefile.shelf import NO_SHELF, Shelf
 from qsnap.stopped import Pause, has_ended, reconnect, stopped
 from qsnap.undisturbed import undisturbed
@@ -141,6 +142,7 @@ async def _forget_failure(monitor: Monitor, tag: str, journal: Journal) -> None:
 async def _source(monitor: Monitor, plan: LoadPlan) -> AsyncIterator[tuple[str, Sequence[str]]]:
     """Where QEMU is to find the VM state for the duration of a block, and all nodes that take part in the load.
 
+    :raise PrecheckRefused: the state file is damaged; the guest was not touched.
     :raise JobFailed: QEMU cannot use the state file; the guest was not touched.
     """
     snapshot, background = plan.snapshot, monitor.background
@@ -153,12 +155,29 @@ async def _source(monitor: Monitor, plan: LoadPlan) -> AsyncIterator[tuple[str, 
     except OSError as error:
         raise JobFailed("open", f"{snapshot.file.path}: {error.strerror}", "the guest was not touched") from error
     try:
+        await asyncio.to_thread(_refuse_flawed, file, snapshot)
         await background.add_state_node(file, node)
         yield node, (*plan.devices, node)
     finally:
         os.close(file)
         with suppress(QsnapError):
             await undisturbed(background.tidy(), AFTERMATH_TIMEOUT_S)
+
+
+def _refuse_flawed(file: int, snapshot: Snapshot) -> None:
+    """Refuse an open state file that is not as qsnap has written it.
+
+    :raise PrecheckRefused: it is not.
+    """
+    assert snapshot.file is not None
+    if problem := qcow2.flaw(lambda size, offset: os.pread(file, size, offset), os.fstat(file).st_size):
+        finding = Finding(
+            code="state-file-damaged",
+            severity=Severity.REFUSE,
+            message=f"the state file {snapshot.file.path} is damaged: {problem}",
+            cure="if there is a good copy of the file, put that in its place; or load another snapshot",
+        )
+        raise PrecheckRefused(f"snapshot {snapshot.tag!r} cannot be loaded", [finding], "the guest was not touched")
 
 
 #: What QEMU says before it has touched anything (migration/savevm.c and block/snapshot.c: load_snapshot), 5.2 to 11.1.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import struct
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -28,9 +29,11 @@ SIZES = [1, CLUSTER - 1, CLUSTER, CLUSTER + 1, 512 * MIB - 1, 512 * MIB, 512 * M
 
 
 def written(path: Path, content: Content) -> Path:
-    """A sparse state file around a stream of holes."""
+    """A sparse state file around a stream of holes, between its first bytes and its last."""
     with path.open("wb") as file:
         file.truncate(qcow2.file_size(content.vm_state_size))
+        os.pwrite(file.fileno(), b"}", STREAM_OFFSET + content.vm_state_size - 1)
+        os.pwrite(file.fileno(), b"QEVM\0\0\0\3"[: content.vm_state_size], STREAM_OFFSET)
         for offset, data in qcow2.envelope(content):
             os.pwrite(file.fileno(), data, offset)
     return path
@@ -70,6 +73,65 @@ def mapped(path: Path) -> int:
     used = [entry for entry in clusters if entry]
     assert used == clusters[: len(used)] == list(range(STREAM_OFFSET, STREAM_OFFSET + len(used) * CLUSTER, CLUSTER))
     return len(used)
+
+
+def flaw_of(path: Path) -> str:
+    with path.open("rb") as file:
+        return qcow2.flaw(lambda size, offset: os.pread(file.fileno(), size, offset), path.stat().st_size)
+
+
+def flaw_in(data: bytes | bytearray) -> str:
+    return qcow2.flaw(lambda size, offset: bytes(data[offset : offset + size]), len(data))
+
+
+def content_in(data: bytes | bytearray) -> Content | None:
+    return qcow2.content_of(lambda size, offset: bytes(data[offset : offset + size]))
+
+
+# The file of 2 GiB - 5 clusters ends with the last cluster that its refcount block counts
+@pytest.mark.parametrize("size", [9, CLUSTER, 512 * MIB + 1, *(2 * GIB - n * CLUSTER for n in (11, 10, 9, 8))])
+def test_what_a_load_leaves_is_no_flaw(tmp_path: Path, size: int) -> None:
+    """The witness goes to the snapshot as QEMU does (bdrv_snapshot_goto); again changes nothing any more."""
+    path = written(tmp_path / "state", Content("t", "/vm/root", size, DATE, 5))
+    assert flaw_of(path) == ""
+    for _ in range(3):
+        qemu_img("snapshot", "-a", "t", path)
+        assert flaw_of(path) == ""
+    assert_sound(path)
+    # An active table that leads elsewhere than the snapshot's
+    with path.open("r+b") as file:
+        (at,) = struct.unpack(">Q", os.pread(file.fileno(), 8, 40))
+        os.pwrite(file.fileno(), struct.pack(">Q", CLUSTER), at + 8)
+    assert flaw_of(path) == "its active L1 table differs"
+
+
+@pytest.mark.parametrize("is_loaded", [False, True])
+def test_every_bit_around_the_stream_counts(tmp_path: Path, is_loaded: bool) -> None:
+    size = 3 * CLUSTER
+    path = written(tmp_path / "state", Content("t", "/vm/root", size, DATE, 5))
+    if is_loaded:
+        qemu_img("snapshot", "-a", "t", path)
+    whole = path.read_bytes()
+    stream_end = STREAM_OFFSET + size
+    rng = random.Random(14)  # noqa: S311 (the same in every run)
+    used = [offset for offset, byte in enumerate(whole) if byte and not STREAM_OFFSET <= offset < stream_end]
+    places = {*rng.sample(used, 60), *rng.sample(range(CLUSTER), 20), *rng.sample(range(stream_end, len(whole)), 60)}
+    for offset in sorted(places):
+        changed = bytearray(whole)
+        changed[offset] ^= 1 << rng.randrange(8)
+        # What says which snapshot it is may be anything: then it is that of another one
+        assert flaw_in(changed) or content_in(changed) != content_in(whole), f"at {offset:#x}"
+    for cluster in (STREAM_OFFSET, stream_end - CLUSTER):
+        changed = bytearray(whole)
+        changed[cluster : cluster + CLUSTER] = b"\1" * CLUSTER
+        assert "a VM state does" in flaw_in(changed)
+
+
+def test_a_state_file_has_one_snapshot(tmp_path: Path) -> None:
+    """One with more is somebody else's, whatever the first of them is."""
+    path = written(tmp_path / "state", Content("t", "/vm/root", CLUSTER, DATE, 5))
+    qemu_img("snapshot", "-c", "second", path)
+    assert content_of(path) is None
 
 
 @given(

@@ -215,13 +215,14 @@ class Background:
         return self._monitor.turns()
 
     async def add_state_node(self, file: int, node: str) -> None:
-        """Make a node of an open state file.
+        """Make a node of an open state file. It has no backing file, whatever its header says.
 
         :raise JobFailed: QEMU cannot use it.
         """
         try:
             below = {"driver": "file", "filename": await self._add_file(file)}
-            await self._monitor.execute("blockdev-add", {"driver": "qcow2", "node-name": node, "file": below})
+            image = {"driver": "qcow2", "node-name": node, "file": below, "backing": None}
+            await self._monitor.execute("blockdev-add", image)
         except CommandFailed as error:
             raise JobFailed("blockdev-add", error.reason) from error
 

@@ -15,6 +15,11 @@ So the stream lies in the clusters behind the header, and everything else behind
     header | stream … | active L1 | snapshot L1 | L2 tables | snapshot table | refcount table | refcount blocks
 
 The header is written last: until then this is no image, whatever happens.
+
+QEMU writes to an image when it goes back to a snapshot of it (qcow2-snapshot.c: qcow2_snapshot_goto). The first load
+makes the active L1 table as long as the snapshot's, at the end of the file, frees the old one, and counts two uses of
+the L2 tables and the stream; later loads change nothing (seen byte by byte on 7.2, 10.0 and 11.1). So what may stand
+around a stream is known in full, and :func:`flaw` compares it.
 """
 
 from __future__ import annotations
@@ -32,6 +37,10 @@ CLUSTER = 1 << 16
 #: Where the stream begins in the file.
 STREAM_OFFSET = CLUSTER
 
+#: How a VM state begins (migration/savevm.c: QEMU_VM_FILE_MAGIC and QEMU_VM_FILE_VERSION).
+_STREAM_HEAD = b"QEVM\0\0\0\3"
+#: How it ends: with a description in JSON; or, of a machine with suppress-vmdesc, with QEMU_VM_EOF.
+_STREAM_ENDS = (b"}", b"\0")
 _MAGIC = b"QFI\xfb"
 _HEADER = struct.Struct(">4sIQIIQIIQQIIQQQQII")
 #: Of one snapshot, up to its strings: the fixed part, and 24 bytes of extra data.
@@ -100,6 +109,31 @@ class _Layout(NamedTuple):
     def clusters(self) -> int:
         return self.blocks_at // CLUSTER + self.blocks
 
+    @property
+    def end(self) -> int:
+        return self.clusters * CLUSTER
+
+    @property
+    def needs_block(self) -> bool:
+        """Whether an L1 table at the end takes one more refcount block, which comes behind it."""
+        return self.clusters + self.l1 > self.blocks * _COUNTS
+
+
+class _Use(NamedTuple):
+    """What QEMU has done with a state file.
+
+    :ivar is_grown: it has put a longer active L1 table at the end.
+    :ivar is_active: that table leads to the stream, as it does after a load. A QEMU that was killed in the middle of
+        one may leave the one without the other.
+    """
+
+    is_grown: bool = False
+    is_active: bool = False
+
+
+#: None has loaded it.
+_UNUSED = _Use()
+
 
 def _layout(vm_state_size: int) -> _Layout:
     stream = -(-vm_state_size // CLUSTER)
@@ -114,39 +148,59 @@ def _layout(vm_state_size: int) -> _Layout:
 
 def file_size(vm_state_size: int) -> int:
     """Bytes of a state file around a stream of that many bytes."""
-    return _layout(vm_state_size).clusters * CLUSTER
+    return _layout(vm_state_size).end
 
 
 def envelope(content: Content) -> Iterator[tuple[int, bytes]]:
     """All that a state file has around its stream: (offset, whole clusters), the header last, on its own."""
-    for offset, data in _parts(content):
+    for _, offset, data in _parts(content, _UNUSED):
         yield offset, data + bytes(-len(data) % CLUSTER)
 
 
-def _parts(content: Content) -> Iterator[tuple[int, bytes]]:
+def _parts(content: Content, use: _Use) -> Iterator[tuple[str, int, bytes]]:
+    """What each part is called, where it begins, and what stands there; zeroes up to the next cluster."""
     layout = _layout(content.vm_state_size)
+    l1 = _numbers(chain([0], range(layout.l2_at, layout.rows_at, CLUSTER)))
     # The active L1 table: one entry that leads nowhere
-    yield layout.active_l1_at, bytes(CLUSTER)
-    yield layout.l1_at, _numbers(chain([0], range(layout.l2_at, layout.rows_at, CLUSTER)))
+    yield "active L1 table", layout.active_l1_at, bytes(CLUSTER)
+    yield "L1 table", layout.l1_at, l1
     stream_end = layout.active_l1_at
     for number in range(layout.l2):
         begin = STREAM_OFFSET + number * _ENTRIES * CLUSTER
         end = min(begin + _ENTRIES * CLUSTER, stream_end)
-        yield layout.l2_at + number * CLUSTER, _numbers(range(begin, end, CLUSTER))
-    yield layout.rows_at, _row(content, layout)
-    table_end = layout.blocks_at + layout.blocks * CLUSTER
-    yield layout.table_at, _numbers(range(layout.blocks_at, table_end, CLUSTER))
-    for number in range(layout.blocks):
-        counted = min(_COUNTS, layout.clusters - number * _COUNTS)
-        yield layout.blocks_at + number * CLUSTER, b"\0\1" * counted
-    yield 0, _header(content, layout)
+        yield "L2 table", layout.l2_at + number * CLUSTER, _numbers(range(begin, end, CLUSTER))
+    yield "snapshot table", layout.rows_at, _row(content, layout)
+    blocks = [*range(layout.blocks_at, layout.end, CLUSTER)]
+    if use.is_grown:
+        yield "active L1 table", layout.end, l1 if use.is_active else bytes(layout.l1 * CLUSTER)
+        blocks += [layout.end + layout.l1 * CLUSTER] if layout.needs_block else []
+    yield "refcount table", layout.table_at, _numbers(iter(blocks))
+    counts = _counts(layout, use)
+    for number, block in enumerate(blocks):
+        yield "refcount block", block, _packed(counts[number * _COUNTS : (number + 1) * _COUNTS])
+    yield "header", 0, _header(content, layout, use)
+
+
+def _counts(layout: _Layout, use: _Use) -> array[int]:
+    """How many uses each cluster has."""
+    counts = array("H", [1]) * layout.clusters
+    if use.is_grown:
+        counts[layout.active_l1_at // CLUSTER] = 0
+        counts += array("H", [1]) * (layout.l1 + layout.needs_block)
+    if use.is_active:
+        for begin, count in ((STREAM_OFFSET, layout.stream), (layout.l2_at, layout.l2)):
+            counts[begin // CLUSTER : begin // CLUSTER + count] = array("H", [2]) * count
+    return counts
 
 
 def _numbers(numbers: Iterator[int] | range | chain[int]) -> bytes:
-    packed = array("Q", numbers)
+    return _packed(array("Q", numbers))
+
+
+def _packed(numbers: array[int]) -> bytes:
     if sys.byteorder == "little":
-        packed.byteswap()
-    return packed.tobytes()
+        numbers.byteswap()
+    return numbers.tobytes()
 
 
 def _row(content: Content, layout: _Layout) -> bytes:
@@ -159,9 +213,10 @@ def _row(content: Content, layout: _Layout) -> bytes:
     return row + identity + name
 
 
-def _header(content: Content, layout: _Layout) -> bytes:
+def _header(content: Content, layout: _Layout, use: _Use) -> bytes:
+    l1_size, l1_at = (1 + layout.l2, layout.end) if use.is_grown else (1, layout.active_l1_at)
     header = _HEADER.pack(
-        _MAGIC, 3, 0, 0, 16, CLUSTER, 0, 1, layout.active_l1_at, layout.table_at, layout.table, 1, layout.rows_at,
+        _MAGIC, 3, 0, 0, 16, CLUSTER, 0, l1_size, l1_at, layout.table_at, layout.table, 1, layout.rows_at,
         0, 0, 0, 4, _HEADER.size,
     )  # fmt: skip
     ours = json.dumps({"image": content.image}).encode()
@@ -210,6 +265,34 @@ def content_of(pread: Callable[[int, int], bytes]) -> Content | None:
         )
     except (struct.error, ValueError, KeyError, TypeError, RecursionError):
         return None
+
+
+def flaw(pread: Callable[[int, int], bytes], size: int) -> str:
+    """What in a state file is not as qsnap wrote it, nor as a load leaves it; "" where nothing is.
+
+    All that is around the stream is compared. Of the stream itself, its first bytes and its last one are.
+
+    :param pread: (bytes, offset) to those bytes of the file.
+    :param size: bytes of the file.
+    """
+    content = content_of(pread)
+    if content is None:
+        return "it is no state file"
+    layout = _layout(content.vm_state_size)
+    if size < layout.end:
+        return "it is cut short"
+    is_grown = _read_header(pread)[0][8] == layout.end
+    use = _Use(is_grown, is_active=is_grown and any(pread(layout.l1 * CLUSTER, layout.end)))
+    for name, offset, data in _parts(content, use):
+        room = len(data) + -len(data) % CLUSTER
+        # The file may end in the middle of its last cluster
+        if pread(room, offset).ljust(room, b"\0") != data.ljust(room, b"\0"):
+            return f"its {name} differs"
+    if pread(len(_STREAM_HEAD), STREAM_OFFSET) != _STREAM_HEAD:
+        return "what it holds does not begin as a VM state does"
+    if pread(1, STREAM_OFFSET + content.vm_state_size - 1) not in _STREAM_ENDS:
+        return "what it holds does not end as a VM state does"
+    return ""
 
 
 def _extensions(head: bytes, offset: int) -> Iterator[tuple[int, bytes]]:
