@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 from contextlib import suppress
+from pathlib import Path
 
 from qsnap import devices as rules
 from qsnap import gentle, snapshots
@@ -104,7 +105,7 @@ async def delete_all(
     for file in files:
         try:
             with suppress(FileNotFoundError):
-                await asyncio.to_thread(gentle.remove, file)
+                await asyncio.to_thread(gentle.remove, Path(file))
         except OSError as error:
             raise JobFailed("unlink", f"{file}: {error.strerror}") from error
 

@@ -17,6 +17,9 @@ import os
 import signal
 import time
 from contextlib import suppress
+from pathlib import Path
+
+from qsnap import files
 
 #: Bytes that are written back at once: ten milliseconds of a slow disk.
 _WRITTEN_AT_ONCE = 4 << 20
@@ -47,17 +50,17 @@ def write_back(file: int, begin: int, end: int, time_s: float) -> int:
     return begin
 
 
-def remove(path: str) -> None:
-    """Remove the file of that name, and give its room back step by step, unless somebody else has it still.
+def remove(path: Path) -> None:
+    """Remove what has that name at a real path, and give its room back step by step, unless somebody else has it still.
 
     :raise OSError: it cannot be removed.
     """
+    file = -1
     try:
-        file = os.open(path, os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
-    except OSError:
-        file = -1  # to remove it takes no right to it
-    try:
-        os.unlink(path)  # noqa: PTH108 (no more than the directory is written)
+        with files.directory(path.parent) as where:
+            with suppress(OSError):  # to remove it takes no right to it, and it may be a link
+                file = files.opened_in(where, path.name, os.O_WRONLY)
+            os.unlink(path.name, dir_fd=where)
         if file >= 0:
             with suppress(OSError):
                 _give_back(file)

@@ -6,17 +6,17 @@ renaming, so nobody reads half of it. One that holds anything but metrics of our
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import re
-import stat
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
+from qsnap import files
 from qsnap.errors import BadUsage, QsnapError
-from qsnap.replacing import replace_file
 
 
 class Metric(NamedTuple):
@@ -48,10 +48,15 @@ def check(path: Path) -> None:
 
     :raise BadUsage: there can be none, or a file that is not ours is there.
     """
-    place = path.resolve().parent
-    if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
-        raise BadUsage(f"no file of metrics can be made in {place}; nothing was done")
-    _read(path)
+    try:
+        place = files.resolved_file(path)
+        if not os.access(place.parent, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, "it cannot be written")
+    except OSError as error:
+        raise BadUsage(
+            f"no file of metrics can be made in {path.parent}: {error.strerror}; nothing was done"
+        ) from error
+    _read(place)
 
 
 def update(path: Path, labels: Mapping[str, str], values: Mapping[Metric, float], *, failed: bool = False) -> None:
@@ -63,14 +68,15 @@ def update(path: Path, labels: Mapping[str, str], values: Mapping[Metric, float]
     """
     written = ",".join(f'{name}="{_escaped(value)}"' for name, value in labels.items())
     try:
-        with _alone(path.resolve().parent):
-            figures = _read(path)
+        place = files.resolved_file(path)
+        with _alone(place.parent):
+            figures = _read(place)
             for metric, value in values.items():
                 figures[metric.name, written] = value
             count = figures.get((FAILURES.name, written), 0)
             if failed or LAST_EXIT_CODE in values:
                 figures[FAILURES.name, written] = count + failed
-            _write(path, figures)
+            _write(place, figures)
     except OSError as error:
         raise QsnapError(f"the metrics {path} cannot be written: {error.strerror}") from error
 
@@ -78,7 +84,8 @@ def update(path: Path, labels: Mapping[str, str], values: Mapping[Metric, float]
 @contextmanager
 def _alone(directory: Path) -> Iterator[None]:
     """Keep others of us from the files of a directory meanwhile."""
-    lock = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    with files.directory(directory) as where:
+        lock = os.open(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=where)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
@@ -93,13 +100,12 @@ def _escaped(text: str) -> str:
 
 def _read(path: Path) -> dict[_Key, float]:
     try:
-        if not stat.S_ISREG(path.stat().st_mode):
-            raise BadUsage(f"{path} is no regular file, so it is left alone")
-        text = path.read_text()
+        text = files.read(path).decode()
     except FileNotFoundError:
         return {}
     except (OSError, ValueError) as error:
-        raise BadUsage(f"{path} cannot be read, so it is left alone: {error}") from error
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise BadUsage(f"{path} cannot be read, so it is left alone: {reason}") from error
     names = {metric.name for metric in METRICS}
     figures: dict[_Key, float] = {}
     for line in text.splitlines():
@@ -120,4 +126,4 @@ def _write(path: Path, figures: Mapping[_Key, float]) -> None:
             lines += [f"# HELP {metric.name} {metric.help}", f"# TYPE {metric.name} {metric.type}"]
             lines += [f"{metric.name}{{{labels}}} {value!r}" for labels, value in sorted(own)]
     # The exporter is another user
-    replace_file(path, ("\n".join(lines) + "\n").encode(), lambda file: os.fchmod(file, 0o644))
+    files.replace(path, ("\n".join(lines) + "\n").encode(), mode=0o644)

@@ -14,17 +14,14 @@ from __future__ import annotations
 
 import os
 import shlex
-import stat
 from collections.abc import Collection, Iterable, Sequence
-from contextlib import suppress
 from pathlib import Path
 
 import msgspec
 
-from qsnap import snapshots
+from qsnap import files, snapshots
 from qsnap.errors import BadUsage, PrecheckRefused, QsnapError
 from qsnap.model import BlockGraph, Device, Finding, Severity, Snapshot, Struct
-from qsnap.replacing import replace_file
 from qsnap.statefile.shelf import Shelf
 
 #: What the name of the file ends with.
@@ -98,7 +95,7 @@ class Notes:
         new = {(note.tag, note.vm_clock_ms) for note in changed}
         old = [note for note in self._notes if note.tag in tags and (note.tag, note.vm_clock_ms) not in new]
         kept = [note for note in (*old, *changed) if note.says_something]
-        existing = [path for path in self._paths if path.exists()]
+        existing = [path for path in self._paths if os.path.lexists(path)]
         for path in existing[1:]:
             _write(path, ())  # two images had one each
         if kept or existing:
@@ -164,9 +161,7 @@ def checked_description(text: str) -> str:
 
 def _read(path: Path) -> Sequence[Note]:
     try:
-        if not stat.S_ISREG(path.stat().st_mode):
-            raise QsnapError(f"the notes {path} cannot be read: that is no regular file; a snapshot may be protected")
-        text = path.read_bytes()
+        text = files.read(path)
     except FileNotFoundError:
         return ()
     except OSError as error:
@@ -185,23 +180,9 @@ def _write(path: Path, notes: Sequence[Note]) -> None:
     """Replace the file by one that holds *notes*, and is whole at every instant; none for no notes."""
     try:
         if not notes:
-            path.resolve().unlink(missing_ok=True)
+            files.remove(path)
             return
         text = msgspec.json.format(msgspec.json.encode(_File(version=_VERSION, notes=tuple(notes))), indent=1)
-        replace_file(path, text + b"\n", lambda file: _look_like(path, file))
+        files.replace(path, text + b"\n")
     except OSError as error:
         raise QsnapError(f"the notes {path} cannot be written: {error.strerror}") from error
-
-
-def _look_like(path: Path, file: int) -> None:
-    """Give a file the rights and the owner of the one that it replaces; of none, what the umask leaves."""
-    try:
-        info = path.stat()
-    except OSError:
-        mask = os.umask(0o077)
-        os.umask(mask)
-        os.fchmod(file, 0o666 & ~mask)
-        return
-    os.fchmod(file, info.st_mode & 0o777)
-    with suppress(OSError):
-        os.fchown(file, info.st_uid, info.st_gid)

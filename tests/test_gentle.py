@@ -40,7 +40,7 @@ def truncated(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 def test_a_file_goes_step_by_step(tmp_path: Path, truncated: list[int]) -> None:
-    gentle.remove(str(made(tmp_path / "file")))
+    gentle.remove(made(tmp_path / "file"))
     assert list(tmp_path.iterdir()) == []
     assert truncated == [3 * MIB, 2 * MIB, MIB, 0]
 
@@ -51,7 +51,7 @@ def test_a_copy_by_another_name_keeps_what_it_holds(tmp_path: Path, truncated: l
     copy = tmp_path / "copy"
     copy.hardlink_to(file)
     expected = file.read_bytes()
-    gentle.remove(str(file))
+    gentle.remove(file)
     assert copy.read_bytes() == expected
     assert truncated == []
 
@@ -60,7 +60,7 @@ def test_who_reads_it_reads_it_to_its_end(tmp_path: Path, truncated: list[int]) 
     file = made(tmp_path / "file")
     with file.open("rb") as reader:
         begin = reader.read(MIB)
-        gentle.remove(str(file))
+        gentle.remove(file)
         assert begin + reader.read() == b"".join(bytes([number + 1]) * MIB for number in range(4))
     assert truncated == []
     assert not file.exists()
@@ -69,8 +69,11 @@ def test_who_reads_it_reads_it_to_its_end(tmp_path: Path, truncated: list[int]) 
 def test_no_signal_comes_of_those_who_look(tmp_path: Path) -> None:
     """The kernel tells the holder of a lease, by a signal that ends it, when somebody opens the file."""
     file = made(tmp_path / "file", 200)
-    script = f"from qsnap import gentle; gentle._DELETED_AT_ONCE = 1 << 20; gentle.remove({str(file)!r})"
-    process = subprocess.Popen([sys.executable, "-c", script])
+    script = (
+        "import sys; from pathlib import Path; from qsnap import gentle; "
+        "gentle._DELETED_AT_ONCE = 1 << 20; gentle.remove(Path(sys.argv[1]))"
+    )
+    process = subprocess.Popen([sys.executable, "-c", script, str(file)])
     looks = 0
     while process.poll() is None:
         for link in Path(f"/proc/{process.pid}/fd").glob("*"):
@@ -88,13 +91,13 @@ def test_what_is_no_file(tmp_path: Path, truncated: list[int]) -> None:
     (tmp_path / "link").symlink_to(made(tmp_path / "file"))
     os.mkfifo(tmp_path / "pipe")
     for name in ("link", "pipe"):
-        gentle.remove(str(tmp_path / name))
+        gentle.remove(tmp_path / name)
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
     assert (tmp_path / "file").stat().st_size == 4 * MIB
     with pytest.raises(FileNotFoundError):
-        gentle.remove(str(tmp_path / "none"))
+        gentle.remove(tmp_path / "none")
     with pytest.raises(OSError, match="directory"):
-        gentle.remove(str(tmp_path))
+        gentle.remove(tmp_path)
 
 
 def test_what_is_written_back(tmp_path: Path) -> None:

@@ -1,0 +1,320 @@
+"""How qsnap opens, writes, replaces and removes every file of its own: beside images, in its directories, for metrics.
+
+The directory may belong to somebody whom the user who runs qsnap does not trust: root saves the guest of another user,
+beside an image of that user's. So nothing is done to what a path happens to lead to:
+
+* A directory is reached without following a link, and held open while something is done in it. Only on the way to a
+  directory that the user has named (:func:`resolved`) links of root's and of the user's own are followed.
+* A file is opened in that directory, never through a link, and looked at when it is open: it is a regular file.
+* A new file is made where nothing is. It has the mode that it needs, whatever the umask.
+* A name is given to a file where nothing has that name; what is at a name is removed, and not what it may lead to.
+* What is written is written whole, and is on the disk before a name tells so; then the directory is.
+
+Errors are OSError, with a reason in ``strerror`` that goes into a sentence after a colon.
+
+Facts (Linux): open(2) for O_NOFOLLOW and O_PATH; rename(2) for RENAME_NOREPLACE, which NFS does not have (EINVAL), and
+some C libraries neither; path_resolution(7).
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import secrets
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import NamedTuple
+
+_ALWAYS = os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY
+_A_DIRECTORY = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
+#: Links on the way to a directory, as many as the kernel follows.
+_MOST_LINKS = 40
+#: renameat2: do not replace what is there.
+_NOREPLACE = 1
+
+
+class Identity(NamedTuple):
+    """Which file it is, whatever its name."""
+
+    device: int
+    inode: int
+
+
+def identity(file: int) -> Identity:
+    """That of an open file."""
+    return identity_of(os.fstat(file))
+
+
+def identity_of(info: os.stat_result) -> Identity:
+    """That of the file that *info* is about."""
+    return Identity(info.st_dev, info.st_ino)
+
+
+def resolved(path: Path) -> Path:
+    """The real path of a directory that the user has named.
+
+    :raise OSError: it is not there, or a link of another user's is on the way to it.
+    """
+    directory = _reached(path.absolute(), follows=True)
+    try:
+        return Path(f"/proc/self/fd/{directory}").readlink()
+    finally:
+        os.close(directory)
+
+
+def resolved_file(path: Path) -> Path:
+    """The real path of a file that the user has named, whether it is there or not: by the same links.
+
+    :raise OSError: its directory is not there, or a link of another user's is on the way.
+    """
+    for _ in range(_MOST_LINKS):
+        parent = resolved(path.parent)
+        try:
+            with directory(parent) as where:
+                step = os.open(path.name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=where)
+        except FileNotFoundError:
+            return parent / path.name
+        try:
+            if not stat.S_ISLNK(os.fstat(step).st_mode):
+                return parent / path.name
+            path = parent / _target(step, path)
+        finally:
+            os.close(step)
+    raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(path))
+
+
+def _target(link: int, path: Path) -> Path:
+    """Where an open link leads to.
+
+    :raise OSError: it belongs neither to root nor to this user.
+    """
+    owner = os.fstat(link).st_uid
+    if owner not in (0, os.geteuid()):
+        raise OSError(errno.ELOOP, f"a symbolic link of user {owner} is on the way; name what it leads to", str(path))
+    return Path(os.readlink("", dir_fd=link))
+
+
+@contextmanager
+def directory(path: Path) -> Iterator[int]:
+    """The directory at a real path, open for the duration of a block, to do something in it (O_PATH).
+
+    :raise OSError: it is not there, or a link is on the way to it.
+    """
+    found = _reached(path, follows=False)
+    try:
+        yield found
+    finally:
+        os.close(found)
+
+
+def _reached(path: Path, *, follows: bool) -> int:
+    """The directory at an absolute path, open.
+
+    :param follows: go by links too that belong to root or to this user.
+    """
+    left = [*reversed(path.parts)]
+    links = 0
+    reached = os.open("/", _A_DIRECTORY)
+    try:
+        while left:
+            name = left.pop()
+            step = os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=reached)
+            info = os.fstat(step)
+            if not stat.S_ISLNK(info.st_mode):
+                os.close(reached)
+                reached = step
+                continue
+            try:
+                links += 1
+                if not follows or links > _MOST_LINKS:
+                    raise OSError(errno.ELOOP, f"{name!r} in {path} is a symbolic link", str(path))
+                left += reversed(_target(step, path).parts)
+            finally:
+                os.close(step)
+        if not stat.S_ISDIR(os.fstat(reached).st_mode):
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(path))
+    except BaseException:
+        os.close(reached)
+        raise
+    return reached
+
+
+def opened(path: Path, flags: int = os.O_RDONLY) -> int:
+    """The regular file at a real path, open.
+
+    :raise OSError: it cannot be opened, or is something else.
+    """
+    with directory(path.parent) as where:
+        return opened_in(where, path.name, flags)
+
+
+def opened_in(where: int, name: str, flags: int = os.O_RDONLY) -> int:
+    """The same of a file in an open directory."""
+    try:
+        file = os.open(name, flags | _ALWAYS, dir_fd=where)
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise OSError(errno.ELOOP, "it is a symbolic link", name) from None
+        raise
+    if not stat.S_ISREG(os.fstat(file).st_mode):
+        os.close(file)
+        raise PermissionError(errno.EPERM, "it is not a regular file", name)
+    return file
+
+
+def read(path: Path) -> bytes:
+    """What the regular file at a real path holds.
+
+    :raise OSError: it cannot be read, or is something else.
+    """
+    with open(opened(path), "rb") as file:
+        return file.read()
+
+
+def created(path: Path, mode: int = 0o600) -> int:
+    """A new file at a real path, open to read and write.
+
+    :param mode: less what the umask takes; its owner may always read and write it.
+    :raise OSError: it cannot be made, or something is there.
+    """
+    with directory(path.parent) as where:
+        return _created_in(where, path.name, mode)
+
+
+def _created_in(where: int, name: str, mode: int) -> int:
+    file = os.open(name, os.O_RDWR | os.O_CREAT | os.O_EXCL | _ALWAYS, mode, dir_fd=where)
+    left = stat.S_IMODE(os.fstat(file).st_mode)
+    if left & 0o600 != 0o600:  # the umask
+        os.fchmod(file, left | 0o600)
+    return file
+
+
+def write(file: int, data: bytes, offset: int | None = None) -> None:
+    """Write all of *data*: at *offset*, or where the file stands.
+
+    :raise OSError: it cannot be written; a part of it may be.
+    """
+    rest = memoryview(data)
+    while rest:
+        done = os.write(file, rest) if offset is None else os.pwrite(file, rest, offset)
+        if not done:
+            raise OSError(errno.EIO, "nothing of it was written")
+        rest = rest[done:]
+        offset = None if offset is None else offset + done
+
+
+def replace(path: Path, contents: bytes, *, mode: int | None = None, owner: int | None = None) -> None:
+    """Put *contents* in the place of the file at a real path: who reads it finds the old ones or the new, always whole.
+
+    It has the owner and the mode of the one that it replaces.
+
+    :param mode: its mode. Default: that of the one that it replaces; of none, what the umask leaves of 0666.
+    :param owner: the user whom it is to belong to if it replaces none, where we may give it away.
+    :raise OSError: it cannot be written; what stood there stands.
+    """
+    with directory(path.parent) as where:
+        before = _regular(where, path.name)
+        new = f".qsnap-{secrets.token_hex(8)}.new"
+        file = _created_in(where, new, 0o666 if before is None and mode is None else 0o600)
+        try:
+            with suppress(OSError):  # of another user's file only root may keep the owner
+                if before is not None:
+                    os.fchown(file, before.st_uid, before.st_gid)
+                elif owner is not None:
+                    os.fchown(file, owner, -1)
+            if before is not None and mode is None:
+                mode = before.st_mode & 0o777
+            if mode is not None:
+                os.fchmod(file, mode)
+            write(file, contents)
+            os.fsync(file)
+            os.rename(new, path.name, src_dir_fd=where, dst_dir_fd=where)
+        except BaseException:
+            with suppress(OSError):
+                os.unlink(new, dir_fd=where)
+            raise
+        finally:
+            os.close(file)
+        sync(where)
+
+
+def _regular(where: int, name: str) -> os.stat_result | None:
+    """What stands under a name in a directory, if that is a regular file; None where nothing does.
+
+    :raise OSError: it is something else.
+    """
+    try:
+        info = os.stat(name, dir_fd=where, follow_symlinks=False)
+    except FileNotFoundError:
+        return None
+    if stat.S_ISLNK(info.st_mode):
+        raise OSError(errno.ELOOP, "it is a symbolic link", name)
+    if not stat.S_ISREG(info.st_mode):
+        raise PermissionError(errno.EPERM, "it is not a regular file", name)
+    return info
+
+
+def remove(path: Path, only: Identity | None = None) -> bool:
+    """Remove the name of a file at a real path; what a link there leads to stays.
+
+    :param only: only if that file has the name.
+    :return: whether it was there.
+    :raise OSError: it cannot be removed.
+    """
+    with directory(path.parent) as where, suppress(FileNotFoundError):
+        if only is None or identity_of(os.stat(path.name, dir_fd=where, follow_symlinks=False)) == only:
+            os.unlink(path.name, dir_fd=where)
+            return True
+    return False
+
+
+def rename(file: int, old: Path, new: Path) -> None:
+    """Give an open file the name *new* instead of *old*, in the same directory, and see that the disk knows.
+
+    :raise FileExistsError: something has that name.
+    :raise OSError: that cannot be done, or another file has the name *old*.
+    """
+    with directory(new.parent) as where:
+        if identity_of(os.stat(old.name, dir_fd=where, follow_symlinks=False)) != identity(file):
+            raise PermissionError(errno.EPERM, f"{old.name} is another file now", str(old))
+        if not _renamed(where, old.name, new.name):
+            os.link(f"/proc/self/fd/{file}", new.name, dst_dir_fd=where, follow_symlinks=True)
+            os.unlink(old.name, dir_fd=where)
+        # Between the look and the renaming somebody may have exchanged it
+        if identity_of(os.stat(new.name, dir_fd=where, follow_symlinks=False)) != identity(file):
+            raise PermissionError(errno.EPERM, f"{new.name} is another file now", str(new))
+        sync(where)
+
+
+def _renamed(where: int, old: str, new: str) -> bool:
+    """Rename at once and replace nothing; False where the file system or the C library cannot do that.
+
+    :raise OSError: as :func:`rename`.
+    """
+    import ctypes
+
+    try:
+        renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
+    except AttributeError:
+        return False
+    if not renameat2(where, os.fsencode(old), where, os.fsencode(new), _NOREPLACE):
+        return True
+    error = ctypes.get_errno()
+    if error in (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
+        return False
+    raise OSError(error, os.strerror(error), new)
+
+
+def sync(where: int) -> None:
+    """Have the disk know the names in an open directory."""
+    try:
+        readable = os.open(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=where)
+    except PermissionError:  # we may write it, and not read it
+        os.sync()
+        return
+    try:
+        os.fsync(readable)
+    finally:
+        os.close(readable)
