@@ -164,6 +164,15 @@ def opened_in(where: int, name: str, flags: int = os.O_RDONLY) -> int:
     return file
 
 
+def status(path: Path) -> os.stat_result:
+    """What there is at a real path, be it a link.
+
+    :raise OSError: there is nothing.
+    """
+    with directory(path.parent) as where:
+        return os.stat(path.name, dir_fd=where, follow_symlinks=False)
+
+
 def read(path: Path) -> bytes:
     """What the regular file at a real path holds.
 

@@ -22,6 +22,7 @@ from typing import Any, Protocol
 import msgspec
 
 from qsnap.errors import BadUsage, QsnapError
+from qsnap.files import Identity
 from qsnap.local import Process, process, this_process
 from qsnap.model import NodeSnapshot, Struct
 from qsnap.monitor.address import Address, TcpAddress, UnixAddress
@@ -51,6 +52,8 @@ class LiveRecord(Struct, frozen=True):
     older: tuple[str, ...]
     """The tags on the devices, and the state files, of what goes when the new snapshot is complete."""
     older_files: tuple[str, ...]
+    made: Identity | None = None
+    """The file itself; None before it was made."""
 
 
 class Record(Struct, frozen=True):

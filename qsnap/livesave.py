@@ -8,16 +8,17 @@ and with that the snapshot exists. Only then the older one goes.
 from __future__ import annotations
 
 import asyncio
-import fcntl
 import os
 import time
 from collections.abc import Collection, Sequence
-from contextlib import closing, suppress
+from contextlib import closing
 from pathlib import Path
 from typing import NamedTuple
 
+import msgspec
+
 from qsnap import devices as rules
-from qsnap import local, snapshots
+from qsnap import files, local, snapshots
 from qsnap.delvm import delete_all, delete_everywhere
 from qsnap.errors import (
     CommandFailed,
@@ -40,8 +41,9 @@ from qsnap.notes import refuse_protected
 from qsnap.precheck import SavePlan, plan_save
 from qsnap.progress import Watcher
 from qsnap.savevm import free_automatic_tag, save_result, unchanged_graph
+from qsnap.statefile import part as parts
 from qsnap.statefile import qcow2
-from qsnap.statefile.shelf import PART_SUFFIX, Shelf, read, remove_unused
+from qsnap.statefile.shelf import PART_SUFFIX, Shelf, read
 from qsnap.stopped import cure_of, has_ended, reconnect
 from qsnap.undisturbed import undisturbed
 
@@ -109,20 +111,20 @@ async def plan_live(
     assert report.vmstate is not None  # or the plan had been refused
     name = tag if tag is not None else free_automatic_tag(graph)
     second = snapshots.second_name(name)
-    files = shelf.files(graph, report.devices)
-    held = snapshots.holding(graph, report.devices, name, files)
+    found = shelf.files(graph, report.devices)
+    held = snapshots.holding(graph, report.devices, name, found)
     disk_tag = next((free for free in (name, second) if free not in held.tags), None)
     if disk_tag is None:
-        counts = snapshots.find(graph, report.devices, name, files)
+        counts = snapshots.find(graph, report.devices, name, found)
         disk_tag = name if counts is not None and counts.disk_tag == second else second
-    file_tags = {file.path: file.disk_tag for file in files}
+    file_tags = {file.path: file.disk_tag for file in found}
     spare = snapshots.Holding(
         tags=tuple(other for other in held.tags if other == disk_tag),
         nodes=held.nodes,
         files=tuple(path for path in held.files if disk_tag in held.tags and file_tags[path] == disk_tag),
     )
     path = shelf.place(graph, report.vmstate, disk_tag)
-    taken = os.path.lexists(path) and str(path) not in {file.path for file in files}  # noqa: ASYNC240
+    taken = os.path.lexists(path) and str(path) not in file_tags  # noqa: ASYNC240
     findings = (*save.report.findings, *await _place_findings(monitor, path, force, is_taken=taken))
     if any(finding.refuses for finding in findings):
         raise PrecheckRefused("the guest cannot be saved live now", findings)
@@ -225,25 +227,28 @@ async def do_live_save(
     await delete_all(monitor, report.devices, plan.spare.tags, plan.spare.files)
     await journal.armed()
     part = plan.path.with_suffix(PART_SUFFIX)
-    journal.note(
-        tags=(plan.tag,),
-        devices=report.saved,
-        vmstate=report.vmstate,
-        live=LiveRecord(
-            disk_tag=plan.disk_tag,
-            path=str(plan.path),
-            part=str(part),
-            older=plan.older.tags,
-            older_files=plan.older.files,
-        ),
+    live = LiveRecord(
+        disk_tag=plan.disk_tag,
+        path=str(plan.path),
+        part=str(part),
+        older=plan.older.tags,
+        older_files=plan.older.files,
     )
-    attempt = LiveAttempt(monitor, journal, report.devices)
+    journal.note(tags=(plan.tag,), devices=report.saved, vmstate=report.vmstate, live=live)
     image = shelf.image(plan.save.graph, report.vmstate)
     try:
         file = _created(part, image, await _reserved(monitor, background))
     except QsnapError:
         journal.done(live=None)
         raise
+    try:
+        journal.note(live=msgspec.structs.replace(live, made=files.identity(file)))
+    except QsnapError:
+        parts.remove(part, plan.path, files.identity(file), file=file)
+        os.close(file)
+        journal.done(live=None)
+        raise
+    attempt = LiveAttempt(monitor, journal, report.devices, file)
     images = [path for node in report.saved if (path := shelf.image(plan.save.graph, node))]
 
     async def snapshot_disks() -> None:
@@ -288,29 +293,16 @@ async def _reserved(monitor: Monitor, background: Background) -> int:
 
 
 def _created(part: Path, image: Path | None, reserved: int) -> int:
-    """The state file to be: of mode 0600, as it will hold the guest's memory; root's belongs to the image's owner.
+    """The state file to be: see :func:`qsnap.statefile.part.create`.
 
-    :param reserved: bytes to take on the file system beforehand.
     :raise PrecheckRefused: it cannot be made; the guest was not touched.
     """
-    file = -1
     try:
-        remove_unused(part)  # of a run that died: the claim is ours now
-        file = os.open(part, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if os.geteuid() == 0 and image is not None:
-            owner = image.stat()
-            os.fchown(file, owner.st_uid, owner.st_gid)
-        if reserved:
-            os.posix_fallocate(file, 0, reserved)
+        return parts.create(part, image, reserved)
     except OSError as error:
-        if file >= 0:
-            os.close(file)
-            part.unlink()
         message = f"the state file {part} cannot be made: {error.strerror}"
         finding = Finding(code="state-file", severity=Severity.REFUSE, message=message, cure=_PLACE_CURE)
         raise PrecheckRefused("the guest cannot be saved live now", [finding]) from error
-    return file
 
 
 def _complete(file: int, part: Path, path: Path, content: qcow2.Content) -> None:
@@ -319,18 +311,9 @@ def _complete(file: int, part: Path, path: Path, content: qcow2.Content) -> None
     :raise JobFailed: it cannot be written.
     """
     try:
-        os.ftruncate(file, qcow2.file_size(content.vm_state_size))
-        for offset, clusters in qcow2.envelope(content):
-            if offset == 0:
-                os.fsync(file)  # the header comes last, when the rest is on the disk
-            os.pwrite(file, clusters, offset)
-        os.fsync(file)
-        part.rename(path)
-        directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            os.fsync(directory)
-        finally:
-            os.close(directory)
+        parts.complete(file, part, path, qcow2.file_size(content.vm_state_size), qcow2.envelope(content))
+    except FileExistsError as error:
+        raise JobFailed("rename", f"another file has come to be at {path} meanwhile; it is as it was") from error
     except OSError as error:
         raise JobFailed("write", f"the state file {path} cannot be written: {error.strerror}") from error
 
@@ -339,15 +322,18 @@ class LiveAttempt:
     """How far a live save has come, and how it is undone or concluded: by itself, or by whoever clears up after it.
 
     All that this takes is in the record of its journal.
+
+    :param file: the state file to be, open, where we have made it ourselves.
     """
 
-    def __init__(self, monitor: Monitor, journal: Journal, devices: Sequence[Device]) -> None:
+    def __init__(self, monitor: Monitor, journal: Journal, devices: Sequence[Device], file: int | None = None) -> None:
         self._monitor = monitor
         self._journal = journal
         self._devices = devices
         self._record = journal.record
         assert journal.record.live is not None
         self._live = journal.record.live
+        self._file = file
 
     async def forget_disks(self) -> None:
         """Take the disks' new snapshots away."""
@@ -406,6 +392,7 @@ class LiveAttempt:
         :return: what has become of it, in words.
         """
         await _background(self._monitor).end_stream()
+        parts.forget_name(Path(self._live.part), Path(self._live.path), self._live.made)
         graph = await self._monitor.block_graph()
         (tag,) = self._record.tags
         if self._is_complete(graph):
@@ -423,12 +410,8 @@ class LiveAttempt:
         return "nothing of it is left" + (f"; the older snapshot {tag!r} is as it was" if replaced else "")
 
     def remove_part(self) -> None:
-        """Remove the state file that is not complete, and give its room back at once: QEMU may have it open still."""
-        part = Path(self._live.part)
-        with suppress(OSError):
-            os.truncate(part, 0)
-        with suppress(OSError):
-            part.unlink()
+        """Remove the state file that is not complete: see :func:`qsnap.statefile.part.remove`."""
+        parts.remove(Path(self._live.part), Path(self._live.path), self._live.made, file=self._file)
 
     async def clear_up(self, failure: BaseException) -> None:
         """Undo the save after *failure*, and say there how things stand.

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import stat
+import subprocess
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
@@ -15,7 +17,11 @@ from pathlib import Path
 
 import pytest
 
+from conftest import Launch
+from guest import Guest, blockdev, finish, make_boot_disk, start_cli, tags, until
 from machine import IS_ROOT, NOBODY
+from test_guard import wait_for_the_guard
+
 from qsnap import files, gentle, metrics
 from qsnap.errors import BadUsage
 
@@ -171,3 +177,54 @@ def test_metrics(theirs: Path, ours: Path) -> None:
         path.unlink()
     assert not target.exists()
     assert ours.read_bytes() == SECRET
+
+
+def live_guest(launch: Launch, directory: Path) -> Guest:
+    """A guest of root's on an image of nobody's, with so much RAM that its stream can be caught in the middle."""
+    image = make_boot_disk(directory / "disk0")
+    os.chown(image, NOBODY, NOBODY)
+    guest = launch(*blockdev("disk0", image), "-device", "virtio-blk,drive=disk0", memory="512")
+    guest.wait_for_ticks(5)
+    return guest
+
+
+def begun(guest: Guest, part: Path) -> subprocess.Popen[str]:
+    """A live save that has its state file, and is writing it."""
+    process = start_cli("save", "--live", "t", monitor=guest.address)
+    until("the stream", lambda: (part.exists() and part.stat().st_size > (4 << 20)) or None)
+    return process
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
+def test_another_file_in_the_place_of_the_state_file(
+    launch: Launch, theirs: Path, ours: Path, runtime_directory: Path, how: signal.Signals
+) -> None:
+    """The run empties what it has made, wherever that is; its guard too where it finds it, and nothing else."""
+    guest = live_guest(launch, theirs)
+    part, moved = theirs / "disk0.t.qsnap-part", theirs / "moved"
+    process = begun(guest, part)
+    as_nobody(lambda: part.rename(moved))
+    link(part, ours)
+    process.send_signal(how)
+    finish(process)
+    wait_for_the_guard(runtime_directory)
+    assert ours.read_bytes() == SECRET
+    assert part.is_symlink()
+    assert how == signal.SIGKILL or moved.stat().st_size == 0
+    assert tags(theirs / "disk0") == []
+    guest.assert_running()
+
+
+def test_another_file_in_the_place_of_the_new_snapshot(launch: Launch, theirs: Path, ours: Path) -> None:
+    """What has come to stand at the name meanwhile is not replaced."""
+    guest = live_guest(launch, theirs)
+    process = begun(guest, theirs / "disk0.t.qsnap-part")
+    name = theirs / "disk0.t.qsnap"
+    as_nobody(lambda: name.write_bytes(b"theirs"))
+    run = finish(process)
+    assert run.code == 9
+    assert f"another file has come to be at {name} meanwhile" in run.err
+    assert name.read_bytes() == b"theirs"
+    assert sorted(path.name for path in theirs.iterdir()) == ["disk0", name.name]
+    assert tags(theirs / "disk0") == []
+    guest.assert_running()

@@ -11,9 +11,7 @@ disks may have the new one under a second name, TAG.qsnap-2: when the older one 
 
 from __future__ import annotations
 
-import fcntl
 import os
-import stat
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from datetime import UTC, datetime
@@ -21,10 +19,12 @@ from pathlib import Path
 from urllib.parse import quote_from_bytes, unquote_to_bytes
 
 from qsnap import devices as rules
+from qsnap import files
 from qsnap.errors import NotSupported
 from qsnap.local import named_file
 from qsnap.model import BlockGraph, Device, StateFile
 from qsnap.statefile import qcow2
+from qsnap.statefile.part import remove_unused
 
 #: What the name of a state file ends with, and of one that is not complete.
 SUFFIX = ".qsnap"
@@ -162,31 +162,10 @@ def _fitting(name: str, suffix: str) -> str:
     return name + suffix
 
 
-def remove_unused(path: Path) -> bool:
-    """Remove a state file that is not complete, unless somebody is at work on it; whether it is gone.
-
-    Who is holds a lock on it (flock). QEMU does not: what is left of a run that died goes, whoever still writes to it.
-
-    :raise OSError: it cannot be removed.
-    """
-    try:
-        file = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
-    except FileNotFoundError:
-        return True
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        path.unlink()
-    except BlockingIOError:
-        return False
-    finally:
-        os.close(file)
-    return True
-
-
 def read(path: Path) -> StateFile | None:
     """What lies there; None if it is no state file, or may not be read."""
     try:
-        file = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+        file = files.opened(path)
     except OSError:
         return None
 
@@ -195,8 +174,6 @@ def read(path: Path) -> StateFile | None:
 
     try:
         info = os.fstat(file)
-        if not stat.S_ISREG(info.st_mode):
-            return None
         content = qcow2.content_of(pread)
         image = content.image if content else qcow2.image_of(pread)
     except OSError:
