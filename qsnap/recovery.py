@@ -88,8 +88,8 @@ async def recover(monitor: Monitor, journal: Journal) -> Recovered:
 async def recover_by_mark(monitor: Monitor, text: str, *, force: bool = False) -> Recovered | None:
     """The same where nothing but the *text* of the mark is to be had. None if somebody else is at it, or has been.
 
-    What a save has half made is not known then; it shows in the list of snapshots. Of a mark that cannot be read not even
-    that is known for what its run had stopped the guest: that stays as it is.
+    What a save has half made is not known then; it shows in the list of snapshots. A mark that cannot be read does not
+    even tell whether its run had stopped the guest: that stays as it is.
 
     :param force: also where somebody else cannot be told to be dead.
     """

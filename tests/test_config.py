@@ -91,7 +91,7 @@ def test_where_a_monitor_is(monkeypatch: pytest.MonkeyPatch, monitor: str, addre
         ("default-vm = ''", "line 1: default-vm", "must be the name"),
         ("[vm.x]\nmonitor = 1", "line 2: vm.x.monitor", "must be a string"),
         ("[vm.x]\nmonitor = ''", "line 2: vm.x.monitor", "a good one is"),
-        ("[vm.x]\nmonitor = 'stdio'", "line 2: vm.x.monitor", "no monitor socket"),
+        ("[vm.x]\nmonitor = 'stdio'", "line 2: vm.x.monitor", "own terminal"),
         ("[vm.x]\ntimeout = '5'", "line 2: vm.x.timeout", "seconds above 0"),
         ("[vm.x]\ntimeout = 0", "line 2: vm.x.timeout", "seconds above 0"),
         ("[vm.x]\ntimeout = nan", "line 2: vm.x.timeout", "seconds above 0"),

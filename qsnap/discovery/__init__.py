@@ -5,7 +5,7 @@ Nothing is connected to, as a monitor serves one client at a time: the command l
 """
 
 from qsnap.discovery.arguments import parse_arguments, qemu_arguments
-from qsnap.discovery.machine import holder, is_qemu, running_vms
+from qsnap.discovery.machine import holder, is_qemu, running_vms, unusable_at
 from qsnap.discovery.vms import DEFAULT_MEMORY, Holder, MonitorPoint, MonitorState, RunningVM, find, usable
 
 __all__ = [
@@ -20,5 +20,6 @@ __all__ = [
     "parse_arguments",
     "qemu_arguments",
     "running_vms",
+    "unusable_at",
     "usable",
 ]

@@ -13,7 +13,7 @@ from typing import Literal
 import msgspec
 
 from qsnap.discovery.vms import DEFAULT_MEMORY, MonitorPoint, MonitorState, RunningVM
-from qsnap.monitor.address import Address, TcpAddress, UnixAddress
+from qsnap.monitor.address import NO_SOCKET, Address, TcpAddress, UnixAddress, is_on, obstacle
 
 _PROGRAM = re.compile(r"qemu-system-[\w.+-]+|qemu-kvm|kvm")
 _LOADER = re.compile(r"ld-(linux|musl).*|ld-.*\.so|ld\.so|ld64\.so.*")
@@ -36,13 +36,6 @@ _MONITORS = frozenset(("qmp", "qmp-pretty", "monitor", "mon"))
 _OURS = _DISKS | _MONITORS | {"name", "uuid", "m", "drive", "blockdev", "chardev", "object", "serial", "display"}
 _Chardevs = Mapping[str, dict[str, str]]
 _SIZE = re.compile(r"([0-9]{1,18}(?:\.[0-9]{0,18})?|0[xX][0-9a-fA-F]{1,15})([bBkKmMgGtTpPeE]?)")
-_NO_SOCKET = {
-    "stdio": "is on QEMU's own terminal",
-    "pty": "is on a pseudo-terminal",
-    "vc": "is in QEMU's window",
-    "null": "is connected to nothing",
-    "none": "is connected to nothing",
-}
 
 
 def qemu_arguments(argv: Sequence[str], exe: str = "") -> Sequence[str] | None:
@@ -272,32 +265,22 @@ def _point(protocol: Literal["qmp", "hmp"], device: Mapping[str, str], cwd: str 
 
 
 def _address(device: Mapping[str, str], cwd: str | None) -> tuple[Address | None, str]:
-    """Where a chardev listens, or why qsnap cannot connect to it."""
+    """Where a chardev listens, and why qsnap cannot connect to it all the same; "" where it can."""
     backend = device.get("backend", "")
-    reason = ""
     if backend == "missing":
-        reason = f"is on chardev {device['id']!r}, which the command line does not define"
-    elif backend != "socket":
-        reason = _NO_SOCKET.get(backend, f"is on a device of kind {backend!r}, and not on a socket")
-    elif "fd" in device:
-        reason = "is on a socket that was passed to QEMU, and belongs to whoever made it"
-    elif not _is_on(device, "server"):
-        reason = "is a connection that QEMU has made, as its client, to another program"
-    elif _is_on(device, "mux"):
-        reason = "shares its socket with other devices (mux)"
-    elif _is_on(device, "abstract"):
-        reason = "is on an abstract socket"
-    elif spoken := [word for word in ("telnet", "tn3270", "websocket", "tls-creds") if _is_on(device, word)]:
-        reason = f"speaks {spoken[0].removesuffix('-creds')}"
-    if reason:
+        return None, f"is on chardev {device['id']!r}, which the command line does not define"
+    if backend != "socket":
+        return None, NO_SOCKET.get(backend, f"is on a device of kind {backend!r}, and not on a socket")
+    reason = obstacle(device)
+    if "fd" in device or is_on(device, "abstract"):
         return None, reason
+    if not is_on(device, "server"):
+        return None, "is a connection that QEMU has made, as its client, to another program"
     if "path" in device:
-        return _unix(device["path"], cwd)
-    return _tcp(device.get("host", ""), device.get("port", ""))
-
-
-def _is_on(device: Mapping[str, str], key: str) -> bool:
-    return device.get(key, "off") not in ("off", "no", "false", "n")
+        address, no_address = _unix(device["path"], cwd)
+    else:
+        address, no_address = _tcp(device.get("host", ""), device.get("port", ""))
+    return address, no_address or reason
 
 
 def _unix(path: str, cwd: str | None) -> tuple[Address | None, str]:
@@ -310,5 +293,5 @@ def _unix(path: str, cwd: str | None) -> tuple[Address | None, str]:
 
 def _tcp(host: str, port: str) -> tuple[Address | None, str]:
     if not re.fullmatch(r"[0-9]{1,5}", port) or not 0 < int(port) < 65536:
-        return None, f"is on TCP port {port!r}, which is no number"
+        return None, f"is on TCP port {port!r}, which is not a number"
     return TcpAddress(host.strip("[]") or "localhost", int(port)), ""

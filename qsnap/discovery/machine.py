@@ -21,7 +21,7 @@ from qsnap.discovery import sockets
 from qsnap.discovery.arguments import parse_arguments, qemu_arguments
 from qsnap.discovery.sockets import Socket
 from qsnap.discovery.vms import Holder, MonitorPoint, MonitorState, RunningVM
-from qsnap.monitor.address import TcpAddress, UnixAddress
+from qsnap.monitor.address import Address, TcpAddress, UnixAddress
 
 if TYPE_CHECKING:
     import psutil
@@ -44,6 +44,16 @@ def running_vms() -> tuple[RunningVM, ...]:
         )
         for vm, clients in seen
     )
+
+
+def unusable_at(address: Address) -> MonitorPoint | None:
+    """The monitor at *address*, if a QEMU of this machine has one there that qsnap cannot use."""
+    points = (point for vm in running_vms() for point in vm.monitors if point.address == _absolute(address))
+    return next((point for point in points if point.state is MonitorState.UNUSABLE), None)
+
+
+def _absolute(address: Address) -> Address:
+    return UnixAddress(os.path.abspath(address.path)) if isinstance(address, UnixAddress) else address
 
 
 def holder(path: str) -> Holder | None:
@@ -227,6 +237,8 @@ class _Sight:
 
     def of(self, monitor: MonitorPoint) -> tuple[MonitorPoint, tuple[int, ...]]:
         """The monitor with its state, and the sockets of its clients."""
+        if monitor.state is MonitorState.UNUSABLE:
+            return monitor, ()
         if isinstance(monitor.address, TcpAddress) and not self._is_near:
             reason = "is in another network namespace"
             return MonitorPoint(protocol=monitor.protocol, state=MonitorState.UNUSABLE, reason=reason), ()

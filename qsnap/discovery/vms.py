@@ -27,7 +27,7 @@ class MonitorState(StrEnum):
     UNKNOWN = "unknown"
     """It cannot be seen without connecting: TCP, or another's process."""
     UNUSABLE = "unusable"
-    """It is no socket that qsnap could open; ``reason`` says why."""
+    """qsnap cannot connect to it; ``reason`` says why."""
 
 
 class Holder(Struct, frozen=True):
@@ -43,7 +43,7 @@ class MonitorPoint(Struct, frozen=True):
 
     protocol: Literal["qmp", "hmp"]
     address: Address | None = None
-    """Where to connect; None where it is no socket."""
+    """Where it listens; None where that is not a socket."""
     state: MonitorState = MonitorState.UNKNOWN
     reason: str = ""
     """Why it is unusable, as the rest of a sentence about the monitor; "" for all other states."""

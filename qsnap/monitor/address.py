@@ -1,7 +1,8 @@
 """Where a monitor is: what a user writes, made into a socket address. Pure.
 
-Taken are a path, ``unix:PATH``, ``tcp:HOST:PORT``, and QEMU's own argument pasted whole, with its option or
-without: ``-qmp unix:/run/vm.qmp,server=on,wait=off``, ``socket,id=mon,path=/run/vm.qmp,server=on``.
+Taken are a path, ``unix:PATH``, ``tcp:HOST:PORT``, ``telnet:HOST:PORT``, and QEMU's own argument pasted whole, with its
+option or without: ``-qmp unix:/run/vm.qmp,server=on,wait=off``, ``socket,id=mon,path=/run/vm.qmp,server=on``. What else
+QEMU can have a monitor on is named for what it is. (Whether TCP carries telnet its first bytes tell, not the address.)
 
 Here ``os.path`` serves instead of ``pathlib``, which would take as long to load as a monitor takes to answer.
 """
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 import os.path
 import re
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from qsnap.errors import BadUsage
@@ -18,7 +20,50 @@ from qsnap.errors import BadUsage
 MAX_UNIX_PATH_BYTES = 107
 
 _EXAMPLES = "/run/vm.qmp, unix:/run/vm.qmp or tcp:localhost:4444"
-_OPTION = re.compile(r"^-{1,2}(qmp|qmp-pretty|monitor|chardev|mon)[ =]+")
+_OPTION = re.compile(r"^-{1,2}(qmp|qmp-pretty|monitor|chardev|mon|serial)[ =]+")
+_ANOTHER = "give QEMU one more monitor, by -qmp unix:/run/vm.qmp,server=on,wait=off"
+
+#: What QEMU can have a monitor on that qsnap cannot connect to, by the word for it: the rest of a sentence about that
+#: monitor (chardev/char.c: qemu_chr_parse_compat; qapi/char.json: ChardevBackendKind).
+NO_SOCKET: Mapping[str, str] = {
+    "stdio": "is on QEMU's own terminal",
+    "pty": "is on a pseudo-terminal",
+    "vc": "is in QEMU's window",
+    "null": "is connected to nothing",
+    "none": "is connected to nothing",
+    "file": "is written to a file",
+    "pipe": "is on a pipe",
+    "udp": "is on UDP",
+    "fd": "is on a descriptor that QEMU was given, and belongs to whoever made that",
+    "mon": "shares its device with another one (mux), which may have the input",
+    "ws": "speaks websocket",
+    "wss": "speaks websocket",
+    "websocket": "speaks websocket",
+    "tn3270": "speaks tn3270",
+    "vsock": "is on a vsock",
+    "unix-abstract": "is on an abstract socket",
+    "abstract": "is on an abstract socket",
+    "chardev": "is on a chardev, which is named here and not described: paste what its -chardev says",
+}
+#: What is not the address of a monitor at all, by how it begins.
+_NO_MONITOR = ("ssh", "http", "https", "qemu", "qemu+unix", "qemu+ssh", "qemu+tcp", "qemu+tls")
+
+
+def obstacle(options: Mapping[str, str]) -> str:
+    """Why qsnap cannot connect to a socket chardev of these options, as the rest of a sentence; "" where it can."""
+    if "fd" in options:
+        return NO_SOCKET["fd"]
+    if is_on(options, "mux"):
+        return NO_SOCKET["mon"]
+    if is_on(options, "abstract"):
+        return NO_SOCKET["abstract"]
+    spoken = next((word for word in ("tn3270", "websocket", "tls-creds") if is_on(options, word)), "")
+    return f"speaks {spoken.removesuffix('-creds')}" if spoken else ""
+
+
+def is_on(options: Mapping[str, str], key: str) -> bool:
+    """Whether a flag is set, as QEMU reads them."""
+    return options.get(key, "off") not in ("off", "no", "false", "n")
 
 
 class UnixAddress(NamedTuple):
@@ -72,35 +117,52 @@ def _parse(text: str, relative_to: str) -> Address:
     if not given or "\0" in given:
         raise BadUsage(f"the monitor address is empty or broken; a good one is {_EXAMPLES}")
     pasted = _OPTION.sub("", given)
-    kind, _, rest = pasted.partition(":")
-    if kind == "unix":
-        return _unix(_first_field(rest), given)
-    if kind == "tcp":
-        return _tcp(_first_field(rest), given)
+    kind, colon, rest = pasted.partition(":")
+    if kind in ("unix", "tcp", "telnet") and colon:
+        return _socket(kind, rest, given)
     if pasted.startswith("socket,"):
         return _chardev(pasted, given)
-    if kind in ("stdio", "pty", "vc", "null", "file", "telnet", "ssh", "qemu+unix") and rest + kind == pasted:
-        raise BadUsage(f"{given!r} is no monitor socket; a good address is {_EXAMPLES}")
+    # A plain path may look like anything; QEMU's words and options are seen only where no such file is.
+    if os.path.exists(_path(pasted, relative_to)):
+        return _unix(pasted, given)
+    _refuse_what_is_no_socket(pasted, given)
     if "/" not in pasted and re.fullmatch(r"[\w.-]+:\d+", pasted):
         raise BadUsage(f"{given!r} looks like a host and port: write tcp:{pasted}")
-    # A plain path may hold commas of its own; QEMU's options follow only where no such file is.
-    if "," in pasted and not os.path.exists(_path(pasted, relative_to)):
-        return _unix(_first_field(pasted), given)
-    return _unix(pasted, given)
+    return _unix(_fields(pasted)[0], given)
 
 
-def _first_field(text: str) -> str:
-    """*text* up to its first single comma; QEMU writes a comma inside a value twice."""
-    return _fields(text)[0]
+def _socket(kind: str, rest: str, given: str) -> Address:
+    """``unix:``, ``tcp:`` or ``telnet:``, with the options that QEMU takes behind it."""
+    first, *more = _fields(rest)
+    _refuse(obstacle(_flags(more)), given)
+    return _unix(first, given) if kind == "unix" else _tcp(first, given)
+
+
+def _flags(fields: Sequence[str]) -> dict[str, str]:
+    return {key: value if equals else "on" for key, equals, value in (field.partition("=") for field in fields)}
+
+
+def _refuse(reason: str, given: str) -> None:
+    if reason:
+        raise BadUsage(f"{given!r}: this monitor {reason}; {_ANOTHER}. A good address is {_EXAMPLES}")
+
+
+def _refuse_what_is_no_socket(pasted: str, given: str) -> None:
+    match = re.match(r"(?:mon:)*([\w+-]+)(?=[:,]|$)|(chardev)=", pasted)
+    word = (match[1] or match[2]) if match else ""
+    if word in _NO_MONITOR:
+        raise BadUsage(f"{given!r} is not the address of a QEMU monitor; a good one is {_EXAMPLES}")
+    _refuse(NO_SOCKET.get(word, NO_SOCKET["mon"] if pasted.startswith("mon:") else ""), given)
 
 
 def _fields(text: str) -> list[str]:
+    """What stands between single commas; QEMU writes a comma inside a value twice."""
     return [field.replace("\0", ",") for field in text.replace(",,", "\0").split(",")]
 
 
 def _unix(path: str, given: str) -> UnixAddress:
     if not path:
-        raise BadUsage(f"{given!r} names no socket; a good address is {_EXAMPLES}")
+        raise BadUsage(f"{given!r} does not name a socket; a good address is {_EXAMPLES}")
     return UnixAddress(path)
 
 
@@ -111,7 +173,7 @@ def _path(path: str, relative_to: str) -> str:
 def _tcp(text: str, given: str) -> TcpAddress:
     match = re.fullmatch(r"\[(?P<v6>[0-9A-Fa-f:.%\w]+)\]:(?P<p6>\d+)|(?P<host>[^:\s]*):(?P<port>\d+)", text)
     if not match:
-        raise BadUsage(f"{given!r} is no TCP address; a good one is tcp:localhost:4444 or tcp:[::1]:4444")
+        raise BadUsage(f"{given!r} is not a TCP address; a good one is tcp:localhost:4444 or tcp:[::1]:4444")
     port = int(match["p6"] or match["port"])
     if not 0 < port < 65536:
         raise BadUsage(f"{given!r}: a port is 1 to 65535; a good address is tcp:localhost:4444")
@@ -119,7 +181,8 @@ def _tcp(text: str, given: str) -> TcpAddress:
 
 
 def _chardev(text: str, given: str) -> Address:
-    options = dict(field.partition("=")[::2] for field in _fields(text)[1:])
+    options = _flags(_fields(text)[1:])
+    _refuse(obstacle(options), given)
     if "path" in options:
         return _unix(options["path"], given)
     if "port" in options:

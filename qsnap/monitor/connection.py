@@ -6,6 +6,10 @@ Read in QEMU's chardev/char-socket.c and monitor/, and measured on 5.2 to 11.1:
   the queue of waiting clients is full, connecting fails with EAGAIN.
 * QMP greets with a JSON object, HMP with ``QEMU 7.2.22 monitor - type …``. Neither waits for the client.
 * QEMU's main loop is frozen while it writes a snapshot, and greets nobody then.
+* One that speaks telnet first sends four commands of three bytes each, ``IAC WILL ECHO`` and so on, and waits for no
+  answer. After that it sends every byte as it is, 0xff too; what it is sent has 0xff twice (tcp_chr_telnet_init,
+  tcp_chr_process_IAC_bytes). We send none: neither JSON nor UTF-8 has that byte.
+* One with websocket or TLS waits for the client to begin. With mux=on another device may have what comes and goes.
 """
 
 from __future__ import annotations
@@ -17,7 +21,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from typing import NamedTuple
 
-from qsnap.errors import ConnectError, MonitorBusy, MonitorLost, QsnapError
+from qsnap.errors import ConnectError, MonitorBusy, MonitorError, MonitorLost, QsnapError
 from qsnap.monitor.address import Address, UnixAddress
 
 #: Seconds between two tries to get into the queue of waiting clients.
@@ -26,6 +30,11 @@ _QUEUE_POLL_S = 0.05
 #: Characters of a command line that a message shows.
 _COMMAND_SHOWN = 80
 
+#: The commands of telnet that a monitor begins with: this byte and two more.
+_IAC = b"\xff"
+_IAC_BYTES = 3
+
+_ANOTHER = "give QEMU one more monitor, by -qmp unix:PATH,server=on,wait=off"
 _CURE = "is QEMU running, with -qmp unix:PATH,server=on,wait=off?"
 
 
@@ -55,7 +64,7 @@ async def connection(address: Address, timeout_s: float) -> AsyncIterator[Connec
     try:
         async with asyncio.timeout(timeout_s):
             sock = await _connected(address)
-            is_human = _is_human(await first_bytes(sock), address)
+            is_human = _is_human(await _greeting(sock), address)
             yield Connection(sock, peer_pid(sock), is_human)
     except TimeoutError as error:
         if sock is None:
@@ -71,9 +80,12 @@ async def connection(address: Address, timeout_s: float) -> AsyncIterator[Connec
         raise
 
 
-def _busy(sock: socket.socket, address: Address, timeout_s: float) -> MonitorBusy:
-    """The error of a monitor that does not greet: who holds it, where the system tells."""
-    from qsnap.discovery import holder
+def _busy(sock: socket.socket, address: Address, timeout_s: float) -> MonitorError:
+    """The error of a monitor that does not greet: what it speaks or who holds it, where the system tells."""
+    from qsnap.discovery import holder, unusable_at
+
+    if point := unusable_at(address):
+        return ConnectError(f"{address} cannot be used: this monitor {point.reason}; {_ANOTHER}")
 
     silence = f"{address} accepts connections but has sent no greeting within {timeout_s:g} s"
     pid = peer_pid(sock)
@@ -82,12 +94,12 @@ def _busy(sock: socket.socket, address: Address, timeout_s: float) -> MonitorBus
         command = command if len(command) <= _COMMAND_SHOWN else f"{command[:_COMMAND_SHOWN]}…"
         return MonitorBusy(
             f"{silence}: it serves one client at a time, and process {other.pid} holds it ({command}). "
-            "End that one, or give QEMU a second -qmp socket"
+            f"End that one, or {_ANOTHER}"
         )
     return MonitorBusy(
         f"{silence}: another client holds this monitor (it serves one at a time), or QEMU"
-        f"{f', process {pid},' if pid else ''} is in the middle of a save or stopped. "
-        "End the other client, or give QEMU a second -qmp socket"
+        f"{f', process {pid},' if pid else ''} is in the middle of a save or stopped; one that speaks websocket or "
+        f"TLS, or shares its socket (mux), is silent too. End the other client, or {_ANOTHER}"
     )
 
 
@@ -120,6 +132,16 @@ async def _connected(address: Address) -> socket.socket:
             return sock
 
 
+async def _greeting(sock: socket.socket) -> bytes:
+    """The first bytes of the greeting, once what telnet says before it has been read away."""
+    loop = asyncio.get_running_loop()
+    while (start := await first_bytes(sock)).startswith(_IAC):
+        left = _IAC_BYTES
+        while left and (read := await loop.sock_recv(sock, left)):
+            left -= len(read)
+    return start
+
+
 async def first_bytes(sock: socket.socket) -> bytes:
     """A look at what the other side sends first; it stays in the socket."""
     loop = asyncio.get_running_loop()
@@ -144,13 +166,17 @@ def _is_human(start: bytes, address: Address) -> bool:
         return True
     if start.lstrip().startswith(b"{"):
         return False
-    raise ConnectError(f"{address} is no QEMU monitor: it greets with {start!r}")
+    raise ConnectError(f"{address} is not a QEMU monitor: it greets with {start!r}")
 
 
 def _connect_error(address: Address, error: Exception) -> QsnapError:
     match error:
         case FileNotFoundError():
             return ConnectError(f"there is no socket {address}; {_CURE}")
+        case ConnectionRefusedError() if file := _kind_of_file(address):
+            return ConnectError(
+                f"{address} is {file}, not a monitor's socket: that of a running QEMU is needed (qsnap vms)"
+            )
         case ConnectionRefusedError():
             return ConnectError(f"nobody listens at {address}; {_CURE}")
         case PermissionError():
@@ -159,6 +185,21 @@ def _connect_error(address: Address, error: Exception) -> QsnapError:
             return ConnectError(f"{address} was closed before the greeting; {_CURE}")
         case _:
             return ConnectError(f"cannot use {address} as a monitor: {error}")
+
+
+def _kind_of_file(address: Address) -> str:
+    """What lies where a socket should be; "" where one does."""
+    if not isinstance(address, UnixAddress):
+        return ""
+    from pathlib import Path
+
+    path = Path(address.path)
+    if path.is_file():
+        with suppress(OSError), path.open("rb") as file:
+            if file.read(4) == b"QFI\xfb":
+                return "a qcow2 image"
+        return "a file"
+    return "" if path.is_socket() else "a directory" if path.is_dir() else "a device or a pipe"
 
 
 def peer_pid(sock: socket.socket) -> int | None:

@@ -8,7 +8,8 @@ Read in QEMU's monitor/hmp.c, util/readline.c and util/cutils.c; held against 5.
   number of our choice: the answer ends where that number stands on a line of its own, whatever the answer
   holds.
 * Words may be in double quotes, with ``\\`` and ``\"`` inside. Bytes below 0x20, 0x7f and 0x9b are keys of
-  the line editor: 0x9b is half of "Û" in UTF-8, and would be swallowed.
+  the line editor: 0x9b is half of "Û" in UTF-8, and would be swallowed. 0xff begins a command of telnet, where the
+  monitor speaks that; no character has it in UTF-8.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ MAX_LINE_BYTES = 4095
 _TAG_WIDTH = 16
 
 _BANNER = re.compile(rb"QEMU (\d+)\.(\d+)\.(\d+)[^\r\n]* monitor - [^\r\n]*\r?\n")
-_KEYS = frozenset((*range(0x20), 0x7F, 0x9B))
+_KEYS = frozenset((*range(0x20), 0x7F, 0x9B, 0xFF))
 
 
 def quoted(word: str) -> str:

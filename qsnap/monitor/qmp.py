@@ -22,12 +22,14 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import msgspec
 from qemu.qmp import EventListener, ExecuteError, Message, QMPClient, QMPError
+from qemu.qmp.message import DeserializationError
 
 from qsnap.errors import (
     CommandFailed,
     ConnectError,
     JobFailed,
     MonitorError,
+    MonitorLost,
     NotSupported,
     QsnapError,
 )
@@ -58,23 +60,63 @@ EVENT_S = 0.5
 #: QMP commands that came with QEMU 6.0, all three together.
 SNAPSHOT_JOBS_SINCE = (6, 0)
 
+#: Of one message. An image takes 65536 snapshots, and tells some 200 bytes of each; with pretty=on twice as many.
+MAX_MESSAGE_BYTES = 64 << 20
+
+#: Of what cannot be read, for a message of ours.
+_SHOWN = 40
+
 _JOB_PREFIX = "qsnap-"
 _JOB_ID = re.compile(rf"{_JOB_PREFIX}[a-z]+-(\d+)-\d+")
 
 
 class _Unreadable(QMPError):
-    """What came is no message."""
+    """What came is not a message."""
 
 
 class _Client(QMPClient):
-    """qemu.qmp's client, with the dialogue shown."""
+    """qemu.qmp's client, with the dialogue shown, and for messages over several lines.
+
+    :ivar unreadable: why the connection was given up, if that is because of a message; "" otherwise.
+    """
+
+    def __init__(self) -> None:
+        super().__init__("qsnap", readbuflen=MAX_MESSAGE_BYTES)
+        self.unreadable = ""
 
     async def _do_recv(self) -> Message:
+        data = b""
         try:
-            return await super()._do_recv()
-        except (ValueError, RecursionError) as error:
-            # A line beyond the limit of qemu.qmp, or JSON that is nested too deep.
-            raise _Unreadable(f"QEMU's message cannot be read: {error}") from error
+            data = await self._message_bytes()
+            return Message(data, eager=True)
+        except (ValueError, RecursionError, QMPError) as error:
+            reason = f"it begins with {data[:_SHOWN]!r}" if isinstance(error, DeserializationError) else str(error)
+            self.unreadable = f"QEMU's message cannot be read: {reason}"
+            raise _Unreadable(self.unreadable) from error
+
+    async def _message_bytes(self) -> bytes:
+        """A line; or several, from one that is ``{`` to one that is ``}`` (pretty=on). What is between is indented."""
+        line = await self._line()
+        if line.rstrip() != b"{":
+            return line
+        message = bytearray(line)
+        while not line.startswith(b"}"):
+            line = await self._line()
+            message += line
+            if len(message) > MAX_MESSAGE_BYTES:
+                raise _too_large()
+            if not line.startswith((b" ", b"\t", b"}")):
+                raise ValueError(f"it breaks off at {line[:_SHOWN]!r}")
+        return bytes(message)
+
+    async def _line(self) -> bytes:
+        assert self._reader is not None
+        try:
+            return await self._reader.readuntil(b"\n")
+        except asyncio.IncompleteReadError as error:
+            raise EOFError("it was closed") from error
+        except asyncio.LimitOverrunError as error:
+            raise _too_large() from error
 
     def _cb_outbound(self, msg: Message) -> Message:
         dialogue.debug("-> %s", _compact(msg))
@@ -83,6 +125,10 @@ class _Client(QMPClient):
     def _cb_inbound(self, msg: Message) -> Message:
         dialogue.debug("<- %s", _compact(msg))
         return msg
+
+
+def _too_large() -> ValueError:
+    return ValueError(f"it has more than {MAX_MESSAGE_BYTES >> 20} MiB")
 
 
 def _compact(msg: Message) -> str:
@@ -107,7 +153,7 @@ async def adopt(sock: socket.socket, address: Address) -> QmpMonitor:
     command = "taking over"
     try:
         version = await _synchronized(sock)
-        client = _Client("qsnap")
+        client = _Client()
         client.await_greeting = client.negotiate = False
         await client.connect(sock)
     except (QMPError, OSError, EOFError, ValueError) as error:
@@ -125,7 +171,7 @@ async def _synchronized(sock: socket.socket) -> QemuVersion:
     sock.setblocking(False)
     word = secrets.token_hex(8)
     await loop.sock_sendall(sock, f'\n{{"execute": "query-version", "id": "{word}"}}\n'.encode())
-    line = b""
+    message = line = b""
     while True:
         await first_bytes(sock)
         ahead = sock.recv(1 << 16, socket.MSG_PEEK)
@@ -135,20 +181,22 @@ async def _synchronized(sock: socket.socket) -> QemuVersion:
         line = (line + sock.recv(end))[-(1 << 16) :]
         if not line.endswith(b"\n"):
             continue
-        if word.encode() in line:
+        # With pretty=on a message goes from a line that is "{" to one that is "}"
+        message = (line if line.startswith(b"{") else message + line)[-(1 << 16) :]
+        if word.encode() in message and line.startswith((b"{", b"}")):
             try:
-                return msgspec.json.decode(line, type=wire.VersionReply).result.version
+                return msgspec.json.decode(message, type=wire.VersionReply).result.version
             except msgspec.DecodeError as error:
                 raise EOFError(f"its answer cannot be read: {error}") from error
         line = b""
 
 
 async def _negotiated(link: Connection, address: Address) -> _Client:
-    client = _Client("qsnap")
+    client = _Client()
     try:
         await client.connect(link.sock)
     except QMPError as error:
-        raise ConnectError(f"cannot use {address} as a monitor: {error}") from error
+        raise ConnectError(f"cannot use {address} as a monitor: {client.unreadable or error}") from error
     return client
 
 
@@ -162,7 +210,7 @@ def _version(client: QMPClient) -> QemuVersion:
 
 
 @contextmanager
-def _mapped_errors(command: str) -> Iterator[None]:
+def _mapped_errors(command: str, client: _Client) -> Iterator[None]:
     """The seam: what qemu.qmp, msgspec and the system raise, made into qsnap's own."""
     try:
         yield
@@ -173,6 +221,10 @@ def _mapped_errors(command: str) -> Iterator[None]:
     except msgspec.ValidationError as error:
         raise MonitorError(f"QEMU's answer to {command} has not the form it should have: {error}") from error
     except (QMPError, OSError, EOFError) as error:
+        if client.unreadable:
+            raise MonitorLost(
+                f"the connection was given up during {command}: {client.unreadable}. What QEMU has done is not known"
+            ) from error
         raise lost(command, error) from error
 
 
@@ -186,7 +238,7 @@ class QmpMonitor:
     def limit(self) -> str:
         return f"this QEMU ({self.version})"
 
-    def __init__(self, client: QMPClient, version: QemuVersion, address: Address, link: Connection) -> None:
+    def __init__(self, client: _Client, version: QemuVersion, address: Address, link: Connection) -> None:
         self.version = version
         self.address = address
         self.pid = link.pid
@@ -208,17 +260,17 @@ class QmpMonitor:
 
     async def execute(self, command: str, arguments: Mapping[str, object] | None = None) -> object:
         """Have QEMU execute a command; what it returns."""
-        with _mapped_errors(command):
+        with _mapped_errors(command, self._client):
             return await self._client.execute(command, dict(arguments) if arguments else None)
 
     async def query(self, kind: type[_T], command: str, arguments: Mapping[str, object] | None = None) -> _T:
         """The same, read as *kind*."""
-        with _mapped_errors(command):
+        with _mapped_errors(command, self._client):
             return msgspec.convert(await self._client.execute(command, dict(arguments) if arguments else None), kind)
 
     async def send_file(self, file: int) -> None:
         """Hand an open file to QEMU: the next command may take it."""
-        with _mapped_errors("getfd"):
+        with _mapped_errors("getfd", self._client):
             self._client.send_fd_scm(file)
 
     def forget_turns(self) -> None:
