@@ -20,10 +20,9 @@ import pytest
 from conftest import Launch
 from guest import Guest, blockdev, finish, make_boot_disk, start_cli, tags, until
 from machine import IS_ROOT, NOBODY
-from test_guard import wait_for_the_guard
-
 from qsnap import files, gentle, metrics
 from qsnap.errors import BadUsage
+from test_guard import wait_for_the_guard
 
 SECRET = b"root's own\n"
 
