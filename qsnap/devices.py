@@ -7,6 +7,8 @@ each was held against HMP savevm on real QEMU):
   their creation, and then every node that nobody uses. Inserted and writable ones must snapshot.
 * qcow2 and rbd can snapshot. A driver that cannot hands over to its child if it has just one besides a
   backing file (raw, throttle, copy-on-read, …); one over several images (quorum, blkverify) cannot.
+* A job's own copy is nobody's device: what a mirror or a commit writes to is not whole before it ends, so it gets no
+  snapshot. (HMP savevm makes one there.)
 * Only qcow2 can hold the VM state. Without a name for it, QEMU takes the first counted device.
 
 What QEMU is then told to snapshot is not the device's top node but the image below its filters. QEMU would
@@ -24,6 +26,7 @@ from typing import NamedTuple
 from qsnap.model import (
     BlockBackend,
     BlockGraph,
+    BlockJob,
     BlockNode,
     Device,
     Finding,
@@ -37,8 +40,14 @@ from qsnap.model import (
 SNAPSHOT_DRIVERS = frozenset({"qcow2", "rbd", "sheepdog"})
 #: ... and with a place for the VM state.
 VMSTATE_DRIVERS = frozenset({"qcow2", "sheepdog"})
-#: Filters whose one child is called "backing" (block/mirror.c, block/commit.c).
-_BACKING_FILTERS = frozenset({"mirror_top", "commit_top"})
+#: Filters of block jobs with children besides the one that they stand on, and what that is called (block/mirror.c,
+#: commit.c, copy-before-write.c; that was backup-top.c before 6.2).
+_FILTERED_CHILD = {
+    "mirror_top": "backing",
+    "commit_top": "backing",
+    "backup-top": "backing",
+    "copy-before-write": "file",
+}
 #: Drivers without a primary child, however many they have.
 _NO_PRIMARY_CHILD = frozenset({"quorum", "blkverify"})
 
@@ -74,18 +83,24 @@ def pasteable(node: str, device: str = "") -> str:
 
 def snapshot_image(graph: BlockGraph, node_name: str) -> BlockNode | None:
     """The node at or below *node_name* whose driver makes the snapshot; None where there is none."""
-    node = graph.nodes.get(node_name)
+    path = path_to_image(graph, node_name)
+    return path[-1] if path else None
+
+
+def path_to_image(graph: BlockGraph, node_name: str | None) -> tuple[BlockNode, ...]:
+    """The nodes from *node_name* down to the one whose driver makes the snapshot; none where there is none."""
+    node = graph.nodes.get(node_name or "")
     if node is None or node.read_only or not node.active:
-        return None
+        return ()
     if node.driver in SNAPSHOT_DRIVERS:
-        return node
-    child = _primary_child(node)
-    return snapshot_image(graph, child) if child else None
+        return (node,)
+    below = path_to_image(graph, _primary_child(node))
+    return (node, *below) if below else ()
 
 
 def _primary_child(node: BlockNode) -> str | None:
-    if node.driver in _BACKING_FILTERS:
-        return next((child for name, child in node.children if name == "backing"), None)
+    if edge := _FILTERED_CHILD.get(node.driver):
+        return next((child for name, child in node.children if name == edge), None)
     if node.driver in _NO_PRIMARY_CHILD:
         return None
     others = [child for name, child in node.children if name != "backing"]
@@ -211,6 +226,8 @@ def _judge(
         return device(Verdict.IGNORED, "empty")
     if node.read_only:
         return device(Verdict.IGNORED, "read-only")
+    if job := _copied_by(graph, node, backend):
+        return device(Verdict.IGNORED, f"the copy that block job {job.id!r} ({job.type}) makes")
     if image is None and backend.qdev_type == _CARRIED_MODEL and chooses_devices:
         return device(Verdict.CARRIED, "its contents travel inside the VM state and are written back on load")
     if excluded:
@@ -241,6 +258,13 @@ def _judge(
             convert,
         )
     return device(Verdict.SAVED, "" if image is node else f"in its image {image.node_name}")
+
+
+def _copied_by(graph: BlockGraph, node: BlockNode, backend: BlockBackend) -> BlockJob | None:
+    """The job that writes to that node, if it is no guest device's; where it is not told what jobs work on, any."""
+    if backend.name or backend.qdev:
+        return None
+    return next((job for job in graph.jobs if node.node_name in job.targets or not job.nodes), None)
 
 
 def _why_not(graph: BlockGraph, node: BlockNode) -> str:

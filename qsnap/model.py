@@ -93,7 +93,8 @@ class BlockNode(Struct, frozen=True):
     filename: str = ""
     external_data_file: bool = False
     refcount_bits: int | None = None
-    dirty_bitmaps: int = 0
+    dirty_bitmaps: tuple[str, ...] = ()
+    """The name of each; "" for one that belongs to a block job or a filter."""
     snapshots: tuple[NodeSnapshot, ...] = ()
     children: tuple[tuple[str, str], ...] = ()
     """(name of the edge, node-name) of each child: "file", "backing", "data-file", …"""
@@ -139,6 +140,33 @@ class BlockBackend(Struct, frozen=True):
         return "" if not parts or "peripheral-anon" in parts else parts[-1]
 
 
+class Job(Struct, frozen=True):
+    """A row of query-jobs."""
+
+    id: str
+    type: str
+    status: str
+    error: str | None = None
+
+    @property
+    def is_concluded(self) -> bool:
+        """Whether it only waits for job-dismiss."""
+        return self.status == "concluded"
+
+
+class BlockJob(Job, frozen=True):
+    """A job that copies disks: mirror, commit, stream or backup, that has not concluded."""
+
+    nodes: tuple[tuple[str, str], ...] = ()
+    """(name of the edge, node-name) of each node that it works on: "main node", "source", "target", …; none where the
+    monitor does not tell."""
+
+    @property
+    def targets(self) -> frozenset[str]:
+        """The node-names that it writes to."""
+        return frozenset(node for edge, node in self.nodes if edge in ("target", "base"))
+
+
 class BlockGraph(Struct, frozen=True):
     """All block nodes and their users, in QEMU's own order.
 
@@ -146,12 +174,14 @@ class BlockGraph(Struct, frozen=True):
     :ivar backends: in the order of QEMU's ``blk_all``, which is the order of their creation.
     :ivar with_parents: the node-names that another node, a device, an export or a job uses.
     :ivar has_edges: False where QEMU does not tell how nodes are connected.
+    :ivar jobs: what it is busy with.
     """
 
     nodes: dict[str, BlockNode]
     backends: tuple[BlockBackend, ...]
     with_parents: frozenset[str] = frozenset()
     has_edges: bool = True
+    jobs: tuple[BlockJob, ...] = ()
 
 
 class Migration(Struct, frozen=True):
@@ -399,20 +429,6 @@ class DeleteResult(Struct, frozen=True):
     labels: Labels = {}
     files: dict[str, tuple[str, ...]] = {}
     """For each tag the paths of the state files that went with it."""
-
-
-class Job(Struct, frozen=True):
-    """A row of query-jobs."""
-
-    id: str
-    type: str
-    status: str
-    error: str | None = None
-
-    @property
-    def is_concluded(self) -> bool:
-        """Whether it only waits for job-dismiss."""
-        return self.status == "concluded"
 
 
 class Recovered(Struct, frozen=True):

@@ -11,13 +11,14 @@ from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from qsnap import blockjobs, local, snapshots
 from qsnap import devices as rules
-from qsnap import local, snapshots
 from qsnap.errors import CommandFailed, NotSupported, PrecheckRefused, SnapshotNotFound
 from qsnap.model import (
     MIGRATION_IDLE,
     BlockGraph,
     CheckReport,
+    Device,
     Finding,
     Job,
     Kind,
@@ -135,6 +136,7 @@ async def plan_save(
         *_migration_findings(migration, monitor.version),
         *await _nvme_findings(monitor),
         *survey.findings,
+        *blockjobs.save_findings(graph, survey.devices, chooses_devices=monitor.chooses_devices),
     ]
     if not state_elsewhere:
         findings += _room_findings(graph, survey.vmstate, tag, image, estimate, force, monitor.chooses_devices)
@@ -195,7 +197,8 @@ async def plan_load(monitor: Monitor, tag: str, *, shelf: Shelf, exclude: Collec
         *_background_findings(migration),
         *_device_findings_for_load(survey, exclude_all if monitor.chooses_devices else ""),
         *_reset_findings(runstate),
-        *_load_findings(graph, snapshot, devices),
+        *_load_findings(graph, survey.devices, snapshot, devices),
+        *blockjobs.load_findings(graph, survey.devices, devices),
     ]
     spoiled = migration.spoils_loads(monitor.version)
     if spoiled and monitor.background is None:
@@ -435,7 +438,9 @@ def _room_findings(
         )
 
 
-def _load_findings(graph: BlockGraph, snapshot: Snapshot, devices: Collection[str]) -> Iterator[Finding]:
+def _load_findings(
+    graph: BlockGraph, all_devices: Sequence[Device], snapshot: Snapshot, devices: Collection[str]
+) -> Iterator[Finding]:
     if snapshot.kind is Kind.STATE_ONLY:
         yield _refusal(
             "state-only",
@@ -450,9 +455,10 @@ def _load_findings(graph: BlockGraph, snapshot: Snapshot, devices: Collection[st
             "with the guest off: qemu-img snapshot -a TAG IMAGE, on every disk",
         )
     elif snapshot.vmstate is not None and snapshot.vmstate not in devices:
+        (vmstate,) = rules.spoken([snapshot.vmstate], all_devices)
         yield _refusal(
             "vmstate-excluded",
-            f"{snapshot.vmstate} holds the VM state and cannot be excluded",
+            f"{vmstate} holds the VM state and cannot be excluded",
             "",
             snapshot.vmstate,
         )
@@ -469,20 +475,13 @@ def _load_findings(graph: BlockGraph, snapshot: Snapshot, devices: Collection[st
             f"{snapshot.tag!r}: {problem}: loading it would mix different moments",
             "delete the tag, or sort it out with the guest off: qemu-img snapshot -l IMAGE",
         )
-    for name in devices:
+    for name, spoken in zip(devices, rules.spoken(devices, all_devices), strict=True):
         # qcow2-snapshot.c: find_snapshot_by_id_or_name
         if other := next((r for r in graph.nodes[name].snapshots if r.id == snapshot.disk_tag != r.tag), None):
             yield _refusal(
                 "tag-is-an-id",
-                f"{name}: {snapshot.disk_tag!r} is the ID of snapshot {other.tag!r}, and QEMU looks for IDs first: it "
-                "would bring back the disk of that one",
+                f"{spoken}: {snapshot.disk_tag!r} is the ID of snapshot {other.tag!r}, and QEMU looks for IDs first: "
+                "it would bring back the disk of that one",
                 f"if you can do without {other.tag!r}, delete it: qsnap delete {shlex.quote(other.tag)}",
-                name,
-            )
-        if graph.nodes[name].dirty_bitmaps:
-            yield _refusal(
-                "dirty-bitmaps",
-                f"{name}: Device has active dirty bitmaps, and QEMU reverts no disk that has",
-                "remove them first: block-dirty-bitmap-remove",
                 name,
             )

@@ -14,6 +14,7 @@ from qsnap.errors import CommandFailed, JobFailed, QsnapError
 from qsnap.model import (
     BlockBackend,
     BlockGraph,
+    BlockJob,
     BlockNode,
     Job,
     Migration,
@@ -35,6 +36,8 @@ class FakeMonitor:
     forgets: frozenset[str] = frozenset()
     #: A disk appears when the guest stops.
     hot_plugs: bool = False
+    #: A mirror of disk1 begins when the guest stops.
+    mirrors: bool = False
 
     version: QemuVersion = field(default=QemuVersion(11, 1, 0))
     transport: str = "fake"
@@ -48,6 +51,7 @@ class FakeMonitor:
     marks: dict[str, str] = field(default_factory=dict)
     rows: dict[str, list[NodeSnapshot]] = field(default_factory=lambda: {"disk0": [], "disk1": []})
     calls: list[str] = field(default_factory=list)
+    jobs: tuple[BlockJob, ...] = ()
 
     def tag_obstacle(self, tag: str) -> str | None:
         return None
@@ -60,6 +64,8 @@ class FakeMonitor:
         self.state = RunState.PAUSED
         if self.hot_plugs:
             self.rows["disk2"] = []
+        if self.mirrors:
+            self.jobs = (BlockJob(id="j", type="mirror", status="running", nodes=(("source", "disk1"),)),)
         return None
 
     async def cont(self) -> float | None:
@@ -81,6 +87,7 @@ class FakeMonitor:
             },
             backends=tuple(BlockBackend(qdev=f"/machine/peripheral/{name}", root=name) for name in self.rows),
             with_parents=frozenset(self.rows),
+            jobs=self.jobs,
         )
 
     async def migration(self) -> Migration:

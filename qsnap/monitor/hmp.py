@@ -177,9 +177,10 @@ class HmpMonitor(HumanSnapshots):
     async def block_graph(self) -> BlockGraph:
         backends = await self._query("info block")
         nodes = await self._query("info block -n -v")
+        jobs = await self._query("info block-jobs")
         for qdev in hmp_tables.attached_to(backends):
             await self._learn_qdev_type(qdev)
-        return hmp_tables.block_graph(backends, nodes, self._qdev_types, self.version)
+        return hmp_tables.block_graph(backends, nodes, self._qdev_types, self.version, jobs)
 
     async def _learn_qdev_type(self, qdev: str) -> None:
         if qdev in self._qdev_types:

@@ -17,7 +17,7 @@ from itertools import pairwise
 from typing import NamedTuple
 
 from qsnap.errors import MonitorError
-from qsnap.model import BlockBackend, BlockGraph, BlockNode, Migration, NodeSnapshot, QemuVersion, RunState
+from qsnap.model import BlockBackend, BlockGraph, BlockJob, BlockNode, Migration, NodeSnapshot, QemuVersion, RunState
 from qsnap.monitor.wire import image_path
 
 #: Drivers that open a file or a server themselves; all others stand on another node.
@@ -26,6 +26,10 @@ _PROTOCOLS = frozenset(
      "gluster", "null-co", "null-aio", "nvme", "nvme-io_uring", "virtio-blk-vfio-pci", "virtio-blk-vhost-user",
      "virtio-blk-vhost-vdpa", "io_uring", "vvfat", "sheepdog"}
 )  # fmt: skip
+
+#: Filters that block jobs put above a disk, and how each calls the child that it stands on. Each is shown with the file
+#: name of that child.
+_JOB_FILTERS = {"mirror_top": "backing", "commit_top": "backing", "backup-top": "backing", "copy-before-write": "file"}
 
 
 class TableLayout(NamedTuple):
@@ -144,11 +148,13 @@ def _rows(image: Sequence[str], version: QemuVersion) -> Iterator[NodeSnapshot]:
         yield snapshot_row(line, layout)
 
 
-def block_graph(backends: str, nodes: str, qdev_types: Mapping[str, str], version: QemuVersion) -> BlockGraph:
-    """``info block`` and ``info block -n -v``, joined.
+def block_graph(
+    backends: str, nodes: str, qdev_types: Mapping[str, str], version: QemuVersion, jobs: str = "No active jobs\n"
+) -> BlockGraph:
+    """``info block``, ``info block -n -v`` and ``info block-jobs``, joined.
 
-    Which node stands on which is not told; it follows from the file names. Exports and jobs are not shown at
-    all: of what nobody but them uses only a writable image is found, as an unattached node.
+    Which node stands on which is not told; it follows from the file names. Exports are not shown at all, and of jobs
+    not what they work on: of what nobody but them uses only a writable image is found, as an unattached node.
 
     :param qdev_types: device model by what stands behind ``Attached to:``.
     """
@@ -161,7 +167,21 @@ def block_graph(backends: str, nodes: str, qdev_types: Mapping[str, str], versio
         nodes={entry.name: _node(entry, edges[entry.name], version) for entry in entries},
         backends=tuple(users),
         with_parents=frozenset(parented | _mentioned_below(entries)),
+        jobs=tuple(block_jobs(jobs)),
     )
+
+
+def block_jobs(text: str) -> Iterator[BlockJob]:
+    """``info block-jobs``. It does not tell the status: one that has concluded, and was not dismissed, is there too.
+
+    :raise MonitorError: it has a line that cannot be read.
+    """
+    for line in text.splitlines():
+        job = re.match(r"(?:Type (?P<type>\S+), device|Streaming device) (?P<id>\S+): Completed ", line)
+        if job is not None:
+            yield BlockJob(id=job["id"], type=job["type"] or "stream", status="")
+        elif line not in ("No active jobs", ""):
+            raise MonitorError(f"info block-jobs has a line that cannot be read: {line!r}")
 
 
 def attached_to(backends: str) -> tuple[str, ...]:
@@ -194,14 +214,31 @@ def _node(entry: _Entry, children: tuple[tuple[str, str], ...], version: QemuVer
         filename=image_path(entry.filename),
         external_data_file="data file" in details,
         refcount_bits=int(bits) if bits.isdigit() else None,
-        dirty_bitmaps=sum(bool(re.fullmatch(r" {8}\[\d+\]:", line)) for line in entry.image),
+        dirty_bitmaps=tuple(_bitmaps(entry.image)),
         snapshots=tuple(_rows(entry.image, version)),
         children=children,
     )
 
 
+def _bitmaps(image: Sequence[str]) -> Iterator[str]:
+    """The names of the bitmaps that are stored in an image; HMP shows no others.
+
+    QEMU prints the members of each in the order of their names (block/qapi.c: dump_qdict).
+    """
+    begun = False
+    for line in image:
+        begun = begun or bool(re.fullmatch(r" {8}\[\d+\]:", line))
+        if begun and (name := re.fullmatch(r" +name: (.*)", line)):
+            yield name[1]
+
+
 def _edges(entry: _Entry, entries: Sequence[_Entry]) -> Iterator[tuple[str, str]]:
     """The children of a node: the nodes that are what its file name says it stands on."""
+    if edge := _JOB_FILTERS.get(entry.driver):
+        below = (e for e in entries if e.filename == entry.filename and e.driver not in {*_JOB_FILTERS, *_PROTOCOLS})
+        if (child := next(below, None)) is not None:
+            yield edge, child.name
+        return
     for edge, wanted in _parts(entry.driver, entry.filename):
         child = next((other for other in entries if other is not entry and _stack(other) == wanted), None)
         if child is not None:

@@ -316,7 +316,9 @@ class QmpMonitor:
             self._graph_edges(),
         )
         await asyncio.gather(*(self._learn_qdev_type(row.qdev) for row in devices if row.qdev))
-        return wire.block_graph(devices, infos, graph, self._qdev_types)
+        is_busy = graph is None or graph.has_jobs
+        jobs = await self.query(list[wire.JobInfo], "query-jobs") if is_busy else ()
+        return wire.block_graph(devices, infos, graph, self._qdev_types, jobs)
 
     async def _graph_edges(self) -> wire.XDbgBlockGraph | None:
         try:

@@ -12,8 +12,11 @@ from datetime import UTC, datetime, timedelta
 
 import msgspec
 
-from qsnap.model import BlockBackend, BlockGraph, BlockNode, Job, NodeSnapshot, QemuVersion
+from qsnap.model import BlockBackend, BlockGraph, BlockJob, BlockNode, Job, NodeSnapshot, QemuVersion
 from qsnap.monitor import STATE_NODE_PREFIX
+
+#: The types of jobs that copy disks (qapi/job.json: JobType).
+BLOCK_JOBS = frozenset({"mirror", "commit", "stream", "backup"})
 
 
 class Wire(msgspec.Struct, frozen=True, rename="kebab"):
@@ -46,6 +49,10 @@ class NodeChild(Wire, frozen=True):
     node_name: str
 
 
+class DirtyBitmap(Wire, frozen=True):
+    name: str = ""
+
+
 class BlockDeviceInfo(Wire, frozen=True):
     drv: str
     ro: bool
@@ -53,7 +60,7 @@ class BlockDeviceInfo(Wire, frozen=True):
     image: ImageInfo
     node_name: str = ""
     active: bool = True
-    dirty_bitmaps: list[object] = []
+    dirty_bitmaps: list[DirtyBitmap] = []
     children: list[NodeChild] | None = None
 
 
@@ -83,6 +90,11 @@ class GraphEdge(Wire, frozen=True):
 class XDbgBlockGraph(Wire, frozen=True):
     nodes: list[GraphNode]
     edges: list[GraphEdge]
+
+    @property
+    def has_jobs(self) -> bool:
+        """Whether there are block jobs, concluded ones included."""
+        return any(node.type == "block-job" for node in self.nodes)
 
 
 class StatusInfo(Wire, frozen=True):
@@ -212,7 +224,7 @@ def block_node(info: BlockDeviceInfo, children: Sequence[tuple[str, str]]) -> Bl
         filename=image_path(info.file or info.image.filename),
         external_data_file=bool(details.get("data-file")),
         refcount_bits=refcount_bits if isinstance(refcount_bits, int) else None,
-        dirty_bitmaps=len(info.dirty_bitmaps),
+        dirty_bitmaps=tuple(bitmap.name for bitmap in info.dirty_bitmaps),
         snapshots=tuple(map(node_snapshot, info.image.snapshots)),
         children=tuple(children),
     )
@@ -234,8 +246,9 @@ def block_graph(
     infos: Sequence[BlockDeviceInfo],
     graph: XDbgBlockGraph | None,
     qdev_types: Mapping[str, str],
+    jobs: Iterable[JobInfo] = (),
 ) -> BlockGraph:
-    """query-block, query-named-block-nodes and x-debug-query-block-graph, joined.
+    """query-block, query-named-block-nodes, x-debug-query-block-graph and the block jobs of query-jobs, joined.
 
     The third alone knows all users of a node in QEMU's order: query-block leaves out exports and jobs. Where
     it is missing, the children that QEMU tells since 10.1 stand in for its edges.
@@ -254,6 +267,7 @@ def block_graph(
         for row in devices
     ]
     children: dict[str, list[tuple[str, str]]] = {}
+    job_nodes: dict[str, list[tuple[str, str]]] = {}
     if graph is None:
         for info in infos:
             children[info.node_name] = [(c.child, c.node_name) for c in info.children or ()]
@@ -266,6 +280,8 @@ def block_graph(
             parent, child = named[edge.parent], named[edge.child]
             if parent.type == "block-driver":
                 children.setdefault(parent.name, []).append((edge.name, child.name))
+            elif parent.type == "block-job":
+                job_nodes.setdefault(parent.name, []).append((edge.name, child.name))
             else:
                 roots.setdefault(edge.parent, child.name)
         with_parents = {named[edge.child].name for edge in graph.edges}
@@ -283,4 +299,9 @@ def block_graph(
         backends=tuple(backends),
         with_parents=frozenset(with_parents),
         has_edges=graph is not None or any(info.children is not None for info in infos),
+        jobs=tuple(
+            BlockJob(id=job.id, type=job.type, status=job.status, nodes=tuple(job_nodes.get(job.id, ())))
+            for job in jobs
+            if job.type in BLOCK_JOBS and not job.model().is_concluded
+        ),
     )
