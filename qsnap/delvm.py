@@ -80,7 +80,7 @@ async def _delete(
     devices = rules.survey(graph, chooses_devices=monitor.chooses_devices).devices
     held = snapshots.holding(graph, devices, tag, shelf.files(graph, devices))
     if not held.tags and not held.files and not missing_ok:
-        raise SnapshotNotFound(tag)
+        raise snapshots.not_found(graph, devices, tag)
     refuse_protected(shelf, graph, devices, tag, "deleted")
     if held.tags or held.files:
         await journal.armed()

@@ -7,7 +7,7 @@ from datetime import datetime
 from enum import StrEnum
 from typing import Any
 
-from qsnap.model import Snapshot, Struct, is_of_series
+from qsnap.model import InBacking, Snapshot, Struct, is_of_series
 from qsnap.retention import Duration
 
 
@@ -75,6 +75,7 @@ def judge(
     prefix: str | None = None,
     left_out: Collection[str] = (),
     troubles: Sequence[str] = (),
+    in_backing: Sequence[InBacking] = (),
 ) -> Health:
     """Whether the newest sound snapshot is young enough.
 
@@ -83,6 +84,7 @@ def judge(
     :param prefix: look at this series alone.
     :param left_out: see :func:`is_sound`.
     :param troubles: what else is wrong with the VM; each makes a WARNING.
+    :param in_backing: what is out of reach below an overlay; told of where nothing else can be loaded.
     """
     series = [one for one in found if prefix is None or is_of_series(one.tag, prefix)]
     sound = [one for one in series if is_sound(one, left_out)]
@@ -93,6 +95,8 @@ def judge(
     }
     if not sound:
         there = f"{len(series)} that cannot be loaded" if series else "none at all"
+        if below := [one for one in in_backing if prefix is None or is_of_series(one.tag, prefix)]:
+            there += f", but {len(below)} in the backing image {below[0].image} of {below[0].device}"
         return Health(
             level=Level.CRITICAL, message=f"no {of_what} that can be loaded ({there})", snapshots=len(series), **limits
         )

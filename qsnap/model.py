@@ -299,6 +299,16 @@ class StateFile(Struct, frozen=True):
     """False: it is cut short. Where even what stands at its end is gone, size and clock are 0."""
 
 
+class InBacking(Struct, frozen=True):
+    """A tag that no device holds, but an image that one stands on: an overlay was made above it (blockdev-snapshot)."""
+
+    tag: str
+    image: str
+    """The file name of that image."""
+    device: str
+    """The device, as people call it."""
+
+
 class Snapshot(Struct, frozen=True):
     """All that one tag names, over all devices."""
 
@@ -472,6 +482,8 @@ class Status(Struct, frozen=True):
     """Whose claim on this VM there is."""
     is_half_restored: bool = False
     """A load has failed midway."""
+    in_backing: tuple[InBacking, ...] = ()
+    """What is out of reach below an overlay; not counted in :attr:`snapshots`."""
 
 
 def tag_problem(tag: str) -> str | None:

@@ -175,7 +175,7 @@ async def plan_load(monitor: Monitor, tag: str, *, shelf: Shelf, exclude: Collec
     if snapshot is None:
         other = snapshots.find(graph, survey.devices, f"{tag}{snapshots.STAND_IN_SUFFIX}", files)
         hint = f". Its stand-in, of a replacement that was not completed, can be loaded: {other.tag}" if other else ""
-        raise SnapshotNotFound(tag, f"no snapshot {tag!r} on any device; the guest was not touched{hint}")
+        raise snapshots.not_found(graph, survey.devices, tag, f"; the guest was not touched{hint}")
     left_out = {d.image or d.node for d in survey.devices if d.verdict is Verdict.EXCLUDED}
     missing = [node for node in snapshot.missing if node not in left_out]
     unable = [node for d in survey.devices if d.verdict is Verdict.REFUSED and (node := d.image or d.node)]

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import msgspec
 
-from qsnap.devices import labels
-from qsnap.errors import BadUsage
+from qsnap.devices import SNAPSHOT_DRIVERS, labels, spoken
+from qsnap.errors import BadUsage, SnapshotNotFound
 from qsnap.model import (
     MAX_TAG_BYTES,
     BlockGraph,
+    BlockNode,
     Device,
+    InBacking,
     Kind,
     Labels,
     NodeSnapshot,
@@ -179,6 +182,48 @@ def find(graph: BlockGraph, devices: Sequence[Device], tag: str, files: Sequence
     """The snapshot *tag*, or None. One that the devices hold goes before a file whose disks are gone."""
     named = [found for found in snapshots(graph, devices, files) if found.tag == tag]
     return next((found for found in named if found.devices), named[0] if named else None)
+
+
+def in_backing(graph: BlockGraph, devices: Sequence[Device]) -> tuple[InBacking, ...]:
+    """The tags that no device holds, but an image that one stands on. They are back when the overlay is committed."""
+    images = tuple(dict.fromkeys(device.image for device in devices if device.image))
+    held = {row.tag for name in images for row in graph.nodes[name].snapshots}
+    return tuple(
+        InBacking(tag=tag, image=Path(node.filename).name, device=label)
+        for name, label in zip(images, spoken(images, devices), strict=True)
+        for node in _chain_below(graph, name)
+        for tag in dict.fromkeys(row.tag for row in node.snapshots)
+        if tag not in held
+    )
+
+
+def _chain_below(graph: BlockGraph, image: str) -> Iterator[BlockNode]:
+    """The images that *image* stands on, the nearest first; none twice."""
+    seen = {image}
+    node: BlockNode | None = graph.nodes[image]
+    while node is not None:
+        # Down from an image by its backing file, and through a filter by whatever there is
+        edges = ("backing",) if node.driver in SNAPSHOT_DRIVERS else ("backing", "file")
+        below = next((child for edge in edges for name, child in node.children if name == edge), None)
+        node = None if below in seen or below is None else graph.nodes.get(below)
+        if node is not None:
+            seen.add(node.node_name)
+            if node.driver in SNAPSHOT_DRIVERS:
+                yield node
+
+
+def not_found(graph: BlockGraph, devices: Sequence[Device], tag: str, hint: str = "") -> SnapshotNotFound:
+    """The error that no device holds *tag*; it says so if an image below one does.
+
+    :param hint: what else there is to say.
+    """
+    below = next((one for one in in_backing(graph, devices) if one.tag in (tag, f"{tag}{SECOND_SUFFIX}")), None)
+    if below is not None:
+        hint += (
+            f". It is in the backing image {below.image} of {below.device}: commit the overlay first (block-commit), "
+            "if no other image stands on that one"
+        )
+    return SnapshotNotFound(tag, f"no snapshot {tag!r} on any device{hint}")
 
 
 class Holding(NamedTuple):

@@ -29,7 +29,6 @@ from qsnap.errors import (
     OperationTimeout,
     PrecheckRefused,
     QsnapError,
-    SnapshotNotFound,
     VMLocked,
 )
 from qsnap.model import (
@@ -272,7 +271,7 @@ class VM:
             found = snapshots.snapshots(graph, devices, self._shelf.files(graph, devices))
             chosen = [one for one in found if one.tag in tags]
             if missing := [tag for tag in tags if tag not in {one.tag for one in chosen}]:
-                raise SnapshotNotFound(missing[0])
+                raise snapshots.not_found(graph, devices, missing[0])
             notes = Notes(self._shelf, graph, devices)
             changes = {"protected": protected, "description": description}
             given = {name: value for name, value in changes.items() if value is not None}
@@ -340,6 +339,7 @@ class VM:
         devices = self._devices_of(graph)
         found = self._snapshots_of(graph, devices)
         self._warn_of_unseen_files(graph, devices, found)
+        self._tell_of_backing(graph, devices)
         return found
 
     async def show(self, tag: str) -> tuple[Snapshot, dict[str, tuple[NodeSnapshot, ...]]]:
@@ -352,7 +352,7 @@ class VM:
         devices = self._devices_of(graph)
         snapshot = snapshots.find(graph, devices, tag, self._shelf.files(graph, devices))
         if snapshot is None:
-            raise SnapshotNotFound(tag)
+            raise snapshots.not_found(graph, devices, tag)
         (snapshot,) = self._noted(graph, devices, [snapshot])
         self._warn_of_unseen_files(graph, devices, [snapshot])
         return snapshot, {name: graph.nodes[name].tagged(snapshot.disk_tag) for name in snapshot.devices}
@@ -399,10 +399,22 @@ class VM:
             leftover_jobs=tuple(leftovers),
             run=await run_of(monitor),
             is_half_restored=half_restored is not None,
+            in_backing=snapshots.in_backing(graph, survey.devices),
         )
 
     def _snapshots_of(self, graph: BlockGraph, devices: Sequence[Device]) -> tuple[Snapshot, ...]:
         return self._noted(graph, devices, snapshots.snapshots(graph, devices, self._shelf.files(graph, devices)))
+
+    def _tell_of_backing(self, graph: BlockGraph, devices: Sequence[Device]) -> None:
+        """Say so where snapshots are out of reach below an overlay."""
+        tags: dict[tuple[str, str], list[str]] = {}
+        for one in snapshots.in_backing(graph, devices):
+            tags.setdefault((one.image, one.device), []).append(one.tag)
+        self.remarks += (
+            f"the backing image {image} of {device} holds {', '.join(names)}: out of reach until the overlay is "
+            "committed (block-commit)"
+            for (image, device), names in tags.items()
+        )
 
     def _warn_of_unseen_files(self, graph: BlockGraph, devices: Sequence[Device], found: Iterable[Snapshot]) -> None:
         """Say so where what looks like disks alone may have its RAM in a file that cannot be seen from here."""

@@ -156,3 +156,30 @@ def test_a_save_beside_a_job(overlaid: Guest, tmp_path: Path) -> None:
         assert overlaid.counter == counter
         overlaid.qmp("cont")
         overlaid.assert_running()
+
+
+@both_monitors
+def test_what_lies_below_an_external_overlay(overlaid: Guest, tmp_path: Path) -> None:
+    """A backup tool, or virsh --disk-only, has put an overlay above the image that holds it."""
+    cli("save", "good", monitor=overlaid.address)
+    overlaid.qmp("blockdev-snapshot-sync", device="hd0", snapshot_file=str(tmp_path / "overlay"), format="qcow2")
+    where = "in the backing image top.qcow2 of hd0"
+    for verb in ("load", "show", "delete", "protect"):
+        error = cli(verb, "good", "--json", monitor=overlaid.address, expect=7).error
+        assert where in error["message"]
+        assert "commit the overlay first" in error["message"]
+    listed = cli("list", monitor=overlaid.address)
+    assert "the backing image top.qcow2 of hd0 holds good" in listed.err
+    assert f"none at all, but 1 {where}" in cli("status", "--max-age", "1h", monitor=overlaid.address, expect=2).out
+    assert "top.qcow2 of hd0" in cli("status", monitor=overlaid.address).out
+    overlaid.assert_running()
+    cli("save", "good", monitor=overlaid.address)
+    assert cli("list", monitor=overlaid.address).err == ""
+    cli("load", "good", monitor=overlaid.address)
+    cli("delete", "good", monitor=overlaid.address)
+    overlaid.qmp("block-commit", job_id="j", device="hd0", base=str(tmp_path / "top.qcow2"))
+    until("the commit to be ready", lambda: overlaid.qmp("query-jobs")[0]["status"] == "ready")
+    overlaid.qmp("block-job-complete", device="j")
+    until("the end of the job", lambda: not overlaid.jobs())
+    cli("load", "good", monitor=overlaid.address)
+    overlaid.assert_running()

@@ -298,6 +298,7 @@ def judged(
             prefix=prefix,
             left_out=await _left_out(vm, settings),
             troubles=troubles,
+            in_backing=status.in_backing,
         )
 
     def seen(outcome: Outcome[Health]) -> Outcome[Health]:

@@ -235,7 +235,7 @@ class Renderer:
             ("guest", f"{status.name or '(no name)'}, {status.runstate}"),
             ("QEMU", status.version),
             ("monitor", f"{status.monitor} ({status.transport})"),
-            ("snapshots", str(status.snapshots)),
+            ("snapshots", str(status.snapshots) + _below_overlays(status)),
             ("at work", _at_work(status)),
             ("left behind", "; ".join(_left_behind(status)) or "nothing"),
         )
@@ -433,6 +433,13 @@ def _recovered(item: Recovered) -> str:
     if not item.operation:
         return printable(f"from a qsnap that is not known: {actions}")
     return printable(f"from a qsnap that died ({deed}, process {item.pid}, begun {item.began}): {actions}")
+
+
+def _below_overlays(status: Status) -> str:
+    if not status.in_backing:
+        return ""
+    places = dict.fromkeys(f"{one.image} of {one.device}" for one in status.in_backing)
+    return f", and {len(status.in_backing)} out of reach in a backing image ({', '.join(places)})"
 
 
 def _at_work(status: Status) -> str:
