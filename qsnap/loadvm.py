@@ -70,7 +70,7 @@ async def do_loadvm(
         plan = plan._replace(spoiled=False)
     # HMP has no job that tells how a load ended. But a guest that loadvm itself has stopped tells by its run state.
     by_qemu = not monitor.chooses_devices and running is not False
-    async with _source(monitor, plan) as (vmstate, devices), stopped(monitor, journal, by_qemu=by_qemu) as pause:
+    async with _source(monitor, plan, shelf) as (vmstate, devices), stopped(monitor, journal, by_qemu=by_qemu) as pause:
         # Nothing can change from here on, so look once more
         if await plan_load(monitor, tag, shelf=shelf, exclude=exclude) != plan:
             change = Finding(
@@ -139,10 +139,10 @@ async def _forget_failure(monitor: Monitor, tag: str, journal: Journal) -> None:
 
 
 @asynccontextmanager
-async def _source(monitor: Monitor, plan: LoadPlan) -> AsyncIterator[tuple[str, Sequence[str]]]:
+async def _source(monitor: Monitor, plan: LoadPlan, shelf: Shelf) -> AsyncIterator[tuple[str, Sequence[str]]]:
     """Where QEMU is to find the VM state for the duration of a block, and all nodes that take part in the load.
 
-    :raise PrecheckRefused: the state file is damaged; the guest was not touched.
+    :raise PrecheckRefused: the state file is damaged, or is not to be opened for this QEMU; the guest was not touched.
     :raise JobFailed: QEMU cannot use the state file; the guest was not touched.
     """
     snapshot, background = plan.snapshot, monitor.background
@@ -151,7 +151,15 @@ async def _source(monitor: Monitor, plan: LoadPlan) -> AsyncIterator[tuple[str, 
         return
     node = f"{STATE_NODE_PREFIX}-{secrets.token_hex(4)}"
     try:
-        file = os.open(snapshot.file.path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+        file = shelf.opened(snapshot.file)
+    except PermissionError as error:
+        finding = Finding(
+            code="state-file-closed",
+            severity=Severity.REFUSE,
+            message=f"the state file {snapshot.file.path} is not handed to QEMU: {error.strerror}",
+            cure="if the file is that VM's: chown it to the image's owner; or load another snapshot",
+        )
+        raise PrecheckRefused(f"snapshot {snapshot.tag!r} cannot be loaded", [finding]) from error
     except OSError as error:
         raise JobFailed("open", f"{snapshot.file.path}: {error.strerror}", "the guest was not touched") from error
     try:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -108,39 +109,32 @@ def visible_file(pid: int | None, filename: str) -> Path | None:
 
     :param pid: the QEMU process, None if it is not on this machine.
     """
-    if pid is None or not filename:
-        return None
+    return None if pid is None else next(visible_files(pid, filename), None)
+
+
+def visible_files(pid: int, filename: str) -> Iterator[Path]:
+    """All such paths: its descriptors of that file, or where we may not see those the file's own path."""
+    if not filename:
+        return
     try:
         descriptors = list(Path(f"/proc/{pid}/fd").iterdir())
         absolute = filename if filename.startswith("/") else f"{Path(f'/proc/{pid}/cwd').readlink()}/{filename}"
     except OSError:
         # Another user's process: the path is all there is, and the file may be open to us all the same.
         path = Path(filename)
-        return path if path.is_absolute() and _exists(path) else None
+        if path.is_absolute() and _exists(path):
+            yield path
+        return
     wanted = os.path.normpath(absolute)
     try:
         real = os.path.realpath(f"/proc/{pid}/root{wanted}").removeprefix(f"/proc/{pid}/root")
     except OSError:
         real = wanted
+    names = (wanted, real, os.path.realpath(wanted))
     for descriptor in descriptors:
-        try:
-            if str(descriptor.readlink()) in (wanted, real, os.path.realpath(wanted)):
-                return descriptor
-        except OSError:
-            continue
-    return None
-
-
-def named_file(pid: int | None, filename: str) -> Path | None:
-    """The real path of the file that QEMU has open as *filename*, if it leads us to that same file; None if not."""
-    visible = visible_file(pid, filename)
-    if visible is None:
-        return None
-    try:
-        path = Path(os.path.realpath(visible))
-        return path if path.samefile(visible) else None
-    except OSError:
-        return None  # in another container, or deleted
+        with suppress(OSError):
+            if str(descriptor.readlink()) in names:
+                yield descriptor
 
 
 def _exists(path: Path) -> bool:

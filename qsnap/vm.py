@@ -51,6 +51,7 @@ from qsnap.model import (
 )
 from qsnap.monitor import GREETING_TIMEOUT_S, HALF_RESTORED, Monitor, open_monitor
 from qsnap.monitor.address import Address, parse_address
+from qsnap.monitor.connection import peer_user
 from qsnap.statefile.shelf import Shelf
 
 if TYPE_CHECKING:
@@ -88,7 +89,7 @@ class VM:
         self.recovered: list[Recovered] = []
         self.remarks: list[str] = []
         self._is_timed = is_timed
-        self._shelf = Shelf(monitor.pid, state_dir)
+        self._shelf = Shelf(monitor.pid, state_dir, peer_user(monitor.sock))
         self._turn = asyncio.Lock()
 
     @property

@@ -55,8 +55,8 @@ def launch(transport: str) -> Iterator[Launch]:
     """Start guests; they are ended with the test."""
     guests: list[Guest] = []
 
-    def start(*args: str, **more: str) -> Guest:
-        guests.append(Guest(*args, transport=transport, **more))  # type: ignore[arg-type]
+    def start(*args: str, **more: Any) -> Guest:
+        guests.append(Guest(*args, transport=transport, **more))
         return guests[-1]
 
     yield start

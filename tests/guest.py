@@ -155,6 +155,7 @@ class QmpError(Exception):
 class Guest:
     """A running QEMU with two QMP sockets, one for qsnap and one for the test, and a human monitor.
 
+    :param user: whose QEMU it is, which only root may choose.
     :ivar qmp: the test's own monitor.
     :ivar address: the one for qsnap: the other QMP socket, or the human one if *transport* is "hmp".
     :ivar qmp_address: the QMP socket for qsnap.
@@ -168,8 +169,11 @@ class Guest:
         machine: str = "q35,accel=tcg",
         wait_s: float = 20,
         transport: str = "qmp",
+        user: int | None = None,
     ) -> None:
         self.directory = Path(tempfile.mkdtemp(prefix="qs-"))
+        if user is not None:
+            os.chown(self.directory, user, user)
         self.qmp_address = str(self.directory / "qmp")
         self.hmp_address = str(self.directory / "hmp")
         self.address = self.hmp_address if transport == "hmp" else self.qmp_address
@@ -186,6 +190,7 @@ class Guest:
                 *args,
             ],
             stdin=subprocess.DEVNULL, stdout=self._log, stderr=self._log,
+            user=user, group=user, extra_groups=None if user is None else [],
         )  # fmt: skip
         try:
             self.qmp = until("QEMU's monitor", self._connect, wait_s)

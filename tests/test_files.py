@@ -6,21 +6,26 @@ They are tried as two real users, root and nobody, so these tests run as root: a
 from __future__ import annotations
 
 import os
+import pwd
+import select
 import shutil
 import signal
+import socket
 import stat
 import subprocess
 import tempfile
+import time
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 from conftest import Launch
-from guest import Guest, blockdev, finish, make_boot_disk, start_cli, tags, until
+from guest import Guest, blockdev, cli, finish, make_boot_disk, start_cli, tags, until
 from machine import IS_ROOT, NOBODY
-from qsnap import files, gentle, metrics
+from qsnap import files, gentle, metrics, trust
 from qsnap.errors import BadUsage
 from test_guard import wait_for_the_guard
 
@@ -226,4 +231,180 @@ def test_another_file_in_the_place_of_the_new_snapshot(launch: Launch, theirs: P
     assert name.read_bytes() == b"theirs"
     assert sorted(path.name for path in theirs.iterdir()) == ["disk0", name.name]
     assert tags(theirs / "disk0") == []
+    guest.assert_running()
+
+
+def in_the_middle(path: Path, real: str, said: dict[str, str], opens: Path, loot: Path) -> None:
+    """A monitor of nobody's: QEMU's own answers, but for the names in them. It reads and writes the files it is given.
+
+    :param opens: it has that file open, to read it.
+    """
+    opened = opens.open("rb")
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(str(path))
+    listener.listen()
+    while True:
+        client, _ = listener.accept()
+        with client, socket.socket(socket.AF_UNIX) as qemu:
+            qemu.connect(real)
+            answers = b""
+            while True:
+                ready, _, _ = select.select([client, qemu], [], [])
+                if client in ready:
+                    data, given, _, _ = socket.recv_fds(client, 1 << 20, 8)
+                    if not data:
+                        break
+                    for file in given:
+                        if text := os.pread(file, 1 << 20, 0):
+                            loot.write_bytes(text)
+                            os.pwrite(file, b"changed", 0)
+                    socket.send_fds(qemu, [data], given)
+                    for file in given:
+                        os.close(file)
+                if qemu in ready:
+                    data = qemu.recv(1 << 20)
+                    if not data:
+                        break
+                    *lines, answers = (answers + data).split(b"\n")
+                    for line in lines:
+                        for name, other in said.items():
+                            line = line.replace(name.encode(), other.encode())
+                        client.sendall(line + b"\n")
+    assert opened
+
+
+@contextmanager
+def a_child(deed: Callable[[], object]) -> Iterator[int]:
+    """A process of nobody's that does that until the end of the block."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        child = os.fork()
+    if not child:
+        try:
+            become_nobody()
+            deed()
+        finally:
+            os._exit(1)
+    try:
+        yield child
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+
+
+@pytest.mark.parametrize("where", ["beside the image", "in a directory"])
+def test_a_monitor_that_claims_an_image_of_roots(launch: Launch, theirs: Path, tmp_path: Path, where: str) -> None:
+    """Nothing that belongs to that image is read, handed over, changed, made or removed on its word."""
+    shared = Path(tempfile.mkdtemp(prefix="qs-"))
+    try:
+        shared.chmod(0o755)
+        tmp_path.chmod(0o755)
+        image, copy = make_boot_disk(shared / "b.qcow2"), theirs / "i.qcow2"
+        image.chmod(0o644)
+        states = shared if where == "beside the image" else tmp_path / "states"
+        states.mkdir(exist_ok=True)
+        options = () if states == shared else ("--state-dir", str(states))
+        guest = launch(*blockdev("disk0", image), "-device", "virtio-blk,drive=disk0")
+        guest.wait_for_ticks(5)
+        cli("save", "--live", "golden", *options, monitor=guest.address)
+        cli("protect", "golden", *options, monitor=guest.address)
+        as_nobody(lambda: shutil.copyfile(image, copy))
+        attacker = launch(*blockdev("disk0", copy), "-device", "virtio-blk,drive=disk0")
+        attacker.directory.chmod(0o755)
+        Path(attacker.address).chmod(0o777)
+        kept = {path: path.read_bytes() for path in (*shared.iterdir(), *states.iterdir()) if path != image}
+        assert len(kept) == 2
+        fake, loot = theirs / "qmp", theirs / "loot"
+        said = {str(copy): str(image)}
+        with a_child(lambda: in_the_middle(fake, attacker.address, said, image, loot)):
+            until("the fake monitor", lambda: fake.exists() or None)
+            (listed,) = cli("list", "--json", *options, monitor=str(fake)).json["snapshots"]
+            assert (listed["tag"], listed["protected"]) == ("golden", False)
+            for command in (
+                ("load", "golden"),
+                ("save", "--live", "golden"),
+                ("save", "--live", "other"),
+                ("unprotect", "golden"),
+                ("describe", "golden", "mine"),
+                ("delete", "golden"),
+                ("delete", "other"),
+            ):
+                cli(*command, *options, monitor=str(fake), expect=None)
+        assert not loot.exists()
+        now = {path: path.read_bytes() for path in (*shared.iterdir(), *states.iterdir()) if path != image}
+        assert {path: now.get(path) for path in kept} == kept
+        assert set(now) - set(kept) <= {path for path in states.iterdir() if states != shared}
+        cli("load", "golden", *options, monitor=guest.address)
+        guest.assert_running()
+    finally:
+        shutil.rmtree(shared)
+
+
+def test_whose_a_qemu_is(theirs: Path, ours: Path) -> None:
+    """By its process and by who listens; and only for what that process may write."""
+    open_to_all = theirs / "image"
+    open_to_all.touch()
+    open_to_all.chmod(0o666)
+    ready, tell = os.pipe()
+
+    def hold() -> None:
+        with open_to_all.open("r+b"), Path("/etc/passwd").open("rb"):
+            os.write(tell, b"x")
+            time.sleep(600)
+
+    with a_child(hold) as pid:
+        assert os.read(ready, 1) == b"x"
+        assert trust.user_of(pid, NOBODY) == trust.user_of(pid, 0) == trust.user_of(pid, None) == NOBODY
+        assert trust.image(pid, NOBODY, str(open_to_all)) == open_to_all
+        with pytest.raises(PermissionError, match="has not opened it for writing"):
+            trust.image(pid, NOBODY, "/etc/passwd")
+        assert trust.image(pid, 0, "/etc/passwd") == Path("/etc/passwd")
+        with pytest.raises(PermissionError, match="listens there"):
+            trust.user_of(os.getpid(), NOBODY)
+    os.close(ready)
+    os.close(tell)
+
+
+@pytest.mark.parametrize("how", ["of nobody", "runas"])
+def test_honest_qemus_of_other_users(launch: Launch, theirs: Path, tmp_path: Path, how: str) -> None:
+    """Root saves, notes and loads beside the image of a QEMU that has not root's rights; also a state file."""
+    image = make_boot_disk(theirs / "disk0")
+    os.chown(image, NOBODY, NOBODY)
+    drive = (*blockdev("disk0", image), "-device", "virtio-blk,drive=disk0")
+    first = launch(*drive)
+    first.wait_for_ticks(5)
+    cli("save", "--live", "live", monitor=first.address)
+    assert (theirs / "disk0.live.qsnap").stat().st_uid == NOBODY
+    first.quit()
+    user = pwd.getpwuid(NOBODY).pw_name
+    guest = launch(*drive, user=NOBODY) if how == "of nobody" else launch(*drive, "-runas", user)
+    guest.wait_for_ticks(3)
+    cli("save", "a", "--description", "mine", monitor=guest.address)
+    cli("protect", "live", monitor=guest.address)
+    assert (theirs / "disk0.qsnap-notes").exists()
+    found = {one["tag"]: one for one in cli("list", "--json", monitor=guest.address).json["snapshots"]}
+    assert [found[tag][key] for tag, key in (("a", "description"), ("live", "protected"), ("live", "kind"))] == [
+        "mine",
+        True,
+        "live",
+    ]
+    for tag in ("live", "a"):
+        cli("load", tag, monitor=guest.address)
+        guest.assert_running()
+
+
+def test_a_state_file_of_somebody_elses(launch: Launch, theirs: Path) -> None:
+    """A file of root's that stands beside nobody's image is not handed to a QEMU of nobody's."""
+    image = make_boot_disk(theirs / "disk0")
+    os.chown(image, NOBODY, NOBODY)
+    drive = (*blockdev("disk0", image), "-device", "virtio-blk,drive=disk0")
+    first = launch(*drive)
+    first.wait_for_ticks(5)
+    cli("save", "--live", "t", monitor=first.address)
+    first.quit()
+    os.chown(theirs / "disk0.t.qsnap", 0, 0)
+    guest = launch(*drive, user=NOBODY)
+    guest.wait_for_ticks(3)
+    error = cli("load", "t", monitor=guest.address, expect=6).err
+    assert "is not handed to QEMU: it belongs to user 0, and the images to user 65534" in error
     guest.assert_running()

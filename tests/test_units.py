@@ -246,6 +246,7 @@ LAYERS = [
     ["notes", "health"],
     ["retention"],
     ["statefile"],
+    ["trust"],
     ["devices", "snapshots"],
     ["monitor", "discovery"],
     ["local", "undisturbed", "gentle", "guest"],

@@ -204,12 +204,20 @@ def _kind_of_file(address: Address) -> str:
 
 def peer_pid(sock: socket.socket) -> int | None:
     """The process at the other end of a Unix socket (SO_PEERCRED: whoever called listen)."""
-    if sock.family != socket.AF_UNIX:
-        return None
-    with suppress(OSError):
-        pid, _, _ = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
-        return int(pid) or None
-    return None
+    return _peer(sock)[0] or None
+
+
+def peer_user(sock: socket.socket | None) -> int | None:
+    """Its user, at that time."""
+    return None if sock is None else _peer(sock)[1]
+
+
+def _peer(sock: socket.socket) -> tuple[int, int | None]:
+    if sock.family == socket.AF_UNIX:
+        with suppress(OSError):
+            pid, user, _ = struct.unpack("iII", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+            return pid, user
+    return 0, None
 
 
 def listener_pid(address: Address) -> int | None:

@@ -11,17 +11,18 @@ disks may have the new one under a second name, TAG.qsnap-2: when the older one 
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from datetime import UTC, datetime
+from functools import cached_property
 from pathlib import Path
 from urllib.parse import quote_from_bytes, unquote_to_bytes
 
 from qsnap import devices as rules
-from qsnap import files
-from qsnap.errors import NotSupported
-from qsnap.local import named_file
+from qsnap import files, trust
+from qsnap.errors import BadUsage, NotSupported
 from qsnap.model import BlockGraph, Device, StateFile
 from qsnap.statefile import qcow2
 from qsnap.statefile.part import remove_unused
@@ -36,12 +37,17 @@ _NAME_MAX = 255
 class Shelf:
     """Where the state files of one VM lie.
 
+    :param pid: the QEMU process; None where it is not on this machine.
+    :param listener: the user who listens at its socket; None where that is not told.
     :ivar state_dir: the directory that the user chose; None for the images' own.
+    :raise BadUsage: that is reached by a link of another user's.
     """
 
-    def __init__(self, pid: int | None, state_dir: Path | None = None) -> None:
+    def __init__(self, pid: int | None, state_dir: Path | None = None, listener: int | None = None) -> None:
         self._pid = pid
-        self.state_dir = state_dir
+        self._listener = listener
+        self._owners: set[int] = set()
+        self.state_dir = None if state_dir is None else _real(state_dir)
 
     def place(self, graph: BlockGraph, vmstate: str, disk_tag: str) -> Path:
         """The path of the state file of a snapshot that the disks have as *disk_tag*.
@@ -61,9 +67,9 @@ class Shelf:
         if image is not None and (always or self.state_dir is None):
             return image.with_name(_fitting(image.name + end, suffix))
         if self.state_dir is not None:
-            return self.state_dir.absolute() / _fitting(_unique(self.identity(graph, node)) + end, suffix)
+            return self.state_dir / _fitting(_unique(self.identity(graph, node)) + end, suffix)
         raise NotSupported(
-            f"the image of {node} cannot be seen from here, so no file can be put beside it; "
+            f"no file can be put beside the image of {node}: {self._unseen(graph, node)}; "
             "choose a directory: --state-dir DIR"
         )
 
@@ -72,18 +78,70 @@ class Shelf:
         images = self._images(graph, devices)
         paths = [image.with_name(_fitting(image.name, suffix)) for image, is_seen in images.items() if is_seen]
         if self.state_dir is not None:
-            paths += [self.state_dir.absolute() / _fitting(_unique(image), suffix) for image in images]
+            paths += [self.state_dir / _fitting(_unique(image), suffix) for image in images]
         return tuple(paths)
 
     def image(self, graph: BlockGraph, node: str) -> Path | None:
-        """The real path of a node's image, where it can be seen."""
+        """The real path of a node's image, where it can be seen and QEMU may lead us there: :mod:`qsnap.trust`."""
+        try:
+            return self._image(graph, node)
+        except OSError:
+            return None
+
+    def _image(self, graph: BlockGraph, node: str) -> Path:
         file = rules.image_file(graph, node)
-        return named_file(self._pid, file.filename) if file else None
+        image = trust.image(self._pid, self._user, file.filename if file else "")
+        self._owners.add(files.status(image).st_uid)
+        return image
+
+    def _unseen(self, graph: BlockGraph, node: str) -> str:
+        """Why there is no :meth:`image`."""
+        try:
+            return f"{self._image(graph, node)} is seen"
+        except OSError as error:
+            return error.strerror or str(error)
+
+    @cached_property
+    def _user(self) -> int | None:
+        """Whose the QEMU is.
+
+        :raise OSError: that cannot be told.
+        """
+        return None if self._pid is None else trust.user_of(self._pid, self._listener)
 
     def identity(self, graph: BlockGraph, node: str) -> Path:
-        """What stands in a state file for the image that it belongs to: its real path, or what QEMU calls it."""
+        """What stands in a state file for the image that it belongs to: its real path, or what QEMU calls it.
+
+        One of another user's that we cannot see may not be called as one of somebody else's.
+        """
+        if (image := self.image(graph, node)) is not None:
+            return image
         file = rules.image_file(graph, node)
-        return self.image(graph, node) or Path((file and file.filename) or node)
+        name = (file and file.filename) or node
+        try:
+            user = self._user
+        except OSError:
+            user = self._listener
+        return Path(name) if trust.is_believed(user) else Path(f"~{user}", name.lstrip("/"))
+
+    def opened(self, file: StateFile) -> int:
+        """A state file, open for a QEMU to read and write.
+
+        :raise OSError: it cannot be opened, or belongs to somebody whom the VM's images do not belong to.
+        """
+        opened = files.opened(Path(file.path), os.O_RDWR)
+        try:
+            info = os.fstat(opened)
+            owners = self._owners | trust.owners(self._user)
+            # Who owns a directory can put a file of others there by a second name, where fs.protected_hardlinks is 0
+            if info.st_uid not in (owners if info.st_nlink == 1 else self._owners):
+                images = ", ".join(map(str, sorted(self._owners)))
+                reason = f"it belongs to user {info.st_uid}, and the images to user {images}"
+                raise PermissionError(errno.EPERM, reason, file.path)
+        except BaseException:
+            os.close(opened)
+            raise
+        return opened
 
     def files(self, graph: BlockGraph, devices: Iterable[Device]) -> tuple[StateFile, ...]:
         """The state files of this VM, in the order of their names."""
@@ -115,7 +173,7 @@ class Shelf:
     def _listed(self, images: Mapping[Path, bool], suffix: str) -> Iterator[Path]:
         directories = dict.fromkeys(image.parent for image, is_seen in images.items() if is_seen)
         if self.state_dir is not None:
-            directories[self.state_dir.absolute()] = None
+            directories[self.state_dir] = None
         for directory in directories:
             with suppress(OSError):
                 yield from sorted(path for path in directory.iterdir() if path.name.endswith(suffix))
@@ -136,6 +194,16 @@ class Shelf:
 
 #: That of a VM without state files, or where nobody wants to know.
 NO_SHELF = Shelf(None)
+
+
+def _real(state_dir: Path) -> Path:
+    """The real path of a directory that the user has named, where it is there."""
+    try:
+        return files.resolved(state_dir)
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise BadUsage(f"{state_dir} cannot be the directory for state files: {error.strerror}") from error
+        return state_dir.absolute()  # it is told when it is needed
 
 
 def _unique(image: Path) -> str:
