@@ -27,6 +27,7 @@ from qsnap.precheck import LoadPlan, plan_load, spoiled_finding
 from qsnap.statefile import qcow2
 from qsnap.statefile.shelf import NO_SHELF, Shelf
 from qsnap.stopped import Pause, has_ended, reconnect, stopped
+from qsnap.translation import flush_translations, leave_restore_vm
 from qsnap.undisturbed import undisturbed
 
 
@@ -80,12 +81,16 @@ async def do_loadvm(
                 cure="try again",
             )
             raise PrecheckRefused("nothing was loaded, and the guest was resumed", [change])
+        runs = pause.was_running if running is None else running
+        if not (by_qemu and pause.was_running):
+            await _flush(monitor, pause, journal, runs=runs)
         journal.note(loading="begun", was_running=pause.was_running)
         try:
             disk_tag = plan.snapshot.disk_tag
             await monitor.snapshot_load(disk_tag, vmstate, devices, ended=lambda error: _note_end(journal, error))
         except JobFailed as failure:
             if has_touched_nothing(failure):
+                await _settled(monitor, runs=pause.was_running)
                 raise await _not_loaded(monitor, plan, failure) from failure
             await _leave_stopped(monitor, pause, journal, plan, failure)
         except MonitorLost as lost:
@@ -100,9 +105,9 @@ async def do_loadvm(
             raise
         with suppress(QsnapError):
             await monitor.clear_mark(HALF_RESTORED)
+        await _settled(monitor, runs=runs)
         journal.done(loading="")
-        if running is not None:
-            pause.resume = running
+        pause.resume = runs
     snapshot = plan.snapshot
     return LoadResult(
         tag=tag,
@@ -117,6 +122,28 @@ async def do_loadvm(
         labels=snapshot.labels,
         file=snapshot.file,
     )
+
+
+async def _flush(monitor: Monitor, pause: Pause, journal: Journal, *, runs: bool) -> None:
+    """Have QEMU drop the code that it has translated: see :func:`flush_translations`."""
+    journal.note(loading="flushing", was_running=pause.was_running)
+    try:
+        await undisturbed(flush_translations(monitor, runs=runs), journal.patience_s)
+    except BaseException:
+        await undisturbed(_settled(monitor, runs=pause.was_running), journal.patience_s)
+        journal.done(loading="")
+        raise
+
+
+async def _settled(monitor: Monitor, *, runs: bool) -> None:
+    """See that a guest that will not run is paused, and not left in "restore-vm"."""
+    if runs:
+        return
+    try:
+        await leave_restore_vm(monitor)
+    except MonitorLost:
+        await reconnect(monitor)
+        await leave_restore_vm(monitor)
 
 
 async def _forget_failure(monitor: Monitor, tag: str, journal: Journal) -> None:

@@ -23,6 +23,7 @@ from qsnap.model import Recovered, RunState
 from qsnap.monitor import HALF_RESTORED, Monitor, adopt_monitor, open_monitor
 from qsnap.savevm import Attempt
 from qsnap.stopped import HAS_ENDED, cure_of
+from qsnap.translation import leave_restore_vm
 
 #: Seconds between two tries to reach QEMU, or to have it resume the guest.
 _RETRY_S = 0.2
@@ -127,6 +128,11 @@ async def _end_load(monitor: Monitor, journal: Journal) -> list[str]:
     """How the load of the dead run ended: the guest may run on only if that was well."""
     record = journal.record
     failure: QsnapError | None
+    if record.loading == "flushing":
+        if not record.was_running:
+            await leave_restore_vm(monitor)
+        journal.done(loading="")
+        return []
     if record.loading == "failed":
         failure = QsnapError("QEMU reported an error")
     else:

@@ -78,6 +78,9 @@ class FakeMonitor:
     async def name(self) -> str:
         return ""
 
+    async def human_answer(self, line: str) -> str:
+        return "Error: JIT information is only available with accel=tcg\r\n" if line == "info jit" else ""
+
     async def block_graph(self) -> BlockGraph:
         await asyncio.sleep(0)
         return BlockGraph(

@@ -28,8 +28,10 @@ HMP_NAMES = {
 
 
 def deed(message: dict[str, Any]) -> str:
-    """The command of a message; what HMP calls savevm is a snapshot-save too."""
+    """The command of a message; what HMP calls savevm is a snapshot-save too. "flush" is a loadvm that drops translated code."""
     line = str(message.get("arguments", {}).get("command-line", ""))
+    if line.startswith("loadvm qsnap-none-"):
+        return "flush"
     return HMP_NAMES.get(line, HMP_NAMES.get(line.partition(" ")[0], str(message.get("execute", ""))))
 
 

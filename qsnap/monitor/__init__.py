@@ -79,6 +79,9 @@ class Monitor(Protocol):
     async def name(self) -> str:
         """The guest's -name; "" without."""
 
+    async def human_answer(self, line: str) -> str:
+        """What HMP answers to *line*; an error is text, too."""
+
     async def block_graph(self) -> BlockGraph:
         """Every block node with its snapshots, and who uses it."""
 

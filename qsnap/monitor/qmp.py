@@ -308,6 +308,9 @@ class QmpMonitor:
     async def name(self) -> str:
         return (await self.query(wire.NameInfo, "query-name")).name
 
+    async def human_answer(self, line: str) -> str:
+        return await self.query(str, "human-monitor-command", {"command-line": line})
+
     async def block_graph(self) -> BlockGraph:
         # Sent together, so that nothing comes between them.
         devices, infos, graph = await asyncio.gather(
@@ -520,10 +523,8 @@ class HumanQmpMonitor(HumanSnapshots, QmpMonitor):
     """A QEMU without snapshot jobs (before 6.0): savevm, loadvm and delvm by human-monitor-command."""
 
     transport = "qmp-hmp"
+    human_answer = QmpMonitor.human_answer
 
     @property
     def background(self) -> Background | None:
         return None
-
-    async def human_answer(self, line: str) -> str:
-        return await self.query(str, "human-monitor-command", {"command-line": line})
