@@ -90,7 +90,7 @@ async def do_loadvm(
             await monitor.snapshot_load(disk_tag, vmstate, devices, ended=lambda error: _note_end(journal, error))
         except JobFailed as failure:
             if has_touched_nothing(failure):
-                await _settled(monitor, runs=pause.was_running)
+                await _settled(monitor, journal, runs=pause.was_running)
                 raise await _not_loaded(monitor, plan, failure) from failure
             await _leave_stopped(monitor, pause, journal, plan, failure)
         except MonitorLost as lost:
@@ -105,7 +105,7 @@ async def do_loadvm(
             raise
         with suppress(QsnapError):
             await monitor.clear_mark(HALF_RESTORED)
-        await _settled(monitor, runs=runs)
+        await _settled(monitor, journal, runs=runs)
         journal.done(loading="")
         pause.resume = runs
     snapshot = plan.snapshot
@@ -130,19 +130,19 @@ async def _flush(monitor: Monitor, pause: Pause, journal: Journal, *, runs: bool
     try:
         await undisturbed(flush_translations(monitor, runs=runs), journal.patience_s)
     except BaseException:
-        await undisturbed(_settled(monitor, runs=pause.was_running), journal.patience_s)
+        await undisturbed(_settled(monitor, journal, runs=pause.was_running), journal.patience_s)
         journal.done(loading="")
         raise
 
 
-async def _settled(monitor: Monitor, *, runs: bool) -> None:
+async def _settled(monitor: Monitor, journal: Journal, *, runs: bool) -> None:
     """See that a guest that will not run is paused, and not left in "restore-vm"."""
     if runs:
         return
     try:
         await leave_restore_vm(monitor)
     except MonitorLost:
-        await reconnect(monitor)
+        await reconnect(monitor, journal)
         await leave_restore_vm(monitor)
 
 
@@ -158,7 +158,7 @@ async def _forget_failure(monitor: Monitor, tag: str, journal: Journal) -> None:
     try:
         await background.forget_failure()
     except JobFailed as error:
-        finding = spoiled_finding(await monitor.migration())
+        finding = spoiled_finding(await monitor.migration(), await monitor.runstate())
         raise PrecheckRefused(f"snapshot {tag!r} cannot be loaded now", [finding]) from error
     finally:
         await undisturbed(background.put_back(journal.record.settings), journal.patience_s)

@@ -201,8 +201,8 @@ async def plan_load(monitor: Monitor, tag: str, *, shelf: Shelf, exclude: Collec
         *blockjobs.load_findings(graph, survey.devices, devices),
     ]
     spoiled = migration.spoils_loads(monitor.version)
-    if spoiled and monitor.background is None:
-        findings.append(spoiled_finding(migration))
+    if spoiled and (monitor.background is None or runstate is RunState.RESTORE_VM):
+        findings.append(spoiled_finding(migration, runstate))
     if any(finding.refuses for finding in findings):
         raise PrecheckRefused(f"snapshot {tag!r} cannot be loaded now", findings)
     if snapshot.file is not None and monitor.background is None:
@@ -363,8 +363,14 @@ def _migration_findings(migration: Migration, version: QemuVersion) -> Iterator[
         )
 
 
-def spoiled_finding(migration: Migration) -> Finding:
-    """The refusal of a load where :meth:`Migration.spoils_loads`."""
+def spoiled_finding(migration: Migration, runstate: RunState) -> Finding:
+    """The refusal of a load where :meth:`Migration.spoils_loads`, and QEMU cannot be made to forget that.
+
+    In "restore-vm" QEMU aborts if any migration begins ("invalid runstate transition"; seen on 7.2, 10.0 and 11.1).
+    """
+    cure = "a save of any kind that goes well clears it: qsnap save TAG, under a tag that is free"
+    if runstate is RunState.RESTORE_VM:
+        cure = "the guest must leave run state restore-vm first: `cont` and at once `stop` in its monitor, then load"
     if migration.error is None:
         what = "was cancelled, and may have failed by that (this monitor does not tell)"
     else:
@@ -372,7 +378,7 @@ def spoiled_finding(migration: Migration) -> Finding:
     return _refusal(
         "migration-failed",
         f"the last migration, or live save, {what}: QEMU would fail in the middle of any load after that",
-        "a save of any kind that goes well clears it: qsnap save TAG, under a tag that is free",
+        cure,
     )
 
 

@@ -69,7 +69,7 @@ def test_a_running_guest(modifier: Modifier, how: list[str]) -> None:
 @pytest.mark.parametrize(("transport", "how"), WAYS, indirect=["transport"])
 @pytest.mark.parametrize("paused_by", ["user", "load"])
 def test_a_paused_guest(modifier: Modifier, how: list[str], paused_by: str) -> None:
-    """By the user before the load, or by it: the guest stands still at the saved moment, in no run state but "paused"."""
+    """By the user before the load, or by it: it stands still at the saved moment, in no run state but "paused"."""
     guest = modifier.guest
     cli("save", "t", *how, monitor=guest.address)
     for _ in range(2):
