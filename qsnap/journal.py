@@ -102,7 +102,7 @@ class Record(Struct, frozen=True):
     was_running: bool = False
     """Of a load: the guest ran before it."""
     loading: str = ""
-    """"flushing": translated code is being dropped, and nothing is loaded yet; "begun": QEMU may have been told to load;
+    """"flushing": translated code is being dropped, nothing is loaded yet; "begun": QEMU may have been told to load;
     "failed": that went wrong; "" otherwise."""
 
     @property

@@ -28,8 +28,8 @@ HMP_NAMES = {
 
 
 def deed(message: dict[str, Any]) -> str:
-    """The command of a message; what HMP calls savevm is a snapshot-save too. "flush" is a loadvm of nothing, which makes
-    QEMU drop translated code."""
+    """The command of a message; what HMP calls savevm is a snapshot-save too. "flush" is a loadvm of nothing, which
+    makes QEMU drop translated code."""
     line = str(message.get("arguments", {}).get("command-line", ""))
     if line.startswith("loadvm qsnap-none-"):
         return "flush"
