@@ -165,15 +165,20 @@ def test_the_claim_of_a_dead_process_does_not_block(guest: Guest) -> None:
 
 
 def test_a_living_guard_is_a_living_holder(guest: Guest) -> None:
+    """On this machine that can be told, so nobody can force it; the guest is as the holder has left it."""
     dead = Process(pid=os.getpid(), start=1)
     set_claim(guest, marks.holder(_record(owner=dead), this_process(), was_running=True))
-    cli("save", "x", "--lock-wait", "0", monitor=guest.address, expect=11)
+    guest.qmp("stop")
+    for verb in (("save", "x"), ("recover", "--force")):
+        cli(*verb, "--lock-wait", "0", monitor=guest.address, expect=11)
+    assert (guest.runstate, marks_of(guest)) == ("paused", [CLAIM])
 
 
 def test_a_holder_on_another_machine(guest: Guest, tmp_path: Path) -> None:
-    """Whether it lives cannot be told; only a person can say so."""
+    """Whether it lives cannot be told, even if its number is nobody's here; only a person can say so."""
+    not_here = Process(pid=os.getpid(), start=1)
     holder = msgspec.structs.replace(
-        marks.holder(_record(), None, was_running=True), machine="another boot", host="far\x1b[1maway"
+        marks.holder(_record(owner=not_here), None, was_running=True), machine="another boot", host="far\x1b[1maway"
     )
     set_claim(guest, holder)
     guest.qmp("stop")

@@ -7,7 +7,7 @@ import os
 import shlex
 import signal
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from guest import (
     finish,
     make_boot_disk,
     make_disk,
+    needs_snapshot_jobs,
     qemu_img,
     start_cli,
     state_sizes,
@@ -250,18 +251,56 @@ def test_9_or_10_second_disk_fails(launch: Launch, tmp_path: Path) -> None:
     assert_nothing_left(guest, {image: [], spare: []})
 
 
-@both_monitors
-def test_10_does_not_verify(guest: Guest, disks: dict[Path, list[str]], intercept: Intercept) -> None:
-    """Another client deletes the snapshot from one disk, between the end of the save and the look at it."""
+def only_the_disk(guest: Guest, node: str) -> None:
+    guest.qmp("blockdev-snapshot-internal-sync", device=node, name="t")
+
+
+def state_too(guest: Guest, *nodes: str) -> None:
+    """A save of that tag by another client, with the state on the first of those nodes."""
+    guest.qmp("snapshot-save", job_id="j", tag="t", vmstate=nodes[0], devices=nodes)
+    until("the job", lambda: guest.qmp("query-jobs")[0]["status"] == "concluded" or None)
+    guest.qmp("job-dismiss", id="j")
+
+
+@pytest.mark.parametrize(
+    ("transport", "deleted", "make", "problem"),
+    [
+        ("qmp", "disk1", lambda guest: None, "disk1 holds it 0 times instead of once"),
+        ("hmp", "disk1", lambda guest: None, "disk1 holds it 0 times instead of once"),
+        ("qmp", "disk0", lambda guest: only_the_disk(guest, "disk0"), "disk0 holds no VM state"),
+        pytest.param(
+            "qmp", "disk1", lambda guest: state_too(guest, "disk1"), "disk1 holds a VM state that belongs on disk0",
+            marks=needs_snapshot_jobs,
+        ),
+        # QEMU refuses a tag only if it is on all devices
+        pytest.param(
+            "qmp", "disk1", lambda guest: state_too(guest, "disk0", "disk1"), "disk0 holds it 2 times instead of once",
+            marks=needs_snapshot_jobs,
+        ),
+    ],
+    indirect=["transport"],
+)  # fmt: skip
+def test_10_does_not_verify(
+    guest: Guest,
+    disks: dict[Path, list[str]],
+    intercept: Intercept,
+    deleted: str,
+    make: Callable[[Guest], None],
+    problem: str,
+) -> None:
+    """Another client changes the snapshot on one disk, between the end of the save and the look at it."""
+    is_done = False
 
     def meddle(message: dict[str, Any]) -> None:
-        if deed(message) == "query-block" and "t" in guest.node_tags("disk1"):
-            guest.qmp("blockdev-snapshot-delete-internal-sync", device="disk1", name="t")
+        nonlocal is_done
+        if deed(message) == "query-block" and "t" in guest.node_tags("disk1") and not is_done:
+            is_done = True
+            guest.qmp("blockdev-snapshot-delete-internal-sync", device=deleted, name="t")
+            make(guest)
 
     proxy = intercept(guest, on_command=meddle)
     error = cli("save", "t", "--json", monitor=proxy.address, expect=10).error
-    assert error["error"] == "VerifyFailed"
-    assert error["problems"] == ["disk1 holds it 0 times instead of once"]
+    assert (error["error"], error["problems"]) == ("VerifyFailed", [problem])
     assert "what this save made was removed from disk0" in error["message"]
     assert_nothing_left(guest, disks)
 
@@ -280,6 +319,26 @@ def test_20_load_fails_in_the_middle(launch: Launch, tmp_path: Path) -> None:
     assert guest.runstate != "running"
     assert guest.jobs() == []
     assert tags(image) == ["t"]
+
+
+@needs_snapshot_jobs
+def test_20_nobody_knows_how_the_load_ended(launch: Launch, tmp_path: Path, intercept: Intercept) -> None:
+    """Another client has dismissed its job, and with it the error that stood there."""
+    image = make_boot_disk(tmp_path / "a")
+    guest = launch(*failing_disk("a", image, "vmstate_load", errno.EIO), "-device", "virtio-blk,drive=a")
+    guest.wait_for_ticks()
+    cli("save", "t", monitor=guest.address)
+
+    def dismiss(message: dict[str, Any]) -> None:
+        if deed(message) == "query-jobs" and (jobs := guest.qmp("query-jobs")):
+            (job,) = jobs
+            assert (job["type"], job["status"]) == ("snapshot-load", "concluded")
+            guest.qmp("job-dismiss", id=job["id"])
+
+    error = cli("load", "t", "--json", monitor=intercept(guest, on_command=dismiss).address, expect=20).error
+    assert "its job has vanished" in error["message"]
+    assert guest.runstate != "running"
+    cli("save", "t", monitor=guest.address, expect=6)
 
 
 @both_monitors

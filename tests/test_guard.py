@@ -3,6 +3,8 @@ where that dies too, by the next command."""
 
 from __future__ import annotations
 
+import asyncio
+import errno
 import json
 import os
 import signal
@@ -30,6 +32,7 @@ from guest import (
     failing_disk,
     finish,
     make_boot_disk,
+    needs_snapshot_jobs,
     qemu_img,
     start_cli,
     state_sizes,
@@ -37,7 +40,8 @@ from guest import (
     until,
 )
 from proxy import deed
-from qsnap.errors import QsnapError
+from qsnap.errors import GuestLeftStopped, QsnapError
+from qsnap.marks import of_this_process
 from test_exits import big_guest, in_the_write
 
 CLAIM = "qsnap-claim"
@@ -306,6 +310,31 @@ def leave_a_journal(guest: Guest, address: str, directory: Path) -> Path:
     return journal
 
 
+def test_a_guest_that_another_run_has_taken_by_force_is_not_touched(
+    guest: Guest, intercept: Intercept, tmp_path: Path, runtime_directory: Path
+) -> None:
+    """As by recover --force on another machine, while the guard of the dead run did nothing: it comes too late."""
+
+    class KillerOfTheGuardToo(Killer):
+        def __call__(self, message: dict[str, Any]) -> None:
+            if deed(message) == self.command:
+                (guard,) = guards(runtime_directory)
+                os.kill(guard, signal.SIGSTOP)
+            super().__call__(message)
+
+    killer = KillerOfTheGuardToo("snapshot-save")
+    killer.run("save", "t", monitor=intercept(guest, on_command=killer).address)
+    until("the save to end", lambda: guest.node_tags("disk1") == ["t"])
+    theirs = of_this_process("save", "t").encode()
+    guest.qmp("object-del", id=CLAIM)
+    guest.qmp("object-add", qom_type="authz-simple", id=CLAIM, identity=theirs)
+    os.kill(*guards(runtime_directory), signal.SIGCONT)
+    wait_for_the_guard(runtime_directory)
+    assert guest.runstate == "paused"
+    assert (tags(tmp_path / "disk0.qcow2"), tags(tmp_path / "disk1.qcow2")) == (["t"], ["t"])
+    assert guest.qmp("qom-get", path=f"/objects/{CLAIM}", property="identity") == theirs
+
+
 def test_the_journal_of_a_vm_that_is_gone_is_removed(guest: Guest, launch: Launch, runtime_directory: Path) -> None:
     journal = leave_a_journal(guest, guest.address, runtime_directory)
     text = journal.read_text()
@@ -370,10 +399,6 @@ async def test_without_a_guard_nothing_is_stopped(guest: Guest, monkeypatch: pyt
     guest.assert_running()
 
 
-def load_killer() -> Killer:
-    return Killer("snapshot-load")
-
-
 @both_monitors
 def test_killed_in_a_load(guest: Guest, intercept: Intercept, tmp_path: Path, runtime_directory: Path) -> None:
     """QEMU completes it, and the guest runs on from there."""
@@ -381,7 +406,7 @@ def test_killed_in_a_load(guest: Guest, intercept: Intercept, tmp_path: Path, ru
     saved = guest.lines()[-1][0]
     guest.wait_for_ticks(60)
     late = guest.lines()[-1][0]
-    killer = load_killer()
+    killer = Killer("snapshot-load")
     killer.run("load", "t", monitor=intercept(guest, on_command=killer).address)
     assert_all_is_well(guest, runtime_directory, {tmp_path / "disk0.qcow2": ["t"], tmp_path / "disk1.qcow2": ["t"]})
     counters = [count for count, _ in guest.lines()]
@@ -389,16 +414,25 @@ def test_killed_in_a_load(guest: Guest, intercept: Intercept, tmp_path: Path, ru
     assert abs(back - saved) <= 5 < late - back
 
 
-@both_monitors
+@pytest.mark.parametrize(
+    ("transport", "command"),
+    [
+        ("qmp", "snapshot-load"),
+        ("hmp", "snapshot-load"),
+        # QEMU itself does not know any more then how the load ended
+        pytest.param("qmp", "job-dismiss", marks=needs_snapshot_jobs),
+    ],
+    indirect=["transport"],
+)
 def test_killed_in_a_load_that_fails(
-    launch: Launch, intercept: Intercept, tmp_path: Path, runtime_directory: Path
+    launch: Launch, intercept: Intercept, tmp_path: Path, runtime_directory: Path, command: str
 ) -> None:
     """It is left stopped on purpose, and a save is refused, as after any load that failed midway."""
     image = make_boot_disk(tmp_path / "a")
     guest = launch(*failing_disk("a", image, "vmstate_load", 5), "-device", "virtio-blk,drive=a")
     guest.wait_for_ticks()
     cli("save", "t", monitor=guest.address)
-    killer = load_killer()
+    killer = Killer(command)
     killer.run("load", "t", monitor=intercept(guest, on_command=killer).address)
     wait_for_the_guard(runtime_directory)
     assert guest.runstate != "running"
@@ -447,6 +481,62 @@ def test_a_qemu_that_does_not_answer_is_left_to_the_guard(
         assert f"Process {guard}, its guard, goes on" in run.error["message"]
         assert cli("list", "--lock-wait", "0", monitor=guest.address, expect=11).err
     assert_all_is_well(guest, runtime_directory, {image: []})
+
+
+@needs_snapshot_jobs
+async def test_a_load_that_fails_while_qemu_does_not_answer(
+    launch: Launch, intercept: Intercept, tmp_path: Path, runtime_directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody tells it to go on before it is known how the load ended: what waits for QEMU would be done then."""
+    image = make_boot_disk(tmp_path / "a")
+    guest = launch(*failing_disk("a", image, "vmstate_load", errno.EIO), "-device", "virtio-blk,drive=a")
+    guest.wait_for_ticks()
+    cli("save", "t", monitor=guest.address)
+    is_frozen = threading.Event()
+
+    def freeze(message: dict[str, Any]) -> None:
+        if deed(message) == "snapshot-load":
+            guest.process.send_signal(signal.SIGSTOP)
+            is_frozen.set()
+
+    proxy = intercept(guest, on_command=freeze)
+    monkeypatch.setattr("qsnap.vm.TIMED_PATIENCE_S", 0.2)
+    async with qsnap.connect(proxy.address, timeout_s=60) as vm:
+        load = asyncio.create_task(vm.load("t"))
+        assert await asyncio.to_thread(is_frozen.wait, 30)
+        load.cancel()
+        with pytest.raises(GuestLeftStopped, match="its guard, resumes it if the load goes well"):
+            await load
+    guest.process.send_signal(signal.SIGCONT)
+    wait_for_the_guard(runtime_directory)
+    assert "cont" not in proxy.commands
+    assert guest.runstate != "running"
+    assert (marks(guest), guest.jobs(), tags(image)) == (["qsnap-half-restored"], [], ["t"])
+
+
+def test_a_guest_that_qemu_does_not_resume_is_left_to_the_guard(
+    guest: Guest, intercept: Intercept, tmp_path: Path, runtime_directory: Path
+) -> None:
+    """Another client dumps its memory: QEMU refuses every `cont` until that is done. The claim is kept as long."""
+    pipe = tmp_path / "dump"
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+
+    def dump(message: dict[str, Any]) -> None:
+        if deed(message) == "cont" and proxy.commands.count("cont") == 1:
+            guest.qmp("dump-guest-memory", paging=False, protocol=f"file:{pipe}", detach=True)
+
+    proxy = intercept(guest, on_command=dump)
+    try:
+        error = cli("save", "t", "--json", monitor=proxy.address, expect=20).error
+        (guard,) = guards(runtime_directory)
+        assert "There is a dump in process" in error["message"]
+        assert f"Process {guard}, its guard, goes on trying" in error["message"]
+        assert (guest.runstate, marks(guest)) == ("paused", [CLAIM])
+        cli("save", "x", "--lock-wait", "0", monitor=guest.hmp_address, expect=11)
+    finally:
+        os.close(reader)  # which ends the dump
+    assert_all_is_well(guest, runtime_directory, {tmp_path / "disk0.qcow2": [], tmp_path / "disk1.qcow2": []})
 
 
 def test_the_guest_dies_with_its_qsnap(launch: Launch, tmp_path: Path, runtime_directory: Path) -> None:

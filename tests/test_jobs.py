@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
@@ -17,7 +18,18 @@ import psutil
 import pytest
 
 from conftest import Intercept, Launch
-from guest import Guest, blockdev, both_monitors, cli, finish, make_boot_disk, start_cli, tags, until
+from guest import (
+    Guest,
+    blockdev,
+    both_monitors,
+    cli,
+    failing_disk,
+    finish,
+    make_boot_disk,
+    start_cli,
+    tags,
+    until,
+)
 from qsnap.cli import jobs
 from qsnap.local import is_alive
 from qsnap.pytest_plugin import tag_of
@@ -350,6 +362,17 @@ def test_what_fails_afterwards_is_told(guest: Guest, disk: Path) -> None:
         run = cli("run", "--revert-to", "clean", "--", *command, monitor=guest.address, expect=expect, env=env)
         assert "no snapshot 'clean'" in run.err
         guest.assert_running()
+
+
+def test_what_the_guest_could_not_be_put_back_to_stays(launch: Launch, tmp_path: Path) -> None:
+    """A load that fails midway leaves it stopped: the temporary snapshot is the only way back then."""
+    image = make_boot_disk(tmp_path / "a")
+    guest = launch(*failing_disk("a", image, "vmstate_load", errno.EIO), "-device", "virtio-blk,drive=a")
+    before = guest.wait_for_ticks()
+    cli("run", "--revert", "--", *wait_script(guest, 60), monitor=guest.address, expect=123)
+    (tag,) = tags(image)
+    cli("load", tag, "--running", monitor=guest.address)  # the fault comes once
+    assert_back_to(guest, before)
 
 
 # ensure

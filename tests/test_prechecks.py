@@ -368,6 +368,8 @@ def test_a_snapshot_of_different_moments_is_not_loaded(guest: Guest) -> None:
     guest.qmp("blockdev-snapshot-internal-sync", device="disk1", name="t")
     error = cli("load", "t", "--json", monitor=guest.address, expect=6).error
     assert [finding["code"] for finding in error["findings"]] == ["mixed-snapshot"]
+    health = cli("status", "--max-age", "26h", monitor=guest.address, expect=2).out
+    assert "no snapshot that can be loaded (1 that cannot be loaded)" in health
     guest.assert_running()
 
 

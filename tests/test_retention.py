@@ -239,6 +239,14 @@ def test_from_the_future() -> None:
     ]  # fmt: skip
 
 
+def test_the_newest_whole_one_stays_whatever_else_is_kept() -> None:
+    past = hourly(NOW - timedelta(hours=3), NOW)
+    decisions = decide(past, Policy(tags=(past[0].tag,)), NOW, protected=[past[1].tag])
+    assert [one.reasons for one in decisions] == [
+        ("newest whole snapshot",), (), ("protected",), (f"tag {past[0].tag}",),
+    ]  # fmt: skip
+
+
 def test_half_made_ones_are_counted_apart() -> None:
     past = hourly(NOW - timedelta(hours=3), NOW)
     broken = [snapshot(one.date + timedelta(seconds=1), Kind.PARTIAL) for one in past[:-1]]
