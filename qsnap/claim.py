@@ -56,6 +56,7 @@ async def claimed(
     ours.patience_s = patience_s
     try:
         yield ours
+        ours.done(is_done=True)
     finally:
         await undisturbed(_release(monitor, ours), _RELEASE_TIMEOUT_S + 1)
 
@@ -203,8 +204,9 @@ async def recover_all(monitor: Monitor, address: Address, *, force: bool = False
         if recovered is None:
             raise _locked(marks.decode(text), 0)
         done.append(recovered)
-    # Journals without a mark: of a QEMU that is gone, or of a run that died before it began or after it had ended
-    done += [await _recover(monitor, other) for other in _unheld(monitor, address)]
+    # Journals without a mark: of a QEMU that is gone, or of a run that died before it began or after it had ended; one
+    # that is held is not to be had
+    done += [await _recover(monitor, other) for other in _journals(monitor, address)]
     return [item for item in done if item and item.actions]
 
 
@@ -224,16 +226,16 @@ async def run_of(monitor: Monitor) -> Unfinished | None:
     )
 
 
-def unfinished(monitor: Monitor, address: Address) -> list[journal.Record]:
-    """The journals of runs on this VM that died."""
-    return [other.record for other in _unheld(monitor, address)]
+def has_journals(monitor: Monitor, address: Address) -> bool:
+    """Whether there are any of runs on this VM, dead or alive."""
+    return any(True for _ in _journals(monitor, address))
 
 
-def _unheld(monitor: Monitor, address: Address) -> Iterator[Found]:
+def _journals(monitor: Monitor, address: Address) -> Iterator[Found]:
     place = journal.place(address)
     qemu = process(monitor.pid) if monitor.pid else None
     for other in journal.found():
-        if not other.is_held and (other.record.place == place or (qemu and other.record.qemu == qemu)):
+        if other.record.place == place or (qemu and other.record.qemu == qemu):
             yield other
 
 

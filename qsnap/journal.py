@@ -76,6 +76,8 @@ class Record(Struct, frozen=True):
     is_human: bool = False
     """The connection is to a human monitor."""
 
+    is_done: bool = False
+    """It has come to its end, and what it has made stays: nothing is left but the claim."""
     stopped: bool = False
     """The guest was running, and this run has it stopped or is about to stop it."""
     devices: tuple[str, ...] = ()

@@ -172,6 +172,8 @@ async def _resume(monitor: Monitor) -> list[str]:
 
 async def _clear_up(monitor: Monitor, journal: Journal) -> list[str]:
     record = journal.record
+    if record.is_done:
+        return []
     graph = await monitor.block_graph()
     devices = rules.survey(graph, chooses_devices=monitor.chooses_devices).devices
     if record.live is not None:

@@ -478,10 +478,10 @@ class VM:
 
     async def _recover_if_seen(self) -> None:
         """See a run through that died, before its remains are looked at."""
-        from qsnap.claim import recover_all, unfinished
+        from qsnap.claim import has_journals, recover_all
         from qsnap.marks import CLAIM
 
-        if unfinished(self._monitor, self.address) or await self._monitor.mark(CLAIM) is not None:
+        if has_journals(self._monitor, self.address) or await self._monitor.mark(CLAIM) is not None:
             # It lives, or somebody else is at it already
             with suppress(VMLocked):
                 self.recovered += await recover_all(self._monitor, self.address)

@@ -328,6 +328,26 @@ def cli(*args: str, monitor: str | None = None, expect: int | None = 0, env: dic
     return run
 
 
+def deliver(process: subprocess.Popen[str], *signums: int) -> None:
+    """Send signals; return when the process has taken each and waits again: what it does about it at once is done.
+
+    So what a proxy holds meanwhile comes after that, however busy the machine is.
+    """
+    for signum in signums:
+        process.send_signal(signum)
+        until("the signal to be taken", lambda: waits(process.pid))
+
+
+def waits(pid: int) -> bool:
+    """Whether a process sleeps (or has ended), and no signal is on its way to it."""
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    except (FileNotFoundError, ProcessLookupError):
+        return True
+    fields = dict(line.split(":\t", 1) for line in lines)
+    return fields["State"][0] in "SZ" and not int(fields["SigPnd"], 16) | int(fields["ShdPnd"], 16)
+
+
 def failing_disk(node: str, path: Path, event: str, errno: int, *, once: bool = True) -> list[str]:
     """A -blockdev whose next request after QEMU's *event* fails with *errno*, or all from then on: a real fault.
 

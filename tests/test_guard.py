@@ -7,6 +7,7 @@ import asyncio
 import errno
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -38,6 +39,7 @@ from guest import (
     state_sizes,
     tags,
     until,
+    waits,
 )
 from proxy import deed
 from qsnap.errors import GuestLeftStopped, QsnapError
@@ -127,14 +129,18 @@ def test_killed_in_the_write(launch: Launch, tmp_path: Path, runtime_directory: 
 
 
 def test_the_whole_process_group_is_killed(launch: Launch, tmp_path: Path, runtime_directory: Path) -> None:
-    """As a CI runner does, or a terminal that hangs up."""
+    """As a CI runner does, or a terminal that hangs up. Its files are gone by then too: the guard has read them."""
+    files = shutil.copytree(Path(qsnap.__file__).parent, tmp_path / "site" / "qsnap")
     guest, image = big_guest(launch, tmp_path)
     process = subprocess.Popen(
-        [sys.executable, "-m", "qsnap", "save", "t", "-m", guest.address],
+        [sys.executable, "-m", "qsnap", "save", "t", "-m", guest.address], cwd=files.parent,
         stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
     )  # fmt: skip
     with in_the_write(guest, image):
         (guard,) = guards(runtime_directory)
+        memory = Path(f"/proc/{guard}/maps")
+        until("the guard to have read all", lambda: "msgspec" in memory.read_text() and waits(guard))
+        shutil.rmtree(files)
         for signum in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM):
             os.kill(guard, signum)
         os.killpg(process.pid, signal.SIGKILL)
@@ -328,7 +334,8 @@ def test_a_guest_that_another_run_has_taken_by_force_is_not_touched(
     theirs = of_this_process("save", "t").encode()
     guest.qmp("object-del", id=CLAIM)
     guest.qmp("object-add", qom_type="authz-simple", id=CLAIM, identity=theirs)
-    os.kill(*guards(runtime_directory), signal.SIGCONT)
+    (guard,) = guards(runtime_directory)
+    os.kill(guard, signal.SIGCONT)
     wait_for_the_guard(runtime_directory)
     assert guest.runstate == "paused"
     assert (tags(tmp_path / "disk0.qcow2"), tags(tmp_path / "disk1.qcow2")) == (["t"], ["t"])
@@ -387,15 +394,19 @@ def test_a_runtime_directory_of_others_is_refused(
     assert marks(guest) == []
 
 
-async def test_without_a_guard_nothing_is_stopped(guest: Guest, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_without_a_guard_nothing_is_stopped_or_deleted(guest: Guest, monkeypatch: pytest.MonkeyPatch) -> None:
     async with qsnap.connect(guest.address) as vm:
+        await vm.save("kept")
+        guest.qmp("query-status")
+        guest.qmp.events.clear()
         for program in ("/bin/false", "/nonexistent/python"):
             monkeypatch.setattr(sys, "executable", program)
-            with pytest.raises(QsnapError, match="guard"):
-                await vm.save("t")
+            for begun in (vm.save("t"), vm.load("kept"), vm.delete("kept")):
+                with pytest.raises(QsnapError, match="guard"):
+                    await begun
     guest.qmp("query-status")
     assert "STOP" not in [event["event"] for event in guest.qmp.events]
-    assert marks(guest) == []
+    assert (marks(guest), guest.node_tags("disk0")) == ([], ["kept"])
     guest.assert_running()
 
 
@@ -457,12 +468,69 @@ def test_killed_before_a_load_began(
     assert_all_is_well(guest, runtime_directory, {tmp_path / "disk0.qcow2": ["t"], tmp_path / "disk1.qcow2": ["t"]})
 
 
+def test_the_guard_makes_a_new_connection(
+    guest: Guest, intercept: Intercept, tmp_path: Path, runtime_directory: Path
+) -> None:
+    """The one that it has inherited breaks just when it resumes the guest."""
+    killer = Killer("snapshot-save")
+
+    def kill_and_cut(message: dict[str, Any]) -> None:
+        killer(message)
+        if deed(message) == "cont" and proxy.commands.count("cont") == 1:
+            proxy.cut()
+
+    proxy = intercept(guest, on_command=kill_and_cut)
+    killer.run("save", "t", monitor=proxy.address)
+    assert_all_is_well(guest, runtime_directory, {tmp_path / "disk0.qcow2": [], tmp_path / "disk1.qcow2": []})
+    assert proxy.commands.count("cont") == 2
+
+
+def test_a_claim_that_cannot_be_given_back_is_left_to_the_guard(
+    guest: Guest, intercept: Intercept, tmp_path: Path, runtime_directory: Path
+) -> None:
+    """The save is done, and only then the connection breaks."""
+
+    def cut(message: dict[str, Any]) -> None:
+        if deed(message) == "object-del" and proxy.commands.count("object-del") == 1:
+            proxy.cut()
+
+    proxy = intercept(guest, on_command=cut)
+    cli("save", "t", monitor=proxy.address)
+    assert_all_is_well(guest, runtime_directory, {tmp_path / "disk0.qcow2": ["t"], tmp_path / "disk1.qcow2": ["t"]})
+
+
+@both_monitors
+def test_killed_before_a_delete_began(
+    guest: Guest, intercept: Intercept, tmp_path: Path, runtime_directory: Path
+) -> None:
+    """QEMU was not told of it, as the connection breaks too: nobody completes it."""
+    cli("save", "t", monitor=guest.address)
+    killer = Killer("snapshot-delete")
+
+    def kill_and_cut(message: dict[str, Any]) -> None:
+        killer(message)
+        if deed(message) == "snapshot-delete" and killer.left == 0:
+            proxy.cut()
+
+    proxy = intercept(guest, on_command=kill_and_cut)
+    killer.run("delete", "t", monitor=proxy.address)
+    assert_all_is_well(guest, runtime_directory, {tmp_path / "disk0.qcow2": ["t"], tmp_path / "disk1.qcow2": ["t"]})
+
+
 @both_monitors
 def test_killed_in_a_delete(guest: Guest, intercept: Intercept, tmp_path: Path, runtime_directory: Path) -> None:
+    """It is completed. The job of another qsnap, which lives, is not the guard's."""
     for tag in ("a", "b"):
         cli("save", tag, monitor=guest.address)
+    theirs = f"qsnap-delete-{os.getpid()}-1"
+    if HAS_SNAPSHOT_JOBS:
+        guest.qmp("snapshot-delete", job_id=theirs, tag="nope", devices=["disk0"])
     killer = Killer("snapshot-delete")
     killer.run("delete", "a", "b", monitor=intercept(guest, on_command=killer).address)
+    wait_for_the_guard(runtime_directory)
+    if HAS_SNAPSHOT_JOBS:
+        assert guest.jobs() == [theirs]
+        guest.qmp("job-dismiss", id=theirs)
     assert_all_is_well(guest, runtime_directory, {tmp_path / "disk0.qcow2": ["b"], tmp_path / "disk1.qcow2": ["b"]})
     for image in ("disk0.qcow2", "disk1.qcow2"):
         qemu_img("check", "-U", tmp_path / image)
