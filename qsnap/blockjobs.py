@@ -12,11 +12,8 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Sequence
 
-from qsnap.devices import path_to_image, spoken
+from qsnap.devices import BACKUP_FILTERS, path_to_image, spoken
 from qsnap.model import BlockGraph, BlockJob, Device, Finding, Severity, Verdict
-
-#: The filters of backups, which one may have left in place, or is used with no job at all.
-_BACKUP_FILTERS = frozenset({"copy-before-write", "backup-top"})
 
 #: What becomes of it if the disk goes back under a job of that type.
 _AFTER_A_LOAD = {
@@ -149,7 +146,7 @@ def _left_filter(graph: BlockGraph, device: Device) -> str | None:
         (
             node.node_name
             for node in path_to_image(graph, device.node)
-            if node.driver in _BACKUP_FILTERS and node.node_name not in of_jobs
+            if node.driver in BACKUP_FILTERS and node.node_name not in of_jobs
         ),
         None,
     )

@@ -26,7 +26,6 @@ from typing import NamedTuple
 from qsnap.model import (
     BlockBackend,
     BlockGraph,
-    BlockJob,
     BlockNode,
     Device,
     Finding,
@@ -48,6 +47,8 @@ _FILTERED_CHILD = {
     "backup-top": "backing",
     "copy-before-write": "file",
 }
+#: The filters of backups, which one may have left in place, or is used with no job at all.
+BACKUP_FILTERS = frozenset({"copy-before-write", "backup-top"})
 #: Drivers without a primary child, however many they have.
 _NO_PRIMARY_CHILD = frozenset({"quorum", "blkverify"})
 
@@ -226,8 +227,8 @@ def _judge(
         return device(Verdict.IGNORED, "empty")
     if node.read_only:
         return device(Verdict.IGNORED, "read-only")
-    if job := _copied_by(graph, node, backend):
-        return device(Verdict.IGNORED, f"the copy that block job {job.id!r} ({job.type}) makes")
+    if why := _why_copy(graph, node, backend):
+        return device(Verdict.IGNORED, why)
     if image is None and backend.qdev_type == _CARRIED_MODEL and chooses_devices:
         return device(Verdict.CARRIED, "its contents travel inside the VM state and are written back on load")
     if excluded:
@@ -260,11 +261,21 @@ def _judge(
     return device(Verdict.SAVED, "" if image is node else f"in its image {image.node_name}")
 
 
-def _copied_by(graph: BlockGraph, node: BlockNode, backend: BlockBackend) -> BlockJob | None:
-    """The job that writes to that node, if it is no guest device's; where it is not told what jobs work on, any."""
+def _why_copy(graph: BlockGraph, node: BlockNode, backend: BlockBackend) -> str:
+    """Why a node is not a device's but a copy that is being made; "" where it is none.
+
+    HMP does not tell what jobs and filters write to: there it may be any that no device uses.
+    """
     if backend.name or backend.qdev:
-        return None
-    return next((job for job in graph.jobs if node.node_name in job.targets or not job.nodes), None)
+        return ""
+    for job in graph.jobs:
+        if node.node_name in job.targets:
+            return f"the copy that block job {job.id!r} ({job.type}) makes"
+    hides_targets = any(not job.nodes for job in graph.jobs) or any(
+        one.driver in BACKUP_FILTERS and not any(edge == "target" for edge, _ in one.children)
+        for one in graph.nodes.values()
+    )
+    return "the copy that a block job or a backup makes, or a spare" if hides_targets else ""
 
 
 def _why_not(graph: BlockGraph, node: BlockNode) -> str:

@@ -375,6 +375,16 @@ class VM:
         await self._recover_if_seen()
         return (await plan_save(self._monitor, tag, vmstate=vmstate, exclude=exclude, force=force)).report
 
+    async def check_load(self, tag: str, *, exclude: Collection[str] = ()) -> Snapshot:
+        """Run the pre-checks of a load alone: see :func:`qsnap.precheck.plan_load`. The guest is not touched.
+
+        :return: what would be loaded.
+        """
+        from qsnap.precheck import plan_load
+
+        await self._recover_if_seen()
+        return (await plan_load(self._monitor, tag, shelf=self._shelf, exclude=exclude)).snapshot
+
     async def status(self) -> Status:
         """The guest, and what an earlier qsnap has left behind on it. Changes nothing."""
         monitor = self._monitor

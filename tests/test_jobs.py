@@ -84,8 +84,21 @@ def test_revert_to(guest: Guest, disk: Path) -> None:
     assert tags(disk) == ["clean"]
     marker = disk.with_name("ran")
     run = cli("run", "--revert-to", "nope", "--", "touch", str(marker), monitor=guest.address, expect=125)
-    assert "the command was not run: there is no snapshot 'nope'" in run.err
+    assert "the command was not run: no snapshot 'nope' on any device" in run.err
     assert not marker.exists()
+
+
+def test_nothing_is_run_that_could_not_be_undone(guest: Guest, disk: Path) -> None:
+    """A backup tool's dirty bitmap: QEMU saves such a disk, and does not take it back."""
+    cli("save", "clean", monitor=guest.address)
+    guest.qmp("block-dirty-bitmap-add", node="disk0", name="tool")
+    marker = disk.with_name("ran")
+    for option in (["--revert"], ["--revert-to", "clean"]):
+        run = cli("run", *option, "--", "touch", str(marker), monitor=guest.address, expect=125)
+        assert "disk0 has dirty bitmaps (tool)" in run.err
+        assert not marker.exists()
+        assert tags(disk) == ["clean"]
+    guest.assert_running()
 
 
 def test_a_paused_guest_is_paused_again(guest: Guest, disk: Path) -> None:

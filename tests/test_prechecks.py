@@ -430,17 +430,6 @@ def test_a_disk_that_cannot_go_back_is_named_with_a_cure_that_works(launch: Laun
     assert guest.runstate == "running"
 
 
-def test_dirty_bitmaps_block_a_load(guest: Guest) -> None:
-    cli("save", "t", monitor=guest.address)
-    guest.qmp("block-dirty-bitmap-add", node="disk0", name="bm")
-    error = cli("load", "t", "--json", monitor=guest.address, expect=6).error
-    assert [finding["code"] for finding in error["findings"]] == ["dirty-bitmaps"]
-    guest.assert_running()
-    guest.qmp("block-dirty-bitmap-remove", node="disk0", name="bm")
-    cli("load", "t", monitor=guest.address)
-    guest.assert_running()
-
-
 def test_nothing_is_deleted_while_a_migration_is_awaited(launch: Launch, tmp_path: Path) -> None:
     """QEMU 5.2 crashes there."""
     image = make_disk(tmp_path / "a")

@@ -21,7 +21,7 @@ import click
 from qsnap.cli import options as given
 from qsnap.cli.options import completes, excluded, one_vm_options
 from qsnap.cli.text import printable
-from qsnap.errors import BadUsage, Interrupted, QsnapError, SnapshotNotFound
+from qsnap.errors import BadUsage, Interrupted, QsnapError
 
 if TYPE_CHECKING:
     import subprocess
@@ -101,12 +101,12 @@ def run(
     try:
         was_running = job.step(lambda vm, _: _is_running(vm))
         if revert_to is not None:
-            job.step(lambda vm, settings: _loadable(vm, revert_to, job.excluded(settings)))
+            job.check_load(revert_to)
         if save_on_fail is not None:
             job.save(save_on_fail, dry_run=True)
         if revert:
             tag = f"qsnap-run-{datetime.now().astimezone():%Y%m%dT%H%M%S}-{os.getpid()}"
-            job.save(tag)
+            job.save_to_revert(tag)
     except QsnapError as error:
         return _not_run(error)
     troubles: list[QsnapError] = []
@@ -215,6 +215,25 @@ class _Job:
             with redirect_stdout(sys.stderr):
                 self._options.renderer.save(result)
 
+    def save_to_revert(self, tag: str) -> None:
+        """Save the guest under a tag of our own, and make sure that it can be put back; else nothing is left of it.
+
+        :raise QsnapError: it cannot be saved, or not be loaded.
+        """
+        self.save(tag)
+        try:
+            self.check_load(tag)
+        except QsnapError:
+            self.attempt([], lambda: self.delete(tag))
+            raise
+
+    def check_load(self, tag: str) -> None:
+        """Find out whether the guest can be put back to *tag* now.
+
+        :raise QsnapError: it cannot.
+        """
+        self.step(lambda vm, settings: vm.check_load(tag, exclude=self.excluded(settings)))
+
     def delete(self, tag: str) -> None:
         """Delete the temporary snapshot; the command may have done so."""
         self.step(lambda vm, _: vm.delete(tag, missing_ok=True))
@@ -248,13 +267,6 @@ async def _found(vm: VM, tag: str, left_out: Sequence[str]) -> tuple[Snapshot | 
         return sound, True
     _say(f"snapshot {tag!r} is {named[0].kind}, and cannot be loaded")
     return None, True
-
-
-async def _loadable(vm: VM, tag: str, left_out: Sequence[str]) -> Snapshot:
-    found, _ = await _found(vm, tag, left_out)
-    if found is None:
-        raise SnapshotNotFound(tag, f"there is no snapshot {tag!r} that can be loaded")
-    return found
 
 
 def _not_run(error: QsnapError) -> int:
