@@ -31,6 +31,11 @@ _left: list[subprocess.Popen[bytes]] = []
 _CODE = "import sys, json; sys.path[:] = json.loads(sys.argv[2]); from qsnap.guardian import main; main(sys.argv[3])"
 
 
+#: What it needs of our environment, and may keep for hours: how names are spelt, what time a human monitor tells, where
+#: the interpreter's libraries are, and where journals are. No secrets of whoever has started us.
+_ENVIRONMENT = ("LANG", "LC_ALL", "LC_CTYPE", "TZ", "LD_LIBRARY_PATH", "PATH", "QSNAP_RUNTIME_DIR")
+
+
 class Guard:
     """A guard that is there, or about to be.
 
@@ -99,6 +104,7 @@ def start(journal: Journal, connection: socket.socket | None) -> Guard:
         process = subprocess.Popen(
             [sys.executable, "-I", "-S", "-B", "-c", _CODE, "qsnap-guard", json.dumps(path), arguments],
             stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+            env={name: os.environ[name] for name in _ENVIRONMENT if name in os.environ},
             pass_fds=[number for number in files.values() if number is not None], start_new_session=True,
         )  # fmt: skip
     except OSError as error:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import re
 import secrets
 import stat
 import time
@@ -21,6 +22,7 @@ from typing import Any, Protocol
 
 import msgspec
 
+from qsnap import files
 from qsnap.errors import BadUsage, QsnapError
 from qsnap.files import Identity
 from qsnap.local import Process, process, this_process
@@ -33,6 +35,9 @@ RowKey = tuple[int, int]
 _SUFFIX = ".journal"
 #: Of one that does not hold its record yet.
 _BEGINNING = ".beginning"
+_CURE = "set QSNAP_RUNTIME_DIR to a directory of your own"
+#: The names that qsnap gives, after the token of the run: what is called otherwise is somebody else's.
+_NAME = re.compile(rf"[0-9a-f]{{16}}({re.escape(_SUFFIX)}|{re.escape(_BEGINNING)})")
 #: Seconds after which one that is not whole is of a run that died. Until it is locked it cannot be told from that.
 _BEGINNING_S = 60.0
 
@@ -170,14 +175,12 @@ class Journal:
         path = directory() / f"{record.token}{_SUFFIX}"
         beginning = path.with_suffix(_BEGINNING)
         try:
-            file = os.open(
-                beginning, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600
-            )
+            file = files.created(beginning)
         except OSError as error:
             raise QsnapError(f"no journal can be made in {path.parent}: {error.strerror}; nothing was done") from error
         try:
             fcntl.flock(file, fcntl.LOCK_EX)
-            os.write(file, msgspec.json.encode(record) + b"\n")
+            files.write(file, msgspec.json.encode(record) + b"\n")
             beginning.rename(path)
         except OSError as error:
             os.close(file)
@@ -193,21 +196,21 @@ class Journal:
     def note(self, **facts: Any) -> None:  # noqa: ANN401 (fields of Record)
         """Write down what is about to be done, or has been.
 
-        :raise QsnapError: it cannot be written.
+        :raise QsnapError: it cannot be written, not all of it; then it must not be done.
         """
+        if self._file is not None:
+            try:
+                # Should the line before be cut short, this one is not lost with it.
+                files.write(self._file, b"\n" + msgspec.json.encode(facts) + b"\n")
+            except OSError as error:
+                raise QsnapError(f"the journal {self.path} cannot be written: {error.strerror}") from error
         self.record = msgspec.structs.replace(self.record, **facts)
-        if self._file is None:
-            return
-        try:
-            # Should the line before be cut short, this one is not lost with it.
-            os.write(self._file, b"\n" + msgspec.json.encode(facts) + b"\n")
-        except OSError as error:
-            raise QsnapError(f"the journal {self.path} cannot be written: {error.strerror}") from error
 
     def done(self, **facts: Any) -> None:  # noqa: ANN401 (fields of Record)
         """The same of what has been done: if it cannot be written, it still holds here, and nobody is disturbed."""
         with suppress(QsnapError):
             self.note(**facts)
+        self.record = msgspec.structs.replace(self.record, **facts)
 
     def close(self, *, remove: bool) -> None:
         """Let go of it; *remove* it if nothing is left to do."""
@@ -239,7 +242,7 @@ class Found(Struct, frozen=True):
     def take(self) -> Journal | None:
         """Lock it, to do what is left to do; None if somebody else has it, or has been quicker."""
         try:
-            file = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC)
+            file = files.opened(self.path, os.O_RDWR | os.O_APPEND)
         except OSError:
             return None
         try:
@@ -253,20 +256,19 @@ class Found(Struct, frozen=True):
 
 
 def found() -> Iterator[Found]:
-    """All journals of this user. Those of runs whose QEMU has ended are deleted on the way."""
-    try:
-        paths = sorted(path for path in _location().iterdir() if path.suffix in (_SUFFIX, _BEGINNING))
-    except (OSError, QsnapError):
-        return
-    for path in paths:
+    """All journals of this user. Those of runs whose QEMU has ended are deleted on the way.
+
+    :raise QsnapError: others may write the runtime directory, so that nothing in it can be believed.
+    """
+    place = _ours()
+    for path in sorted(path for path in place.iterdir() if _NAME.fullmatch(path.name)) if place else ():
         try:
-            file = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
+            file = files.opened(path, os.O_RDWR)
         except OSError:
             continue
         try:
             info = os.fstat(file)
-            is_new = path.suffix == _BEGINNING and time.time() - info.st_mtime < _BEGINNING_S
-            if not stat.S_ISREG(info.st_mode) or is_new:
+            if path.suffix == _BEGINNING and time.time() - info.st_mtime < _BEGINNING_S:
                 continue
             is_held = not _can_lock(file)
             record = _read(file) if path.suffix == _SUFFIX else None
@@ -351,18 +353,47 @@ def _location() -> Path:
     return parent / "qsnap" if os.access(parent, os.W_OK) else Path(f"/tmp/qsnap-{uid}")  # noqa: S108 (checked below)
 
 
+def _ours() -> Path | None:
+    """The real path of the runtime directory, which is this user's own and closed to all others; None where none is.
+
+    :raise QsnapError: it is not so.
+    """
+    path = _location()
+    try:
+        path = files.resolved(path.parent) / path.name
+        info = files.status(path)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise QsnapError(f"the runtime directory {path} cannot be used: {error.strerror}; {_CURE}") from error
+    problem = ""
+    if info.st_uid != os.geteuid():
+        problem = f"it was made by user {info.st_uid}, who could keep qsnap from work, or have it do the wrong"
+    elif not stat.S_ISDIR(info.st_mode):
+        problem = "it is not a directory"
+    elif info.st_mode & 0o077:
+        problem = f"it is open to other users (mode {stat.S_IMODE(info.st_mode):03o}): chmod 700 it, or"
+    if problem:
+        raise QsnapError(f"the runtime directory {path} cannot be used: {problem}; {_CURE}")
+    return path
+
+
 def directory() -> Path:
     """The runtime directory, made if needed: this user's own, and closed to all others.
 
     :raise QsnapError: it is not, and cannot be made so.
     """
     path = _location()
-    cure = "set QSNAP_RUNTIME_DIR to a directory of your own"
     try:
-        path.mkdir(mode=0o700, exist_ok=True)
-        info = path.lstat()
+        with suppress(FileExistsError), files.directory(files.resolved(path.parent)) as where:
+            os.mkdir(path.name, 0o700, dir_fd=where)
+            made = os.open(path.name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=where)
+            try:
+                os.chmod(f"/proc/self/fd/{made}", 0o700)  # noqa: PTH101 (whatever the umask)
+            finally:
+                os.close(made)
     except OSError as error:
-        raise QsnapError(f"the runtime directory {path} cannot be made: {error.strerror}; {cure}") from error
-    if not stat.S_ISDIR(info.st_mode) or info.st_uid != os.geteuid() or info.st_mode & 0o077:
-        raise QsnapError(f"the runtime directory {path} is not this user's alone (chmod 700 it); or {cure}")
-    return path
+        raise QsnapError(f"the runtime directory {path} cannot be made: {error.strerror}; {_CURE}") from error
+    if (found := _ours()) is None:
+        raise QsnapError(f"the runtime directory {path} has gone; {_CURE}")
+    return found

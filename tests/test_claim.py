@@ -267,7 +267,7 @@ def test_another_qemu_in_the_place_of_the_first(
 def test_a_journal_that_is_just_being_made_is_left_alone(runtime_directory: Path) -> None:
     """It is not locked yet: who looks then must not take it for one of a run that died. That is removed."""
     runtime_directory.mkdir(mode=0o700, exist_ok=True)
-    beginning = runtime_directory / "a.beginning"
+    beginning = runtime_directory / f"{'a' * 16}.beginning"
     beginning.touch()
     assert list(found()) == []
     assert beginning.exists()

@@ -5,8 +5,11 @@ They are tried as two real users, root and nobody, so these tests run as root: a
 
 from __future__ import annotations
 
+import asyncio
+import fcntl
 import os
 import pwd
+import resource
 import select
 import shutil
 import signal
@@ -20,13 +23,15 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from conftest import Launch
 from guest import Guest, blockdev, cli, finish, make_boot_disk, start_cli, tags, until
 from machine import IS_ROOT, NOBODY
-from qsnap import files, gentle, metrics, trust
-from qsnap.errors import BadUsage
+from qsnap import files, gentle, guard, journal, metrics, trust
+from qsnap.errors import BadUsage, QsnapError
+from qsnap.monitor.address import parse_address
 from test_guard import wait_for_the_guard
 
 SECRET = b"root's own\n"
@@ -408,3 +413,94 @@ def test_a_state_file_of_somebody_elses(launch: Launch, theirs: Path) -> None:
     error = cli("load", "t", monitor=guest.address, expect=6).err
     assert "is not handed to QEMU: it belongs to user 0, and the images to user 65534" in error
     guest.assert_running()
+
+
+@pytest.mark.parametrize("whose", ["nobody's", "open to all"])
+def test_a_runtime_directory_that_others_may_write(
+    guest: Guest, theirs: Path, monkeypatch: pytest.MonkeyPatch, whose: str
+) -> None:
+    """As /tmp/qsnap-UID, made beforehand. What lies there is neither believed nor removed."""
+    place = theirs / "run"
+    if whose == "open to all":
+        place.mkdir()
+        place.chmod(0o777)
+        name = place / f"{'a' * 16}.journal"
+        as_nobody(lambda: name.write_bytes(b"theirs"))
+    else:
+        as_nobody(lambda: place.mkdir(0o700))
+    monkeypatch.setenv("QSNAP_RUNTIME_DIR", str(place))
+    record = journal.new_record("save", ("t",), parse_address(guest.address), guest.pid, is_human=False)
+    held = place / f"{record.token}.journal"
+
+    def hold() -> None:
+        with held.open("wb") as file:
+            file.write(msgspec.json.encode(record) + b"\n")
+            file.flush()
+            fcntl.flock(file, fcntl.LOCK_EX)
+            held.with_suffix(".held").touch()
+            time.sleep(600)
+
+    with a_child(hold):
+        until("the journal to be held", lambda: held.with_suffix(".held").exists() or None)
+        kept = set(place.iterdir())
+        for command in (("list",), ("save", "t"), ("recover",)):
+            run = cli(*command, monitor=guest.address, expect=1)
+            why = "it was made by user 65534" if whose == "nobody's" else "it is open to other users (mode 777)"
+            assert f"the runtime directory {place} cannot be used: {why}" in run.err
+            assert "set QSNAP_RUNTIME_DIR to a directory of your own" in run.err
+        assert set(place.iterdir()) == kept
+    guest.assert_running()
+
+
+def test_a_runtime_directory_whatever_the_umask(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("QSNAP_RUNTIME_DIR", str(tmp_path / "run"))
+    before = os.umask(0o777)
+    try:
+        ours = journal.Journal.create(journal.Record(token="a" * 16))
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "run").stat().st_mode) == 0o700
+    assert ours.path
+    assert stat.S_IMODE(ours.path.stat().st_mode) == 0o600
+    ours.close(remove=True)
+
+
+@contextmanager
+def room(size: int) -> Iterator[None]:
+    """No file gets larger than that, as on a file system that is full; the write that comes there is cut short."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def test_what_cannot_be_written_down_whole_is_not_done(runtime_directory: Path) -> None:
+    ours = journal.Journal.create(journal.Record(token="a" * 16))
+    assert ours.path
+    with room(ours.path.stat().st_size + 4):
+        with pytest.raises(QsnapError, match="cannot be written"):
+            ours.note(stopped=True)
+        assert not ours.record.stopped
+        ours.done(saving=True)
+    assert ours.record.saving
+    ours.note(vmstate="disk0")
+    (found,) = journal.found()
+    assert (found.record.stopped, found.record.vmstate) == (False, "disk0")
+    ours.close(remove=True)
+
+
+def test_a_guard_keeps_no_secrets(runtime_directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("API_TOKEN", "secret")
+    monkeypatch.setenv("TZ", "Asia/Tokyo")
+    ours = journal.Journal.create(journal.Record(token="a" * 16))
+    started = guard.start(ours, None)
+    try:
+        asyncio.run(started.ready())
+        environment = Path(f"/proc/{started.pid}/environ").read_bytes().split(b"\0")
+        assert b"TZ=Asia/Tokyo" in environment
+        assert not any(entry.startswith(b"API_TOKEN") for entry in environment)
+    finally:
+        started.dismiss()
+        ours.close(remove=True)

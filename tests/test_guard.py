@@ -355,13 +355,18 @@ def test_the_journal_of_a_vm_that_is_gone_is_removed(guest: Guest, launch: Launc
 
 def test_a_broken_journal_does_no_harm(guest: Guest, runtime_directory: Path) -> None:
     for name, text in (("a", b""), ("b", b"{"), ("c", b"[]\n"), ("d", b"\xff\n"), ("e", b'{"token": 1}\n')):
-        (runtime_directory / f"{name}.journal").write_bytes(text)
-    (runtime_directory / "f.journal").mkdir()
-    os.mkfifo(runtime_directory / "g.journal")
-    (runtime_directory / "h.beginning").write_text("")
-    os.utime(runtime_directory / "h.beginning", (0, 0))
+        (runtime_directory / f"{name * 16}.journal").write_bytes(text)
+    (runtime_directory / f"{'f' * 16}.journal").mkdir()
+    os.mkfifo(runtime_directory / f"{'0' * 16}.journal")
+    (runtime_directory / f"{'1' * 16}.beginning").write_text("")
+    os.utime(runtime_directory / f"{'1' * 16}.beginning", (0, 0))
+    others = [runtime_directory / name for name in ("mine.journal", f"{'A' * 16}.journal", "backup.beginning")]
+    for path in others:
+        path.write_text("not qsnap's")
+        os.utime(path, (0, 0))
     cli("save", "t", monitor=guest.address)
-    assert sorted(path.name for path in journals(runtime_directory)) == ["f.journal", "g.journal"]
+    left = {runtime_directory / f"{name * 16}.journal" for name in "f0"}
+    assert set(runtime_directory.iterdir()) == {*left, *others}
     guest.assert_running()
 
 
