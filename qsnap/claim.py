@@ -16,10 +16,11 @@ from qsnap.errors import MonitorBusy, MonitorError, MonitorLost, QsnapError, VML
 from qsnap.journal import Found, Journal
 from qsnap.local import is_stopped, process
 from qsnap.marks import CLAIM, Holder
-from qsnap.model import Recovered, RunState, Unfinished
+from qsnap.model import Recovered, Unfinished
 from qsnap.monitor import Monitor
 from qsnap.monitor.address import Address
 from qsnap.monitor.connection import AnotherAnswers, listener_pid
+from qsnap.runstates import takes_stop
 from qsnap.stopped import has_ended
 from qsnap.undisturbed import undisturbed
 
@@ -96,7 +97,7 @@ async def _acquired(
 
 async def _claim(monitor: Monitor, address: Address, operation: str, tags: tuple[str, ...]) -> Journal | None:
     """Make the claim; None if somebody was quicker."""
-    was_running = await monitor.runstate() is RunState.RUNNING
+    was_running = takes_stop(await monitor.runstate(), monitor.version)
     record = journal.new_record(operation, tags, address, monitor.pid, is_human=monitor.transport == "hmp")
     ours = Journal.create(record)
     watching: guard.Guard | None = None

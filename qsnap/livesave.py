@@ -40,11 +40,12 @@ from qsnap.monitor.background import Background
 from qsnap.notes import refuse_protected
 from qsnap.precheck import SavePlan, plan_save
 from qsnap.progress import Watcher
+from qsnap.runstates import cure_of, is_live
 from qsnap.savevm import free_automatic_tag, save_result, unchanged_graph
 from qsnap.statefile import part as parts
 from qsnap.statefile import qcow2
 from qsnap.statefile.shelf import PART_SUFFIX, Shelf, read
-from qsnap.stopped import cure_of, has_ended, reconnect
+from qsnap.stopped import has_ended, reconnect
 from qsnap.undisturbed import undisturbed
 
 #: More than QEMU writes before there is any RAM in the stream: the names of devices and of blocks of RAM.
@@ -438,7 +439,7 @@ class LiveAttempt:
                 )
         if isinstance(failure, GuestLeftStopped):
             return
-        if runstate is not RunState.RUNNING:
+        if not is_live(runstate):
             raise GuestLeftStopped(f"{failure}; {outcome}: {cure_of(runstate)}") from failure
         if isinstance(failure, asyncio.CancelledError):
             failure.add_note(outcome)

@@ -24,6 +24,8 @@ from qsnap.journal import AFTERMATH_TIMEOUT_S, Journal
 from qsnap.model import Finding, LoadResult, RunState, Severity, Snapshot
 from qsnap.monitor import HALF_RESTORED, STATE_NODE_PREFIX, Monitor
 from qsnap.precheck import LoadPlan, plan_load, spoiled_finding
+from qsnap.reset import reset
+from qsnap.runstates import cure_of, is_live, needs_reset, runs_after_load
 from qsnap.statefile import qcow2
 from qsnap.statefile.shelf import NO_SHELF, Shelf
 from qsnap.stopped import Pause, has_ended, reconnect, stopped
@@ -42,8 +44,9 @@ async def do_loadvm(
 ) -> LoadResult:
     """Put RAM, device state and disks back to what *tag* holds.
 
-    The guest is left in the run state that it had before: QEMU goes by that too, not by the state in which
-    it was saved.
+    The guest is left running, or paused if its user has paused it: QEMU goes by the state before the load too, not by
+    the one in which it was saved. A guest that had stopped by itself (it has panicked, shut down, ...) runs. One that a
+    load alone would not bring back is reset first: see :mod:`qsnap.reset`. A guest that was saved in S3 is in S3 again.
 
     QEMU reverts the disks before it knows whether the state can be loaded, and a load cannot be undone. So a
     load that fails midway leaves the guest stopped on purpose: it must not run on disks and RAM of different
@@ -53,13 +56,14 @@ async def do_loadvm(
     its clusters, as in any image that it goes back to a snapshot of.
 
     :param shelf: where the state files of live saves lie.
-    :param running: True to run the guest afterwards, False to leave it paused. Default: as it was.
+    :param running: True to run the guest afterwards, False to leave it paused. Default: paused if it was paused.
     :param exclude: devices that keep the contents they have now, as they did when the tag was saved.
     :param journal: of the claim that this is done under; without one nobody sees it through if we are killed.
     :return: what was loaded.
     :raise SnapshotNotFound: no device holds the tag, or one lacks it; the guest was not touched.
     :raise PrecheckRefused: it would fail, or mix moments; the guest was not touched.
     :raise NotSupported: HMP cannot do it; the guest was not touched.
+    :raise QsnapError: *running* was asked for, and the guest was saved in S3; it is loaded.
     :raise GuestLeftStopped: QEMU failed midway and the guest was running; QEMU's error is the cause.
     :raise JobFailed: the same where the guest was not running.
     """
@@ -69,11 +73,14 @@ async def do_loadvm(
     if plan.spoiled:
         await _forget_failure(monitor, tag, journal)
         plan = plan._replace(spoiled=False)
+    if needs_reset(plan.runstate, monitor.version):
+        await reset(monitor)
     # HMP has no job that tells how a load ended. But a guest that loadvm itself has stopped tells by its run state.
     by_qemu = not monitor.chooses_devices and running is not False
     async with _source(monitor, plan, shelf) as (vmstate, devices), stopped(monitor, journal, by_qemu=by_qemu) as pause:
         # Nothing can change from here on, so look once more
-        if await plan_load(monitor, tag, shelf=shelf, exclude=exclude) != plan:
+        again = await plan_load(monitor, tag, shelf=shelf, exclude=exclude)
+        if again._replace(runstate=plan.runstate) != plan:
             change = Finding(
                 code="snapshots-changed",
                 severity=Severity.REFUSE,
@@ -81,7 +88,7 @@ async def do_loadvm(
                 cure="try again",
             )
             raise PrecheckRefused("nothing was loaded, and the guest was resumed", [change])
-        runs = pause.was_running if running is None else running
+        runs = runs_after_load(plan.runstate) if running is None else running
         if not (by_qemu and pause.was_running):
             await _flush(monitor, pause, journal, runs=runs)
         journal.note(loading="begun", was_running=pause.was_running)
@@ -108,6 +115,8 @@ async def do_loadvm(
         await _settled(monitor, journal, runs=runs)
         journal.done(loading="")
         pause.resume = runs
+    if running and pause.runstate is RunState.SUSPENDED:
+        raise QsnapError(f"{tag!r} was loaded, but the guest does not run: as it was saved, {cure_of(pause.runstate)}")
     snapshot = plan.snapshot
     return LoadResult(
         tag=tag,
@@ -262,7 +271,7 @@ async def outcome(doubt: QsnapError, monitor: Monitor, *, was_running: bool) -> 
     if monitor.chooses_devices:
         return await monitor.settle()
     # loadvm stops a guest that runs, and resumes it after success alone.
-    return None if was_running and await monitor.runstate() is RunState.RUNNING else doubt
+    return None if was_running and is_live(await monitor.runstate()) else doubt
 
 
 async def _awaited(ending: Coroutine[Any, Any, QsnapError | None], pause: Pause, journal: Journal) -> QsnapError | None:
@@ -309,7 +318,7 @@ async def _left_stopped(
     with suppress(QsnapError):
         await monitor.set_mark(HALF_RESTORED, "yes")
     with suppress(MonitorError):
-        if await monitor.runstate() is RunState.RUNNING:
+        if is_live(await monitor.runstate()):
             # QEMU 6.0.0 resumes after a failed loadvm (fixed in 6.1: c53cd04e70).
             await monitor.stop()
     journal.done(stopped=False, loading="")

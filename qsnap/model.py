@@ -39,6 +39,8 @@ class RunState(StrEnum):
     SHUTDOWN = "shutdown"
     IO_ERROR = "io-error"
     INTERNAL_ERROR = "internal-error"
+    GUEST_PANICKED = "guest-panicked"
+    WATCHDOG = "watchdog"
 
     @classmethod
     def _missing_(cls, value: object) -> RunState:

@@ -31,6 +31,7 @@ from qsnap.model import (
     tag_problem,
 )
 from qsnap.monitor import HALF_RESTORED, Monitor
+from qsnap.reset import reset_findings
 from qsnap.statefile.shelf import Shelf
 
 #: Run states in which QEMU refuses a save, or crashes in it (before 9.0: an assertion on inactive images).
@@ -42,8 +43,6 @@ _RUNSTATES_REFUSED = {
     RunState.COLO: ("it is one half of a COLO pair", "end that first"),
     RunState.SAVE_VM: ("another save is under way", "wait for its end"),
 }
-#: Run states that only a reset ends (softmmu: runstate_needs_reset); a load keeps them, and `cont` is refused.
-_NEED_RESET = frozenset({RunState.SHUTDOWN, RunState.INTERNAL_ERROR})
 #: What QEMU answers to most commands under -preconfig (qapi/qmp-dispatch.c), where query-status says "prelaunch";
 #: before 6.0 the other sentence, and query-status says "preconfig".
 _NO_MACHINE = ("permitted only after machine initialization", "isn't permitted in 'preconfig' state")
@@ -84,6 +83,7 @@ class LoadPlan(NamedTuple):
     """What a load will do: the snapshot, and the devices that it puts back.
 
     :ivar vmstate: the device that holds the VM state; None where it is in the snapshot's state file.
+    :ivar runstate: the guest's, before the load.
     :ivar spoiled: a migration has failed, and QEMU must forget that first: see :meth:`Migration.spoils_loads`.
     """
 
@@ -91,6 +91,7 @@ class LoadPlan(NamedTuple):
     vmstate: str | None
     devices: tuple[str, ...]
     excluded: tuple[str, ...]
+    runstate: RunState
     spoiled: bool
 
 
@@ -196,7 +197,7 @@ async def plan_load(monitor: Monitor, tag: str, *, shelf: Shelf, exclude: Collec
         *_migration_findings(migration, monitor.version),
         *_background_findings(migration),
         *_device_findings_for_load(survey, exclude_all if monitor.chooses_devices else ""),
-        *_reset_findings(runstate),
+        *reset_findings(monitor, runstate),
         *_load_findings(graph, survey.devices, snapshot, devices),
         *blockjobs.load_findings(graph, survey.devices, devices),
     ]
@@ -220,7 +221,7 @@ async def plan_load(monitor: Monitor, tag: str, *, shelf: Shelf, exclude: Collec
             f"{monitor.limit} cannot load through the filters above a disk's image: the guest would "
             "hang. With the guest off: qemu-img snapshot -a TAG IMAGE, on every disk; the guest was not touched"
         )
-    return LoadPlan(snapshot, snapshot.vmstate, devices, tuple(sorted(filter(None, left_out))), spoiled)
+    return LoadPlan(snapshot, snapshot.vmstate, devices, tuple(sorted(filter(None, left_out))), runstate, spoiled)
 
 
 def _device_findings_for_load(survey: rules.Survey, exclude_all: str) -> Iterator[Finding]:
@@ -319,15 +320,6 @@ def _aftermath_findings(runstate: RunState, half_restored: bool, leftovers: Sequ
             "killed-qsnap",
             "an earlier qsnap was killed before it could resume the guest, which may be paused only for that",
             "if nobody else has paused it: `cont` in its monitor",
-        )
-
-
-def _reset_findings(runstate: RunState) -> Iterator[Finding]:
-    if runstate in _NEED_RESET:
-        yield _refusal(
-            "runstate",
-            f"the guest is in run state {runstate}, which outlasts a load: it could not run afterwards",
-            "`system_reset` in its monitor, then load",
         )
 
 

@@ -19,10 +19,10 @@ from qsnap.journal import Journal
 from qsnap.livesave import LiveAttempt
 from qsnap.loadvm import outcome
 from qsnap.marks import CLAIM, decode
-from qsnap.model import Recovered, RunState
+from qsnap.model import Recovered
 from qsnap.monitor import HALF_RESTORED, Monitor, adopt_monitor, open_monitor
+from qsnap.runstates import HAS_ENDED, cure_of, is_live
 from qsnap.savevm import Attempt
-from qsnap.stopped import HAS_ENDED, cure_of
 from qsnap.translation import leave_restore_vm
 
 #: Seconds between two tries to reach QEMU, or to have it resume the guest.
@@ -107,9 +107,7 @@ async def recover_by_mark(monitor: Monitor, text: str, *, force: bool = False) -
         actions: tuple[str, ...] = ()
         if holder is None:
             runstate = await monitor.runstate()
-            cure = (
-                "" if runstate is RunState.RUNNING else ": nothing tells what stopped it. If that was a save, `cont` it"
-            )
+            cure = "" if is_live(runstate) else ": nothing tells what stopped it. If that was a save, `cont` it"
             actions = (f"the claim was taken away, and the guest was left as it is, {runstate}{cure}",)
         # No guest that a load has stopped is resumed blindly
         elif holder.was_running and holder.operation == "save":
@@ -154,7 +152,7 @@ async def _resume(monitor: Monitor) -> list[str]:
     :raise GuestLeftStopped: QEMU will not.
     """
     for _ in range(_CONT_TRIES):
-        if (runstate := await monitor.runstate()) is RunState.RUNNING:
+        if is_live(runstate := await monitor.runstate()):
             return []
         try:
             await monitor.cont()
@@ -164,7 +162,7 @@ async def _resume(monitor: Monitor) -> list[str]:
             refusal = error
             await asyncio.sleep(_RETRY_S)
             continue
-        if (runstate := await monitor.runstate()) is RunState.RUNNING:
+        if is_live(runstate := await monitor.runstate()):
             return ["the guest was resumed"]
         return [f"the guest was resumed, and is {runstate}: {cure_of(runstate)}"]
     raise GuestLeftStopped(f"the guest is stopped, and QEMU does not resume it: {refusal.reason}")

@@ -40,8 +40,9 @@ from qsnap.monitor import Monitor
 from qsnap.notes import refuse_protected
 from qsnap.precheck import SavePlan, plan_save
 from qsnap.progress import Watcher, watched
+from qsnap.runstates import cure_of, is_live, takes_stop
 from qsnap.statefile.shelf import NO_SHELF, Shelf, read
-from qsnap.stopped import Pause, cure_of, reconnect, stopped
+from qsnap.stopped import Pause, reconnect, stopped
 from qsnap.undisturbed import undisturbed
 
 
@@ -138,7 +139,7 @@ async def do_savevm(
                 await delete_everywhere(monitor, report.devices, stand_in)
         # the_end: if (saved_vm_running) vm_start(): done by leaving the block
     except BaseException as failure:
-        was_running = report.runstate is RunState.RUNNING
+        was_running = takes_stop(report.runstate, monitor.version)
         await undisturbed(attempt.clear_up(failure, was_running=was_running), journal.patience_s)
         raise
     # What a live save of that tag had elsewhere
@@ -274,7 +275,7 @@ class Attempt:
             outcome += f"; the guest is {runstate}"
         except QsnapError as trouble:
             outcome = f"clearing up after it failed: {trouble}"
-        if was_running and runstate is not RunState.RUNNING:
+        if was_running and not is_live(runstate):
             raise GuestLeftStopped(f"{failure}; {outcome}: {cure_of(runstate)}") from failure
         if isinstance(failure, asyncio.CancelledError):
             failure.add_note(outcome)

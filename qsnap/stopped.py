@@ -11,9 +11,10 @@ from typing import NoReturn
 from qsnap.errors import CommandFailed, GuestLeftStopped, MonitorBusy, MonitorError, MonitorLost, QsnapError
 from qsnap.journal import Journal
 from qsnap.marks import CLAIM, is_of
-from qsnap.model import RunState
+from qsnap.model import QemuVersion, RunState
 from qsnap.monitor import Monitor
 from qsnap.monitor.connection import AnotherAnswers
+from qsnap.runstates import HAS_ENDED, cure_of, is_live, takes_stop
 from qsnap.undisturbed import undisturbed
 
 #: Seconds for a new connection, where the old one is lost: QEMU greets nobody either while it writes.
@@ -22,22 +23,18 @@ RECONNECT_TIMEOUT_S = 120.0
 RECONNECT_ATTEMPTS = 4
 
 
-#: Run states that no `cont` ends: the guest has shut down, or broken down, by itself.
-HAS_ENDED = frozenset({RunState.SHUTDOWN, RunState.INTERNAL_ERROR})
-
-
 class Pause:
     """A stop of the guest.
 
-    :ivar was_running: whether the guest was running before.
+    :ivar was_running: whether the guest was running before, or slept (S3) where QEMU resumes it to that.
     :ivar resume: whether it will run afterwards; the sequence may change its mind.
     :ivar runstate: the guest's run state, before and, once the block is left, after it.
     """
 
-    def __init__(self, runstate: RunState, *, by_qemu: bool = False) -> None:
+    def __init__(self, runstate: RunState, version: QemuVersion, *, by_qemu: bool = False) -> None:
         self.runstate = runstate
         self._by_qemu = by_qemu
-        self.was_running = runstate is RunState.RUNNING
+        self.was_running = takes_stop(runstate, version)
         self.resume = self.was_running
         self._began: tuple[float | None, float] = (None, 0.0)
         self._ended: tuple[float | None, float] = (None, 0.0)
@@ -66,22 +63,14 @@ class Pause:
         self._began = (await monitor.stop(), began)
 
     async def _resume(self, monitor: Monitor) -> None:
-        if not self._by_qemu or await monitor.runstate() is not RunState.RUNNING:
+        if not self._by_qemu or not is_live(await monitor.runstate()):
             self._ended = (await monitor.cont(), time.monotonic())
         self.runstate = await monitor.runstate()
-        if self.was_running and self.runstate is not RunState.RUNNING:
-            raise GuestLeftStopped(f"QEMU took `cont`, but the guest is {self.runstate}: {cure_of(self.runstate)}")
 
-
-def cure_of(runstate: RunState) -> str:
-    """What makes a guest run again that was running and is not."""
-    match runstate:
-        case RunState.IO_ERROR:
-            return "its own writes fail. Make room on the file system of its images, then `cont` in its monitor"
-        case _ if runstate in HAS_ENDED:
-            return "it has ended by itself. `system_reset` in its monitor, then `cont`"
-        case _:
-            return "try `cont` in its monitor"
+    def runs_no_more(self, runstate: RunState) -> QsnapError:
+        """The error of a guest that was to run, and has come into *runstate* by itself."""
+        kind, was = (GuestLeftStopped, "was running") if self.was_running else (QsnapError, "was to run")
+        return kind(f"the guest {was} and is {runstate}: {cure_of(runstate)}")
 
 
 @asynccontextmanager
@@ -94,8 +83,9 @@ async def stopped(monitor: Monitor, journal: Journal, *, by_qemu: bool = False) 
 
     :param by_qemu: leave the stop to the command in the block, and see that the guest runs afterwards.
     :raise GuestLeftStopped: the guest was running and could not be resumed; what happened first is the context.
+    :raise QsnapError: the same of a guest that was not running before, and was to run.
     """
-    pause = Pause(await monitor.runstate(), by_qemu=by_qemu)
+    pause = Pause(await monitor.runstate(), monitor.version, by_qemu=by_qemu)
     await journal.armed()
     try:
         if pause.was_running and not by_qemu:
@@ -112,6 +102,8 @@ async def stopped(monitor: Monitor, journal: Journal, *, by_qemu: bool = False) 
                 journal.done(stopped=False)
             except QsnapError as error:
                 await _explain_failed_resume(monitor, pause, journal, error)
+            if not is_live(pause.runstate):
+                raise pause.runs_no_more(pause.runstate)  # QEMU resumed it, and it has stopped by itself
 
 
 async def _resume(monitor: Monitor, pause: Pause, journal: Journal) -> None:
@@ -152,16 +144,13 @@ async def reconnect(monitor: Monitor, journal: Journal) -> None:
 
 
 async def _explain_failed_resume(monitor: Monitor, pause: Pause, journal: Journal, error: Exception) -> NoReturn:
-    if isinstance(error, GuestLeftStopped):
-        journal.done(stopped=False)  # QEMU resumed it, and it has stopped by itself
-        raise error
     if isinstance(error, MonitorError) and await has_ended(journal):
         journal.done(stopped=False)
         more = f", and {error}" if isinstance(error, AnotherAnswers) else ""
         raise MonitorLost(f"QEMU has ended; there is no guest any more{more}") from error
     if isinstance(error, CommandFailed) and (runstate := await monitor.runstate()) in HAS_ENDED:
         journal.done(stopped=False)
-        raise GuestLeftStopped(f"the guest was running and is {runstate}: {cure_of(runstate)}") from error
+        raise pause.runs_no_more(runstate) from error
     state = "was running and is stopped now" if pause.was_running else "is still stopped"
     cure = "Connect again and send `cont`" if isinstance(error, MonitorError) else "Try `cont` in its monitor"
     if pause.was_running and journal.guard_pid is not None:

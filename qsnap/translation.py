@@ -22,6 +22,7 @@ import secrets
 from qsnap.errors import JobFailed
 from qsnap.model import QemuVersion, RunState
 from qsnap.monitor import Monitor
+from qsnap.runstates import is_live
 
 #: From here on a load of a stopped guest keeps TBs: wrong in 11.1, right in 10.0, and the source has it in 10.2.
 _KEPT_SINCE = QemuVersion(10, 1, 0)
@@ -60,7 +61,8 @@ async def flush_translations(monitor: Monitor, *, runs: bool) -> None:
 
 async def leave_restore_vm(monitor: Monitor) -> None:
     """Have a guest that is stopped in "restore-vm" paused, or one that runs: it runs for less than a millisecond."""
-    if await monitor.runstate() in (RunState.RESTORE_VM, RunState.RUNNING):
+    runstate = await monitor.runstate()
+    if runstate is RunState.RESTORE_VM or is_live(runstate):
         await _pass(monitor, "cont", "stop")
 
 

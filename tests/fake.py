@@ -75,6 +75,10 @@ class FakeMonitor:
         self.state = RunState.RUNNING
         return None
 
+    async def reset(self) -> None:
+        self.calls.append("reset")
+        self.state = RunState.PRELAUNCH
+
     async def name(self) -> str:
         return ""
 

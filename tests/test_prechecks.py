@@ -439,14 +439,6 @@ def test_nothing_is_deleted_while_a_migration_is_awaited(launch: Launch, tmp_pat
     assert guest.runstate == "inmigrate"
 
 
-def test_nothing_is_loaded_into_a_guest_that_needs_a_reset(launch: Launch, tmp_path: Path) -> None:
-    guest = launch(*disk(tmp_path, "a"), "-no-shutdown", "-no-reboot", memory="16")
-    cli("save", "t", monitor=guest.address)
-    guest.qmp("system_reset")
-    until("shutdown", lambda: guest.runstate == "shutdown" or None)
-    assert "system_reset" in cli("load", "t", "--running", monitor=guest.address, expect=6).err
-
-
 @needs_snapshot_jobs
 def test_names_in_cures_can_be_pasted(launch: Launch, tmp_path: Path) -> None:
     """ "#block123" would begin a comment in a shell."""

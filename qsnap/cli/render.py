@@ -26,6 +26,7 @@ from qsnap.model import (
     NodeSnapshot,
     PruneResult,
     Recovered,
+    RunState,
     SaveResult,
     Snapshot,
     StateFile,
@@ -144,10 +145,12 @@ class Renderer:
 
     def load(self, result: LoadResult) -> None:
         left = f"  left as it is: {_names(result.excluded, result.labels)}\n" if result.excluded else ""
+        asleep = ", as it was saved: `system_wakeup` in its monitor wakes it"
         self._print(
             f"loaded {printable(result.tag)} of {date(result.date)}: {size(result.vm_state_size)} from "
             f"{_file_or_node(result.vmstate, result.file, result.labels)}, {_count(result.devices, 'device')}, "
-            f"{seconds(result.duration_ms)}, guest {result.runstate}\n{left}"
+            f"{seconds(result.duration_ms)}, guest {result.runstate}"
+            f"{asleep if result.runstate is RunState.SUSPENDED else ''}\n{left}"
         )
 
     def delete(self, result: DeleteResult) -> None:

@@ -76,6 +76,9 @@ class Monitor(Protocol):
         :raise CommandFailed: QEMU will not resume it.
         """
 
+    async def reset(self) -> None:
+        """Ask for a reset of the guest; QEMU does it a little later. With -no-reboot it shuts the guest down."""
+
     async def name(self) -> str:
         """The guest's -name; "" without."""
 

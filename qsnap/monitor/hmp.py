@@ -171,6 +171,9 @@ class HmpMonitor(HumanSnapshots):
         await self._silent("cont")
         return None
 
+    async def reset(self) -> None:
+        await self._silent("system_reset")
+
     async def name(self) -> str:
         return (await self._query("info name")).removesuffix("\n")
 

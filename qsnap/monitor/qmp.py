@@ -305,6 +305,9 @@ class QmpMonitor:
                 return _stamp(message)
         return None
 
+    async def reset(self) -> None:
+        await self.execute("system_reset")
+
     async def name(self) -> str:
         return (await self.query(wire.NameInfo, "query-name")).name
 

@@ -1,0 +1,160 @@
+"""Guests that are not simply running: asleep, panicked, shut down; what is loaded into them, and saved of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import qsnap.guest
+from conftest import Launch
+from guest import (
+    HAS_SNAPSHOT_JOBS,
+    Guest,
+    blockdev,
+    both_monitors,
+    cli,
+    finish,
+    qemu_version,
+    start_cli,
+    tags,
+    tool,
+    until,
+)
+
+SECTOR = Path(__file__).with_name("guests") / "states.bin"
+#: Where the guest counts how often a mark was made: what is in its RAM tells which moment it is.
+MARKS = 0x604
+
+#: Whether this QEMU keeps S3 over a save and a load.
+S3_IS_SAVED = qemu_version() >= (9, 0)
+
+Boot = Callable[..., Guest]
+
+#: The keys, and the run states that they bring the guest into.
+STATES = {"s": "suspended", "q": "shutdown", "p": "guest-panicked"}
+
+
+@pytest.fixture
+def image(tmp_path: Path) -> Path:
+    path = tmp_path / "a.qcow2"
+    qsnap.guest.make_disk(path, qemu_img=tool("qemu-img"), sector=SECTOR.read_bytes())
+    return path
+
+
+@pytest.fixture
+def boot(launch: Launch, image: Path) -> Boot:
+    """Start the guest, which may shut down and panic while QEMU stays."""
+
+    def start(*more: str) -> Guest:
+        panic = ["-action", "panic=pause"] if HAS_SNAPSHOT_JOBS else []
+        args = (*blockdev("a", image), "-device", "virtio-blk,drive=a", "-device", "pvpanic", "-no-shutdown")
+        guest = launch(*args, *panic, *more, memory="16")
+        until("the guest to count", lambda: guest.counter > 100 or None)
+        return guest
+
+    return start
+
+
+def send_key(guest: Guest, key: str) -> None:
+    """Press it down. (HMP's sendkey lets go by a timer of the VM clock, which a load puts back.)"""
+    event = {"type": "key", "data": {"down": True, "key": {"type": "qcode", "data": key}}}
+    guest.qmp("input-send-event", events=[event])
+
+
+def press(guest: Guest, key: str) -> None:
+    """The key that brings the guest into a run state."""
+    send_key(guest, key)
+    until(STATES[key], lambda: guest.runstate == STATES[key] or None)
+
+
+def mark(guest: Guest) -> None:
+    """Make what is in RAM another than what was saved."""
+    before = guest.word(MARKS)
+    send_key(guest, "m")
+    until("the mark", lambda: guest.word(MARKS) == before + 1 or None)
+
+
+def assert_back(guest: Guest, marks: int = 0) -> None:
+    """The guest runs, from the moment at which it had that many marks."""
+    assert guest.runstate == "running"
+    before = guest.counter
+    until("the guest to count", lambda: guest.counter != before or None)
+    assert guest.word(MARKS) == marks
+
+
+@both_monitors
+def test_a_load_brings_back_a_guest_that_has_stopped_by_itself(boot: Boot) -> None:
+    """That is no pause of the user's."""
+    guest = boot()
+    cli("save", "up", monitor=guest.address)
+    for key in STATES:
+        mark(guest)
+        press(guest, key)
+        assert cli("load", "up", "--json", monitor=guest.address).json["runstate"] == "running"
+        assert_back(guest)
+    mark(guest)
+    press(guest, "s")
+    cli("load", "up", "--paused", monitor=guest.address)
+    assert guest.runstate in ("paused", "prelaunch")
+    assert guest.word(MARKS) == 0
+    cli("load", "up", monitor=guest.address)
+    assert guest.runstate in ("paused", "prelaunch"), "that is a pause of the user's"
+
+
+@both_monitors
+def test_run_brings_back_a_guest_that_powers_off(boot: Boot, image: Path) -> None:
+    guest = boot()
+    mark(guest)
+    off = start_cli("run", "--revert", "--", "sh", "-c", "echo begun; read line", monitor=guest.address)
+    assert off.stdout is not None
+    assert off.stdout.readline() == "begun\n"
+    mark(guest)
+    press(guest, "q")
+    finish(off)
+    assert_back(guest, marks=1)
+    assert tags(image) == []
+
+
+@both_monitors
+def test_a_reset_that_would_end_qemu_is_not_made(boot: Boot) -> None:
+    """With -no-reboot, system_reset shuts the guest down."""
+    guest = boot("-no-reboot")
+    cli("save", "up", monitor=guest.address)
+    press(guest, "q")
+    error = cli("load", "up", "--running", monitor=guest.address, expect=6).err
+    assert "-no-reboot" in error
+    assert "set-action" in error
+    assert guest.runstate == "shutdown"
+    if HAS_SNAPSHOT_JOBS:  # and with it set-action; the cure helps
+        guest.qmp("set-action", reboot="reset")
+        guest.qmp("system_reset")
+        until("the reset", lambda: guest.runstate == "prelaunch" or None)
+        cli("load", "up", "--running", monitor=guest.address)
+        assert_back(guest)
+
+
+@pytest.mark.skipif(not S3_IS_SAVED, reason="before 9.0 QEMU does not keep S3")
+@both_monitors
+def test_a_guest_that_was_saved_asleep_sleeps_again(boot: Boot) -> None:
+    """HMP's loadvm wakes it, where it is loaded into a guest that runs (system/runstate.c: load_snapshot_resume)."""
+    guest = boot()
+    mark(guest)
+    press(guest, "s")
+    cli("save", "asleep", monitor=guest.address)
+    assert guest.runstate == "suspended"
+    guest.qmp("system_wakeup")
+    guest.qmp("stop")
+    cli("load", "asleep", monitor=guest.address)
+    assert (guest.runstate, guest.word(MARKS)) == ("paused", 1)
+    assert "system_wakeup" in cli("load", "asleep", "--running", monitor=guest.address, expect=1).err
+    assert guest.runstate == "suspended"
+    guest.qmp("system_wakeup")
+    until("the guest to wake", lambda: guest.runstate == "running" or None)
+    out = cli("load", "asleep", monitor=guest.address).out
+    if guest.address == guest.hmp_address:
+        assert ("guest running" in out) == (guest.runstate == "running")
+    else:
+        assert "guest suspended, as it was saved: `system_wakeup`" in out
+        assert (guest.runstate, guest.word(MARKS)) == ("suspended", 1)
