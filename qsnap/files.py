@@ -141,16 +141,17 @@ def _reached(path: Path, *, follows: bool) -> int:
     return reached
 
 
-def opened(path: Path, flags: int = os.O_RDONLY) -> int:
+def opened(path: Path, flags: int = os.O_RDONLY, *, or_disk: bool = False) -> int:
     """The regular file at a real path, open.
 
+    :param or_disk: or a block device.
     :raise OSError: it cannot be opened, or is something else.
     """
     with directory(path.parent) as where:
-        return opened_in(where, path.name, flags)
+        return opened_in(where, path.name, flags, or_disk=or_disk)
 
 
-def opened_in(where: int, name: str, flags: int = os.O_RDONLY) -> int:
+def opened_in(where: int, name: str, flags: int = os.O_RDONLY, *, or_disk: bool = False) -> int:
     """The same of a file in an open directory."""
     try:
         file = os.open(name, flags | _ALWAYS, dir_fd=where)
@@ -158,7 +159,8 @@ def opened_in(where: int, name: str, flags: int = os.O_RDONLY) -> int:
         if error.errno == errno.ELOOP:
             raise OSError(errno.ELOOP, "it is a symbolic link", name) from None
         raise
-    if not stat.S_ISREG(os.fstat(file).st_mode):
+    mode = os.fstat(file).st_mode
+    if not (stat.S_ISREG(mode) or (or_disk and stat.S_ISBLK(mode))):
         os.close(file)
         raise PermissionError(errno.EPERM, "it is not a regular file", name)
     return file

@@ -26,7 +26,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from qsnap import gentle, hugepages
+from qsnap import files, gentle, hugepages
 from qsnap.errors import JobFailed, QsnapError
 from qsnap.hugepages import Layout
 from qsnap.journal import Journal
@@ -322,7 +322,7 @@ class Moment:
 
 
 def _sync(image: Path) -> None:
-    file = os.open(image, os.O_RDONLY | os.O_CLOEXEC)
+    file = files.opened(image, or_disk=True)
     try:
         os.fsync(file)
     finally:

@@ -183,6 +183,14 @@ def _write(path: Path, notes: Sequence[Note]) -> None:
             files.remove(path)
             return
         text = msgspec.json.format(msgspec.json.encode(_File(version=_VERSION, notes=tuple(notes))), indent=1)
-        files.replace(path, text + b"\n")
+        files.replace(path, text + b"\n", owner=_owner(path))
     except OSError as error:
         raise QsnapError(f"the notes {path} cannot be written: {error.strerror}") from error
+
+
+def _owner(path: Path) -> int | None:
+    """Whose new notes are to be that root makes: the image's owner is to read them whatever root's umask."""
+    try:
+        return files.status(path.with_name(path.name.removesuffix(SUFFIX))).st_uid
+    except OSError:
+        return None

@@ -386,7 +386,7 @@ def test_honest_qemus_of_other_users(launch: Launch, theirs: Path, tmp_path: Pat
     guest.wait_for_ticks(3)
     cli("save", "a", "--description", "mine", monitor=guest.address)
     cli("protect", "live", monitor=guest.address)
-    assert (theirs / "disk0.qsnap-notes").exists()
+    assert (theirs / "disk0.qsnap-notes").stat().st_uid == NOBODY
     found = {one["tag"]: one for one in cli("list", "--json", monitor=guest.address).json["snapshots"]}
     assert [found[tag][key] for tag, key in (("a", "description"), ("live", "protected"), ("live", "kind"))] == [
         "mine",
