@@ -116,7 +116,7 @@ class PartialFailure(QsnapError):
                 {
                     "tag": tag,
                     "error": type(error).__name__,
-                    "exit_code": error.exit_code,
+                    "exit_code": error.status,
                     "message": str(error),
                 }
                 for tag, error in self.failed.items()

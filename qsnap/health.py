@@ -105,6 +105,8 @@ def judge(
     age_s = int((now - newest.date).total_seconds())
     level, message = Level.OK, f"{newest.tag} is {_aged(age_s)}, {len(series)} of them"
     warnings = list(troubles)
+    if newest.runstate:
+        warnings.append(f"it is of a guest that was {newest.runstate}")
     if last is not newest and last.date > newest.date:
         warnings.append(f"the newest, {last.tag}, is {last.kind}")
     if newest.date < max_age.before(now):

@@ -335,6 +335,8 @@ class Snapshot(Struct, frozen=True):
     protected: bool = False
     """It is neither replaced nor deleted nor pruned."""
     description: str = ""
+    runstate: str = ""
+    """The guest's run state at the save, where that was written down: one that it could not go on from."""
 
     @property
     def has_state(self) -> bool:
@@ -483,6 +485,8 @@ class Status(Struct, frozen=True):
     run: Unfinished | None = None
     """Whose claim on this VM there is."""
     is_half_restored: bool = False
+    trouble: str = ""
+    """Why a snapshot of the guest as it is now would be of little use to go on from."""
     """A load has failed midway."""
     in_backing: tuple[InBacking, ...] = ()
     """What is out of reach below an overlay; not counted in :attr:`snapshots`."""

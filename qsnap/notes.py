@@ -43,11 +43,13 @@ class Note(Struct, frozen=True):
     vm_clock_ms: int
     protected: bool = False
     description: str = ""
+    runstate: str = ""
+    """The guest's at the save, where it was one that it could not go on from. qsnap itself writes that down."""
 
     @property
     def says_something(self) -> bool:
         """Whether it is worth keeping."""
-        return self.protected or bool(self.description)
+        return self.protected or bool(self.description or self.runstate)
 
 
 class _File(Struct, frozen=True):
@@ -81,7 +83,7 @@ class Notes:
     def added_to(self, found: Iterable[Snapshot]) -> tuple[Snapshot, ...]:
         """The same snapshots, with what is written down about each."""
         return tuple(
-            msgspec.structs.replace(one, protected=note.protected, description=note.description)
+            msgspec.structs.replace(one, protected=note.protected, description=note.description, runstate=note.runstate)
             for one, note in ((one, self.of(one)) for one in found)
         )
 

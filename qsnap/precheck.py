@@ -32,6 +32,7 @@ from qsnap.model import (
 )
 from qsnap.monitor import HALF_RESTORED, Monitor
 from qsnap.reset import reset_findings
+from qsnap.runstates import trouble_of
 from qsnap.statefile.shelf import Shelf
 
 #: Run states in which QEMU refuses a save, or crashes in it (before 9.0: an assertion on inactive images).
@@ -103,11 +104,13 @@ async def plan_save(
     exclude: Collection[str] = (),
     force: bool = False,
     state_elsewhere: bool = False,
+    alive: bool = False,
 ) -> SavePlan:
     """Find out whether the guest can be saved now, and how.
 
     :param tag: the tag that is wanted; None leaves it unchecked.
     :param force: let a lack of room only warn.
+    :param alive: refuse a guest that could not go on from the snapshot, and do not only warn.
     :param state_elsewhere: the VM state does not go into an image: no room is needed there.
     :raise NotSupported: *tag*, *vmstate* or *exclude* go beyond what HMP can honour.
     """
@@ -133,6 +136,7 @@ async def plan_save(
     findings = [
         *_tag_findings(tag),
         *runstate_findings(runstate),
+        *_trouble_findings(runstate, monitor.version, alive=alive),
         *_aftermath_findings(runstate, half_restored is not None, leftovers),
         *_migration_findings(migration, monitor.version),
         *await _nvme_findings(monitor),
@@ -295,6 +299,14 @@ def runstate_findings(runstate: RunState) -> Iterator[Finding]:
             "the guest is in run state restore-vm: a load has failed, and RAM and disks may be half restored",
             "load a good snapshot first, or `cont` if you know that nothing was changed",
         )
+
+
+def _trouble_findings(runstate: RunState, version: QemuVersion, *, alive: bool) -> Iterator[Finding]:
+    """That the guest has stopped by itself: whoever loads a snapshot of that gets a guest that does not go on."""
+    if trouble := trouble_of(runstate, version):
+        make = _refusal if alive else _warning
+        cure = "put it back first: qsnap load TAG" if runstate is not RunState.SUSPENDED else "`system_wakeup` wakes it"
+        yield make("not-alive", trouble, cure)
 
 
 def _no_machine(error: CommandFailed) -> Finding:

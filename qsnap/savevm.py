@@ -59,6 +59,7 @@ async def do_savevm(
     safe_replace: bool = False,
     journal: Journal | None = None,
     shelf: Shelf = NO_SHELF,
+    alive: bool = False,
 ) -> SaveResult:
     """Save RAM, device state and every writable disk under one tag.
 
@@ -81,6 +82,7 @@ async def do_savevm(
         TAG.qsnap-stand-in, then the older snapshot is deleted, then the same state is written under TAG, and the
         stand-in deleted. The guest stands still for both writes.
     :param journal: of the claim that this is done under; without one nobody sees it through if we are killed.
+    :param alive: refuse a guest that could not go on from the snapshot, as it has panicked or shut down. Default: warn.
     :param shelf: where the state files of live saves lie: one of that tag is replaced too.
     :return: the snapshot as read back from QEMU.
     :raise PrecheckRefused: before the guest is touched.
@@ -97,7 +99,7 @@ async def do_savevm(
         raise BadUsage("a safe replacement and no replacement exclude each other")
 
     # Verify that no writable device is unable to snapshot, and choose the one for the VM state
-    plan = await plan_save(monitor, tag, vmstate=vmstate, exclude=exclude, force=force)
+    plan = await plan_save(monitor, tag, vmstate=vmstate, exclude=exclude, force=force, alive=alive)
     plan.refuse_if_needed()
     report, state_node = plan.report, plan.report.vmstate
     assert state_node is not None  # or the plan had been refused

@@ -111,10 +111,14 @@ class VM:
         live: bool | Literal["auto"] = False,
         prefix: str | None = None,
         description: str = "",
+        alive: bool = False,
     ) -> SaveResult:
         """Save RAM, device state and every writable disk under one tag: see :func:`qsnap.savevm.do_savevm`.
 
         :param prefix: instead of a tag: save the next one of that series, as PREFIX-YYYYMMDDTHHMMSS in local time.
+            A guest that could not go on from it is refused: it would push good snapshots out of the series.
+        :param alive: refuse such a guest in any case. It has panicked, shut down, its watchdog has run out, a request
+            to a disk has failed; or it is in S3, before QEMU 9.0. Default: warn, and write it down with the snapshot.
         :param description: written down beside the image: see :mod:`qsnap.notes`.
         :param safe_replace: a live save never is without a whole snapshot, with this or without.
         :param live: while the guest runs: see :func:`qsnap.livesave.do_live_save`. A guest that is paused gains
@@ -148,10 +152,14 @@ class VM:
             else:
                 from qsnap.savevm import do_savevm
 
-                result = await do_savevm(self._monitor, tag, safe_replace=safe_replace, **common)
+                result = await do_savevm(
+                    self._monitor, tag, safe_replace=safe_replace, alive=alive or prefix is not None, **common
+                )
             await self._dismiss_leftovers()
-            if place and not dry_run:
-                await self._describe(place, result.tag, description)
+            if not dry_run:
+                if place:
+                    await self._write_down(place, result.tag, description=description)
+                await self._write_down_trouble(result)
         return msgspec.structs.replace(result, description=description, warnings=(*result.warnings, *not_live))
 
     async def _next_of_series(self, prefix: str) -> str:
@@ -302,8 +310,18 @@ class VM:
             raise NotSupported("no device of this VM can have snapshots, so there is no place for notes")
         return place(self._shelf, graph, survey.devices, node)
 
-    async def _describe(self, place: Path, tag: str, description: str) -> None:
-        """Write down the description of a snapshot that was just saved."""
+    async def _write_down_trouble(self, saved: SaveResult) -> None:
+        """Note the run state of a guest that could not go on from what was just saved; a remark where that fails."""
+        from qsnap.runstates import trouble_of
+
+        if trouble_of(saved.runstate, self._monitor.version):
+            try:
+                await self._write_down(await self._place_of_notes(), saved.tag, runstate=str(saved.runstate))
+            except QsnapError as error:
+                self.remarks.append(f"nothing will tell later that the guest was {saved.runstate}: {error}")
+
+    async def _write_down(self, place: Path, tag: str, **what: str) -> None:
+        """Write down something about a snapshot that was just saved: see :class:`qsnap.notes.Note`."""
         from qsnap.notes import Notes
 
         graph = await self._monitor.block_graph()
@@ -311,12 +329,13 @@ class VM:
         files = self._shelf.files(graph, devices)
         found = snapshots.snapshots(graph, devices, files)
         saved = snapshots.find(graph, devices, tag, files)
-        assert saved is not None
+        if saved is None:
+            raise QsnapError(f"snapshot {tag!r} was saved, and deleted by another client at once")
         try:
             notes = Notes(self._shelf, graph, devices)
-            notes.write(place, [msgspec.structs.replace(notes.of(saved), description=description)], found)
+            notes.write(place, [msgspec.structs.replace(notes.of(saved), **what)], found)
         except QsnapError as error:
-            raise QsnapError(f"snapshot {tag!r} was saved, but not its description: {error}") from error
+            raise QsnapError(f"snapshot {tag!r} was saved, but not its {', '.join(what)}: {error}") from error
 
     async def recover(self, *, force: bool = False) -> tuple[Recovered, ...]:
         """See runs through that died on this VM: resume the guest, remove what they left half made.
@@ -389,6 +408,7 @@ class VM:
         """The guest, and what an earlier qsnap has left behind on it. Changes nothing."""
         monitor = self._monitor
         from qsnap.claim import run_of
+        from qsnap.runstates import trouble_of
 
         graph, runstate, name, leftovers, half_restored = await asyncio.gather(
             monitor.block_graph(),
@@ -402,6 +422,7 @@ class VM:
             version=str(monitor.version),
             name=name,
             runstate=runstate,
+            trouble=trouble_of(runstate, monitor.version),
             monitor=str(self.address),
             transport=monitor.transport,
             snapshots=len(self._snapshots_of(graph, survey.devices)),

@@ -51,6 +51,7 @@ def made(hours_ago: float, kind: Kind = Kind.FULL, tag: str | None = None, missi
         ([made(-2)], Level.WARNING, "of the future"),
         ([made(3, tag="by-hand"), made(27)], Level.CRITICAL, "27 h old"),
         ([made(3, Kind.LIVE)], Level.OK, "3 h old"),
+        ([msgspec.structs.replace(made(3), runstate="shutdown")], Level.WARNING, "of a guest that was shutdown"),
     ],
 )
 def test_how_fresh(found: list[Snapshot], level: Level, words: str) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -76,6 +78,20 @@ def mark(guest: Guest) -> None:
     until("the mark", lambda: guest.word(MARKS) == before + 1 or None)
 
 
+@contextmanager
+def command_in(*args: str, guest: Guest, code: int = 0) -> Iterator[None]:
+    """While the command of a run or an ensure runs."""
+    fifo = guest.directory / "fifo"
+    os.mkfifo(fifo)
+    run = start_cli(*args, "--", "sh", "-c", f"echo begun; read line < {fifo}", monitor=guest.address)
+    assert run.stdout is not None
+    assert run.stdout.readline() == "begun\n"
+    yield
+    fifo.write_text("go on\n")
+    done = finish(run)
+    assert done.code == code, done.err
+
+
 def assert_back(guest: Guest, marks: int = 0) -> None:
     """The guest runs, from the moment at which it had that many marks."""
     assert guest.runstate == "running"
@@ -107,12 +123,9 @@ def test_a_load_brings_back_a_guest_that_has_stopped_by_itself(boot: Boot) -> No
 def test_run_brings_back_a_guest_that_powers_off(boot: Boot, image: Path) -> None:
     guest = boot()
     mark(guest)
-    off = start_cli("run", "--revert", "--", "sh", "-c", "echo begun; read line", monitor=guest.address)
-    assert off.stdout is not None
-    assert off.stdout.readline() == "begun\n"
-    mark(guest)
-    press(guest, "q")
-    finish(off)
+    with command_in("run", "--revert", guest=guest):
+        mark(guest)
+        press(guest, "q")
     assert_back(guest, marks=1)
     assert tags(image) == []
 
@@ -158,3 +171,40 @@ def test_a_guest_that_was_saved_asleep_sleeps_again(boot: Boot) -> None:
     else:
         assert "guest suspended, as it was saved: `system_wakeup`" in out
         assert (guest.runstate, guest.word(MARKS)) == ("suspended", 1)
+
+
+def test_a_guest_that_has_shut_down_does_not_push_good_snapshots_out(boot: Boot, image: Path) -> None:
+    guest = boot()
+    save = ("save", "--prefix", "n", "--keep-last", "1")
+    good = cli(*save, "--json", monitor=guest.address).json["tag"]
+    press(guest, "q")
+    assert "shutdown" in cli(*save, "-q", monitor=guest.address, expect=6).err
+    assert tags(image) == [good]
+    check = cli("check", monitor=guest.address).out
+    assert "warning: the guest is shutdown: it has shut down" in check
+    age = ("status", "--max-age", "1h")
+    assert "the guest is shutdown" in cli(*age, monitor=guest.address, expect=1).out
+
+    assert "the guest is shutdown" in cli("save", "off", "-q", monitor=guest.address).err
+    listed = {one["tag"]: one["runstate"] for one in cli("list", "--json", monitor=guest.address).json["snapshots"]}
+    assert listed == {good: "", "off": "shutdown"}
+    cli("load", good, monitor=guest.address)
+    assert "it is of a guest that was shutdown" in cli(*age, monitor=guest.address, expect=1).out
+    assert "OK" in cli(*age, "--prefix", "n", monitor=guest.address).out
+
+
+@pytest.mark.skipif(S3_IS_SAVED, reason="from 9.0 on QEMU keeps S3")
+def test_a_guest_asleep_that_could_not_wake(boot: Boot, image: Path) -> None:
+    guest = boot()
+    press(guest, "s")
+    assert "nothing wakes it" in cli("save", "asleep", "-q", monitor=guest.address).err
+    assert "nothing wakes it" in cli("save", "--prefix", "n", monitor=guest.address, expect=6).err
+    assert "nothing wakes it" in cli("run", "--revert", "--", "true", monitor=guest.address, expect=125).err
+    assert tags(image) == ["asleep"]
+
+
+def test_ensure_makes_nothing_of_a_guest_that_has_shut_down(boot: Boot, image: Path) -> None:
+    guest = boot()
+    with command_in("ensure", "ready", guest=guest, code=123):
+        press(guest, "q")
+    assert tags(image) == []

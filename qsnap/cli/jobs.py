@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from qsnap.choice import Target
     from qsnap.cli.session import Options
     from qsnap.config import Settings
-    from qsnap.model import LoadResult, SaveResult, Snapshot
+    from qsnap.model import LoadResult, RunState, SaveResult, Snapshot
     from qsnap.vm import VM
 
 _T = TypeVar("_T")
@@ -99,14 +99,14 @@ def run(
     tag = revert_to
     noted = _note_signals()
     try:
-        was_running = job.step(lambda vm, _: _is_running(vm))
+        runstate = job.step(_runstate)
         if revert_to is not None:
             job.check_load(revert_to)
         if save_on_fail is not None:
             job.save(save_on_fail, dry_run=True)
         if revert:
             tag = f"qsnap-run-{datetime.now().astimezone():%Y%m%dT%H%M%S}-{os.getpid()}"
-            job.save_to_revert(tag)
+            job.save_to_revert(tag, runstate)
     except QsnapError as error:
         return _not_run(error)
     troubles: list[QsnapError] = []
@@ -119,7 +119,7 @@ def run(
     if code and save_on_fail is not None:
         job.attempt(troubles, lambda: job.save(save_on_fail))
     if tag is not None:
-        was_loaded = job.attempt(troubles, lambda: job.load(tag, running=was_running if revert else None))
+        was_loaded = job.attempt(troubles, lambda: job.load(tag, running=_is_live(runstate) if revert else None))
         if revert and was_loaded:
             job.attempt(troubles, lambda: job.delete(tag))
     return code or (FAILED_AFTER if troubles else 0)
@@ -155,7 +155,7 @@ def ensure(options: Options, tag: str, exclude: tuple[str, ...], command: tuple[
         return code
     troubles: list[QsnapError] = []
     # One that is there now and was not before is another job's: this guest was provisioned by both
-    job.attempt(troubles, lambda: job.save(tag, replace=is_there))
+    job.attempt(troubles, lambda: job.save(tag, replace=is_there, alive=True))
     return FAILED_AFTER if troubles else 0
 
 
@@ -197,7 +197,7 @@ class _Job:
             return False
         return True
 
-    def save(self, tag: str, *, replace: bool = True, dry_run: bool = False) -> None:
+    def save(self, tag: str, *, replace: bool = True, dry_run: bool = False, alive: bool = False) -> None:
         """Save the guest, as the config file says; or find out whether that could be done now."""
 
         async def save(vm: VM, settings: Settings) -> SaveResult:
@@ -208,6 +208,7 @@ class _Job:
                 exclude=self.excluded(settings),
                 live=settings.live or False,
                 dry_run=dry_run,
+                alive=alive,
             )
 
         result = self.step(save)
@@ -215,12 +216,13 @@ class _Job:
             with redirect_stdout(sys.stderr):
                 self._options.renderer.save(result)
 
-    def save_to_revert(self, tag: str) -> None:
+    def save_to_revert(self, tag: str, runstate: RunState) -> None:
         """Save the guest under a tag of our own, and make sure that it can be put back; else nothing is left of it.
 
         :raise QsnapError: it cannot be saved, or not be loaded.
         """
-        self.save(tag)
+        # QEMU before 9.0 does not put back a guest that is in S3
+        self.save(tag, alive=runstate == "suspended")
         try:
             self.check_load(tag)
         except QsnapError:
@@ -249,10 +251,14 @@ class _Job:
             self._options.renderer.load(result)
 
 
-async def _is_running(vm: VM) -> bool:
-    from qsnap.model import RunState
+def _is_live(runstate: RunState) -> bool:
+    from qsnap.runstates import is_live
 
-    return (await vm.status()).runstate is RunState.RUNNING
+    return is_live(runstate)
+
+
+async def _runstate(vm: VM, _: Settings) -> RunState:
+    return (await vm.status()).runstate
 
 
 async def _found(vm: VM, tag: str, left_out: Sequence[str]) -> tuple[Snapshot | None, bool]:

@@ -285,7 +285,7 @@ def judged(
 
     async def look(vm: VM, settings: Settings) -> Health:
         status = await vm.status()
-        troubles = []
+        troubles = [status.trouble] if status.trouble else []
         if status.is_half_restored:
             troubles.append("a load has failed midway: saves are refused until a good snapshot is loaded")
         if status.run is not None and status.run.is_alive is False:

@@ -193,6 +193,7 @@ class Renderer:
             ("kind", snapshot.kind),
             ("description", snapshot.description),
             ("protected", "yes" if snapshot.protected else ""),
+            ("guest was", snapshot.runstate),
             (
                 "VM state",
                 f"{size(snapshot.vm_state_size)} {_state_place(snapshot.vmstate, snapshot.file, snapshot.labels)}"
@@ -236,6 +237,7 @@ class Renderer:
     def status(self, status: Status) -> None:
         facts = (
             ("guest", f"{status.name or '(no name)'}, {status.runstate}"),
+            *([("warning", status.trouble)] if status.trouble else []),
             ("QEMU", status.version),
             ("monitor", f"{status.monitor} ({status.transport})"),
             ("snapshots", str(status.snapshots) + _below_overlays(status)),
@@ -346,6 +348,10 @@ class QuietRenderer(Renderer):
 
     def _say(self, text: str) -> None:
         pass
+
+    def _warn(self, findings: Sequence[Finding]) -> None:
+        # --live=auto is asked for where nobody wants to know
+        super()._warn([finding for finding in findings if finding.code != "not-live"])
 
     def _table(self, head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         pass
@@ -469,8 +475,9 @@ def _run(run: Unfinished) -> str:
 
 
 def _note(snapshot: Snapshot) -> str:
-    """What the user has written down about it, in a line."""
-    return ": ".join(filter(None, ("protected" if snapshot.protected else "", snapshot.description)))
+    """What is written down about it, in a line."""
+    state = f"guest was {snapshot.runstate}" if snapshot.runstate else ""
+    return ": ".join(filter(None, ("protected" if snapshot.protected else "", state, snapshot.description)))
 
 
 def _pruned(result: PruneResult) -> str:

@@ -470,7 +470,8 @@ class QmpMonitor:
     async def settle(self) -> QsnapError | None:
         failure = None
         for job_id, command in list(self._unsettled.items()):
-            failure = await self._concluded(job_id, command)
+            ended = await self._concluded(job_id, command)
+            failure = failure or ended
         return failure
 
     async def leftover_jobs(self) -> Sequence[Job]:
