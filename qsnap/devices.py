@@ -1,5 +1,8 @@
 """Which devices a save must hold, which holds the VM state, and which stand in the way. Pure.
 
+Devices that keep the guest's data outside the block layer (:mod:`qsnap.outside`) stand in the way like any other disk
+that cannot be snapshotted.
+
 The rules are QEMU's own, recomputed from what its monitor tells (block/snapshot.c, block/block-backend.c;
 each was held against HMP savevm on real QEMU):
 
@@ -23,6 +26,7 @@ import shlex
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
+from qsnap import outside
 from qsnap.model import (
     BlockBackend,
     BlockGraph,
@@ -30,6 +34,7 @@ from qsnap.model import (
     Device,
     Finding,
     Labels,
+    Peripheral,
     Role,
     Severity,
     Verdict,
@@ -52,9 +57,15 @@ BACKUP_FILTERS = frozenset({"copy-before-write", "backup-top"})
 #: Drivers without a primary child, however many they have.
 _NO_PRIMARY_CHILD = frozenset({"quorum", "blkverify"})
 
+#: What the names of nodes begin with that the user has not chosen: made up by QEMU, or a path in the object tree.
+_NOT_THE_USER_S = ("#", "/")
+
 #: A raw one of this model keeps its contents in guest RAM, writes them back to its file when a loaded state
 #: starts to run (hw/block/pflash_cfi01.c: postload_update_cb), and needs no snapshot. cfi.pflash02 does not.
 _CARRIED_MODEL = "cfi.pflash01"
+
+
+_LEFT_OUT = "left out as asked: a load will leave its contents as they are then"
 
 
 class Survey(NamedTuple):
@@ -66,9 +77,9 @@ class Survey(NamedTuple):
 
 
 def labels(devices: Iterable[Device]) -> Labels:
-    """The names to show instead of node-names that QEMU made up, and that change at every start."""
+    """The names to show instead of node-names that QEMU made up, and that change at every start; and of paths."""
     nodes = ((name, d.device) for d in devices for name in (d.node, d.image) if name and d.device)
-    return {name: device for name, device in nodes if name.startswith("#")}
+    return {name: device for name, device in nodes if name.startswith(_NOT_THE_USER_S)}
 
 
 def spoken(nodes: Iterable[str], devices: Iterable[Device]) -> list[str]:
@@ -79,7 +90,7 @@ def spoken(nodes: Iterable[str], devices: Iterable[Device]) -> list[str]:
 
 def pasteable(node: str, device: str = "") -> str:
     """A device's name for a command line: ``#block123`` would begin a comment there."""
-    return shlex.quote(device if node.startswith("#") and device else node)
+    return shlex.quote(device if node.startswith(_NOT_THE_USER_S) and device else node)
 
 
 def snapshot_image(graph: BlockGraph, node_name: str) -> BlockNode | None:
@@ -130,7 +141,7 @@ def survey(
     :param vmstate: the device for the VM state, by one of the same names. Default: QEMU's own choice.
     :param chooses_devices: False where QEMU itself takes all devices (HMP), so that none can be carried.
     """
-    devices: list[Device] = []
+    blocks: list[Device] = []
     findings: list[Finding] = []
     matched: set[str] = set()
     for node_name, backend in _counted(graph):
@@ -139,7 +150,7 @@ def survey(
         names |= {image.node_name} if image else set()
         matched |= names.intersection(exclude)
         device = _judge(graph, node_name, backend, bool(names.intersection(exclude)), chooses_devices)
-        devices.append(device)
+        blocks.append(device)
         if device.verdict is Verdict.CARRIED and names.intersection(exclude):
             findings.append(
                 Finding(
@@ -149,6 +160,10 @@ def survey(
                     node=node_name,
                 )
             )
+    others = [_judge_outside(peripheral, exclude) for peripheral in _outside(graph)]
+    matched |= names_outside(graph)
+    devices = (*blocks, *others)
+    for device in devices:
         if device.verdict is Verdict.REFUSED:
             findings.append(
                 Finding(
@@ -156,10 +171,11 @@ def survey(
                     severity=Severity.REFUSE,
                     message=device.why,
                     cure=device.cure,
-                    node=node_name,
+                    node=device.node,
                 )
             )
         findings.extend(_warnings(graph, device))
+    findings.extend(_passed_on(graph))
     findings.extend(
         Finding(
             code="exclude-unknown",
@@ -169,8 +185,8 @@ def survey(
         )
         for name in sorted(set(exclude) - matched)
     )
-    chosen, problem = _vmstate(graph, devices, vmstate)
-    return Survey(tuple(devices), chosen, (*findings, *problem))
+    chosen, problem = _vmstate(graph, blocks, vmstate)
+    return Survey(devices, chosen, (*findings, *problem))
 
 
 def _counted(graph: BlockGraph) -> Iterator[tuple[str | None, BlockBackend]]:
@@ -186,6 +202,43 @@ def _counted(graph: BlockGraph) -> Iterator[tuple[str | None, BlockBackend]]:
     for node_name in graph.nodes:
         if graph.has_edges and node_name not in seen and node_name not in graph.with_parents:
             yield node_name, BlockBackend(root=node_name)
+
+
+def _outside(graph: BlockGraph) -> Iterator[Peripheral]:
+    return (peripheral for peripheral in graph.peripherals if outside.kept(peripheral.model))
+
+
+def names_outside(graph: BlockGraph) -> set[str]:
+    """The names of the devices outside the block layer. QEMU leaves them out by itself, by HMP too."""
+    return {name for peripheral in _outside(graph) for name in (peripheral.path, peripheral.label)}
+
+
+def _judge_outside(peripheral: Peripheral, exclude: Collection[str]) -> Device:
+    label, model = peripheral.label, peripheral.model
+    is_excluded = label in exclude or peripheral.path in exclude
+    return Device(
+        node=peripheral.path,
+        device=peripheral.device_id,
+        driver=model,
+        role=Role.OUTSIDE,
+        verdict=Verdict.EXCLUDED if is_excluded else Verdict.REFUSED,
+        why=_LEFT_OUT if is_excluded else f"Device {label!r} ({model}) cannot be in a snapshot: {outside.kept(model)}",
+        cure="" if is_excluded else f"unplug it, or leave it out knowingly: --exclude {shlex.quote(label)}",
+    )
+
+
+def _passed_on(graph: BlockGraph) -> Iterator[Finding]:
+    """Warnings of what may be a disk of the host's."""
+    for peripheral in graph.peripherals:
+        if outside.is_passed_on(peripheral.model):
+            yield Finding(
+                code="device-passed-on",
+                severity=Severity.WARN,
+                message=f"Device {peripheral.label!r} ({peripheral.model}) is the host's: if it is a disk, its "
+                "contents are not in the snapshot, and a load leaves them as they are then",
+                cure="if it is one, give it to the guest as a qcow2 image instead",
+                node=peripheral.path,
+            )
 
 
 def _names(node_name: str | None, backend: BlockBackend) -> set[str]:
@@ -232,7 +285,7 @@ def _judge(
     if image is None and backend.qdev_type == _CARRIED_MODEL and chooses_devices:
         return device(Verdict.CARRIED, "its contents travel inside the VM state and are written back on load")
     if excluded:
-        return device(Verdict.EXCLUDED, "left out as asked: a load will leave its contents as they are then")
+        return device(Verdict.EXCLUDED, _LEFT_OUT)
 
     name = pasteable(node.node_name, backend.label)
 

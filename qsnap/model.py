@@ -115,6 +115,31 @@ class BlockNode(Struct, frozen=True):
         return tuple(snapshot for snapshot in self.snapshots if snapshot.tag == tag)
 
 
+def device_id(path: str) -> str:
+    """A device's id, out of ``id`` or ``/machine/peripheral/id/virtio-backend``; "" without one."""
+    parts = [part for part in path.split("/") if part not in ("virtio-backend", "")]
+    return "" if not parts or "peripheral-anon" in parts else parts[-1]
+
+
+class Peripheral(Struct, frozen=True):
+    """A device that the user has given the guest, with -device or device_add."""
+
+    path: str
+    """In the object tree: ``/machine/peripheral/ID``, or ``/machine/peripheral-anon/device[N]``."""
+    model: str
+    """Its QOM type, such as ``virtio-blk-pci``."""
+
+    @property
+    def device_id(self) -> str:
+        """Its id; "" without one."""
+        return device_id(self.path)
+
+    @property
+    def label(self) -> str:
+        """What a user calls it, and an option takes: its id, or its path where it has none."""
+        return self.device_id or self.path
+
+
 class BlockBackend(Struct, frozen=True):
     """A user of a block node: a guest device, an export, a block job."""
 
@@ -137,9 +162,8 @@ class BlockBackend(Struct, frozen=True):
 
     @property
     def device_id(self) -> str:
-        """The device's id, out of ``id`` or ``/machine/peripheral/id/virtio-backend``; "" without one."""
-        parts = [part for part in self.qdev.split("/") if part not in ("virtio-backend", "")]
-        return "" if not parts or "peripheral-anon" in parts else parts[-1]
+        """The guest device's id; "" without one."""
+        return device_id(self.qdev)
 
 
 class Job(Struct, frozen=True):
@@ -170,13 +194,14 @@ class BlockJob(Job, frozen=True):
 
 
 class BlockGraph(Struct, frozen=True):
-    """All block nodes and their users, in QEMU's own order.
+    """All block nodes and their users, in QEMU's own order; and the guest's devices, among which others may hold data.
 
     :ivar nodes: by node-name, oldest first.
     :ivar backends: in the order of QEMU's ``blk_all``, which is the order of their creation.
     :ivar with_parents: the node-names that another node, a device, an export or a job uses.
     :ivar has_edges: False where QEMU does not tell how nodes are connected.
     :ivar jobs: what it is busy with.
+    :ivar peripherals: the devices that the user has given the guest, of whatever kind.
     """
 
     nodes: dict[str, BlockNode]
@@ -184,6 +209,7 @@ class BlockGraph(Struct, frozen=True):
     with_parents: frozenset[str] = frozenset()
     has_edges: bool = True
     jobs: tuple[BlockJob, ...] = ()
+    peripherals: tuple[Peripheral, ...] = ()
 
 
 class Migration(Struct, frozen=True):
@@ -211,9 +237,11 @@ class Role(StrEnum):
     PFLASH = "pflash"
     EXPORT = "export or job"
     NODE = "unattached node"
+    OUTSIDE = "outside QEMU"
+    """It keeps its contents where the block layer does not see them: see :mod:`qsnap.outside`."""
 
 
-#: What people call a node: the user's name for the device of each node-name that QEMU made up ("#block123").
+#: What people call a node: the user's name for the device of each name that QEMU made up ("#block123"), or of a path.
 Labels = dict[str, str]
 
 
@@ -236,7 +264,7 @@ class Device(Struct, frozen=True):
     """A block device of the guest, and what becomes of it in a save."""
 
     node: str | None
-    """The node-name; None in an empty drive."""
+    """The node-name; None in an empty drive. Of a device outside the block layer its path in the object tree."""
     device: str
     driver: str
     role: Role

@@ -139,7 +139,7 @@ async def plan_save(
         *_trouble_findings(runstate, monitor.version, alive=alive),
         *_aftermath_findings(runstate, half_restored is not None, leftovers),
         *_migration_findings(migration, monitor.version),
-        *await _nvme_findings(monitor),
+        *_nvme_findings(graph, monitor.version),
         *survey.findings,
         *blockjobs.save_findings(graph, survey.devices, chooses_devices=monitor.chooses_devices),
     ]
@@ -172,7 +172,7 @@ async def plan_load(monitor: Monitor, tag: str, *, shelf: Shelf, exclude: Collec
         )
     except CommandFailed as error:
         raise PrecheckRefused(f"snapshot {tag!r} cannot be loaded now", [_no_machine(error)]) from error
-    if exclude and not monitor.chooses_devices:
+    if not monitor.chooses_devices and not rules.names_outside(graph).issuperset(exclude):
         raise NotSupported(f"{monitor.limit} loads all devices or none: --exclude is beyond it")
     survey = rules.survey(graph, exclude=exclude, chooses_devices=monitor.chooses_devices)
     files = shelf.files(graph, survey.devices)
@@ -184,11 +184,12 @@ async def plan_load(monitor: Monitor, tag: str, *, shelf: Shelf, exclude: Collec
     left_out = {d.image or d.node for d in survey.devices if d.verdict is Verdict.EXCLUDED}
     missing = [node for node in snapshot.missing if node not in left_out]
     unable = [node for d in survey.devices if d.verdict is Verdict.REFUSED and (node := d.image or d.node)]
+    left_to_exclude = dict.fromkeys((*missing, *unable))
+    can_exclude = monitor.chooses_devices or rules.names_outside(graph).issuperset(left_to_exclude)
     exclude_all = " ".join(
-        f"--exclude {rules.pasteable(node, snapshot.labels.get(node, ''))}"
-        for node in dict.fromkeys((*missing, *unable))
+        f"--exclude {rules.pasteable(node, snapshot.labels.get(node, ''))}" for node in left_to_exclude
     )
-    loadable = snapshot.has_state and monitor.chooses_devices
+    loadable = snapshot.has_state and can_exclude
     if lacking := [node for node in missing if node not in unable]:
         raise SnapshotNotFound(
             tag,
@@ -200,8 +201,8 @@ async def plan_load(monitor: Monitor, tag: str, *, shelf: Shelf, exclude: Collec
         *runstate_findings(runstate),
         *_migration_findings(migration, monitor.version),
         *_background_findings(migration),
-        *_device_findings_for_load(survey, exclude_all if monitor.chooses_devices else ""),
         *reset_findings(monitor, runstate),
+        *_device_findings_for_load(survey, exclude_all if can_exclude else ""),
         *_load_findings(graph, survey.devices, snapshot, devices),
         *blockjobs.load_findings(graph, survey.devices, devices),
     ]
@@ -253,7 +254,7 @@ def refuse_untransportable(monitor: Monitor, tag: str | None) -> None:
 def _refuse_hmp_choices(monitor: Monitor, graph: BlockGraph, vmstate: str | None, exclude: Collection[str]) -> None:
     if monitor.chooses_devices:
         return
-    if exclude:
+    if not rules.names_outside(graph).issuperset(exclude):
         raise NotSupported(f"{monitor.limit} saves all devices or none: --exclude is beyond it")
     if vmstate is not None:
         chosen = rules.survey(graph, vmstate=vmstate, chooses_devices=False).vmstate
@@ -395,18 +396,19 @@ def _background_findings(migration: Migration) -> Iterator[Finding]:
         )
 
 
-async def _nvme_findings(monitor: Monitor) -> Sequence[Finding]:
+def _nvme_findings(graph: BlockGraph, version: QemuVersion) -> Iterator[Finding]:
     """What crashes QEMU's savevm of NVMe. Older versions name the device as one that blocks a migration."""
-    if monitor.version < _NVME_IS_SAVED:
-        return ()
-    return [
-        _refusal(
-            "nvme-without-drive",
-            f"the nvme controller {path.rpartition('/')[2]} has no drive of its own, and QEMU crashes in a save of it",
-            "start the guest with drive= on the controller (-device nvme,serial=…,drive=ID), or without it",
-        )
-        for path in await monitor.without_drive("nvme")
-    ]
+    if version < _NVME_IS_SAVED:
+        return
+    with_drive = {user.qdev for user in graph.backends}
+    for peripheral in graph.peripherals:
+        if peripheral.model == "nvme" and with_drive.isdisjoint({peripheral.path, peripheral.device_id}):
+            name = peripheral.path.rpartition("/")[2]
+            yield _refusal(
+                "nvme-without-drive",
+                f"the nvme controller {name} has no drive of its own, and QEMU crashes in a save of it",
+                "start the guest with drive= on the controller (-device nvme,serial=…,drive=ID), or without it",
+            )
 
 
 def _room_findings(

@@ -54,7 +54,7 @@ def snapshots(graph: BlockGraph, devices: Sequence[Device], files: Sequence[Stat
 
     :param files: the state files of this VM: those of live saves.
     """
-    nodes = relevant_nodes(devices)
+    nodes = [node for node in relevant_nodes(devices) if node in graph.nodes]
     # What nobody uses cannot change either, and QEMU 10.0's savevm leaves it out.
     required = relevant_nodes(device for device in devices if device.role is not Role.NODE)
     names = labels(devices)

@@ -19,6 +19,7 @@ from qsnap.model import (
     Job,
     Migration,
     NodeSnapshot,
+    Peripheral,
     QemuVersion,
     RunState,
 )
@@ -95,6 +96,10 @@ class FakeMonitor:
             backends=tuple(BlockBackend(qdev=f"/machine/peripheral/{name}", root=name) for name in self.rows),
             with_parents=frozenset(self.rows),
             jobs=self.jobs,
+            peripherals=(
+                Peripheral(path="/machine/peripheral/vd0", model="virtio-blk-pci"),
+                Peripheral(path="/machine/peripheral-anon/device[0]", model="virtio-blk-pci"),
+            ),
         )
 
     async def migration(self) -> Migration:
@@ -130,9 +135,6 @@ class FakeMonitor:
             first = next((row for row in self.rows[name] if row.tag == tag), None)
             if first is not None:
                 self.rows[name].remove(first)
-
-    async def without_drive(self, kind: str) -> Sequence[str]:
-        return ()
 
     async def mark(self, name: str) -> str | None:
         return self.marks.get(name)

@@ -33,7 +33,7 @@ async def monitor(request: pytest.FixtureRequest, launch: Launch, tmp_path: Path
         yield FakeMonitor()
         return
     guest = launch(
-        *blockdev("disk0", make_boot_disk(tmp_path / "disk0")), "-device", "virtio-blk,drive=disk0",
+        *blockdev("disk0", make_boot_disk(tmp_path / "disk0")), "-device", "virtio-blk,drive=disk0,id=vd0",
         *blockdev("disk1", make_disk(tmp_path / "disk1")), "-device", "virtio-blk,drive=disk1", "-name", "the guest",
     )  # fmt: skip
     guest.wait_for_ticks()
@@ -139,6 +139,10 @@ async def test_what_it_tells(monitor: Monitor) -> None:
     assert (migration.status in (None, "none"), migration.blocked_reasons) == (True, ())
     graph = await monitor.block_graph()
     assert [graph.nodes[backend.root or ""].driver for backend in graph.backends] == ["qcow2", "qcow2"]
+    assert {(one.path.rpartition("/")[0], one.device_id, one.model) for one in graph.peripherals} == {
+        ("/machine/peripheral", "vd0", "virtio-blk-pci"),
+        ("/machine/peripheral-anon", "", "virtio-blk-pci"),
+    }
     assert monitor.version[0] >= 5
 
 

@@ -6,11 +6,11 @@ at an address. Errors of libraries and of the system are mapped to qsnap's own i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 from qsnap.errors import JobFailed, QsnapError
-from qsnap.model import BlockGraph, Job, Migration, QemuVersion, RunState
+from qsnap.model import BlockGraph, Job, Migration, Peripheral, QemuVersion, RunState
 
 if TYPE_CHECKING:
     import socket
@@ -28,6 +28,13 @@ HALF_RESTORED = "qsnap-half-restored"
 STATE_NODE_PREFIX = "qsnap-state"
 #: The QOM paths below which devices are that the user has made: with an id, and without.
 PERIPHERALS = ("/machine/peripheral", "/machine/peripheral-anon")
+
+
+def peripherals(parent: str, properties: Iterable[tuple[str, str]]) -> Iterator[Peripheral]:
+    """The devices below one of :data:`PERIPHERALS`, from what qom-list says: (name, type) of each property."""
+    for name, kind in properties:
+        if kind.startswith("child<"):
+            yield Peripheral(path=f"{parent}/{name}", model=kind.removeprefix("child<").removesuffix(">"))
 
 
 def ignore(_: JobFailed | None) -> None:
@@ -86,7 +93,7 @@ class Monitor(Protocol):
         """What HMP answers to *line*; an error is text, too."""
 
     async def block_graph(self) -> BlockGraph:
-        """Every block node with its snapshots, and who uses it."""
+        """Every block node with its snapshots, and who uses it; and all devices that the user has given the guest."""
 
     async def migration(self) -> Migration:
         """The state of migration, which shares its code with savevm."""
@@ -107,9 +114,6 @@ class Monitor(Protocol):
 
     async def snapshot_delete(self, tag: str, devices: Sequence[str]) -> None:
         """Remove one snapshot of that *tag* from each of *devices*; none there is no error to QEMU."""
-
-    async def without_drive(self, kind: str) -> Sequence[str]:
-        """The QOM paths of the devices of that *kind* whose property "drive" is empty."""
 
     async def mark(self, name: str) -> str | None:
         """The text of a mark that some qsnap has set since this QEMU was started; None where there is none.

@@ -17,7 +17,7 @@ from contextlib import suppress
 
 from qsnap.errors import CommandFailed, MonitorError, NotSupported, QsnapError
 from qsnap.model import BlockGraph, Job, Migration, QemuVersion, RunState
-from qsnap.monitor import PERIPHERALS, hmp_tables, hmp_text
+from qsnap.monitor import PERIPHERALS, hmp_tables, hmp_text, peripherals
 from qsnap.monitor.address import Address
 from qsnap.monitor.connection import AnotherAnswers, Connection, connection, hang_up, lost, peer_pid
 from qsnap.monitor.human import HumanSnapshots
@@ -183,7 +183,12 @@ class HmpMonitor(HumanSnapshots):
         jobs = await self._query("info block-jobs")
         for qdev in hmp_tables.attached_to(backends):
             await self._learn_qdev_type(qdev)
-        return hmp_tables.block_graph(backends, nodes, self._qdev_types, self.version, jobs)
+        found = [
+            one
+            for parent in PERIPHERALS
+            for one in peripherals(parent, hmp_tables.objects(await self._query(f"qom-list {parent}")).items())
+        ]
+        return hmp_tables.block_graph(backends, nodes, self._qdev_types, self.version, jobs, found)
 
     async def _learn_qdev_type(self, qdev: str) -> None:
         if qdev in self._qdev_types:
@@ -200,15 +205,6 @@ class HmpMonitor(HumanSnapshots):
 
     async def memory_size(self) -> int:
         return hmp_tables.memory_size(await self._query("info memory_size_summary"))
-
-    async def without_drive(self, kind: str) -> Sequence[str]:
-        paths = [
-            f"{parent}/{name}"
-            for parent in PERIPHERALS
-            for name, found in hmp_tables.objects(await self._query(f"qom-list {parent}")).items()
-            if found == f"child<{kind}>"
-        ]
-        return [path for path in paths if not json.loads(await self._query(f"qom-get {hmp_text.quoted(path)} drive"))]
 
     async def mark(self, name: str) -> str | None:
         try:

@@ -17,7 +17,17 @@ from itertools import pairwise
 from typing import NamedTuple
 
 from qsnap.errors import MonitorError
-from qsnap.model import BlockBackend, BlockGraph, BlockJob, BlockNode, Migration, NodeSnapshot, QemuVersion, RunState
+from qsnap.model import (
+    BlockBackend,
+    BlockGraph,
+    BlockJob,
+    BlockNode,
+    Migration,
+    NodeSnapshot,
+    Peripheral,
+    QemuVersion,
+    RunState,
+)
 from qsnap.monitor.wire import image_path
 
 #: Drivers that open a file or a server themselves; all others stand on another node.
@@ -149,7 +159,12 @@ def _rows(image: Sequence[str], version: QemuVersion) -> Iterator[NodeSnapshot]:
 
 
 def block_graph(
-    backends: str, nodes: str, qdev_types: Mapping[str, str], version: QemuVersion, jobs: str = "No active jobs\n"
+    backends: str,
+    nodes: str,
+    qdev_types: Mapping[str, str],
+    version: QemuVersion,
+    jobs: str = "No active jobs\n",
+    peripherals: Sequence[Peripheral] = (),
 ) -> BlockGraph:
     """``info block``, ``info block -n -v`` and ``info block-jobs``, joined.
 
@@ -168,6 +183,7 @@ def block_graph(
         backends=tuple(users),
         with_parents=frozenset(parented | _mentioned_below(entries)),
         jobs=tuple(block_jobs(jobs)),
+        peripherals=tuple(peripherals),
     )
 
 

@@ -33,8 +33,8 @@ from qsnap.errors import (
     NotSupported,
     QsnapError,
 )
-from qsnap.model import BlockGraph, Job, Migration, QemuVersion, RunState
-from qsnap.monitor import PERIPHERALS, ignore, wire
+from qsnap.model import BlockGraph, Job, Migration, Peripheral, QemuVersion, RunState
+from qsnap.monitor import PERIPHERALS, ignore, peripherals, wire
 from qsnap.monitor.address import Address, UnixAddress
 from qsnap.monitor.connection import AnotherAnswers, Connection, connection, first_bytes, hang_up, lost, peer_pid
 from qsnap.monitor.human import HumanSnapshots
@@ -316,15 +316,21 @@ class QmpMonitor:
 
     async def block_graph(self) -> BlockGraph:
         # Sent together, so that nothing comes between them.
-        devices, infos, graph = await asyncio.gather(
+        devices, infos, graph, named, unnamed = await asyncio.gather(
             self.query(list[wire.BlockInfo], "query-block"),
             self.query(list[wire.BlockDeviceInfo], "query-named-block-nodes", {"flat": True}),
             self._graph_edges(),
+            self._peripherals(PERIPHERALS[0]),
+            self._peripherals(PERIPHERALS[1]),
         )
         await asyncio.gather(*(self._learn_qdev_type(row.qdev) for row in devices if row.qdev))
         is_busy = graph is None or graph.has_jobs
         jobs = await self.query(list[wire.JobInfo], "query-jobs") if is_busy else ()
-        return wire.block_graph(devices, infos, graph, self._qdev_types, jobs)
+        return wire.block_graph(devices, infos, graph, self._qdev_types, jobs, [*named, *unnamed])
+
+    async def _peripherals(self, parent: str) -> Sequence[Peripheral]:
+        properties = await self.query(list[wire.ObjectPropertyInfo], "qom-list", {"path": parent})
+        return list(peripherals(parent, ((item.name, item.type) for item in properties)))
 
     async def _graph_edges(self) -> wire.XDbgBlockGraph | None:
         try:
@@ -352,15 +358,6 @@ class QmpMonitor:
             capabilities=frozenset(item.capability for item in capabilities if item.state),
             error=info.error_desc,
         )
-
-    async def without_drive(self, kind: str) -> Sequence[str]:
-        paths = [
-            f"{parent}/{item.name}"
-            for parent in PERIPHERALS
-            for item in await self.query(list[wire.ObjectPropertyInfo], "qom-list", {"path": parent})
-            if item.type == f"child<{kind}>"
-        ]
-        return [path for path in paths if not await self.query(str, "qom-get", {"path": path, "property": "drive"})]
 
     async def mark(self, name: str) -> str | None:
         try:

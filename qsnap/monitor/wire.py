@@ -12,7 +12,7 @@ from datetime import UTC, datetime, timedelta
 
 import msgspec
 
-from qsnap.model import BlockBackend, BlockGraph, BlockJob, BlockNode, Job, NodeSnapshot, QemuVersion
+from qsnap.model import BlockBackend, BlockGraph, BlockJob, BlockNode, Job, NodeSnapshot, Peripheral, QemuVersion
 from qsnap.monitor import STATE_NODE_PREFIX
 
 #: The types of jobs that copy disks (qapi/job.json: JobType).
@@ -247,6 +247,7 @@ def block_graph(
     graph: XDbgBlockGraph | None,
     qdev_types: Mapping[str, str],
     jobs: Iterable[JobInfo] = (),
+    peripherals: Sequence[Peripheral] = (),
 ) -> BlockGraph:
     """query-block, query-named-block-nodes, x-debug-query-block-graph and the block jobs of query-jobs, joined.
 
@@ -304,4 +305,5 @@ def block_graph(
             for job in jobs
             if job.type in BLOCK_JOBS and not job.model().is_concluded
         ),
+        peripherals=tuple(peripherals),
     )

@@ -1,0 +1,39 @@
+"""Devices of which a part lies outside QEMU: what the block layer and the VM state do not know of. Pure.
+
+QEMU's savevm says nothing of them: it saves, reports success, and a load puts RAM back beside contents of another
+moment (seen with vhost-user-blk, virtio-pmem and cxl-type3 on 7.2 and 11.1). They are known by their model (QOM type)
+alone. nvdimm and ivshmem are not among them: their memory is in the VM state. virtio-9p is not either: QEMU refuses to
+save while the guest has it mounted.
+"""
+
+from __future__ import annotations
+
+#: Models that keep the guest's data outside, by what their names begin with, and where the data are.
+_KEPT = {
+    "vhost-user-blk": "its disk is served by another process (vhost-user)",
+    "vhost-user-scsi": "its disks are served by another process (vhost-user)",
+    "vhost-scsi": "its disks are served by the host's kernel (vhost)",
+    "vhost-user-fs": "its files are in a directory of the host (virtiofs)",
+    "virtio-pmem": "its contents are in its memory backend, which QEMU leaves out of the VM state",
+    "cxl-type3": "its contents are in its memory backends, which QEMU leaves out of the VM state",
+}
+#: Models that pass on whatever the host has: a disk, or something that holds no data.
+_PASSED_ON = (
+    "usb-host",
+    "usb-redir",
+    "vfio-",
+    "vhost-vdpa-device",
+    "vhost-user-device",
+    "vhost-user-test-device",
+    "x-pci-proxy-dev",
+)
+
+
+def kept(model: str) -> str:
+    """Where a device of that model keeps the guest's data, in words; "" if that is inside QEMU."""
+    return next((where for prefix, where in _KEPT.items() if model.startswith(prefix)), "")
+
+
+def is_passed_on(model: str) -> bool:
+    """Whether a device of that model may be a disk of the host's, as far as the model tells."""
+    return model.startswith(_PASSED_ON)
