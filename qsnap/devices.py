@@ -13,6 +13,8 @@ each was held against HMP savevm on real QEMU):
 * A job's own copy is nobody's device: what a mirror or a commit writes to is not whole before it ends, so it gets no
   snapshot. (HMP savevm makes one there.)
 * Only qcow2 can hold the VM state. Without a name for it, QEMU takes the first counted device.
+* QEMU crashes when it writes the VM state into an encrypted qcow2 (qcow2_co_encdec: its writes are not aligned; seen
+  on 5.2 to 11.1): another one is taken where QEMU can be told which.
 
 What QEMU is then told to snapshot is not the device's top node but the image below its filters. QEMU would
 find that itself, and save well; but a load through a filter hangs the guest's disk or crashes QEMU (seen
@@ -185,7 +187,7 @@ def survey(
         )
         for name in sorted(set(exclude) - matched)
     )
-    chosen, problem = _vmstate(graph, blocks, vmstate)
+    chosen, problem = _vmstate(graph, blocks, vmstate, chooses_devices)
     return Survey(devices, chosen, (*findings, *problem))
 
 
@@ -367,16 +369,18 @@ def _choices(devices: Sequence[Device], *verdicts: Verdict) -> str:
 
 
 def _vmstate(
-    graph: BlockGraph, devices: Sequence[Device], wanted: str | None
+    graph: BlockGraph, devices: Sequence[Device], wanted: str | None, chooses_devices: bool
 ) -> tuple[str | None, tuple[Finding, ...]]:
     able = [
         d.image
         for d in devices
         if d.verdict is Verdict.SAVED and d.image and graph.nodes[d.image].driver in VMSTATE_DRIVERS
     ]
+    clear = [image for image in able if not graph.nodes[image].encrypted]
+    if wanted is None and able:
+        chosen = clear[0] if clear and chooses_devices else able[0]
+        return chosen, tuple(_encrypted(graph, devices, able[0], chosen, clear, chooses_devices))
     if wanted is None:
-        if able:
-            return able[0], ()
         return None, (
             Finding(
                 code="no-vmstate-device",
@@ -391,7 +395,7 @@ def _vmstate(
         for name in (*_names(node, backend), *filter(None, [device.image]))
     }
     if (node := names.get(wanted)) in able:
-        return node, ()
+        return node, tuple(_encrypted(graph, devices, node, node, clear, chooses_devices))
     known = wanted in names or wanted in graph.nodes
     return None, (
         Finding(
@@ -402,4 +406,38 @@ def _vmstate(
             cure=f"devices that can: {', '.join(spoken(able, devices)) or 'none'}",
             node=node,
         ),
+    )
+
+
+def _encrypted(
+    graph: BlockGraph, devices: Sequence[Device], wanted: str, chosen: str, clear: Sequence[str], chooses_devices: bool
+) -> Iterator[Finding]:
+    """What is to be said where the image that was to hold the VM state is encrypted.
+
+    :param wanted: by the user, or by QEMU itself.
+    :param clear: the images that could hold it and are not encrypted.
+    """
+    if not graph.nodes[wanted].encrypted:
+        return
+    name, there = spoken([wanted, chosen], devices)
+    if chosen != wanted:
+        yield Finding(
+            code="vmstate-not-encrypted",
+            severity=Severity.WARN,
+            message=f"{name}, where QEMU would put the VM state, is encrypted, and QEMU crashes in that: the state goes "
+            f"to {there}, where the guest's RAM is in the clear; `loadvm` in a human monitor will not look there",
+            cure=f"--vmstate {shlex.quote(there)} says that this is meant",
+            node=chosen,
+        )
+        return
+    elsewhere = f"--vmstate {' or '.join(map(shlex.quote, spoken(clear, devices)))}"
+    if not clear:
+        elsewhere = "give the guest a qcow2 image that is not encrypted (of any size), and name it with --vmstate"
+    yield Finding(
+        code="vmstate-encrypted",
+        severity=Severity.REFUSE,
+        message=f"{name} is encrypted, and QEMU crashes when it writes the VM state into an encrypted image",
+        cure=("" if chooses_devices else "over QMP: ")
+        + f"{elsewhere}; or save with --live. The guest's RAM is then in the clear in that image, or in the state file",
+        node=wanted,
     )

@@ -62,6 +62,10 @@ _CAPABILITIES_REFUSED: dict[str, QemuVersion | None] = {
 _NVME_IS_SAVED = QemuVersion(11, 0, 0)
 
 
+#: What is found of the image that is to hold the VM state, and does not matter where the state goes elsewhere.
+_OF_THE_VMSTATE_IMAGE = frozenset({"vmstate-encrypted", "vmstate-not-encrypted"})
+
+
 class SavePlan(NamedTuple):
     """What a save will do, and what it was decided on.
 
@@ -143,7 +147,9 @@ async def plan_save(
         *survey.findings,
         *blockjobs.save_findings(graph, survey.devices, chooses_devices=monitor.chooses_devices),
     ]
-    if not state_elsewhere:
+    if state_elsewhere:
+        findings = [finding for finding in findings if finding.code not in _OF_THE_VMSTATE_IMAGE]
+    else:
         findings += _room_findings(graph, survey.vmstate, tag, image, estimate, force, monitor.chooses_devices)
     report = CheckReport(
         ok=not any(finding.refuses for finding in findings),

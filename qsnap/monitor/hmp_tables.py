@@ -228,6 +228,7 @@ def _node(entry: _Entry, children: tuple[tuple[str, str], ...], version: QemuVer
         read_only="read-only" in entry.flags,
         active="inactive" not in entry.flags,
         filename=image_path(entry.filename),
+        encrypted="encrypted" in entry.flags,
         external_data_file="data file" in details,
         refcount_bits=int(bits) if bits.isdigit() else None,
         dirty_bitmaps=tuple(_bitmaps(entry.image)),

@@ -61,6 +61,7 @@ class BlockDeviceInfo(Wire, frozen=True):
     node_name: str = ""
     active: bool = True
     dirty_bitmaps: list[DirtyBitmap] = []
+    encrypted: bool = False
     children: list[NodeChild] | None = None
 
 
@@ -222,6 +223,7 @@ def block_node(info: BlockDeviceInfo, children: Sequence[tuple[str, str]]) -> Bl
         read_only=info.ro,
         active=info.active,
         filename=image_path(info.file or info.image.filename),
+        encrypted=info.encrypted,
         external_data_file=bool(details.get("data-file")),
         refcount_bits=refcount_bits if isinstance(refcount_bits, int) else None,
         dirty_bitmaps=tuple(bitmap.name for bitmap in info.dirty_bitmaps),
