@@ -247,7 +247,7 @@ LAYERS = [
     ["retention"],
     ["statefile"],
     ["trust"],
-    ["devices", "snapshots", "outside"],
+    ["blockjobs", "devices", "snapshots", "outside"],
     ["monitor", "discovery"],
     ["local", "runstates", "undisturbed", "gentle", "guest"],
     ["files"],
