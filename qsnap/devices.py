@@ -424,7 +424,7 @@ def _encrypted(
         yield Finding(
             code="vmstate-not-encrypted",
             severity=Severity.WARN,
-            message=f"{name}, QEMU's choice for the VM state, is encrypted, and QEMU crashes in that: the state goes to "
+            message=f"{name}, QEMU's choice for the state, is encrypted, and QEMU crashes in that: the state goes to "
             f"{there}, where the guest's RAM is in the clear; `loadvm` in a human monitor will not look there",
             cure=f"--vmstate {shlex.quote(there)} says that this is meant",
             node=chosen,
