@@ -247,7 +247,7 @@ LAYERS = [
     ["retention"],
     ["statefile"],
     ["trust"],
-    ["blockjobs", "devices", "snapshots", "outside"],
+    ["devices", "snapshots", "outside"],
     ["monitor", "discovery"],
     ["local", "runstates", "undisturbed", "gentle", "guest"],
     ["files"],
