@@ -27,7 +27,18 @@ import msgspec
 import pytest
 
 from conftest import Launch
-from guest import Guest, blockdev, cli, finish, make_boot_disk, start_cli, tags, until
+from guest import (
+    Guest,
+    blockdev,
+    cli,
+    finish,
+    make_boot_disk,
+    needs_snapshot_jobs,
+    qemu_version,
+    start_cli,
+    tags,
+    until,
+)
 from machine import IS_ROOT, NOBODY
 from qsnap import files, gentle, guard, journal, metrics, trust
 from qsnap.errors import BadUsage, QsnapError
@@ -204,6 +215,7 @@ def begun(guest: Guest, part: Path) -> subprocess.Popen[str]:
     return process
 
 
+@needs_snapshot_jobs
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
 def test_another_file_in_the_place_of_the_state_file(
     launch: Launch, theirs: Path, ours: Path, runtime_directory: Path, how: signal.Signals
@@ -224,6 +236,7 @@ def test_another_file_in_the_place_of_the_state_file(
     guest.assert_running()
 
 
+@needs_snapshot_jobs
 def test_another_file_in_the_place_of_the_new_snapshot(launch: Launch, theirs: Path, ours: Path) -> None:
     """What has come to stand at the name meanwhile is not replaced."""
     guest = live_guest(launch, theirs)
@@ -297,6 +310,7 @@ def a_child(deed: Callable[[], object]) -> Iterator[int]:
         os.waitpid(child, 0)
 
 
+@needs_snapshot_jobs
 @pytest.mark.parametrize("where", ["beside the image", "in a directory"])
 def test_a_monitor_that_claims_an_image_of_roots(launch: Launch, theirs: Path, tmp_path: Path, where: str) -> None:
     """Nothing that belongs to that image is read, handed over, changed, made or removed on its word."""
@@ -370,7 +384,8 @@ def test_whose_a_qemu_is(theirs: Path, ours: Path) -> None:
     os.close(tell)
 
 
-@pytest.mark.parametrize("how", ["of nobody", "runas"])
+@needs_snapshot_jobs
+@pytest.mark.parametrize("how", ["of nobody", "of root at first"])
 def test_honest_qemus_of_other_users(launch: Launch, theirs: Path, tmp_path: Path, how: str) -> None:
     """Root saves, notes and loads beside the image of a QEMU that has not root's rights; also a state file."""
     image = make_boot_disk(theirs / "disk0")
@@ -382,7 +397,8 @@ def test_honest_qemus_of_other_users(launch: Launch, theirs: Path, tmp_path: Pat
     assert (theirs / "disk0.live.qsnap").stat().st_uid == NOBODY
     first.quit()
     user = pwd.getpwuid(NOBODY).pw_name
-    guest = launch(*drive, user=NOBODY) if how == "of nobody" else launch(*drive, "-runas", user)
+    given_up = ("-run-with", f"user={user}") if qemu_version() >= (9, 1) else ("-runas", user)
+    guest = launch(*drive, user=NOBODY) if how == "of nobody" else launch(*drive, *given_up)
     guest.wait_for_ticks(3)
     cli("save", "a", "--description", "mine", monitor=guest.address)
     cli("protect", "live", monitor=guest.address)
@@ -398,6 +414,7 @@ def test_honest_qemus_of_other_users(launch: Launch, theirs: Path, tmp_path: Pat
         guest.assert_running()
 
 
+@needs_snapshot_jobs
 def test_a_state_file_of_somebody_elses(launch: Launch, theirs: Path) -> None:
     """A file of root's that stands beside nobody's image is not handed to a QEMU of nobody's."""
     image = make_boot_disk(theirs / "disk0")
