@@ -39,6 +39,8 @@ class FakeMonitor:
     hot_plugs: bool = False
     #: A mirror of disk1 begins when the guest stops.
     mirrors: bool = False
+    #: The clock stands still there.
+    now: datetime | None = None
 
     version: QemuVersion = field(default=QemuVersion(11, 1, 0))
     transport: str = "fake"
@@ -112,7 +114,7 @@ class FakeMonitor:
         self.calls.append("save")
         if self.save_hangs:
             await asyncio.Event().wait()
-        row = NodeSnapshot(tag=tag, id="1", vm_state_size=0, date=datetime.now(UTC), vm_clock_ns=1)
+        row = NodeSnapshot(tag=tag, id="1", vm_state_size=0, date=self.now or datetime.now(UTC), vm_clock_ns=1)
         for name in devices:
             if name not in self.forgets:
                 size = 1 << 20 if name == vmstate else 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import json
 import os
 import signal
@@ -24,6 +25,7 @@ from guest import (
     blockdev,
     both_monitors,
     cli,
+    deliver,
     finish,
     make_boot_disk,
     start_cli,
@@ -276,6 +278,33 @@ def test_a_journal_that_is_just_being_made_is_left_alone(runtime_directory: Path
     assert not beginning.exists()
 
 
+def test_a_journal_that_is_held_is_not_removed(runtime_directory: Path) -> None:
+    """Not even if its QEMU has ended: its run, or its guard, is about to say so."""
+    ended = Process(pid=os.getpid(), start=1)
+    ours = Journal.create(_record(qemu=ended))
+    assert [other.is_held for other in found()] == [True]
+    assert len(journals(runtime_directory)) == 1
+    ours.close(remove=False)
+    assert (list(found()), journals(runtime_directory)) == ([], [])
+
+
+def test_of_two_who_take_one_journal_one_gets_it(monkeypatch: pytest.MonkeyPatch, runtime_directory: Path) -> None:
+    """The other has opened it, and before he locks it all is done and it is gone."""
+    Journal.create(_record()).close(remove=False)
+    (dead,) = found()
+    lock = fcntl.flock
+
+    def after_the_other(file: int, how: int) -> None:
+        monkeypatch.undo()
+        other = dead.take()
+        assert other is not None
+        other.close(remove=True)
+        lock(file, how)
+
+    monkeypatch.setattr(fcntl, "flock", after_the_other)
+    assert dead.take() is None
+
+
 @both_monitors
 def test_many_at_once_never_interleave(guest: Guest, tmp_path: Path, runtime_directory: Path, transport: str) -> None:
     """By all monitors, saving and replacing under two names and deleting; whatever the order, all is whole."""
@@ -337,16 +366,16 @@ def test_an_interrupt_while_waiting(busy: tuple[Guest, Path, subprocess.Popen[st
 def test_an_interrupt_while_the_claim_is_made(
     guest: Guest, intercept: Intercept, tmp_path: Path, runtime_directory: Path, transport: str
 ) -> None:
-    """QEMU may have taken it already: it is given back."""
+    """QEMU has taken it, and its answer is held until the signal was taken too: it is given back."""
     seen = threading.Event()
 
-    def interrupt(message: dict[str, Any]) -> None:
-        is_claim = deed(message) == "object-add" or "object_add" in str(message)
-        if is_claim and not seen.is_set():
+    def interrupt(data: bytes) -> bytes:
+        if not seen.is_set() and marks_of(guest):
             seen.set()
-            saving.send_signal(signal.SIGTERM)
+            deliver(saving, signal.SIGTERM)
+        return data
 
-    saving = start_cli("save", "t", monitor=intercept(guest, on_command=interrupt).address)
+    saving = start_cli("save", "t", monitor=intercept(guest, on_data=interrupt).address)
     assert finish(saving).code == 143
     assert seen.is_set()
     assert_all_is_well(guest, runtime_directory, {tmp_path / "disk0.qcow2": []})

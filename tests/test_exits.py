@@ -22,6 +22,7 @@ from guest import (
     blockdev,
     both_monitors,
     cli,
+    deliver,
     failing_disk,
     finish,
     make_boot_disk,
@@ -511,7 +512,7 @@ def test_an_interrupted_replacement_keeps_the_new_one(launch: Launch, tmp_path: 
 
     def interrupt(message: dict[str, Any]) -> None:
         if deed(message) == "snapshot-save":
-            process.send_signal(signal.SIGTERM)
+            deliver(process, signal.SIGTERM)
 
     process = start_cli("save", "t", monitor=intercept(guest, on_command=interrupt).address)
     run = finish(process)
@@ -544,7 +545,7 @@ def test_an_interrupted_load_ends_with_the_guest_running(launch: Launch, tmp_pat
 
     def interrupt(message: dict[str, Any]) -> None:
         if deed(message) == "snapshot-load":
-            process.send_signal(signal.SIGTERM)
+            deliver(process, signal.SIGTERM)
 
     process = start_cli("load", "t", monitor=intercept(guest, on_command=interrupt).address)
     run = finish(process)

@@ -164,6 +164,17 @@ def test_the_block_graph(recording: Recording) -> None:
     assert survey.vmstate == ide.root
 
 
+def test_an_inactive_image(recording: Recording) -> None:
+    """As a migration leaves it; told from 10.0 on (block-hmp-cmds.c: print_block_info)."""
+    nodes = recording.answers("info block -n -v")[0]
+    (header,) = (line for line in nodes.splitlines() if line.startswith("a: "))
+    nodes = nodes.replace(header, header.replace("(qcow2)", "(qcow2, inactive)"))
+    graph = hmp_tables.block_graph(recording.answers("info block")[-1], nodes, {}, recording.version)
+    assert [name for name, node in graph.nodes.items() if not node.active] == ["a"]
+    top = next(device for device in rules.survey(graph, chooses_devices=False).devices if device.node == "top")
+    assert top.verdict == "refused"
+
+
 def test_the_snapshots_of_each_node(recording: Recording) -> None:
     graph = hmp_tables.block_graph(
         recording.answers("info block")[-1], recording.answers("info block -n -v")[0], {}, recording.version

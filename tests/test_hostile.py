@@ -318,6 +318,7 @@ async def test_a_job_that_never_concludes(
         with pytest.raises(VerifyFailed, match="its job does not end; QEMU answers, and calls it paused") as failure:
             await vm.save("t")
     assert "the guest is running" in failure.value.outcome
+    assert "job-cancel" in proxy.commands
     assert_all_is_well(guest, runtime_directory, {tmp_path / name: [] for name in ("disk0.qcow2", "disk1.qcow2")})
 
 

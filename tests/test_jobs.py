@@ -23,6 +23,7 @@ from guest import (
     blockdev,
     both_monitors,
     cli,
+    deliver,
     failing_disk,
     finish,
     make_boot_disk,
@@ -30,6 +31,7 @@ from guest import (
     tags,
     until,
 )
+from proxy import deed
 from qsnap.cli import jobs
 from qsnap.local import is_alive
 from qsnap.pytest_plugin import tag_of
@@ -184,21 +186,22 @@ def test_a_killed_command(guest: Guest, disk: Path, tmp_path: Path) -> None:
     assert tags(disk) == ["f"]
 
 
-@pytest.mark.parametrize("ticks", [0, 2, 5, 9])
-def test_a_signal_after_the_command(guest: Guest, disk: Path, tmp_path: Path, ticks: int) -> None:
+def test_signals_after_the_command(guest: Guest, disk: Path, tmp_path: Path, intercept: Intercept) -> None:
     """A job that is cancelled late: what is to be done after the command is done all the same."""
     before = guest.wait_for_ticks(3)
-    script = f"touch {tmp_path}/up; until [ -e {tmp_path}/go ]; do sleep 0.01; done; exit 5"
-    process = start_cli("run", "--revert", "--save-on-fail", "f", "--", "sh", "-c", script, monitor=guest.address)
-    until("the command runs", (tmp_path / "up").exists)
-    guest.wait_for_ticks(45)
-    (tmp_path / "go").touch()
-    until("the command has ended", lambda: not children(process.pid))
-    if ticks:
-        guest.wait_for_ticks(ticks)
-    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGINT):
-        process.send_signal(signum)
+    ran, after = tmp_path / "ran", []
+
+    def cancel(message: dict[str, Any]) -> None:
+        if ran.exists() and deed(message).startswith("snapshot-"):
+            after.append(deed(message))
+            deliver(process, signal.SIGINT, signal.SIGTERM, signal.SIGINT)
+
+    process = start_cli(
+        "run", "--revert", "--save-on-fail", "f", "--", *wait_script(guest, 45, f"touch {ran}; exit 5"),
+        monitor=intercept(guest, on_command=cancel).address,
+    )  # fmt: skip
     assert finish(process).code == 5
+    assert after == ["snapshot-save", "snapshot-load", "snapshot-delete"]
     assert_back_to(guest, before)
     assert tags(disk) == ["f"]
 
@@ -303,6 +306,19 @@ def test_orphans_are_ended_with_the_command(guest: Guest, tmp_path: Path) -> Non
         assert not is_alive(int((tmp_path / name).read_text()))
 
 
+def test_our_own_guards_are_not_the_command_s() -> None:
+    """One may be at work still on what a step before the command has left to it."""
+    with subprocess.Popen(["sleep", "1000"]) as guard:
+        ours = jobs._children()
+        try:
+            with subprocess.Popen(["sh", "-c", "sleep 1000 & wait"]) as command:
+                jobs._end(command, ours)
+            assert command.returncode == -signal.SIGTERM
+            assert guard.poll() is None
+        finally:
+            guard.kill()
+
+
 def test_what_cannot_be_killed_is_left(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """As a process that hangs in the kernel, or another user's: it must not hang the job. (Here no signal is sent.)"""
     for name, value in (("GRACE_S", 0.1), ("KILL_S", 0.1)):
@@ -338,18 +354,41 @@ def test_a_tag_that_cannot_be_saved_is_told_of_before(guest: Guest, disk: Path, 
     assert tags(disk) == ["kept"]
 
 
+COUNTS_INTERRUPTS = """
+import os, signal, sys, time
+from pathlib import Path
+
+caught = []
+signal.signal(signal.SIGINT, lambda *_: caught.append(1))
+here = Path(sys.argv[1])
+(here / "up").touch()
+while not caught:
+    time.sleep(0.01)
+
+def has_taken_it():
+    status = dict(line.split(":\\t") for line in Path(f"/proc/{os.getppid()}/status").read_text().splitlines())
+    pending = int(status["SigPnd"], 16) | int(status["ShdPnd"], 16)
+    return status["State"][0] == "S" and not pending
+
+while not has_taken_it():  # qsnap, which would have passed it on by then
+    time.sleep(0.01)
+(here / "caught").write_text(str(len(caught)))
+sys.exit(9)
+"""
+
+
 def test_from_a_terminal(guest: Guest, disk: Path, tmp_path: Path) -> None:
     """Ctrl-C reaches the command once, as the terminal sends it; and a kill of qsnap alone is passed on."""
     import pty
 
-    script = f"trap 'echo caught >> {tmp_path}/caught; exit 9' INT; touch {tmp_path}/up; while :; do sleep 0.05; done"
+    command = [sys.executable, "-c", COUNTS_INTERRUPTS, str(tmp_path)]
     for by_terminal in (True, False):
         for name in ("up", "caught"):
             (tmp_path / name).unlink(missing_ok=True)
         pid, terminal = pty.fork()
         if pid == 0:
             os.environ["QSNAP_MONITOR"] = guest.address
-            os.execv(sys.executable, [sys.executable, "-m", "qsnap", "run", "--revert", "--", "sh", "-c", script])  # noqa: S606
+            os.execv(sys.executable, [sys.executable, "-m", "qsnap", "run", "--revert", "--", *command])  # noqa: S606
         until("the command runs", (tmp_path / "up").exists)
         if by_terminal:
             os.write(terminal, b"\x03")
@@ -358,7 +397,7 @@ def test_from_a_terminal(guest: Guest, disk: Path, tmp_path: Path) -> None:
         ended = until("its end", lambda p=pid: ((found := os.waitpid(p, os.WNOHANG))[0] and found) or None)  # type: ignore[misc]
         os.close(terminal)
         assert os.waitstatus_to_exitcode(ended[1]) == 9
-        assert (tmp_path / "caught").read_text() == "caught\n"
+        assert (tmp_path / "caught").read_text() == "1"
         assert tags(disk) == []
     guest.assert_running()
 
@@ -537,14 +576,17 @@ def test_tags_of_tests() -> None:
     assert all(len(tag.encode()) < 256 for tag in long)
 
 
-def test_a_guest_that_is_started_anew(launch: Launch, tmp_path: Path) -> None:
-    """The command may end QEMU and start it again, at the same address."""
+@pytest.mark.parametrize("by", ["the config file", "looking"])
+def test_a_guest_that_is_started_anew(launch: Launch, tmp_path: Path, by: str) -> None:
+    """The command may end QEMU and start it again, at the same address: as another process than the one first seen."""
     image = make_boot_disk(tmp_path / "disk0.qcow2")
-    guest = launch(*blockdev("disk0", image), "-device", "virtio-blk,drive=disk0", "-name", "web")
+    name = f"web-{os.getpid()}"  # there may be others
+    guest = launch(*blockdev("disk0", image), "-device", "virtio-blk,drive=disk0", "-name", name)
     cli("save", "clean", monitor=guest.address)
-    (tmp_path / "config.toml").write_text(f"[vm.web]\nmonitor = '{guest.address}'\n")
+    is_named = by == "the config file"
+    (tmp_path / "config.toml").write_text(f"[vm.{name}]\nmonitor = '{guest.address}'\n" if is_named else "")
     process = start_cli(
-        "run", "--revert-to", "clean", "--config", str(tmp_path / "config.toml"), "--vm", "web", "--",
+        "run", "--revert-to", "clean", "--config", str(tmp_path / "config.toml"), "--vm", name, "--",
         "sh", "-c", f"touch {tmp_path}/up; until [ -e {tmp_path}/go ]; do sleep 0.01; done",
     )  # fmt: skip
     until("the command runs", (tmp_path / "up").exists)

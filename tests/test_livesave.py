@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import ctypes
+import errno
 import json
 import os
 import random
@@ -32,6 +33,8 @@ from guest import (
     assert_sound,
     blockdev,
     cli,
+    deliver,
+    failing_disk,
     finish,
     make_disk,
     qemu_img,
@@ -443,6 +446,78 @@ def test_by_a_human_monitor(heavy: Guest, disks: list[Path], tmp_path: Path) -> 
     assert "state file" in cli("load", "t", monitor=heavy.address, expect=5).err
     cli("delete", "t", monitor=heavy.address)
     assert_nothing_live_left(heavy, tmp_path)
+
+
+@pytest.mark.parametrize("how", ["killed", "interrupted", "the file is gone"])
+def test_a_delete_that_is_disturbed(
+    heavy: Guest, intercept: Intercept, tmp_path: Path, runtime_directory: Path, how: str
+) -> None:
+    """It is completed, by itself or by the guard: the state file goes too."""
+    where = ("--state-dir", str(tmp_path))
+    cli("save", "--live", "t", *where, monitor=heavy.address)
+    killer = Killer("snapshot-delete" if how == "killed" else "")
+
+    def disturb(message: dict[str, Any]) -> None:
+        if how == "interrupted" and deed(message) == "snapshot-delete":
+            deliver(deleting, signal.SIGTERM)
+        elif how == "the file is gone" and deed(message) == "snapshot-delete":
+            (tmp_path / state_files(tmp_path)[0]).unlink()
+        killer(message)
+
+    address = intercept(heavy, on_command=disturb).address
+    if how == "killed":
+        killer.run("delete", "t", *where, monitor=address)
+    else:
+        deleting = start_cli("delete", "t", *where, monitor=address)
+        assert finish(deleting).code == (143 if how == "interrupted" else 0)
+    wait_for_the_guard(runtime_directory)
+    assert_nothing_live_left(heavy, tmp_path)
+    assert heavy.jobs() == []
+
+
+def test_qemu_lets_go_of_a_file_that_is_deleted(
+    heavy: Guest, intercept: Intercept, tmp_path: Path, runtime_directory: Path
+) -> None:
+    """A load was killed with its guard, and its journal is another user's: QEMU has the state file open still."""
+    where = ("--state-dir", str(tmp_path))
+    cli("save", "--live", "t", *where, monitor=heavy.address)
+    killer = Killer("cont")
+
+    def kill_both(message: dict[str, Any]) -> None:
+        if deed(message) == "cont" and killer.left:
+            kill_guard(runtime_directory)
+        killer(message)
+
+    killer.run("load", "t", *where, monitor=intercept(heavy, on_command=kill_both).address)
+    for journal in runtime_directory.iterdir():
+        journal.unlink()
+
+    def open_files() -> list[str]:
+        links = Path(f"/proc/{heavy.pid}/fd").iterdir()
+        return [name for link in links if ".qsnap" in (name := str(link.readlink()))]
+
+    assert open_files()
+    heavy.qmp("cont")
+    cli("delete", "t", *where, monitor=heavy.address)
+    assert open_files() == []
+    assert_nothing_live_left(heavy, tmp_path)
+
+
+def test_an_ordinary_save_over_it_that_fails(launch: Launch, tmp_path: Path) -> None:
+    """Its disks were deleted by then: without them its file is of no use, and takes as much room as the RAM."""
+    make_heavy_disk(tmp_path / "disk0")
+    guest = launch(
+        *failing_disk("disk0", tmp_path / "disk0", "vmstate_save", errno.ENOSPC), "-device", "virtio-blk,drive=disk0",
+        memory="96",
+    )  # fmt: skip
+    guest.wait_for_ticks(5)
+    where = ("--state-dir", str(tmp_path))
+    cli("save", "--live", "t", *where, monitor=guest.address)
+    assert len(state_files(tmp_path)) == 1
+    run = cli("save", "t", *where, monitor=guest.address, expect=9)
+    assert "the older snapshot 't' had been deleted by then" in run.err
+    assert (state_files(tmp_path), tags(tmp_path / "disk0")) == ([], [])
+    guest.assert_running()
 
 
 def test_replacing(heavy: Guest, disks: list[Path], tmp_path: Path) -> None:
@@ -1007,13 +1082,17 @@ def test_a_neighbour_whose_image_begins_alike(launch: Launch, tmp_path: Path) ->
     theirs.wait_for_ticks(5)
     part = tmp_path / "vm.data.1x.qsnap-part"
     process = start_cli("save", "--live", "1x", monitor=theirs.address)
-    until("it has begun", part.exists)
-    cli("save", "a", monitor=ours.address)
-    cli("recover", monitor=ours.address)
-    # The same name in the end, as VM "vm" with tag "data.1x"
-    run = cli("save", "--live", "data.1x", monitor=ours.address, expect=None)
+    until("it is at work on it", lambda: part.exists() and f":{part.stat().st_ino} " in Path("/proc/locks").read_text())
+    process.send_signal(signal.SIGSTOP)
+    assert part.exists(), "the save has ended already"
+    try:
+        cli("save", "a", monitor=ours.address)
+        cli("recover", monitor=ours.address)
+        # The same name in the end, as VM "vm" with tag "data.1x"
+        cli("save", "--live", "data.1x", monitor=ours.address, expect=6)
+    finally:
+        process.send_signal(signal.SIGCONT)
     assert finish(process).code == 0
-    assert run.code == 6, run.err
     cli("save", "--live", "data.1x", monitor=ours.address, expect=6)
     cli("load", "1x", monitor=theirs.address)
     for guest in guests:

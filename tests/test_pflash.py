@@ -64,6 +64,12 @@ def test_check_says_carried(flash_guest: Guest) -> None:
     assert report["vmstate"] == "disk0"
 
 
+@pytest.mark.parametrize("transport", ["hmp"], indirect=True)
+def test_a_human_monitor_cannot_carry_it(flash_guest: Guest) -> None:
+    report = cli("check", "--json", monitor=flash_guest.address, expect=6).json
+    assert {device["device"]: device["verdict"] for device in report["devices"]}["pflash1"] == "refused"
+
+
 def test_human_savevm_refuses_this_guest(flash_guest: Guest) -> None:
     """What qsnap does better is worth showing."""
     assert "Device 'pflash1' is writable but does not support snapshots" in flash_guest.qmp.hmp("savevm x")

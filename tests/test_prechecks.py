@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 import qsnap
-from conftest import Launch
+from conftest import Intercept, Launch
 from guest import (
     HAS_SNAPSHOT_JOBS,
     Guest,
@@ -26,6 +26,7 @@ from guest import (
     tags,
     until,
 )
+from proxy import deed
 from test_verdicts import disk
 
 
@@ -347,6 +348,16 @@ def test_a_disk_only_snapshot_is_not_loaded(guest: Guest) -> None:
     guest.assert_running()
 
 
+@needs_snapshot_jobs
+def test_the_device_with_the_vm_state_cannot_be_left_out(guest: Guest) -> None:
+    guest.qmp.hmp("savevm t")
+    guest.qmp.events.clear()
+    error = cli("load", "t", "--exclude", "disk0", "--json", monitor=guest.address, expect=6).error
+    assert [finding["code"] for finding in error["findings"]] == ["vmstate-excluded"]
+    guest.qmp("query-status")
+    assert "STOP" not in [event["event"] for event in guest.qmp.events]
+
+
 def test_a_partial_snapshot_is_not_loaded_by_accident(guest: Guest) -> None:
     cli("save", "t", monitor=guest.address)
     guest.qmp("blockdev-snapshot-delete-internal-sync", device="disk1", name="t")
@@ -361,16 +372,46 @@ def test_a_partial_snapshot_is_not_loaded_by_accident(guest: Guest) -> None:
     assert guest.node_tags("disk0") == []
 
 
-def test_a_snapshot_of_different_moments_is_not_loaded(guest: Guest) -> None:
+@pytest.mark.parametrize("paused", [False, True])
+def test_a_snapshot_of_different_moments_is_not_loaded(guest: Guest, paused: bool) -> None:
+    """Whether the guest's clock tells that, or, as it stood still, the dates alone."""
+    if paused:
+        guest.qmp("stop")
     cli("save", "t", monitor=guest.address)
     guest.qmp("blockdev-snapshot-delete-internal-sync", device="disk1", name="t")
-    guest.wait_for_ticks(3)
+    if not paused:
+        guest.wait_for_ticks(3)
     guest.qmp("blockdev-snapshot-internal-sync", device="disk1", name="t")
     error = cli("load", "t", "--json", monitor=guest.address, expect=6).error
     assert [finding["code"] for finding in error["findings"]] == ["mixed-snapshot"]
     health = cli("status", "--max-age", "26h", monitor=guest.address, expect=2).out
     assert "no snapshot that can be loaded (1 that cannot be loaded)" in health
+    guest.qmp("cont")
     guest.assert_running()
+
+
+@needs_snapshot_jobs
+def test_a_snapshot_that_changes_between_the_check_and_the_stop(guest: Guest, intercept: Intercept) -> None:
+    """Another client saves under its tag, and then changes it on one disk: QEMU would load each."""
+    cli("save", "t", monitor=guest.address)
+    before = guest.wait_for_ticks()
+
+    def save_again(message: dict[str, Any]) -> None:
+        if deed(message) == "stop":
+            guest.qmp.hmp("savevm t")
+
+    def mix(message: dict[str, Any]) -> None:
+        if deed(message) == "stop":
+            guest.qmp("blockdev-snapshot-delete-internal-sync", device="disk1", name="t")
+            guest.qmp("blockdev-snapshot-internal-sync", device="disk1", name="t")
+
+    for change, code in (save_again, "snapshots-changed"), (mix, "mixed-snapshot"):
+        proxy = intercept(guest, on_command=change)
+        error = cli("load", "t", "--json", monitor=proxy.address, expect=6).error
+        assert [finding["code"] for finding in error["findings"]] == [code]
+        proxy.close()
+    guest.assert_running()
+    assert guest.counter > before
 
 
 @pytest.mark.parametrize("jobs", [None, False])

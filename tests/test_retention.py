@@ -247,6 +247,13 @@ def test_the_newest_whole_one_stays_whatever_else_is_kept() -> None:
     ]  # fmt: skip
 
 
+def test_the_same_week_of_two_years_is_two_weeks() -> None:
+    year = timedelta(weeks=52)
+    some = [snapshot(NOW - year), snapshot(NOW)]
+    assert some[0].date.isocalendar().week == some[1].date.isocalendar().week
+    assert kept(decide(some, Policy(counts={"weekly": 2}), NOW, zone=BERLIN)) == some[::-1]
+
+
 def test_half_made_ones_are_counted_apart() -> None:
     past = hourly(NOW - timedelta(hours=3), NOW)
     broken = [snapshot(one.date + timedelta(seconds=1), Kind.PARTIAL) for one in past[:-1]]

@@ -23,6 +23,7 @@ from guest import (
     finish,
     make_boot_disk,
     make_disk,
+    needs_snapshot_jobs,
     start_cli,
     tags,
     until,
@@ -259,6 +260,21 @@ def test_a_stand_in_that_is_of_no_more_use_goes_first(guest: Guest, intercept: I
     guest.qmp("blockdev-snapshot-delete-internal-sync", device="disk1", name=STAND_IN)
     cli("save", "t", "--safe-replace", monitor=intercept(guest).address)
     assert_nothing_left(guest, {tmp_path / "disk0.qcow2": ["t"], tmp_path / "disk1.qcow2": ["t"]})
+
+
+@needs_snapshot_jobs
+def test_an_older_stand_in_does_not_pass_for_the_new_state(
+    guest: Guest, intercept: Intercept, tmp_path: Path, runtime_directory: Path
+) -> None:
+    """It is whole, but what it was made for is done: it goes, and the new state gets one of its own."""
+    guest.qmp.hmp(f"savevm {STAND_IN}")
+    before = save_and_go_on(guest)
+    killer = Killer("snapshot-delete", 2)
+    killer.run("save", "t", "--safe-replace", monitor=intercept(guest, on_command=killer).address)
+    assert_all_is_well(
+        guest, runtime_directory, {tmp_path / "disk0.qcow2": [STAND_IN], tmp_path / "disk1.qcow2": [STAND_IN]}
+    )
+    assert_loads(guest, STAND_IN, "new", before)
 
 
 def test_what_cannot_be_meant(guest: Guest) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -313,6 +313,16 @@ async def test_half_a_set_is_removed() -> None:
     assert monitor.rows == {"disk0": [], "disk1": []}
 
 
+async def test_half_a_set_that_looks_like_the_older_one_is_removed() -> None:
+    """Saved again within a second while the guest is paused: neither date nor clock tells them apart."""
+    monitor = FakeMonitor(state=RunState.PAUSED, now=datetime(2026, 11, 24, tzinfo=UTC))
+    await do_savevm(monitor, "t")
+    monitor.forgets = frozenset({"disk1"})
+    with pytest.raises(VerifyFailed):
+        await do_savevm(monitor, "t")
+    assert monitor.rows == {"disk0": [], "disk1": []}
+
+
 async def test_a_disk_plugged_between_check_and_stop() -> None:
     monitor = FakeMonitor(hot_plugs=True)
     with pytest.raises(PrecheckRefused, match="changed between"):
@@ -407,6 +417,19 @@ async def test_a_savevm_that_fails_before_it_writes(left: tuple[str, ...], outco
     assert failure.value.outcome == outcome
     assert monitor.calls == ["stop", "cont"]
     assert monitor.rows == older
+
+
+def test_a_human_monitor_tells_dates_in_local_time(
+    launch: Launch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TZ", "WEST9:30")
+    guest = launch("-S", *disk(tmp_path, "a"), memory="16")
+    guest.qmp.hmp("savevm t")
+    dates = []
+    for address in (guest.qmp_address, guest.hmp_address):
+        (snapshot,) = cli("list", "--json", monitor=address).json["snapshots"]
+        dates.append(datetime.fromisoformat(snapshot["date"]).replace(microsecond=0))
+    assert dates[0] == dates[1]
 
 
 @both_monitors

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -234,6 +235,19 @@ def test_protection_holds_in_any_time_zone(guest: Guest, disk: Path) -> None:
         "a": (True, "text"),
         "b": (False, "Asia/Kathmandu"),
     }
+
+
+def test_notes_in_two_files_become_one(guest: Guest, disk: Path) -> None:
+    """As where the disks were those of two VMs: none of them stays behind that says what is no more true."""
+    cli("save", "a", monitor=guest.address)
+    cli("save", "b", monitor=guest.address)
+    cli("protect", "a", "b", monitor=guest.address)
+    notes, others = Path(f"{disk}.qsnap-notes"), disk.with_name("disk1.qcow2.qsnap-notes")
+    shutil.copy(notes, others)
+    cli("unprotect", "a", monitor=guest.address)
+    assert not others.exists()
+    cli("delete", "a", monitor=guest.address)
+    cli("delete", "b", monitor=guest.address, expect=6)
 
 
 def test_notes_that_cannot_be_read(guest: Guest, disk: Path) -> None:

@@ -195,6 +195,13 @@ def test_a_filter_is_saved_in_its_image(launch: Launch, tmp_path: Path) -> None:
     assert [(d.node, d.image) for d in report.devices] == [("top", "fmt")]
 
 
+def test_a_node_with_two_devices_is_judged_once(launch: Launch, tmp_path: Path) -> None:
+    device = ["-device", "virtio-blk,drive=a,share-rw=on"]
+    guest = launch("-S", *blockdev("a", make_disk(tmp_path / "a")), *device, *device, memory="16")
+    assert [found.node for found in checked(guest).devices] == ["a"]
+    assert_agreement(guest)
+
+
 def test_an_image_with_two_users_is_saved_once(launch: Launch, tmp_path: Path) -> None:
     guest = launch(
         "-S", *blockdev("fmt", make_disk(tmp_path / "a")),
