@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
 from itertools import pairwise
 from typing import NamedTuple
@@ -181,7 +181,7 @@ def block_graph(
     return BlockGraph(
         nodes={entry.name: _node(entry, edges[entry.name], version) for entry in entries},
         backends=tuple(users),
-        with_parents=frozenset(parented | _mentioned_below(entries)),
+        with_parents=frozenset(parented),
         jobs=tuple(block_jobs(jobs)),
         peripherals=tuple(peripherals),
     )
@@ -306,17 +306,6 @@ def _described(options: Mapping[str, object]) -> str:
     if not children:
         return str(options.get("filename", sorted(map(str, options.items()))))
     return f"{options['driver']}({', '.join(f'{edge}={child}' for edge, child in children)})"
-
-
-def _mentioned_below(entries: Iterable[_Entry]) -> set[str]:
-    """Nodes whose file another node stands on in some way that the names do not spell out."""
-    depths: dict[str, int] = {}
-    sizes = {}
-    for entry in entries:
-        path = image_path(entry.filename)
-        sizes[entry.name] = (path, len(_stack(entry)))
-        depths[path] = max(depths.get(path, 0), sizes[entry.name][1])
-    return {name for name, (path, size) in sizes.items() if path and size < depths[path]}
 
 
 def runstate(text: str) -> RunState:
