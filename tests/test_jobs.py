@@ -364,6 +364,7 @@ here = Path(sys.argv[1])
 (here / "up").touch()
 while not caught:
     time.sleep(0.01)
+(here / "first").touch()
 
 def has_taken_it():
     status = dict(line.split(":\\t") for line in Path(f"/proc/{os.getppid()}/status").read_text().splitlines())
@@ -383,7 +384,7 @@ def test_from_a_terminal(guest: Guest, disk: Path, tmp_path: Path) -> None:
 
     command = [sys.executable, "-c", COUNTS_INTERRUPTS, str(tmp_path)]
     for by_terminal in (True, False):
-        for name in ("up", "caught"):
+        for name in ("up", "first", "caught"):
             (tmp_path / name).unlink(missing_ok=True)
         pid, terminal = pty.fork()
         if pid == 0:
@@ -391,7 +392,10 @@ def test_from_a_terminal(guest: Guest, disk: Path, tmp_path: Path) -> None:
             os.execv(sys.executable, [sys.executable, "-m", "qsnap", "run", "--revert", "--", *command])  # noqa: S606
         until("the command runs", (tmp_path / "up").exists)
         if by_terminal:
+            os.kill(pid, signal.SIGSTOP)  # two that come at once would look like one
             os.write(terminal, b"\x03")
+            until("the command has caught it", (tmp_path / "first").exists)
+            os.kill(pid, signal.SIGCONT)
         else:
             os.kill(pid, signal.SIGINT)
         ended = until("its end", lambda p=pid: ((found := os.waitpid(p, os.WNOHANG))[0] and found) or None)  # type: ignore[misc]

@@ -249,9 +249,10 @@ def test_the_newest_whole_one_stays_whatever_else_is_kept() -> None:
 
 def test_the_same_week_of_two_years_is_two_weeks() -> None:
     year = timedelta(weeks=52)
-    some = [snapshot(NOW - year), snapshot(NOW)]
-    assert some[0].date.isocalendar().week == some[1].date.isocalendar().week
-    assert kept(decide(some, Policy(counts={"weekly": 2}), NOW, zone=BERLIN)) == some[::-1]
+    oldest, older, newest = (snapshot(NOW - age) for age in (year + timedelta(weeks=8), year, timedelta()))
+    assert older.date.isocalendar().week == newest.date.isocalendar().week
+    decisions = decide([oldest, older, newest], Policy(counts={"weekly": 2}), NOW, zone=BERLIN)
+    assert kept(decisions) == [newest, older]
 
 
 def test_half_made_ones_are_counted_apart() -> None:
