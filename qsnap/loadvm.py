@@ -40,6 +40,7 @@ async def do_loadvm(
     shelf: Shelf = NO_SHELF,
     running: bool | None = None,
     exclude: Collection[str] = (),
+    force: bool = False,
     journal: Journal | None = None,
 ) -> LoadResult:
     """Put RAM, device state and disks back to what *tag* holds.
@@ -58,6 +59,7 @@ async def do_loadvm(
     :param shelf: where the state files of live saves lie.
     :param running: True to run the guest afterwards, False to leave it paused. Default: paused if it was paused.
     :param exclude: devices that keep the contents they have now, as they did when the tag was saved.
+    :param force: load also where a disk stands on other images than when the tag was saved.
     :param journal: of the claim that this is done under; without one nobody sees it through if we are killed.
     :return: what was loaded.
     :raise SnapshotNotFound: no device holds the tag, or one lacks it; the guest was not touched.
@@ -69,7 +71,7 @@ async def do_loadvm(
     """
     began = time.monotonic()
     journal = journal or Journal()
-    plan = await plan_load(monitor, tag, shelf=shelf, exclude=exclude)
+    plan = await plan_load(monitor, tag, shelf=shelf, exclude=exclude, force=force)
     if plan.spoiled:
         await _forget_failure(monitor, tag, journal)
         plan = plan._replace(spoiled=False)
@@ -79,7 +81,7 @@ async def do_loadvm(
     by_qemu = not monitor.chooses_devices and running is not False
     async with _source(monitor, plan, shelf) as (vmstate, devices), stopped(monitor, journal, by_qemu=by_qemu) as pause:
         # Nothing can change from here on, so look once more
-        again = await plan_load(monitor, tag, shelf=shelf, exclude=exclude)
+        again = await plan_load(monitor, tag, shelf=shelf, exclude=exclude, force=force)
         if again._replace(runstate=plan.runstate) != plan:
             change = Finding(
                 code="snapshots-changed",

@@ -1,4 +1,4 @@
-"""What a user has written down about snapshots: which are protected, and a description of each.
+"""What is written down about snapshots: which are protected, a description of each, and what the disks stood on.
 
 There is no place for it in an image that QEMU has open. So it stands in a file beside the one that would hold the VM
 state, ``IMAGE.qsnap-notes``: move or copy it together with the images. (Where the image cannot be seen, it is in the
@@ -16,6 +16,7 @@ import os
 import shlex
 from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import msgspec
 
@@ -45,16 +46,39 @@ class Note(Struct, frozen=True):
     description: str = ""
     runstate: str = ""
     """The guest's at the save, where it was one that it could not go on from. qsnap itself writes that down."""
+    chains: dict[str, tuple[str, ...]] = msgspec.field(default_factory=dict)
+    """What each image stood on, if any did: see :func:`qsnap.snapshots.chains`. qsnap writes that down, too."""
 
     @property
     def says_something(self) -> bool:
         """Whether it is worth keeping."""
-        return self.protected or bool(self.description or self.runstate)
+        return self.protected or bool(self.description or self.runstate or self.chains)
+
+
+class ChangeBelow(NamedTuple):
+    """An image that stands on others than when a snapshot was saved.
+
+    :ivar node: the image's node-name.
+    :ivar then: file names, the nearest first.
+    """
+
+    node: str
+    then: tuple[str, ...]
+    now: tuple[str, ...]
+
+    def told(self, name: str) -> str:
+        """In words, of the disk that people call *name*."""
+        then, now = (" and ".join(names) or "no other image" for names in (self.then, self.now))
+        return f"{name} stood on {then} when it was saved, and stands on {now} now"
 
 
 class _File(Struct, frozen=True):
     version: int
     notes: tuple[Note, ...]
+
+
+def _key(note: Note) -> tuple[str, int]:
+    return note.tag, note.vm_clock_ms
 
 
 def blank(snapshot: Snapshot) -> Note:
@@ -69,6 +93,7 @@ class Notes:
     """
 
     def __init__(self, shelf: Shelf, graph: BlockGraph, devices: Sequence[Device]) -> None:
+        self._graph = graph
         self._paths = shelf.all_beside(graph, devices, SUFFIX)
         self._notes = [note for path in self._paths for note in _read(path)]
 
@@ -76,26 +101,50 @@ class Notes:
         """The note of a snapshot; one that says nothing where there is none."""
         wanted = blank(snapshot)
         for note in self._notes:
-            if (note.tag, note.vm_clock_ms) == (wanted.tag, wanted.vm_clock_ms):
+            if _key(note) == _key(wanted):
                 return note
         return wanted
 
     def added_to(self, found: Iterable[Snapshot]) -> tuple[Snapshot, ...]:
-        """The same snapshots, with what is written down about each."""
+        """The same snapshots, with what is written down about each, and what has become wrong with it since."""
         return tuple(
-            msgspec.structs.replace(one, protected=note.protected, description=note.description, runstate=note.runstate)
-            for one, note in ((one, self.of(one)) for one in found)
+            msgspec.structs.replace(
+                one,
+                protected=note.protected,
+                description=note.description,
+                runstate=note.runstate,
+                problems=(
+                    *one.problems,
+                    *(change.told(one.labels.get(change.node, change.node)) for change in changes),
+                ),
+            )
+            for one, note, changes in ((one, self.of(one), self.changes_below(one)) for one in found)
         )
 
-    def write(self, place: Path, changed: Collection[Note], present: Iterable[Snapshot]) -> None:
+    def changes_below(self, snapshot: Snapshot) -> tuple[ChangeBelow, ...]:
+        """The images of a snapshot that stand on others than when it was saved: it lacks what was in those.
+
+        After a block-stream that is so, and nothing else tells: the clusters that it read from there read as zeroes.
+        """
+        then = self.of(snapshot).chains
+        found = []
+        for node in snapshot.devices if then else ():
+            name, now = snapshots.chain_of(self._graph, node)
+            if then.get(name, now) != now:
+                found.append(ChangeBelow(node, then[name], now))
+        return tuple(found)
+
+    def write(self, place: Path, changed: Collection[Note], present: Collection[Snapshot]) -> None:
         """Write down *changed* notes, and leave out those of tags that are not *present*.
 
         :param place: the file for them, if there is none yet.
         :raise QsnapError: it cannot be written; what stood there stands.
         """
         tags = {one.tag for one in present}
-        new = {(note.tag, note.vm_clock_ms) for note in changed}
-        old = [note for note in self._notes if note.tag in tags and (note.tag, note.vm_clock_ms) not in new]
+        new = {note.tag for note in changed}
+        there = set(map(_key, map(blank, present))) - set(map(_key, changed))
+        # A tag that was saved anew has none of what was written down about the older one
+        old = [note for note in self._notes if note.tag in tags and (note.tag not in new or _key(note) in there)]
         kept = [note for note in (*old, *changed) if note.says_something]
         existing = [path for path in self._paths if os.path.lexists(path)]
         for path in existing[1:]:

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from qsnap import blockjobs, local, snapshots
 from qsnap import devices as rules
-from qsnap.errors import CommandFailed, NotSupported, PrecheckRefused, SnapshotNotFound
+from qsnap.errors import CommandFailed, NotSupported, PrecheckRefused, QsnapError, SnapshotNotFound
 from qsnap.model import (
     MIGRATION_IDLE,
     BlockGraph,
@@ -31,6 +31,7 @@ from qsnap.model import (
     tag_problem,
 )
 from qsnap.monitor import HALF_RESTORED, Monitor
+from qsnap.notes import Notes
 from qsnap.reset import reset_findings
 from qsnap.runstates import trouble_of
 from qsnap.statefile.shelf import Shelf
@@ -161,12 +162,15 @@ async def plan_save(
     return SavePlan(report, graph, image, estimate)
 
 
-async def plan_load(monitor: Monitor, tag: str, *, shelf: Shelf, exclude: Collection[str] = ()) -> LoadPlan:
+async def plan_load(
+    monitor: Monitor, tag: str, *, shelf: Shelf, exclude: Collection[str] = (), force: bool = False
+) -> LoadPlan:
     """Find out whether *tag* can be loaded now, and how.
 
     :param shelf: where the state files of live saves lie.
 
     :param exclude: devices whose contents are to stay as they are now.
+    :param force: do not mind that a disk stands on other images than when the tag was saved.
     :raise SnapshotNotFound: no device holds the tag, or one that is not excluded lacks it.
     :raise PrecheckRefused: a load would fail, or mix disks of different moments.
     :raise NotSupported: HMP cannot load it in this way.
@@ -212,6 +216,8 @@ async def plan_load(monitor: Monitor, tag: str, *, shelf: Shelf, exclude: Collec
         *_load_findings(graph, survey.devices, snapshot, devices),
         *blockjobs.load_findings(graph, survey.devices, devices),
     ]
+    if not force:
+        findings += _chain_findings(graph, survey.devices, shelf, snapshot, devices)
     spoiled = migration.spoils_loads(monitor.version)
     if spoiled and (monitor.background is None or runstate is RunState.RESTORE_VM):
         findings.append(spoiled_finding(migration, runstate))
@@ -453,6 +459,27 @@ def _room_findings(
             f"{estimate.expected:,}, and {for_users + freed:,} are free",
             cure,
             vmstate,
+        )
+
+
+def _chain_findings(
+    graph: BlockGraph, all_devices: Sequence[Device], shelf: Shelf, snapshot: Snapshot, devices: Collection[str]
+) -> Iterator[Finding]:
+    """What has become of the images that the disks stood on when *snapshot* was saved, where that is written down."""
+    try:
+        changes = Notes(shelf, graph, all_devices).changes_below(snapshot)
+    except QsnapError:
+        return
+    for change in changes:
+        if change.node not in devices:
+            continue
+        (spoken,) = rules.spoken([change.node], all_devices)
+        yield _refusal(
+            "backing-changed",
+            f"{change.told(spoken)}: what {snapshot.tag!r} reads from there would be lost, or be other data",
+            "with the guest off, put the old one back below: qemu-img rebase -u -F FORMAT -b FILE IMAGE; or, if what "
+            "it stands on now holds the same (a renamed image, one that block-commit has merged): --force",
+            change.node,
         )
 
 

@@ -189,7 +189,7 @@ def in_backing(graph: BlockGraph, devices: Sequence[Device]) -> tuple[InBacking,
     images = tuple(dict.fromkeys(device.image for device in devices if device.image))
     held = {row.tag for name in images for row in graph.nodes[name].snapshots}
     return tuple(
-        InBacking(tag=tag, image=Path(node.filename).name, device=label)
+        InBacking(tag=tag, image=_file_name(node), device=label)
         for name, label in zip(images, spoken(images, devices), strict=True)
         for node in _chain_below(graph, name)
         for tag in dict.fromkeys(row.tag for row in node.snapshots)
@@ -197,8 +197,30 @@ def in_backing(graph: BlockGraph, devices: Sequence[Device]) -> tuple[InBacking,
     )
 
 
+def chains(graph: BlockGraph, images: Iterable[str]) -> dict[str, tuple[str, ...]]:
+    """The file names of what each image stands on, the nearest first, by its own; empty where none stands on anything.
+
+    A snapshot holds of an overlay what is in that; the rest it reads from there.
+
+    :param images: node-names.
+    """
+    found = dict(chain_of(graph, image) for image in images if image in graph.nodes)
+    return found if any(found.values()) else {}
+
+
+def chain_of(graph: BlockGraph, image: str) -> tuple[str, tuple[str, ...]]:
+    """The same of one image: its own file name, and those of what it stands on."""
+    below = map(_file_name, _chain_below(graph, image))
+    return _file_name(graph.nodes[image]), tuple(dict.fromkeys(name for name in below if name))
+
+
+def _file_name(node: BlockNode) -> str:
+    """Without the directory: images are moved together."""
+    return Path(node.filename).name
+
+
 def _chain_below(graph: BlockGraph, image: str) -> Iterator[BlockNode]:
-    """The images that *image* stands on, the nearest first; none twice."""
+    """The nodes that *image* stands on, the nearest first; none twice."""
     seen = {image}
     node: BlockNode | None = graph.nodes[image]
     while node is not None:
@@ -208,8 +230,7 @@ def _chain_below(graph: BlockGraph, image: str) -> Iterator[BlockNode]:
         node = None if below in seen or below is None else graph.nodes.get(below)
         if node is not None:
             seen.add(node.node_name)
-            if node.driver in SNAPSHOT_DRIVERS:
-                yield node
+            yield node
 
 
 def not_found(graph: BlockGraph, devices: Sequence[Device], tag: str, hint: str = "") -> SnapshotNotFound:

@@ -155,11 +155,13 @@ class VM:
                 result = await do_savevm(
                     self._monitor, tag, safe_replace=safe_replace, alive=alive or prefix is not None, **common
                 )
-            await self._dismiss_leftovers()
+            graph = await self._dismiss_leftovers()
             if not dry_run:
                 if place:
                     await self._write_down(place, result.tag, description=description)
                 await self._write_down_trouble(result)
+                if graph is not None:
+                    await self._write_down_chains(graph, result)
         return msgspec.structs.replace(result, description=description, warnings=(*result.warnings, *not_live))
 
     async def _next_of_series(self, prefix: str) -> str:
@@ -194,7 +196,9 @@ class VM:
         message = f"saved the ordinary way: {why}"
         return [Finding(code="not-live", severity=Severity.WARN, message=message)]
 
-    async def load(self, tag: str, *, running: bool | None = None, exclude: Collection[str] = ()) -> LoadResult:
+    async def load(
+        self, tag: str, *, running: bool | None = None, exclude: Collection[str] = (), force: bool = False
+    ) -> LoadResult:
         """Put RAM, device state and disks back: see :func:`qsnap.loadvm.do_loadvm`.
 
         :raise VMLocked: another qsnap is at work on this VM.
@@ -206,7 +210,7 @@ class VM:
             await self._dismiss_leftovers()
             await self._warn_of_unseen_files_of((tag,))
             return await do_loadvm(
-                self._monitor, tag, shelf=self._shelf, running=running, exclude=exclude, journal=journal
+                self._monitor, tag, shelf=self._shelf, running=running, exclude=exclude, force=force, journal=journal
             )
 
     async def delete(self, *tags: str, missing_ok: bool = False) -> DeleteResult:
@@ -320,7 +324,16 @@ class VM:
             except QsnapError as error:
                 self.remarks.append(f"nothing will tell later that the guest was {saved.runstate}: {error}")
 
-    async def _write_down(self, place: Path, tag: str, **what: str) -> None:
+    async def _write_down_chains(self, graph: BlockGraph, saved: SaveResult) -> None:
+        """Note what the disks of a new snapshot stand on, so that a load notices if that is gone.
+
+        Where it cannot be written down, the snapshot is as good without.
+        """
+        if chains := snapshots.chains(graph, saved.devices):
+            with suppress(QsnapError):
+                await self._write_down(await self._place_of_notes(), saved.tag, chains=chains)
+
+    async def _write_down(self, place: Path, tag: str, **what: object) -> None:
         """Write down something about a snapshot that was just saved: see :class:`qsnap.notes.Note`."""
         from qsnap.notes import Notes
 
@@ -517,12 +530,14 @@ class VM:
             with suppress(VMLocked):
                 self.recovered += await recover_all(self._monitor, self.address)
 
-    async def _dismiss_leftovers(self) -> None:
+    async def _dismiss_leftovers(self) -> BlockGraph | None:
         # Housekeeping: where QEMU will not hear of jobs (-preconfig), the pre-checks say so better.
         with suppress(CommandFailed):
             await self._monitor.dismiss(await self._monitor.leftover_jobs())
             graph = await self._monitor.block_graph()
             self._shelf.remove_parts(graph, self._devices_of(graph))
+            return graph
+        return None
 
 
 async def _opened(where: Address, greeting_s: float, lock_wait_s: float, snapshot_jobs: bool | None) -> Monitor:

@@ -5,6 +5,9 @@ A load that is refused leaves the guest running and the job as it is; a save mad
 
 from __future__ import annotations
 
+import json
+import re
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,6 +28,7 @@ from guest import (
     qemu_img,
     qemu_version,
     tags,
+    tool,
     until,
 )
 from qsnap.errors import PrecheckRefused
@@ -36,8 +40,9 @@ SLOW = 65536
 
 @pytest.fixture
 def overlaid(launch: Launch, tmp_path: Path) -> Guest:
-    """The counting guest on one -drive "hd0" whose image is an overlay; what it boots from is in the base."""
+    """The counting guest on one -drive "hd0", an overlay; the byte 7 from 4 MiB on is in the base alone."""
     base = make_boot_disk(tmp_path / "base.qcow2")
+    subprocess.run([tool("qemu-io"), "-c", "write -q -P 7 4M 64k", base], check=True, timeout=60)
     qemu_img("create", "-q", "-f", "qcow2", "-b", base, "-F", "qcow2", tmp_path / "top.qcow2")
     guest = launch(
         "-drive", f"file={tmp_path / 'top.qcow2'},format=qcow2,if=none,id=hd0", "-device", "virtio-blk,drive=hd0"
@@ -244,3 +249,41 @@ def test_the_filter_of_a_backup_without_a_job(launch: Launch, tmp_path: Path, tr
     assert guest.counter == counter or transport == "hmp"
     guest.qmp("cont")
     guest.assert_running()
+
+
+@both_monitors
+def test_a_backing_file_that_was_streamed_away(overlaid: Guest, tmp_path: Path) -> None:
+    """The snapshot has lost what was in it. What is written down beside the image tells; nothing else does."""
+    cli("save", "t", monitor=overlaid.address)
+    for _ in range(2):
+        cli("save", "again", monitor=overlaid.address)
+    noted = json.loads((tmp_path / "top.qcow2.qsnap-notes").read_text())["notes"]
+    assert [note["tag"] for note in noted] == ["t", "again"], "one each"
+    cli("load", "t", monitor=overlaid.address)
+    overlaid.qmp("block-stream", job_id="j", device="hd0")
+    until("the end of the job", lambda: not overlaid.jobs())
+    found = refused(overlaid, "t")
+    assert list(found) == ["backing-changed"]
+    message = found["backing-changed"]["message"]
+    assert "hd0 stood on base.qcow2 when it was saved, and stands on no other image now" in message
+    listed = cli("list", "--json", monitor=overlaid.address).json["snapshots"]
+    assert [len(one["problems"]) for one in listed] == [1, 1]
+    assert "2 that cannot be loaded" in cli("status", "--max-age", "1h", monitor=overlaid.address, expect=2).out
+    cli("save", "after", monitor=overlaid.address)
+    cli("load", "after", monitor=overlaid.address)
+    overlaid.assert_running()
+    # The negative control: what would have been lost
+    overlaid.qmp("stop")
+    cli("load", "t", "--force", monitor=overlaid.address)
+    assert in_base(overlaid) == {0}
+    cli("load", "after", monitor=overlaid.address)
+    assert in_base(overlaid) == {7}
+
+
+def in_base(guest: Guest) -> set[int]:
+    """The bytes of what was in the base alone, as QEMU reads the guest's disk."""
+    before = len(guest.log)
+    guest.qmp.hmp('qemu-io hd0 "read -v 4M 512"')
+    dump = until("qemu-io's dump", lambda: guest.log[before:] if "512/512" in guest.log[before:] else None)
+    rows = re.findall(r"^[0-9a-f]{8}: +((?:[0-9a-f]{2} )+)", dump, re.MULTILINE)
+    return {int(byte, 16) for row in rows for byte in row.split()}

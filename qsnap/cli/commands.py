@@ -159,8 +159,11 @@ def _replacement(replace: bool | None, safely: bool | None, settings: Settings) 
 @click.option("--paused", is_flag=True, help="Leave the guest paused.")
 @click.option("--running", is_flag=True, help="Run the guest, even if it was paused.")
 @given.exclude
+@click.option(
+    "--force", is_flag=True, help="Load also if a disk stands on other images than at the save. Overrides nothing else."
+)
 @common_options
-def load(options: Options, tag: str, paused: bool, running: bool, exclude: tuple[str, ...]) -> int:
+def load(options: Options, tag: str, paused: bool, running: bool, exclude: tuple[str, ...], force: bool) -> int:
     """Put the guest back to snapshot TAG: RAM, device state and all disks.
 
     What the guest has done since is lost. It is left in the run state that it had, running or paused.
@@ -170,7 +173,7 @@ def load(options: Options, tag: str, paused: bool, running: bool, exclude: tuple
     wanted = running if paused or running else None
     return work(
         options,
-        lambda vm, settings: vm.load(tag, running=wanted, exclude=excluded(exclude, settings)),
+        lambda vm, settings: vm.load(tag, running=wanted, exclude=excluded(exclude, settings), force=force),
         lambda renderer, result: renderer.load(result),
     )
 
