@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from qemu.qmp import Message
 
 import qsnap
 from conftest import Intercept, Launch
@@ -39,7 +40,8 @@ Answer = Callable[[dict[str, Any]], bytes | None]
 GREETING = json.dumps(
     {"QMP": {"version": {"qemu": {"major": 11, "minor": 1, "micro": 0}, "package": ""}, "capabilities": []}}
 ).encode()
-BIG = 50 << 20
+#: More than is taken in one message.
+BIG = 70 << 20
 DEEP = 100_000
 
 
@@ -127,7 +129,7 @@ def raw(command: str, text: bytes) -> Answer:
         b"1e999",
         b"9" * 5000,
     ],
-    ids=["50MB", "deep", "nested", "null", "list", "string", "number", "no status", "infinite", "digits"],
+    ids=["70MB", "deep", "nested", "null", "list", "string", "number", "no status", "infinite", "digits"],
 )
 def test_answers(impostor: Callable[..., str], value: bytes) -> None:
     """Each is an error of the monitor; none takes more than a few hundred MB."""
@@ -136,6 +138,72 @@ def test_answers(impostor: Callable[..., str], value: bytes) -> None:
         run = limited(*verb, "-m", address, "--json")
         assert (run.returncode, "Traceback" in run.stderr) == (4, False), run.stderr[-2000:]
         assert json.loads(run.stderr)["exit_code"] == 4
+
+
+#: Answers of a QEMU without disks, to which `status` exits with 0.
+PLAIN = {
+    "query-status": b'{"status": "running"}',
+    "query-block": b"[]",
+    "query-named-block-nodes": b"[]",
+    "x-debug-query-block-graph": b'{"nodes": [], "edges": []}',
+    "query-jobs": b"[]",
+    "qom-list": b"[]",
+}
+NODE = b'{"drv": "qcow2", "ro": false, "file": "/a", "node-name": "a", "image": {"filename": "/a", "snapshots": [%s]}}'
+ROW = (
+    b'{"id": "1", "name": "a tag, %s", "vm-state-size": 1, "date-sec": %d, "date-nsec": 0, "vm-clock-sec": 0, '
+    b'"vm-clock-nsec": 0}'
+)
+EDGES = b'{"nodes": [%s], "edges": [{"parent": 1, "child": 2, "name": "root"}]}'
+
+
+@pytest.mark.parametrize(
+    ("command", "value", "message"),
+    [
+        (
+            "x-debug-query-block-graph",
+            b'{"nodes": [], "edges": [{"parent": 1, "child": 2, "name": "x"}]}',
+            "understood",
+        ),
+        ("query-named-block-nodes", b"[" + NODE % (ROW % (b"", 1 << 60)) + b"]", "not the form"),
+        ("query-status", b'{"status": "\\u001b[31m"}', "not the form"),
+        ("query-name", b'{"name": "\\ud800"}', "cannot be read"),
+        ("query-name", b'{"name": "%s"}' % (b"x" * BIG), "more than 64 MiB"),
+    ],
+    ids=["unknown node", "date", "run state", "half a character", "size"],
+)
+def test_answers_of_the_right_form(impostor: Callable[..., str], command: str, value: bytes, message: str) -> None:
+    """They make no sense all the same. What is at fault is said, and nothing of it reaches the terminal as it is."""
+    answers = PLAIN | {command: value}
+    run = limited("status", "-m", impostor(lambda asked: _of(answers, asked)))
+    assert (run.returncode, "Traceback" in run.stderr) == (4, False), run.stderr[-2000:]
+    assert message in run.stderr
+    assert "\x1b" not in run.stderr + run.stdout
+
+
+def test_many_snapshots(impostor: Callable[..., str]) -> None:
+    """An image takes 65536; that is more than 10 MiB in one message."""
+    rows = b", ".join([ROW % (b"x" * 60, 1)] * 65536)
+    assert len(rows) > 10 << 20
+    answers = PLAIN | {
+        "query-named-block-nodes": b"[" + NODE % rows + b"]",
+        "query-block": b'[{"device": "b", "removable": false, "inserted": {"node-name": "a"}}]',
+        "x-debug-query-block-graph": EDGES
+        % b'{"id": 1, "type": "block-backend", "name": "b"}, {"id": 2, "type": "block-driver", "name": "a"}',
+    }
+    run = limited("status", "-m", impostor(lambda asked: _of(answers, asked)), "--json")
+    assert run.returncode == 0, run.stderr[-2000:]
+
+
+def _of(answers: dict[str, bytes], asked: dict[str, Any]) -> bytes | None:
+    command = str(asked.get("execute"))
+    return _returned(asked, answers[command]) if command in answers else None
+
+
+@pytest.mark.parametrize("stamp", [{}, {"timestamp": {}}, {"timestamp": {"seconds": -1, "microseconds": -1}}])
+def test_events_without_a_time(stamp: dict[str, Any]) -> None:
+    """As QEMU sends them where its clock fails: the pause is then measured by ours."""
+    assert qmp._stamp(Message({"event": "STOP", **stamp})) is None
 
 
 @pytest.mark.parametrize(
@@ -171,7 +239,7 @@ def test_answers_that_are_no_json(impostor: Callable[..., str], text: bytes) -> 
         b"QEMU 7.2.0 monitor - " + b"x" * BIG,
         b"HTTP/1.1 400 Bad Request",
     ],
-    ids=["50MB", "deep", "empty", "no QMP", "no version", "half HMP", "HMP 50MB", "HTTP"],
+    ids=["70MB", "deep", "empty", "no QMP", "no version", "half HMP", "HMP 70MB", "HTTP"],
 )
 def test_greetings(impostor: Callable[..., str], greeting: bytes) -> None:
     run = limited("list", "-m", impostor(greeting=greeting), "--json", "--timeout", "4")
@@ -201,7 +269,7 @@ def limited(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.parametrize(
-    "text", [b"garbage\r\n", b"[" * DEEP + b"\r\n", b"x" * BIG + b"\r\n"], ids=["text", "deep", "50MB"]
+    "text", [b"garbage\r\n", b"[" * DEEP + b"\r\n", b"x" * BIG + b"\r\n"], ids=["text", "deep", "70MB"]
 )
 @pytest.mark.parametrize("command", ["stop", "snapshot-save", "query-jobs", "cont"])
 @pytest.mark.skipif(not HAS_SNAPSHOT_JOBS, reason="these are commands of snapshot jobs")

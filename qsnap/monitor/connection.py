@@ -17,8 +17,8 @@ from __future__ import annotations
 import asyncio
 import socket
 import struct
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager, suppress
 from typing import NamedTuple
 
 from qsnap.errors import ConnectError, MonitorBusy, MonitorError, MonitorLost, QsnapError
@@ -245,6 +245,16 @@ class AnotherAnswers(MonitorLost):
 
     def __init__(self, address: Address) -> None:
         super().__init__(f"another QEMU answers at {address} now, and was left as it is")
+
+
+@contextmanager
+def understood(*commands: str) -> Iterator[None]:
+    """Answers that have the right form, and make no sense together, are an error of the monitor."""
+    try:
+        yield
+    except (LookupError, ValueError, TypeError, ArithmeticError, RecursionError) as error:
+        what = ", ".join(commands)
+        raise MonitorError(f"QEMU's answers to {what} cannot be understood: {type(error).__name__}: {error}") from error
 
 
 def lost(command: str, error: BaseException) -> MonitorLost:

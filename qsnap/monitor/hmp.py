@@ -19,7 +19,7 @@ from qsnap.errors import CommandFailed, MonitorError, NotSupported, QsnapError
 from qsnap.model import BlockGraph, Job, Migration, QemuVersion, RunState
 from qsnap.monitor import PERIPHERALS, hmp_tables, hmp_text, peripherals
 from qsnap.monitor.address import Address
-from qsnap.monitor.connection import AnotherAnswers, Connection, connection, hang_up, lost, peer_pid
+from qsnap.monitor.connection import AnotherAnswers, Connection, connection, hang_up, lost, peer_pid, understood
 from qsnap.monitor.human import HumanSnapshots
 
 _log = logging.getLogger("qsnap.hmp")
@@ -188,7 +188,8 @@ class HmpMonitor(HumanSnapshots):
             for parent in PERIPHERALS
             for one in peripherals(parent, hmp_tables.objects(await self._query(f"qom-list {parent}")).items())
         ]
-        return hmp_tables.block_graph(backends, nodes, self._qdev_types, self.version, jobs, found)
+        with understood("info block"):
+            return hmp_tables.block_graph(backends, nodes, self._qdev_types, self.version, jobs, found)
 
     async def _learn_qdev_type(self, qdev: str) -> None:
         if qdev in self._qdev_types:
@@ -204,7 +205,9 @@ class HmpMonitor(HumanSnapshots):
         return hmp_tables.migration(await self._query("info migrate"), await self._query("info migrate_capabilities"))
 
     async def memory_size(self) -> int:
-        return hmp_tables.memory_size(await self._query("info memory_size_summary"))
+        text = await self._query("info memory_size_summary")
+        with understood("info memory_size_summary"):
+            return hmp_tables.memory_size(text)
 
     async def mark(self, name: str) -> str | None:
         try:

@@ -36,7 +36,16 @@ from qsnap.errors import (
 from qsnap.model import BlockGraph, Job, Migration, Peripheral, QemuVersion, RunState
 from qsnap.monitor import PERIPHERALS, ignore, peripherals, wire
 from qsnap.monitor.address import Address, UnixAddress
-from qsnap.monitor.connection import AnotherAnswers, Connection, connection, first_bytes, hang_up, lost, peer_pid
+from qsnap.monitor.connection import (
+    AnotherAnswers,
+    Connection,
+    connection,
+    first_bytes,
+    hang_up,
+    lost,
+    peer_pid,
+    understood,
+)
 from qsnap.monitor.human import HumanSnapshots
 
 if TYPE_CHECKING:
@@ -88,7 +97,7 @@ class _Client(QMPClient):
         data = b""
         try:
             data = await self._message_bytes()
-            return Message(data, eager=True)
+            return _whole(Message(data, eager=True), data)
         except (ValueError, RecursionError, QMPError) as error:
             reason = f"it begins with {data[:_SHOWN]!r}" if isinstance(error, DeserializationError) else str(error)
             self.unreadable = f"QEMU's message cannot be read: {reason}"
@@ -125,6 +134,13 @@ class _Client(QMPClient):
     def _cb_inbound(self, msg: Message) -> Message:
         dialogue.debug("<- %s", _compact(msg))
         return msg
+
+
+def _whole(message: Message, data: bytes) -> Message:
+    """*message*, if its texts hold no half of a pair of UTF-16: QEMU sends none, and nothing can be done with one."""
+    if b"\\ud" in data.lower() or b"\xed" in data:
+        json.dumps(dict(message), ensure_ascii=False).encode()
+    return message
 
 
 def _too_large() -> ValueError:
@@ -196,7 +212,9 @@ async def _negotiated(link: Connection, address: Address) -> _Client:
     try:
         await client.connect(link.sock)
     except QMPError as error:
-        raise ConnectError(f"cannot use {address} as a monitor: {client.unreadable or error}") from error
+        raise ConnectError(
+            f"cannot use {address} as a monitor: {client.unreadable or str(error).rstrip(': ')}"
+        ) from error
     return client
 
 
@@ -280,7 +298,8 @@ class QmpMonitor:
 
     def turns(self) -> Sequence[tuple[str, float]]:
         """Those that have come since."""
-        self._past += ((str(event["event"]), _stamp(event)) for event in self._seen.clear())
+        stamped = ((str(event["event"]), _stamp(event)) for event in self._seen.clear())
+        self._past += ((name, stamp) for name, stamp in stamped if stamp is not None)
         return tuple(self._past)
 
     def tag_obstacle(self, tag: str) -> str | None:
@@ -326,7 +345,8 @@ class QmpMonitor:
         await asyncio.gather(*(self._learn_qdev_type(row.qdev) for row in devices if row.qdev))
         is_busy = graph is None or graph.has_jobs
         jobs = await self.query(list[wire.JobInfo], "query-jobs") if is_busy else ()
-        return wire.block_graph(devices, infos, graph, self._qdev_types, jobs, [*named, *unnamed])
+        with understood("query-block", "query-named-block-nodes", "x-debug-query-block-graph"):
+            return wire.block_graph(devices, infos, graph, self._qdev_types, jobs, [*named, *unnamed])
 
     async def _peripherals(self, parent: str) -> Sequence[Peripheral]:
         properties = await self.query(list[wire.ObjectPropertyInfo], "qom-list", {"path": parent})
@@ -504,10 +524,13 @@ class QmpMonitor:
                 await self._client.disconnect()
 
 
-def _stamp(event: Message) -> float:
-    """When QEMU sent an event, in seconds since 1970."""
-    stamp: Any = event["timestamp"]
-    return float(stamp["seconds"] + stamp["microseconds"] / 1e6)
+def _stamp(event: Message) -> float | None:
+    """When QEMU sent an event, in seconds since 1970; None where it does not tell (-1: its clock failed)."""
+    try:
+        stamp = msgspec.convert(event.get("timestamp"), wire.Timestamp)
+    except msgspec.ValidationError:
+        return None
+    return stamp.seconds + stamp.microseconds / 1e6
 
 
 def _is_abandoned(job_id: str) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
+from typing import Annotated
 
 import msgspec
 
@@ -17,6 +18,13 @@ from qsnap.monitor import STATE_NODE_PREFIX
 
 #: The types of jobs that copy disks (qapi/job.json: JobType).
 BLOCK_JOBS = frozenset({"mirror", "commit", "stream", "backup"})
+#: QAPI's int and size, as far as they mean something here.
+Number = Annotated[int, msgspec.Meta(ge=-(1 << 63), le=(1 << 63) - 1)]
+Size = Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)]
+#: Up to the year 9998: in any time zone there is a date for it.
+Seconds = Annotated[int, msgspec.Meta(ge=0, lt=253370764800)]
+#: An enum's word: it is shown as it is.
+Word = Annotated[str, msgspec.Meta(pattern="^[a-z0-9-]{1,40}$")]
 
 
 class Wire(msgspec.Struct, frozen=True, rename="kebab"):
@@ -26,11 +34,11 @@ class Wire(msgspec.Struct, frozen=True, rename="kebab"):
 class SnapshotInfo(Wire, frozen=True):
     id: str
     name: str
-    vm_state_size: int
-    date_sec: int
-    date_nsec: int
-    vm_clock_sec: int
-    vm_clock_nsec: int
+    vm_state_size: Number
+    date_sec: Seconds
+    date_nsec: Number
+    vm_clock_sec: Number
+    vm_clock_nsec: Number
 
 
 class FormatSpecific(Wire, frozen=True):
@@ -99,7 +107,12 @@ class XDbgBlockGraph(Wire, frozen=True):
 
 
 class StatusInfo(Wire, frozen=True):
-    status: str
+    status: Word
+
+
+class Timestamp(Wire, frozen=True):
+    seconds: Seconds
+    microseconds: Seconds
 
 
 class NameInfo(Wire, frozen=True):
@@ -107,22 +120,22 @@ class NameInfo(Wire, frozen=True):
 
 
 class MigrationRam(Wire, frozen=True):
-    total: int = 0
-    remaining: int = 0
-    normal: int = 0
-    duplicate: int = 0
+    total: Size = 0
+    remaining: Size = 0
+    normal: Size = 0
+    duplicate: Size = 0
 
 
 class MigrationInfo(Wire, frozen=True):
-    status: str | None = None
+    status: Word | None = None
     blocked_reasons: list[str] = []
     ram: MigrationRam | None = None
     error_desc: str = ""
 
 
 class MigrateParameters(Wire, frozen=True):
-    max_bandwidth: int = 0
-    downtime_limit: int = 0
+    max_bandwidth: Size = 0
+    downtime_limit: Size = 0
     tls_creds: str = ""
     mode: str = "normal"
 
@@ -133,7 +146,7 @@ class CapabilityStatus(Wire, frozen=True):
 
 
 class AddedFile(Wire, frozen=True):
-    fdset_id: int
+    fdset_id: Number
 
 
 class FileOfSet(Wire, frozen=True):
@@ -141,7 +154,7 @@ class FileOfSet(Wire, frozen=True):
 
 
 class FileSet(Wire, frozen=True):
-    fdset_id: int
+    fdset_id: Number
     fds: list[FileOfSet]
 
 
@@ -150,8 +163,8 @@ class NodeName(Wire, frozen=True):
 
 
 class MemoryInfo(Wire, frozen=True):
-    base_memory: int
-    plugged_memory: int = 0
+    base_memory: Size
+    plugged_memory: Size = 0
 
 
 class VersionTriple(Wire, frozen=True):
@@ -182,7 +195,7 @@ class ObjectPropertyInfo(Wire, frozen=True):
 class JobInfo(Wire, frozen=True):
     id: str
     type: str
-    status: str
+    status: Word
     error: str | None = None
 
     def model(self) -> Job:
@@ -195,7 +208,8 @@ def node_snapshot(info: SnapshotInfo) -> NodeSnapshot:
         tag=info.name,
         id=info.id,
         vm_state_size=info.vm_state_size,
-        date=datetime.fromtimestamp(info.date_sec, UTC) + timedelta(microseconds=info.date_nsec // 1000),
+        date=datetime.fromtimestamp(info.date_sec, UTC)
+        + timedelta(microseconds=info.date_nsec % 1_000_000_000 // 1000),
         vm_clock_ns=info.vm_clock_sec * 1_000_000_000 + info.vm_clock_nsec,
     )
 
