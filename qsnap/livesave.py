@@ -18,7 +18,7 @@ from typing import NamedTuple
 import msgspec
 
 from qsnap import devices as rules
-from qsnap import files, local, snapshots
+from qsnap import files, local, outside, snapshots
 from qsnap.delvm import delete_all, delete_everywhere
 from qsnap.errors import (
     CommandFailed,
@@ -109,6 +109,7 @@ async def plan_live(
         cure = next((cure for words, cure in _CURES.items() if words in reason), "")
         raise NotSupported(f"a live save is not possible: {reason}{'. To make it so: ' if cure else ''}{cure}")
     report, graph = save.report, save.graph
+    await _refuse_other_writers(monitor, background, graph)
     assert report.vmstate is not None  # or the plan had been refused
     name = tag if tag is not None else free_automatic_tag(graph)
     second = snapshots.second_name(name)
@@ -141,6 +142,31 @@ async def plan_live(
             files=tuple(other for other in held.files if other not in spare.files),
         ),
     )
+
+
+async def _refuse_other_writers(monitor: Monitor, background: Background, graph: BlockGraph) -> None:
+    """Refuse where RAM would change behind QEMU's back while it is saved.
+
+    :raise NotSupported: a device has it written, or another process has it mapped, or may have and cannot be seen.
+    """
+    writers = [f"device {one.label!r} ({one.model})" for one in graph.peripherals if outside.writes_ram(one.model)]
+    writers += await background.writers()
+    if not writers and await background.shares_memory():
+        try:
+            if monitor.pid is None:
+                raise FileNotFoundError
+            sharers = await asyncio.to_thread(local.sharers, monitor.pid, await monitor.memory_size())
+        except OSError:
+            raise NotSupported(
+                "a live save is not possible: the guest's memory is shared, and from here it cannot be seen whether "
+                "another process has it mapped; as root it can, or as the user of QEMU"
+            ) from None
+        writers += [f"process {pid}, which has it mapped," for pid in sharers]
+    if writers:
+        raise NotSupported(
+            f"a live save is not possible: {', '.join(writers)} may write into the guest's memory while it is saved, "
+            "and QEMU does not notice that. Save it the ordinary way: --no-live"
+        )
 
 
 def _background(monitor: Monitor) -> Background:

@@ -43,6 +43,7 @@ class Mapping(NamedTuple):
     :ivar huge: what of that is mapped by huge pages.
     :ivar permissions: as in proc(5), ``rw-p`` or so.
     :ivar flags: as in proc(5), ``hg`` for one that is to have huge pages.
+    :ivar file: the device and inode of what is mapped, as in proc(5); "00:00 0" for memory of the process alone.
     """
 
     start: int
@@ -51,6 +52,7 @@ class Mapping(NamedTuple):
     huge: int
     permissions: str
     flags: tuple[str, ...]
+    file: str = ""
 
 
 class Process(Struct, frozen=True):
@@ -204,19 +206,39 @@ def ram_mappings(pid: int, ram_bytes: int) -> list[Mapping]:
 
 
 def _mappings(pid: int) -> Iterator[Mapping]:
-    header = re.compile(r"^([0-9a-f]+)-([0-9a-f]+) (\S{4}) ")
+    header = re.compile(r"^([0-9a-f]+)-([0-9a-f]+) (\S{4}) \S+ (\S+ \d+)")
     start = end = touched = huge = 0
-    permissions = ""
+    permissions = file = ""
     with Path(f"/proc/{pid}/smaps").open() as smaps:
         for line in smaps:
             if match := header.match(line):
-                start, end, permissions, touched, huge = int(match[1], 16), int(match[2], 16), match[3], 0, 0
+                start, end, permissions, file = int(match[1], 16), int(match[2], 16), match[3], match[4]
+                touched = huge = 0
             elif line.startswith(("Rss:", "Swap:")):
                 touched += int(line.split()[1]) * 1024
             elif line.startswith(("AnonHugePages:", "ShmemPmdMapped:", "FilePmdMapped:")):
                 huge += int(line.split()[1]) * 1024
             elif line.startswith("VmFlags:"):  # the last line of each
-                yield Mapping(start, end - start, touched, huge, permissions, tuple(line.split()[1:]))
+                yield Mapping(start, end - start, touched, huge, permissions, tuple(line.split()[1:]), file)
+
+
+def sharers(pid: int, ram_bytes: int) -> list[int]:
+    """The other processes that have mapped the guest's RAM so that they can write to it, as far as they can be seen.
+
+    Of other users' processes only root sees what they have mapped.
+
+    :raise OSError: QEMU's own mappings cannot be seen.
+    """
+    shared = {mapping.file for mapping in ram_mappings(pid, ram_bytes) if mapping.permissions == "rw-s"}
+    found = []
+    for entry in Path("/proc").iterdir() if shared else ():
+        if not entry.name.isdecimal() or int(entry.name) == pid:
+            continue
+        with suppress(OSError), (entry / "maps").open(errors="replace") as maps:
+            rows = (line.split(maxsplit=5) for line in maps)
+            if any(row[1].startswith("rw") and row[1][3] == "s" and f"{row[3]} {row[4]}" in shared for row in rows):
+                found.append(int(entry.name))
+    return sorted(found)
 
 
 def _used_share(pid: int, mappings: list[Mapping]) -> float:

@@ -1,5 +1,9 @@
 """Devices of which a part lies outside QEMU: what the block layer and the VM state do not know of. Pure.
 
+Those that write into the guest's RAM from there spoil a live save: what protects RAM meanwhile (userfaultfd) protects
+QEMU's own page tables alone, so that RAM of several moments is saved (seen with a process that has the guest's memory
+mapped, on 7.2 and 11.1).
+
 QEMU's savevm says nothing of them: it saves, reports success, and a load puts RAM back beside contents of another
 moment (seen with vhost-user-blk, virtio-pmem and cxl-type3 on 7.2 and 11.1). They are known by their model (QOM type)
 alone. nvdimm and ivshmem are not among them: their memory is in the VM state. virtio-9p is not either: QEMU refuses to
@@ -27,6 +31,17 @@ _PASSED_ON = (
     "vhost-user-test-device",
     "x-pci-proxy-dev",
 )
+
+
+#: Models whose other half, a process or a piece of hardware, writes into guest memory by itself.
+_WRITERS = ("vhost-user-", "vhost-vdpa", "vfio-", "ivshmem", "x-pci-proxy-dev")
+#: Objects (-object) of the same kind.
+_WRITING_OBJECTS = ("cryptodev-vhost-user", "x-remote-object")
+
+
+def writes_ram(model: str) -> bool:
+    """Whether a device or object of that model has guest memory written from outside QEMU."""
+    return model.startswith((*_WRITERS, *_WRITING_OBJECTS))
 
 
 def kept(model: str) -> str:

@@ -3,13 +3,27 @@
 from __future__ import annotations
 
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from conftest import Launch
-from guest import DEADLINE_S, Guest, blockdev, both_monitors, cli, make_boot_disk, make_disk, tags, tool, until
+from guest import (
+    DEADLINE_S,
+    Guest,
+    blockdev,
+    both_monitors,
+    cli,
+    make_boot_disk,
+    make_disk,
+    needs_snapshot_jobs,
+    tags,
+    tool,
+    until,
+)
+from qsnap.monitor import hmp_tables
 from test_prechecks import findings
 from test_verdicts import disk
 
@@ -115,3 +129,53 @@ def test_memory_that_is_not_in_the_state(launch: Launch, tmp_path: Path) -> None
     saved = cli("save", "t", "--exclude", path, "--json", monitor=guest.address).json
     assert (saved["kind"], saved["excluded"]) == ("partial", [path])
     cli("load", "t", "--exclude", path, monitor=guest.address)
+
+
+#: A process that has the guest's memory mapped, as whoever serves a vhost-user device has; it ends with its input.
+MAPPER = """
+import mmap, os, sys
+pid = sys.argv[1]
+(number, *_) = [n for n in os.listdir(f"/proc/{pid}/fd") if "/memfd:" in os.readlink(f"/proc/{pid}/fd/{n}")]
+memory = mmap.mmap(os.open(f"/proc/{pid}/fd/{number}", os.O_RDWR), 4096)
+print("mapped", flush=True)
+sys.stdin.read()
+"""
+
+
+@needs_snapshot_jobs
+def test_live_beside_a_disk_of_another_process(beside: Guest) -> None:
+    """Its server writes into RAM: not live, and --live=auto saves the ordinary way."""
+    refused = cli("save", "--live", "t", "--exclude", "vub", monitor=beside.address, expect=5).err
+    assert "device 'vub' (vhost-user-blk-pci)" in refused
+    saved = cli("save", "--live=auto", "t", "--exclude", "vub", "--json", monitor=beside.address).json
+    assert saved["file"] is None
+    assert "vub" in saved["warnings"][-1]["message"]
+    beside.assert_running()
+
+
+@needs_snapshot_jobs
+def test_live_while_another_process_has_memory_mapped(launch: Launch, tmp_path: Path) -> None:
+    guest = launch(*SHARED, *disk(tmp_path, "a"))
+    mapper = subprocess.Popen(
+        [sys.executable, "-c", MAPPER, str(guest.pid)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert mapper.stdout is not None
+        assert mapper.stdout.readline() == "mapped\n"
+        assert f"process {mapper.pid}" in cli("save", "--live", "t", monitor=guest.address, expect=5).err
+        assert cli("save", "--live=auto", "t", "--json", monitor=guest.address).json["file"] is None
+    finally:
+        mapper.communicate(timeout=DEADLINE_S)
+    assert cli("save", "--live", "u", "--json", monitor=guest.address).json["kind"] == "live"
+
+
+def test_networks_served_by_others() -> None:
+    """As QEMU prints them (net/net.c: print_net_client)."""
+    text = (
+        "nic: index=0,type=nic,model=virtio-net-pci,macaddr=52:54:00:12:34:56\n"
+        " \\ vn: index=0,type=vhost-user,vhost-user0 to unix:/run/vn.sock\n"
+        "vhost-user1: index=0,type=tap,ifname=tap0\n"
+        "vd: index=0,type=vhost-vdpa,vhost-vdpa0\n"
+        "hub 0\n \\ u: index=0,type=user,net=10.0.2.0,restrict=off\n"
+    )
+    assert hmp_tables.outside_networks(text) == ("vn", "vd")

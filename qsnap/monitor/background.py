@@ -28,9 +28,10 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, NamedTuple
 
+from qsnap import outside
 from qsnap.errors import CommandFailed, JobFailed, NotSupported
 from qsnap.model import MIGRATION_IDLE
-from qsnap.monitor import STATE_NODE_PREFIX, wire
+from qsnap.monitor import STATE_NODE_PREFIX, hmp_tables, wire
 
 if TYPE_CHECKING:
     from qsnap.monitor.qmp import QmpMonitor
@@ -116,6 +117,21 @@ class Background:
         await self.put_back({_CAPABILITY: before[_CAPABILITY]})
         return ""
 
+    async def writers(self) -> Sequence[str]:
+        """What writes into guest memory from outside QEMU, and is not one of the guest's devices, in words."""
+        objects, networks = await asyncio.gather(
+            self._monitor.query(list[wire.ObjectPropertyInfo], "qom-list", {"path": "/objects"}),
+            self._monitor.human_answer("info network"),
+        )
+        return [
+            *(f"object {one.name!r}" for one in objects if outside.writes_ram(one.type.removeprefix("child<"))),
+            *(f"netdev {name!r}" for name in hmp_tables.outside_networks(networks)),
+        ]
+
+    async def shares_memory(self) -> bool:
+        """Whether other processes could have mapped guest memory."""
+        return any(one.share for one in await self._monitor.query(list[wire.Memdev], "query-memdev"))
+
     async def prepare(self) -> None:
         """Switch background snapshots on, and the bound of the stream's speed off."""
         await self.put_back({_CAPABILITY: 1, _BANDWIDTH: UNBOUNDED})
@@ -131,6 +147,8 @@ class Background:
     async def snapshot_disks(self, tag: str, devices: Sequence[str]) -> None:
         """Take a snapshot of all *devices* at once, or of none.
 
+        :param devices: root nodes, which no other node uses (blockdev.c: qmp_get_root_bs): QEMU goes down through
+            filters to the image by itself.
         :raise JobFailed: QEMU reported an error; no device has it.
         """
         kind = "blockdev-snapshot-internal-sync"

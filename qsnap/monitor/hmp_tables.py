@@ -340,3 +340,9 @@ def objects(text: str) -> dict[str, str]:
     """The names in ``qom-list``, and their types."""
     rows = (line.rpartition(" (") for line in text.splitlines())
     return {name: kind.removesuffix(")") for name, _, kind in rows}
+
+
+def outside_networks(text: str) -> tuple[str, ...]:
+    """The netdevs of ``info network`` that have guest memory written from outside QEMU (vhost-user, vDPA)."""
+    rows = re.findall(r"^[ \\]*(\S+): index=\d+,type=(.*)$", text, re.MULTILINE)
+    return tuple(name for name, kind in rows if re.search(r"(^|,)vhost-(user|vdpa)", kind))

@@ -162,6 +162,10 @@ class NodeName(Wire, frozen=True):
     node_name: str = ""
 
 
+class Memdev(Wire, frozen=True):
+    share: bool = True
+
+
 class MemoryInfo(Wire, frozen=True):
     base_memory: Size
     plugged_memory: Size = 0
