@@ -60,6 +60,7 @@ class Proxy:
     """Listens at ``address``, and connects each client on to QEMU.
 
     :param address: a socket file to make; None for a TCP port.
+    :ivar target: QEMU's socket, for the next client.
     :ivar commands: the names of the commands that have passed.
     """
 
@@ -67,7 +68,7 @@ class Proxy:
         self, target: str, address: Path | None, *, on_command: Hook | None = None, on_data: Change | None = None
     ) -> None:
         self.commands: list[str] = []
-        self._target = target
+        self.target = target
         self._on_command = on_command
         self._on_data = on_data
         self._sockets: list[socket.socket] = []
@@ -89,7 +90,7 @@ class Proxy:
                 server = socket.socket(socket.AF_UNIX)
                 self._sockets += [client, server]
                 try:
-                    server.connect(self._target)
+                    server.connect(self.target)
                 except OSError:
                     client.shutdown(socket.SHUT_RDWR)
                     continue
