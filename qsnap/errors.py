@@ -105,7 +105,8 @@ class PartialFailure(QsnapError):
 
     def __init__(self, done: Sequence[str], failed: Mapping[str, QsnapError]) -> None:
         reasons = "; ".join(f"{tag!r}: {error}" for tag, error in failed.items())
-        super().__init__(f"{len(done)} done, {len(failed)} failed: {reasons}")
+        there = f"done: {', '.join(map(repr, done))}" if done else "nothing was done"
+        super().__init__(f"{there}; {len(failed)} failed: {reasons}")
         self.done = tuple(done)
         self.failed = dict(failed)
 

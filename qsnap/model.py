@@ -418,6 +418,8 @@ class PruneResult(Struct, frozen=True):
     keep: tuple[PruneDecision, ...]
     remove: tuple[PruneDecision, ...]
     dry_run: bool = False
+    other_series: tuple[str, ...] = ()
+    """The prefixes that there are, where there is no snapshot of *prefix*."""
 
 
 class SaveResult(Struct, frozen=True):
@@ -543,6 +545,12 @@ def tag_problem(tag: str) -> str | None:
 def series_tag(prefix: str, now: datetime) -> str:
     """The name of a snapshot of a series, from the local time *now*."""
     return f"{prefix}-{now:%Y%m%dT%H%M%S}"
+
+
+def series_of(tag: str) -> str | None:
+    """The prefix of the series of which a tag is; None for one that is of none."""
+    match = re.fullmatch(r"(.+)-[0-9]{8}T[0-9]{6}", tag)
+    return match[1] if match else None
 
 
 def is_of_series(tag: str, prefix: str) -> bool:

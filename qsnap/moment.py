@@ -90,7 +90,10 @@ class Moment:
         self._background = background
         self._journal = journal
         # A description of its own, of which QEMU gets a copy: its position is QEMU's
-        self._file = os.open(f"/proc/self/fd/{file}", os.O_WRONLY | os.O_CLOEXEC)
+        try:
+            self._file = os.open(f"/proc/self/fd/{file}", os.O_WRONLY | os.O_CLOEXEC)
+        except OSError as error:
+            raise JobFailed("open", f"the state file: {error.strerror}") from error
         self._offset = offset
         self._snapshot_disks = snapshot_disks
         self._forget_disks = forget_disks

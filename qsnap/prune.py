@@ -10,7 +10,17 @@ from qsnap import retention, snapshots
 from qsnap.delvm import do_delvm
 from qsnap.errors import BadUsage
 from qsnap.journal import Journal
-from qsnap.model import Kind, PruneDecision, PruneResult, SaveResult, Snapshot, is_of_series, series_tag, tag_problem
+from qsnap.model import (
+    Kind,
+    PruneDecision,
+    PruneResult,
+    SaveResult,
+    Snapshot,
+    is_of_series,
+    series_of,
+    series_tag,
+    tag_problem,
+)
 from qsnap.monitor import Monitor
 from qsnap.notes import Notes
 from qsnap.retention import Decision, Policy
@@ -66,6 +76,7 @@ async def do_prune(
         keep=_told(decision for decision in decisions if decision.is_kept),
         remove=_told(remove),
         dry_run=dry_run,
+        other_series=() if series else tuple(sorted(filter(None, {series_of(one.tag) for one in found}))),
     )
 
 

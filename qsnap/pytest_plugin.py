@@ -17,7 +17,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Awaitable, Callable, Generator
+from collections.abc import Awaitable, Callable, Generator, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -137,13 +138,40 @@ def pytest_itemcollected(item: pytest.Item) -> None:
 
 
 @pytest.fixture
-def qsnap_vm(request: pytest.FixtureRequest) -> GuestVM:
-    """The VM under test; put back to the snapshot that the marker ``qsnap`` names, if there is one."""
+def qsnap_vm(request: pytest.FixtureRequest) -> Iterator[GuestVM]:
+    """The VM under test; put back to the snapshot that the marker ``qsnap`` names, if there is one.
+
+    The tests of several processes (pytest-xdist) that are about the same guest wait for each other.
+    """
+    from qsnap.errors import QsnapError
+
     vm = GuestVM(_target(request.config), _timeout_s(request.config))
     marker = request.node.get_closest_marker("qsnap")
-    if marker is not None:
-        vm.load(_marked_tag(marker))
-    return vm
+    tag = None if marker is None else _marked_tag(marker)
+    with _alone_with(vm):
+        if tag is not None:
+            try:
+                vm.load(tag)
+            except QsnapError as error:
+                pytest.fail(f"qsnap: the guest could not be put back to {tag!r}: {error}", pytrace=False)
+        yield vm
+
+
+@contextmanager
+def _alone_with(vm: GuestVM) -> Iterator[None]:
+    """Hold this guest, so that no other process's test drives it meanwhile: a lock (flock) that ends with us."""
+    import fcntl
+    import hashlib
+
+    from qsnap.journal import directory
+
+    name = f"pytest-{hashlib.sha256(vm.address.encode(errors='surrogateescape')).hexdigest()[:16]}.lock"
+    file = os.open(directory() / name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(file)
 
 
 @pytest.hookimpl(hookwrapper=True)

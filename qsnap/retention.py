@@ -42,17 +42,27 @@ class Duration(NamedTuple):
 
     @classmethod
     def parse(cls, text: str) -> Duration:
-        """``2y5m7d3h``, as restic writes it; ``w`` for weeks and ``min`` for minutes too.
+        """``2y5m7d3h``, as restic writes it; ``w`` for weeks, ``mo`` for months and ``min`` for minutes too.
 
         :raise BadUsage: it is none, or of no length.
         """
         counts = dict.fromkeys(("y", "m", "w", "d", "h", "min"), 0)
-        if re.fullmatch(r"([0-9]{1,6}(min|[ymwdh]))+", text):
-            for number, unit in re.findall(r"(\d+)(min|[ymwdh])", text):
-                counts[unit] += int(number)
+        if re.fullmatch(r"([0-9]{1,6}(min|mo|[ymwdh]))+", text):
+            for number, unit in re.findall(r"(\d+)(min|mo|[ymwdh])", text):
+                counts["m" if unit == "mo" else unit] += int(number)
         if not any(counts.values()):
             raise BadUsage(f"{text!r} is no duration; a good one is 26h, 90min, 7d, 8w or 1y6m (m: months), but not 0h")
         return cls(counts["y"], counts["m"], counts["d"] + 7 * counts["w"], counts["h"], counts["min"])
+
+    @classmethod
+    def parse_age(cls, text: str) -> Duration:
+        """An age, where an ``m`` alone is refused: 90m would be 90 months, and nobody would be told for years.
+
+        :raise BadUsage: as :meth:`parse`; or it has such an ``m``.
+        """
+        if re.search(r"[0-9]m(?![a-z])", text):
+            raise BadUsage(f"{text!r}: say min for minutes, or mo for months; m could mean either")
+        return cls.parse(text)
 
     def __str__(self) -> str:
         parts = zip(self, ("y", "m", "d", "h", "min"), strict=True)

@@ -248,7 +248,7 @@ class VM:
             if not dry_run:
                 await self._dismiss_leftovers()
             try:
-                return await do_prune(
+                result = await do_prune(
                     self._monitor,
                     prefix,
                     policy,
@@ -258,6 +258,10 @@ class VM:
                     pending=pending,
                     journal=journal,
                 )
+                if result.other_series:
+                    others = ", ".join(result.other_series)
+                    self.remarks.append(f"there is no series {prefix!r}, so nothing was pruned; there is {others}")
+                return result
             finally:
                 if not dry_run:
                     await self._forget_notes()

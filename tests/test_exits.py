@@ -585,3 +585,19 @@ def test_images_stay_clean(guest: Guest, disks: dict[Path, list[str]]) -> None:
     guest.quit()
     for image in disks:
         qemu_img("check", image)
+
+
+def test_7_and_3_say_what_was_deleted(guest: Guest) -> None:
+    error = cli("delete", "b", "c", monitor=guest.address, expect=7).err
+    assert "no snapshot 'b', 'c' on any device; nothing was deleted" in error
+    cli("save", "a", monitor=guest.address)
+    error = cli("delete", "a", "b", "c", monitor=guest.address, expect=3).err
+    assert "done: 'a'; 2 failed: 'b': no snapshot 'b'" in error
+
+
+def test_a_json_of_the_command_that_is_run_is_not_ours() -> None:
+    for options in (["--bogus", "x"], ["-m", "/nowhere", "x"]):
+        error = cli("ensure", *options, "--", "echo", "--json", expect=None).err
+        assert error.startswith("qsnap: "), error
+    assert '"error"' in cli("ensure", "--json", "--bogus", "x", "--", "echo", expect=2).err
+    assert '"error"' in cli("list", "-m", "/nowhere", "--json", expect=4).err

@@ -278,9 +278,27 @@ def test_a_server_that_speaks_something_else(guest: Guest) -> None:
 @pytest.mark.parametrize("checks", [500], indirect=True)
 def test_a_check_that_fails_fails_nothing(guest: Guest, checks: Checks, tmp_path: Path) -> None:
     run = cli("save", "a", "--ping", checks.url, monitor=guest.address)
-    assert "warning: the health check at 127.0.0.1 was not reached" in run.err
+    assert "warning: the health check at 127.0.0.1 answered 500 " in run.err
     run = cli("save", "b", "--ping", "http://127.0.0.1:1/x", monitor=guest.address)
     assert "warning: the health check" in run.err
     assert tags(tmp_path / "disk0.qcow2") == ["a", "b"]
     for url in ("", "file:///etc/passwd", "ftp://x/", "http://", "http://[x/", "http://a b/", "http://a:b/"):
         assert "no URL" in cli("save", "c", "--ping", url, monitor=guest.address, expect=2).err
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--max-age", "90m"], "min for minutes, or mo for months"),
+        (["--max-age", "1h", "--warn-age", "2h"], "must be shorter"),
+        (["--max-age", "1h", "--warn-age", "60min"], "must be shorter"),
+    ],
+)
+def test_ages_that_would_never_alert(options: list[str], words: str) -> None:
+    run = cli("status", *options, monitor="/nowhere", expect=3)
+    assert words in run.out
+
+
+def test_units_of_an_age() -> None:
+    assert Duration.parse_age("1y2mo3min") == Duration(years=1, months=2, minutes=3)
+    assert Duration.parse("2m") == Duration.parse("2mo") == Duration(months=2)

@@ -617,3 +617,30 @@ def _listens(address: str) -> bool:
         end = time.monotonic() + 5
         sock.settimeout(max(0.1, end - time.monotonic()))
         return bool(sock.recv(1))
+
+
+def test_the_plugin_says_in_a_line_that_there_is_no_such_snapshot(guest: Guest, pytester: pytest.Pytester) -> None:
+    pytester.makepyfile("import pytest\n@pytest.mark.qsnap(load='nope')\ndef test_x(qsnap_vm): pass\n")
+    result = pytester.runpytest_subprocess(f"--qsnap-monitor={guest.address}")
+    result.assert_outcomes(errors=1)
+    text = result.stdout.str()
+    assert "qsnap: the guest could not be put back to 'nope': no snapshot 'nope' on any device" in text
+    assert "Traceback" not in text
+    assert len(text.splitlines()) < 20
+
+
+def test_workers_wait_for_each_other(guest: Guest, pytester: pytest.Pytester) -> None:
+    """Two processes that drive one guest would put it back under each other."""
+    pytester.makepyfile(
+        """
+        import os, pathlib, pytest
+        FLAG = pathlib.Path(__file__).with_name("busy")
+
+        @pytest.mark.parametrize("n", range(4))
+        def test_alone(qsnap_vm, n):
+            os.close(os.open(FLAG, os.O_CREAT | os.O_EXCL))
+            qsnap_vm.status()
+            FLAG.unlink()
+        """
+    )
+    pytester.runpytest_subprocess(f"--qsnap-monitor={guest.address}", "-n", "2").assert_outcomes(passed=4)

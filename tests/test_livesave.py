@@ -1288,3 +1288,16 @@ def test_a_live_save_that_was_interrupted_early_spoils_no_load(
         assert "error-desc" not in guest.qmp("query-migrate"), "QEMU would load nothing"
         assert descriptor_0(guest) == os.devnull
     assert_nothing_live_left(guest, tmp_path)
+
+
+def test_a_tag_that_the_locale_does_not_know(heavy: Guest) -> None:
+    """A file name has the bytes that the tag has in QEMU, whatever the locale."""
+    ascii_only = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    cli("save", "--live", "snow-☃", monitor=heavy.address)
+    for arguments in (["list"], ["show", "snow-☃"], ["status"], ["save", "plain"], ["load", "snow-☃"]):
+        cli(*arguments, monitor=heavy.address, env=ascii_only)
+    (snow,) = [one for one in cli("list", "--json", monitor=heavy.address, env=ascii_only).json["snapshots"]
+               if one["kind"] == "live"]  # fmt: skip
+    assert snow["tag"] == "snow-☃"
+    cli("delete", "snow-☃", monitor=heavy.address, env=ascii_only)
+    assert [one["tag"] for one in cli("list", "--json", monitor=heavy.address).json["snapshots"]] == ["plain"]

@@ -55,21 +55,22 @@ def _prepare_streams() -> None:
 
 
 def _exit_code(arguments: list[str]) -> int:
-    as_json = "--json" in arguments
+    # Where the line cannot be parsed, what stands before "--"; else what the command was given
+    told = {"as_json": "--json" in arguments[: arguments.index("--") if "--" in arguments else None]}
     try:
-        code = cli.main(arguments, prog_name="qsnap", standalone_mode=False)
+        code = cli.main(arguments, prog_name="qsnap", standalone_mode=False, obj=told)
     except click.exceptions.Exit as done:
         return done.exit_code
     except (click.Abort, KeyboardInterrupt):
-        return _said(Interrupted(signal.SIGINT), as_json)
+        return _said(Interrupted(signal.SIGINT), told["as_json"])
     except click.exceptions.NoArgsIsHelpError as error:
         with suppress(OSError):
             sys.stderr.write(error.format_message() + "\n")
         return BadUsage.exit_code
     except click.ClickException as error:
-        return _said(BadUsage(_usage_message(error)), as_json)
+        return _said(BadUsage(_usage_message(error)), told["as_json"])
     except QsnapError as error:
-        return _said(error, as_json)
+        return _said(error, told["as_json"])
     return code if isinstance(code, int) else 0
 
 

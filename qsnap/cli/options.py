@@ -135,7 +135,10 @@ def takes(*options: Callable[[Any], Any]) -> Callable[[Callable[..., Any]], Call
         def wrapper(**given: Any) -> object:  # noqa: ANN401 (whatever click gives)
             from qsnap.cli.session import Options
 
-            options = options_of(click.get_current_context())
+            context = click.get_current_context()
+            options = options_of(context)
+            if context.obj is not None:
+                context.obj["as_json"] = options.as_json  # for how an error is told
             return command(options, **{name: given[name] for name in given.keys() - set(Options._fields)})
 
         for option in reversed(options):

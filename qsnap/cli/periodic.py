@@ -310,8 +310,11 @@ def judged(
         return max(codes, key=(0, 1, 3, 2).index)
 
     try:
-        oldest = Duration.parse(max_age)
-        old = Duration.parse(warn_age) if warn_age is not None else None
+        oldest = Duration.parse_age(max_age)
+        old = Duration.parse_age(warn_age) if warn_age is not None else None
+        now = datetime.now().astimezone()
+        if old and old.before(now) <= oldest.before(now):
+            raise BadUsage(f"--warn-age {warn_age} must be shorter than --max-age {max_age}: it would never warn")
         return fleet.work(
             options,
             account.of_status(look),

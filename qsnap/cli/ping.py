@@ -66,10 +66,11 @@ def _ended(start: threading.Thread, url: str, what: str, message: str) -> None:
     # A name server, or one that answers a byte at a time, holds it up longer than its own limit
     end.join(TIMEOUT_S + 1)
     if end.is_alive():
-        _warn(url, "it has not answered in time")
+        _warn(url, "has not answered in time")
 
 
 def _call(url: str, what: str, message: str) -> None:
+    from urllib.error import HTTPError
     from urllib.request import Request, urlopen
 
     parts = urlsplit(url)
@@ -79,10 +80,13 @@ def _call(url: str, what: str, message: str) -> None:
         request = Request(urlunsplit(parts._replace(path=path)), data=body)  # noqa: S310 (see checked)
         with urlopen(request, timeout=TIMEOUT_S):  # noqa: S310
             pass
+    except HTTPError as answer:
+        answer.close()
+        _warn(url, f"answered {answer.code} {answer.reason}".rstrip())
     except Exception as error:  # noqa: BLE001 (whatever a library makes of whatever a server sends)
-        _warn(url, str(error) or type(error).__name__)
+        _warn(url, f"was not reached: {error or type(error).__name__}")
 
 
 def _warn(url: str, why: str) -> None:
-    text = f"warning: the health check at {urlsplit(url).hostname} was not reached: {why}"
+    text = f"warning: the health check at {urlsplit(url).hostname} {why}"
     sys.stderr.write(printable(text[:500]) + "\n")

@@ -214,8 +214,8 @@ def _unique(image: Path) -> str:
 
 
 def _ending(disk_tag: str) -> str:
-    """What a tag adds to the name of a file."""
-    tag = quote_from_bytes(os.fsencode(disk_tag), safe=" +,=@()[]{}~!#$&':;")
+    """What a tag adds to the name of a file, in whatever locale: its bytes in UTF-8, as QEMU has it."""
+    tag = quote_from_bytes(disk_tag.encode(errors="surrogateescape"), safe=" +,=@()[]{}~!#$&':;")
     return f".{tag}"
 
 
@@ -266,7 +266,7 @@ def _cut_short(path: Path, info: os.stat_result, image: str) -> StateFile | None
     """A state file that has lost its end, where the tag stands; its name tells that too, unless it was changed."""
     for base in (Path(image).name, _unique(Path(image))):
         if path.name.startswith(f"{base}."):
-            tag = os.fsdecode(unquote_to_bytes(path.name[len(base) + 1 : -len(SUFFIX)]))
+            tag = unquote_to_bytes(path.name[len(base) + 1 : -len(SUFFIX)]).decode(errors="surrogateescape")
             return StateFile(
                 path=str(path),
                 size=info.st_size,
