@@ -16,6 +16,7 @@
     lock-wait = 60                  # as --lock-wait 60
     live = "auto"                   # as --live=auto; true, as --live
     state-dir = "/var/vm/states"    # as --state-dir; relative to this file
+    ignore-unseen = true            # as --ignore-unseen
 
 What is given on the command line wins over ``[vm.NAME]``, and that over ``[defaults]``. Anything that is not known is
 an error, with the key and its line: a default that is misspelt would be silently without effect.
@@ -43,6 +44,7 @@ class Settings(NamedTuple):
     lock_wait: float | None = None
     live: bool | Literal["auto"] | None = None
     state_dir: str | None = None
+    ignore_unseen: bool | None = None
 
     def over(self, others: Settings) -> Settings:
         """These, and where they say nothing *others*."""
@@ -240,4 +242,5 @@ OPTIONS = {
     "lock-wait": (_is_wait, "a number of seconds, or 0"),
     "live": (_is_flag_or_auto, 'true, false or "auto"'),
     "state-dir": (_is_name, "the name of a directory"),
+    "ignore-unseen": (_is_flag, "true or false"),
 }

@@ -13,8 +13,8 @@ from qsnap.errors import JobFailed, PartialFailure, PrecheckRefused, QsnapError,
 from qsnap.journal import Journal
 from qsnap.model import DeleteResult, Device, Labels
 from qsnap.monitor import Monitor
-from qsnap.notes import refuse_protected
 from qsnap.precheck import refuse_untransportable, runstate_findings
+from qsnap.removal import refuse_removal
 from qsnap.snapshots import Holding
 from qsnap.statefile.shelf import NO_SHELF, Shelf
 from qsnap.undisturbed import undisturbed
@@ -81,7 +81,7 @@ async def _delete(
     held = snapshots.holding(graph, devices, tag, shelf.files(graph, devices))
     if not held.tags and not held.files and not missing_ok:
         raise snapshots.not_found(graph, devices, tag)
-    refuse_protected(shelf, graph, devices, tag, "deleted")
+    await refuse_removal(monitor, shelf, graph, devices, tag, "deleted")
     if held.tags or held.files:
         await journal.armed()
         journal.note(tags=(tag,), devices=held.nodes, disk_tags=held.tags, files=held.files)

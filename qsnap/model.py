@@ -329,6 +329,8 @@ class StateFile(Struct, frozen=True):
     vm_clock_ns: int
     is_whole: bool = True
     """False: it is cut short. Where even what stands at its end is gone, size and clock are 0."""
+    is_readable: bool = True
+    """False: this user may not read it. It is known by its name alone; size and clock are 0."""
 
 
 class InBacking(Struct, frozen=True):

@@ -7,13 +7,14 @@ the same tag that is made later has none of it. Notes of snapshots that are gone
 written.
 
 If the file is lost, so are descriptions and protection, and nothing else. If it cannot be read, nothing that might be
-protected is replaced, deleted or pruned.
+protected is replaced, deleted or pruned. To those from whom it is hidden QEMU tells what is protected, if it has been
+told: see :mod:`qsnap.kept`.
 """
 
 from __future__ import annotations
 
+import errno
 import os
-import shlex
 from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -21,8 +22,8 @@ from typing import NamedTuple
 import msgspec
 
 from qsnap import files, snapshots
-from qsnap.errors import BadUsage, PrecheckRefused, QsnapError
-from qsnap.model import BlockGraph, Device, Finding, Severity, Snapshot, Struct
+from qsnap.errors import BadUsage, QsnapError
+from qsnap.model import BlockGraph, Device, Snapshot, Struct
 from qsnap.statefile.shelf import Shelf
 
 #: What the name of the file ends with.
@@ -48,11 +49,13 @@ class Note(Struct, frozen=True):
     """The guest's at the save, where it was one that it could not go on from. qsnap itself writes that down."""
     chains: dict[str, tuple[str, ...]] = msgspec.field(default_factory=dict)
     """What each image stood on, if any did: see :func:`qsnap.snapshots.chains`. qsnap writes that down, too."""
+    state_dir: str = ""
+    """The directory of its state file, where that was not put beside the image. qsnap writes that down, too."""
 
     @property
     def says_something(self) -> bool:
         """Whether it is worth keeping."""
-        return self.protected or bool(self.description or self.runstate or self.chains)
+        return self.protected or bool(self.description or self.runstate or self.chains or self.state_dir)
 
 
 class ChangeBelow(NamedTuple):
@@ -89,24 +92,50 @@ def blank(snapshot: Snapshot) -> Note:
 class Notes:
     """The notes of one VM, as they stand.
 
-    :raise QsnapError: a file of them cannot be read.
+    :ivar by_place: those in each file that they may be in; none for one that is not there.
+    :ivar unseen: the images beside which there may be notes that cannot be seen from here, and files of notes that may
+        not be read.
+    :raise QsnapError: what is there is damaged, or not a file.
     """
 
     def __init__(self, shelf: Shelf, graph: BlockGraph, devices: Sequence[Device]) -> None:
         self._graph = graph
         self._paths = shelf.all_beside(graph, devices, SUFFIX)
-        self._notes = [note for path in self._paths for note in _read(path)]
+        self.by_place: dict[Path, Sequence[Note]] = {}
+        self._unread: dict[Path, str] = {}
+        for path in self._paths:
+            try:
+                self.by_place[path] = _read(path)
+            except OSError as error:
+                why = error.strerror or str(error)
+                if error.errno != errno.EACCES:
+                    raise _unreadable(path, why) from error
+                self._unread[path] = why
+        self.unseen = (*shelf.unseen_images(graph, devices), *map(str, self._unread))
+
+    def refuse_unread(self) -> None:
+        """Refuse to write beside notes that cannot be read.
+
+        :raise QsnapError: there are such.
+        """
+        for path, why in self._unread.items():
+            raise _unreadable(path, why)
+
+    @property
+    def _notes(self) -> Sequence[Note]:
+        return [note for notes in self.by_place.values() for note in notes]
 
     def of(self, snapshot: Snapshot) -> Note:
-        """The note of a snapshot; one that says nothing where there is none."""
+        """The note of a snapshot, by whichever of its names it is known here; one that says nothing without one."""
         wanted = blank(snapshot)
+        tags = (wanted.tag, snapshots.owner(snapshot))
         for note in self._notes:
-            if _key(note) == _key(wanted):
+            if note.tag in tags and note.vm_clock_ms == wanted.vm_clock_ms:
                 return note
         return wanted
 
     def added_to(self, found: Iterable[Snapshot]) -> tuple[Snapshot, ...]:
-        """The same snapshots, with what is written down about each, and what has become wrong with it since."""
+        """These snapshots, with what is written down about each, and what has become wrong with it since."""
         return tuple(
             msgspec.structs.replace(
                 one,
@@ -116,6 +145,7 @@ class Notes:
                 problems=(
                     *one.problems,
                     *(change.told(one.labels.get(change.node, change.node)) for change in changes),
+                    *_problems(one, note),
                 ),
             )
             for one, note, changes in ((one, self.of(one), self.changes_below(one)) for one in found)
@@ -138,11 +168,12 @@ class Notes:
         """Write down *changed* notes, and leave out those of tags that are not *present*.
 
         :param place: the file for them, if there is none yet.
-        :raise QsnapError: it cannot be written; what stood there stands.
+        :raise QsnapError: it cannot be written, or others cannot be read; what stood there stands.
         """
-        tags = {one.tag for one in present}
+        self.refuse_unread()
+        tags = _tags(present)
         new = {note.tag for note in changed}
-        there = set(map(_key, map(blank, present))) - set(map(_key, changed))
+        there = {(tag, blank(one).vm_clock_ms) for one in present for tag in _tags([one])} - set(map(_key, changed))
         # A tag that was saved anew has none of what was written down about the older one
         old = [note for note in self._notes if note.tag in tags and (note.tag not in new or _key(note) in there)]
         kept = [note for note in (*old, *changed) if note.says_something]
@@ -150,15 +181,16 @@ class Notes:
         for path in existing[1:]:
             _write(path, ())  # two images had one each
         if kept or existing:
-            _write(existing[0] if existing else place, kept)
-        self._notes = kept
+            place = existing[0] if existing else place
+            _write(place, kept)
+        self.by_place = {**dict.fromkeys(self._paths, ()), place: kept}
 
     def forget(self, present: Collection[Snapshot]) -> None:
         """Leave out the notes of tags that are not *present*.
 
         :raise QsnapError: that cannot be written.
         """
-        if {note.tag for note in self._notes} - {one.tag for one in present}:
+        if {note.tag for note in self._notes} - _tags(present):
             self.write(self._paths[0], (), present)
 
 
@@ -169,29 +201,10 @@ def place(shelf: Shelf, graph: BlockGraph, devices: Sequence[Device], node: str)
     :raise QsnapError: the directory cannot be written, or notes that are there cannot be read.
     """
     path = shelf.beside(graph, node, "", SUFFIX, always=True)
-    Notes(shelf, graph, devices)
+    Notes(shelf, graph, devices).refuse_unread()
     if not os.access(path.parent, os.W_OK | os.X_OK):
         raise QsnapError(f"no notes can be made in {path.parent}: it cannot be written; nothing was done")
     return path
-
-
-def refuse_protected(shelf: Shelf, graph: BlockGraph, devices: Sequence[Device], tag: str, what: str) -> None:
-    """Refuse to do away with *tag* if it is protected.
-
-    :param what: what is not done, for people: "saved".
-    :raise PrecheckRefused: it is.
-    :raise QsnapError: the notes cannot be read, so that it might be.
-    """
-    found = snapshots.snapshots(graph, devices, shelf.files(graph, devices))
-    for snapshot in (one for one in found if one.tag == tag):
-        if Notes(shelf, graph, devices).of(snapshot).protected:
-            finding = Finding(
-                code="protected",
-                severity=Severity.REFUSE,
-                message=f"snapshot {tag!r} is protected",
-                cure=f"qsnap unprotect {shlex.quote(tag)}",
-            )
-            raise PrecheckRefused(f"nothing was {what}", [finding])
 
 
 def checked_description(text: str) -> str:
@@ -210,13 +223,25 @@ def checked_description(text: str) -> str:
     return text
 
 
+def _problems(snapshot: Snapshot, note: Note) -> Iterable[str]:
+    if note.state_dir and not snapshot.has_state and snapshot.file is None:
+        yield f"its RAM is not seen: its state file was put into {note.state_dir} (--state-dir)"
+
+
+def _unreadable(path: Path, why: str) -> QsnapError:
+    return QsnapError(f"the notes {path} cannot be read: {why}; a snapshot may be protected")
+
+
+def _tags(present: Iterable[Snapshot]) -> set[str]:
+    """The tags that notes of these snapshots may have."""
+    return {tag for one in present for tag in (one.tag, snapshots.owner(one))}
+
+
 def _read(path: Path) -> Sequence[Note]:
     try:
         text = files.read(path)
     except FileNotFoundError:
         return ()
-    except OSError as error:
-        raise QsnapError(f"the notes {path} cannot be read: {error.strerror}; a snapshot may be protected") from error
     try:
         file = msgspec.json.decode(text, type=_File)
     except (msgspec.DecodeError, ValueError) as error:

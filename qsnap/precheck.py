@@ -27,6 +27,7 @@ from qsnap.model import (
     RunState,
     Severity,
     Snapshot,
+    StateFile,
     Verdict,
     tag_problem,
 )
@@ -483,6 +484,15 @@ def _chain_findings(
         )
 
 
+def unreadable_finding(tag: str, file: StateFile) -> Finding:
+    """What refuses to do anything with a live snapshot whose state file this user may not read."""
+    return _refusal(
+        "state-file-unreadable",
+        f"{tag!r} is a live snapshot, and its state file {file.path} may not be read by this user",
+        "run qsnap as the user that the file belongs to, or as root",
+    )
+
+
 def _load_findings(
     graph: BlockGraph, all_devices: Sequence[Device], snapshot: Snapshot, devices: Collection[str]
 ) -> Iterator[Finding]:
@@ -507,6 +517,9 @@ def _load_findings(
             "",
             snapshot.vmstate,
         )
+    if snapshot.file is not None and not snapshot.file.is_readable:
+        yield unreadable_finding(snapshot.tag, snapshot.file)
+        return
     if snapshot.file is not None and not snapshot.file.is_whole:
         yield _refusal(
             "state-file",

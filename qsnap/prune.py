@@ -8,8 +8,9 @@ from datetime import datetime
 from qsnap import devices as rules
 from qsnap import retention, snapshots
 from qsnap.delvm import do_delvm
-from qsnap.errors import BadUsage
+from qsnap.errors import BadUsage, PrecheckRefused
 from qsnap.journal import Journal
+from qsnap.kept import kept
 from qsnap.model import (
     Kind,
     PruneDecision,
@@ -23,6 +24,7 @@ from qsnap.model import (
 )
 from qsnap.monitor import Monitor
 from qsnap.notes import Notes
+from qsnap.removal import unseen_findings
 from qsnap.retention import Decision, Policy
 from qsnap.statefile.shelf import NO_SHELF, Shelf
 
@@ -51,23 +53,27 @@ async def do_prune(
     :raise BadUsage: the policy is empty, or *prefix* cannot be one; nothing was done.
     :raise QsnapError: it cannot be read which ones are protected; nothing was done.
     :raise PartialFailure: some could not be deleted. The others were.
-    :raise PrecheckRefused: see :func:`qsnap.delvm.do_delvm`.
+    :raise PrecheckRefused: it cannot be seen from here which ones are protected; nothing was done. Or as
+        :func:`qsnap.delvm.do_delvm`.
     """
     check_prefix(prefix)
     graph = await monitor.block_graph()
     devices = rules.survey(graph, chooses_devices=monitor.chooses_devices).devices
     found = snapshots.snapshots(graph, devices, shelf.files(graph, devices))
-    series = [one for one in Notes(shelf, graph, devices).added_to(found) if is_of_series(one.tag, prefix)]
+    notes, marks = Notes(shelf, graph, devices), await kept(monitor)
+    series = [one for one in notes.added_to(found) if is_of_series(one.tag, prefix)]
     if pending is not None:
         series.append(_imagined(pending))
     decisions = retention.decide(
         series,
         policy,
         datetime.now().astimezone(),
-        protected=[one.tag for one in series if one.protected],
+        protected=[one.tag for one in series if one.protected or marks.protects(one)],
         allow_remove_all=allow_remove_all,
     )
     remove = [decision for decision in decisions if not decision.is_kept]
+    if remove and not shelf.ignores_unseen and (refusals := [*unseen_findings(notes, marks, graph, devices)]):
+        raise PrecheckRefused("nothing was pruned", refusals)
     if remove and not dry_run:
         oldest_first = [decision.snapshot.tag for decision in reversed(remove)]
         await do_delvm(monitor, oldest_first, shelf=shelf, missing_ok=True, journal=journal)

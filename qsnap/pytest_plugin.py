@@ -60,8 +60,13 @@ class GuestVM:
         from qsnap.vm import connect
 
         async def connected() -> _T:
-            state_dir = self._target.settings.state_dir
-            async with connect(self._target.address, timeout_s=self.timeout_s, state_dir=state_dir) as vm:
+            settings = self._target.settings
+            async with connect(
+                self._target.address,
+                timeout_s=self.timeout_s,
+                state_dir=settings.state_dir,
+                ignore_unseen=bool(settings.ignore_unseen),
+            ) as vm:
                 return await action(vm)
 
         with ThreadPoolExecutor(1) as thread:

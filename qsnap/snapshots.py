@@ -81,7 +81,7 @@ def _named(found: Iterable[Snapshot]) -> Iterator[Snapshot]:
     """
     groups: dict[str, list[Snapshot]] = {}
     for snapshot in found:
-        groups.setdefault(_owner(snapshot), []).append(snapshot)
+        groups.setdefault(owner(snapshot), []).append(snapshot)
     for tag, members in groups.items():
         main = max(members, key=lambda snapshot: (is_loadable(snapshot), snapshot.date))
         if is_loadable(main) or (len(members) == 1 and main.kind is Kind.LIVE):
@@ -92,7 +92,7 @@ def _named(found: Iterable[Snapshot]) -> Iterator[Snapshot]:
             yield from members
 
 
-def _owner(snapshot: Snapshot) -> str:
+def owner(snapshot: Snapshot) -> str:
     """The user's tag that a snapshot is, or was, under. What has a state in an image is somebody else's, who calls it
     like a second name."""
     return snapshot.disk_tag.removesuffix(SECOND_SUFFIX) if snapshot.vmstate is None else snapshot.disk_tag
@@ -101,22 +101,18 @@ def _owner(snapshot: Snapshot) -> str:
 def _file_of(tag: str, held: dict[str, list[NodeSnapshot]], files: Iterable[StateFile]) -> StateFile | None:
     """The state file of what the devices hold; None where the state is in an image, or nowhere.
 
-    Over HMP the clock has milliseconds.
+    Over HMP the clock has milliseconds. One that may not be read is taken for that of its tag.
     """
     first = [rows[0] for rows in held.values()]
     if any(row.vm_state_size for row in first):
         return None
     clocks = {row.vm_clock_ns for row in first}
     exact = any(clock % 1_000_000 for clock in clocks)
-    return next(
-        (
-            file
-            for file in files
-            if file.disk_tag == tag
-            and (file.vm_clock_ns if exact else file.vm_clock_ns // 1_000_000 * 1_000_000) in clocks
-        ),
-        None,
-    )
+    tagged = [file for file in files if file.disk_tag == tag]
+    for file in tagged:
+        if (file.vm_clock_ns if exact else file.vm_clock_ns // 1_000_000 * 1_000_000) in clocks:
+            return file
+    return next((file for file in tagged if not file.is_readable), None)
 
 
 def _gathered(
@@ -131,8 +127,8 @@ def _gathered(
     moment = _moment if vmstate else _clock
     if others := sorted(node for node, row in first.items() if moment(row) != moment(main)):
         problems.append(f"{', '.join(others)}: made at another moment than the rest")
-    if file and not file.is_whole:
-        problems.append(f"its state file {file.path} is cut short")
+    if file and (problem := _file_problem(file)):
+        problems.append(problem)
     kind = Kind.FULL if vmstate else Kind.LIVE if file else Kind.DISK_ONLY
     return Snapshot(
         tag=tag,
@@ -159,15 +155,17 @@ def _without_disks(file: StateFile, names: Labels) -> Snapshot:
         vm_clock_ns=file.vm_clock_ns,
         vmstate=None,
         devices=(),
-        problems=(
-            "the disks' snapshots that belong to its state file are gone"
-            if file.is_whole
-            else f"the state file {file.path} is cut short",
-        ),
+        problems=(_file_problem(file) or "the disks' snapshots that belong to its state file are gone",),
         labels=names,
         file=file,
         disk_tag=file.disk_tag,
     )
+
+
+def _file_problem(file: StateFile) -> str:
+    if not file.is_readable:
+        return f"its state file {file.path} may not be read by this user"
+    return "" if file.is_whole else f"its state file {file.path} is cut short"
 
 
 def _moment(row: NodeSnapshot) -> object:
@@ -260,17 +258,22 @@ class Holding(NamedTuple):
     files: tuple[str, ...]
 
 
+def meant(graph: BlockGraph, devices: Sequence[Device], tag: str, files: Sequence[StateFile]) -> tuple[Snapshot, ...]:
+    """The snapshots that *tag* means, whole or not: those that go when it is deleted or replaced."""
+    return tuple(found for found in snapshots(graph, devices, files) if tag in (found.tag, owner(found)))
+
+
 def holding(graph: BlockGraph, devices: Sequence[Device], tag: str, files: Sequence[StateFile]) -> Holding:
     """All that is there of *tag*, whole or not: what goes when it is deleted or replaced.
 
     Of a second name it is what is listed so; not the snapshot that has the tag itself.
     """
-    meant = [found for found in snapshots(graph, devices, files) if tag in (found.tag, _owner(found))]
-    held = {found.disk_tag: found.devices for found in meant if found.devices}
+    found_of_it = meant(graph, devices, tag, files)
+    held = {found.disk_tag: found.devices for found in found_of_it if found.devices}
     return Holding(
         tags=tuple(sorted(held)),
         nodes=tuple(node for node in relevant_nodes(devices) if any(node in nodes for nodes in held.values())),
-        files=tuple(found.file.path for found in meant if found.file is not None),
+        files=tuple(found.file.path for found in found_of_it if found.file is not None),
     )
 
 

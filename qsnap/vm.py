@@ -82,6 +82,7 @@ class VM:
         lock_wait_s: float,
         is_timed: bool = False,
         state_dir: Path | None = None,
+        ignore_unseen: bool = False,
     ) -> None:
         self._monitor = monitor
         self.address = address
@@ -89,7 +90,7 @@ class VM:
         self.recovered: list[Recovered] = []
         self.remarks: list[str] = []
         self._is_timed = is_timed
-        self._shelf = Shelf(monitor.pid, state_dir, peer_user(monitor.sock))
+        self._shelf = Shelf(monitor.pid, state_dir, peer_user(monitor.sock), ignores_unseen=ignore_unseen)
         self._turn = asyncio.Lock()
 
     @property
@@ -162,6 +163,7 @@ class VM:
                 await self._write_down_trouble(result)
                 if graph is not None:
                     await self._write_down_chains(graph, result)
+                await self._write_down_state_dir(result)
         return msgspec.structs.replace(result, description=description, warnings=(*result.warnings, *not_live))
 
     async def _next_of_series(self, prefix: str) -> str:
@@ -213,19 +215,21 @@ class VM:
                 self._monitor, tag, shelf=self._shelf, running=running, exclude=exclude, force=force, journal=journal
             )
 
-    async def delete(self, *tags: str, missing_ok: bool = False) -> DeleteResult:
+    async def delete(self, *tags: str, missing_ok: bool = False, ignore_unseen: bool = False) -> DeleteResult:
         """Delete snapshots from every device that holds them: see :func:`qsnap.delvm.do_delvm`.
 
+        :param ignore_unseen: what cannot be seen from here does not matter, as with the same word of :func:`connect`.
         :raise VMLocked: another qsnap is at work on this VM.
         """
 
         from qsnap.delvm import do_delvm
 
+        shelf = self._shelf.ignoring_unseen() if ignore_unseen else self._shelf
         async with self._claimed("delete", tags) as journal:
             await self._dismiss_leftovers()
             await self._warn_of_unseen_files_of(tags)
             try:
-                return await do_delvm(self._monitor, tags, shelf=self._shelf, missing_ok=missing_ok, journal=journal)
+                return await do_delvm(self._monitor, tags, shelf=shelf, missing_ok=missing_ok, journal=journal)
             finally:
                 await self._forget_notes()
 
@@ -278,6 +282,7 @@ class VM:
         :raise NotSupported: the image cannot be seen from here.
         :raise VMLocked: another qsnap is at work on this VM.
         """
+        from qsnap import kept
         from qsnap.notes import Notes, checked_description
 
         if description is not None:
@@ -293,19 +298,25 @@ class VM:
             changes = {"protected": protected, "description": description}
             given = {name: value for name, value in changes.items() if value is not None}
             changed = [msgspec.structs.replace(notes.of(one), **given) for one in chosen]
-            notes.write(await self._place_of_notes(), changed, found)
+            place = await self._place_of_notes()
+            await kept.protect(self._monitor, changed, place)
+            notes.write(place, changed, found)
+            if protected is False:
+                await kept.unprotect(self._monitor, chosen)
+            await kept.mirror(self._monitor, notes, graph, devices)
             return notes.added_to(chosen)
 
     async def _forget_notes(self) -> None:
         """Leave out the notes of snapshots that are gone. They do no harm, so an error is none."""
+        from qsnap.kept import mirror
         from qsnap.notes import Notes
 
         with suppress(QsnapError):
             graph = await self._monitor.block_graph()
             devices = self._devices_of(graph)
-            Notes(self._shelf, graph, devices).forget(
-                snapshots.snapshots(graph, devices, self._shelf.files(graph, devices))
-            )
+            notes = Notes(self._shelf, graph, devices)
+            notes.forget(snapshots.snapshots(graph, devices, self._shelf.files(graph, devices)))
+            await mirror(self._monitor, notes, graph, devices)
 
     async def _place_of_notes(self) -> Path:
         """The file for notes; see :func:`qsnap.notes.place`."""
@@ -354,6 +365,20 @@ class VM:
         except QsnapError as error:
             raise QsnapError(f"snapshot {tag!r} was saved, but not its {', '.join(what)}: {error}") from error
 
+    async def _write_down_state_dir(self, saved: SaveResult) -> None:
+        """Write down beside the image where a live save has put its state file, if it is elsewhere.
+
+        So that who does not know of the directory does not take it for a snapshot of disks alone. It is a help: where
+        no notes can be made, it is left out.
+        """
+        state_dir = self._shelf.state_dir
+        if state_dir is None or saved.file is None:
+            return
+        with suppress(QsnapError):
+            place = await self._place_of_notes()
+            if place.parent != state_dir:
+                await self._write_down(place, saved.tag, state_dir=str(state_dir))
+
     async def recover(self, *, force: bool = False) -> tuple[Recovered, ...]:
         """See runs through that died on this VM: resume the guest, remove what they left half made.
 
@@ -374,7 +399,9 @@ class VM:
         await self._recover_if_seen()
         graph = await self._monitor.block_graph()
         devices = self._devices_of(graph)
-        found = self._snapshots_of(graph, devices)
+        found = await self._noted(
+            graph, devices, snapshots.snapshots(graph, devices, self._shelf.files(graph, devices))
+        )
         self._warn_of_unseen_files(graph, devices, found)
         self._tell_of_backing(graph, devices)
         return found
@@ -390,7 +417,7 @@ class VM:
         snapshot = snapshots.find(graph, devices, tag, self._shelf.files(graph, devices))
         if snapshot is None:
             raise snapshots.not_found(graph, devices, tag)
-        (snapshot,) = self._noted(graph, devices, [snapshot])
+        (snapshot,) = await self._noted(graph, devices, [snapshot])
         self._warn_of_unseen_files(graph, devices, [snapshot])
         return snapshot, {name: graph.nodes[name].tagged(snapshot.disk_tag) for name in snapshot.devices}
 
@@ -442,7 +469,7 @@ class VM:
             trouble=trouble_of(runstate, monitor.version),
             monitor=str(self.address),
             transport=monitor.transport,
-            snapshots=len(self._snapshots_of(graph, survey.devices)),
+            snapshots=len(snapshots.snapshots(graph, survey.devices, self._shelf.files(graph, survey.devices))),
             vmstate=survey.vmstate,
             devices=survey.devices,
             leftover_jobs=tuple(leftovers),
@@ -450,9 +477,6 @@ class VM:
             is_half_restored=half_restored is not None,
             in_backing=snapshots.in_backing(graph, survey.devices),
         )
-
-    def _snapshots_of(self, graph: BlockGraph, devices: Sequence[Device]) -> tuple[Snapshot, ...]:
-        return self._noted(graph, devices, snapshots.snapshots(graph, devices, self._shelf.files(graph, devices)))
 
     def _tell_of_backing(self, graph: BlockGraph, devices: Sequence[Device]) -> None:
         """Say so where snapshots are out of reach below an overlay."""
@@ -468,10 +492,10 @@ class VM:
     def _warn_of_unseen_files(self, graph: BlockGraph, devices: Sequence[Device], found: Iterable[Snapshot]) -> None:
         """Say so where what looks like disks alone may have its RAM in a file that cannot be seen from here."""
         tags = [snapshot.tag for snapshot in found if snapshot.kind is Kind.DISK_ONLY]
-        if tags and not self._shelf.sees_all(graph, devices):
+        if tags and not self._shelf.ignores_unseen and (places := self._shelf.unseen(graph, devices)):
             self.remarks.append(
-                "the directories of the images cannot be seen from here: if there is a state file of a live save in "
-                f"one, it is left out of account ({', '.join(tags)})"
+                f"it cannot be seen from here what lies at {', '.join(places)}: there may be the RAM of live snapshots "
+                f"({', '.join(tags)})"
             )
 
     async def _warn_of_unseen_files_of(self, tags: Collection[str]) -> None:
@@ -481,15 +505,27 @@ class VM:
         found = snapshots.snapshots(graph, devices, self._shelf.files(graph, devices))
         self._warn_of_unseen_files(graph, devices, [snapshot for snapshot in found if snapshot.tag in tags])
 
-    def _noted(self, graph: BlockGraph, devices: Sequence[Device], found: Sequence[Snapshot]) -> tuple[Snapshot, ...]:
-        """The same snapshots with what is written down about them; without, if that cannot be read."""
+    async def _noted(
+        self, graph: BlockGraph, devices: Sequence[Device], found: Sequence[Snapshot]
+    ) -> tuple[Snapshot, ...]:
+        """These snapshots, with what is written down about them as far as that can be seen from here."""
+        if not found:
+            return ()
+        from qsnap.kept import kept
         from qsnap.notes import Notes
 
+        marks = await kept(self._monitor)
         try:
-            return Notes(self._shelf, graph, devices).added_to(found)
+            notes = Notes(self._shelf, graph, devices)
+            found = notes.added_to(found)
+            if notes.unseen and not self._shelf.ignores_unseen and not marks.tells_all(graph, devices):
+                self.remarks.append(
+                    "it cannot be seen from here which snapshots are protected: notes of this VM may lie at "
+                    f"{', '.join(notes.unseen)}"
+                )
         except QsnapError as error:
             self.remarks.append(str(error))
-            return tuple(found)
+        return tuple(msgspec.structs.replace(one, protected=True) if marks.protects(one) else one for one in found)
 
     def _devices_of(self, graph: BlockGraph) -> Sequence[Device]:
         return rules.survey(graph, chooses_devices=self._monitor.chooses_devices).devices
@@ -539,9 +575,22 @@ class VM:
         with suppress(CommandFailed):
             await self._monitor.dismiss(await self._monitor.leftover_jobs())
             graph = await self._monitor.block_graph()
-            self._shelf.remove_parts(graph, self._devices_of(graph))
+            devices = self._devices_of(graph)
+            self._shelf.remove_parts(graph, devices)
+            await self._mirror_notes(graph, devices)
             return graph
         return None
+
+    async def _mirror_notes(self, graph: BlockGraph, devices: Sequence[Device]) -> None:
+        """Have QEMU show to everybody what is protected, as far as that can be seen from here."""
+        from qsnap.kept import mirror
+        from qsnap.notes import Notes
+
+        try:
+            notes = Notes(self._shelf, graph, devices)
+        except QsnapError:
+            return  # damaged: who is about to delete something is told
+        await mirror(self._monitor, notes, graph, devices)
 
 
 async def _opened(where: Address, greeting_s: float, lock_wait_s: float, snapshot_jobs: bool | None) -> Monitor:
@@ -570,6 +619,7 @@ async def connect(
     lock_wait_s: float = LOCK_WAIT_S,
     snapshot_jobs: bool | None = None,
     state_dir: str | Path | None = None,
+    ignore_unseen: bool = False,
 ) -> AsyncIterator[VM]:
     """Connect to the monitor of a running QEMU, for the duration of a block.
 
@@ -581,6 +631,8 @@ async def connect(
     :param snapshot_jobs: False goes by HMP's savevm inside QMP also where QEMU has snapshot jobs.
     :param state_dir: where the state files of live saves lie. Default: beside the images; they are looked for there
         in any case.
+    :param ignore_unseen: delete, prune and replace also where there may be notes that protect a snapshot, or a state
+        file that belongs to it, which cannot be seen from here (over TCP, as another user). Default: that is refused.
     :raise BadUsage: *address* cannot be meant.
     :raise ConnectError: nothing listens there, or it may not be opened.
     :raise MonitorBusy: another client holds it, or QEMU does not answer.
@@ -603,6 +655,7 @@ async def connect(
                 lock_wait_s=lock_wait_s,
                 is_timed=timeout_s is not None,
                 state_dir=None if state_dir is None else Path(state_dir),
+                ignore_unseen=ignore_unseen,
             )
     except TimeoutError as error:
         if not timer.expired():

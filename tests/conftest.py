@@ -16,6 +16,7 @@ import pytest
 from guest import QEMU, Guest, blockdev, make_boot_disk, make_disk
 from machine import Machine
 from proxy import Proxy
+from qsnap import kept
 
 Launch = Callable[..., Guest]
 Intercept = Callable[..., Proxy]
@@ -66,10 +67,15 @@ def launch(transport: str) -> Iterator[Launch]:
 
 @pytest.fixture
 def intercept(launch: Launch) -> Iterator[Intercept]:
-    """Proxies in front of a guest's monitor; they are closed with the test."""
+    """Proxies in front of a guest's monitor; they are closed with the test.
+
+    Through one nobody sees the images. So QEMU is told beforehand that no notes beside them protect anything.
+    """
     proxies: list[Proxy] = []
 
     def start(guest: Guest, **hooks: Any) -> Proxy:
+        files = {row["image"]["filename"] for row in guest.qmp("query-named-block-nodes") if row["drv"] == "file"}
+        guest.qmp.hmp(f"object_add authz-simple,id={kept.noted(files)},identity=yes")
         proxies.append(Proxy(guest.address, guest.directory / f"proxy{len(proxies)}", **hooks))
         return proxies[-1]
 

@@ -51,7 +51,7 @@ class FakeMonitor:
     sock: socket.socket | None = None
 
     state: RunState = RunState.RUNNING
-    marks: dict[str, str] = field(default_factory=dict)
+    texts: dict[str, str] = field(default_factory=dict)
     rows: dict[str, list[NodeSnapshot]] = field(default_factory=lambda: {"disk0": [], "disk1": []})
     calls: list[str] = field(default_factory=list)
     jobs: tuple[BlockJob, ...] = ()
@@ -138,14 +138,17 @@ class FakeMonitor:
             if first is not None:
                 self.rows[name].remove(first)
 
+    async def marks(self, prefixes: tuple[str, ...]) -> Sequence[str]:
+        return [name for name in self.texts if name.startswith(prefixes)]
+
     async def mark(self, name: str) -> str | None:
-        return self.marks.get(name)
+        return self.texts.get(name)
 
     async def set_mark(self, name: str, text: str) -> bool:
-        return self.marks.setdefault(name, text) is text
+        return self.texts.setdefault(name, text) is text
 
     async def clear_mark(self, name: str) -> None:
-        self.marks.pop(name, None)
+        self.texts.pop(name, None)
 
     async def take_over(self, pid: int) -> None:
         pass

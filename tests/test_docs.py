@@ -64,7 +64,7 @@ def test_options_in_the_readme_exist() -> None:
 @pytest.mark.parametrize("name", sorted(cli.commands))
 def test_which_commands_take_the_common_options(name: str) -> None:
     of_output = {"--json", "--quiet", "--verbose", "--config"}
-    of_vm = {"--monitor", "--vm", "--timeout", "--lock-wait", "--state-dir", "--all", "--jobs"}
+    of_vm = {"--monitor", "--vm", "--timeout", "--lock-wait", "--state-dir", "--ignore-unseen", "--all", "--jobs"}
     of_one = of_output | of_vm - {"--all", "--jobs"}
     taken = {"vms": of_output, "completion": set(), "demo": set(), "run": of_one, "ensure": of_one}.get(
         name, of_output | of_vm

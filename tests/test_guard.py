@@ -42,6 +42,7 @@ from guest import (
     waits,
 )
 from proxy import deed
+from qsnap import kept
 from qsnap.errors import GuestLeftStopped, QsnapError
 from qsnap.marks import of_this_process
 from test_exits import big_guest, in_the_write
@@ -67,8 +68,9 @@ def guards(directory: Path) -> list[int]:
 
 
 def marks(guest: Guest) -> list[str]:
-    """The marks of qsnap in QEMU, as another client sees them."""
-    return [item["name"] for item in guest.qmp("qom-list", path="/objects") if item["name"].startswith("qsnap-")]
+    """The marks of runs of qsnap in QEMU, as another client sees them. Those of the notes stay: see qsnap.kept."""
+    names = [item["name"] for item in guest.qmp("qom-list", path="/objects")]
+    return [name for name in names if name.startswith("qsnap-") and not name.startswith(kept.PREFIXES)]
 
 
 def wait_for_the_guard(directory: Path) -> None:

@@ -614,17 +614,21 @@ def test_a_file_that_is_not_ours_is_left_alone(heavy: Guest, tmp_path: Path) -> 
 
 
 def test_who_cannot_see_the_images_is_told_so(heavy: Guest, tmp_path: Path, intercept: Intercept) -> None:
-    """A state file may lie beside them; from another machine, say, it is neither found nor deleted."""
+    """A state file may lie beside them; from another machine, say, it is not found, and so its disks do not go."""
     cli("save", "--live", "t", monitor=heavy.address)
     elsewhere = intercept(heavy, on_command=lambda _: None).address
-    run = cli("list", "--json", monitor=elsewhere)
-    assert [snapshot["kind"] for snapshot in run.json["snapshots"]] == ["disk-only"]
-    told = "cannot be seen from here: if there is a state file"
-    assert told in run.err
+    states = ("--state-dir", str(tmp_path / "none"))
+    told = "there may be the RAM of live snapshots (t)"
+    for more in (), states:
+        run = cli("list", "--json", *more, monitor=elsewhere)
+        assert [snapshot["kind"] for snapshot in run.json["snapshots"]] == ["disk-only"]
+        assert told in run.err
+        refused = cli("delete", "t", *more, monitor=elsewhere, expect=6)
+        assert "cannot be seen from here whether its state file lies at" in refused.err
     assert told in cli("load", "t", monitor=elsewhere, expect=6).err
-    assert told not in cli("list", "--state-dir", str(tmp_path / "none"), monitor=elsewhere).err
-    assert told in cli("delete", "t", monitor=elsewhere).err
-    assert state_files(tmp_path) == ["disk0.t.qsnap"]
+    assert (state_files(tmp_path), tags(tmp_path / "disk0")) == (["disk0.t.qsnap"], ["t"])
+    cli("delete", "t", "--ignore-unseen", monitor=elsewhere)
+    assert state_files(tmp_path) == ["disk0.t.qsnap"], "that is what the word says"
     assert told not in cli("list", monitor=elsewhere).err
     assert told not in cli("delete", "t", monitor=heavy.address).err
     assert state_files(tmp_path) == []

@@ -237,8 +237,8 @@ class _Job:
         self.step(lambda vm, settings: vm.check_load(tag, exclude=self.excluded(settings)))
 
     def delete(self, tag: str) -> None:
-        """Delete the temporary snapshot; the command may have done so."""
-        self.step(lambda vm, _: vm.delete(tag, missing_ok=True))
+        """Delete the temporary snapshot; the command may have done so. It is ours, so nobody has protected it."""
+        self.step(lambda vm, _: vm.delete(tag, missing_ok=True, ignore_unseen=True))
 
     def load(self, tag: str, *, running: bool | None = None) -> None:
         """Put the guest back."""

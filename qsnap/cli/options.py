@@ -112,6 +112,12 @@ _vm_options = (
         shell_complete=completes("directories"),
         help="Where the state files of live saves lie. Default: beside the images.",
     ),
+    click.option(
+        "--ignore-unseen",
+        is_flag=True,
+        default=None,
+        help="Delete, prune and replace also where it cannot be seen from here what is protected (over TCP, say).",
+    ),
 )
 
 

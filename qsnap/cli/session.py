@@ -52,6 +52,7 @@ class Options(NamedTuple):
     timeout_s: float | None = None
     lock_wait_s: float | None = None
     state_dir: str | None = None
+    ignore_unseen: bool | None = None
 
     @property
     def is_of_several(self) -> bool:
@@ -214,6 +215,7 @@ async def _connected(options: Options, meant: Target, action: Callable[[VM, Sett
         timeout_s=_first(options.timeout_s, meant.settings.timeout),
         lock_wait_s=LOCK_WAIT_S if lock_wait_s is None else lock_wait_s,
         state_dir=None if state_dir is None else os.path.expanduser(state_dir),  # noqa: PTH111, ASYNC240 (as above)
+        ignore_unseen=bool(_first(options.ignore_unseen, meant.settings.ignore_unseen)),
     ) as vm:
         if meant.pid and vm.pid not in (None, meant.pid):
             raise ConnectError(f"{meant.title} is not what answers at {address}: that is process {vm.pid}")

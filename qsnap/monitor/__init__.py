@@ -123,6 +123,9 @@ class Monitor(Protocol):
         A mark is an object of no effect in QEMU. It is the same over every monitor of a VM, and ends with its QEMU.
         """
 
+    async def marks(self, prefixes: tuple[str, ...]) -> Sequence[str]:
+        """The names of the marks that begin with one of these."""
+
     async def set_mark(self, name: str, text: str) -> bool:
         """Set a mark; False if there is one of that name already. Of two who try at once, one succeeds.
 

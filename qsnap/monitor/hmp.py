@@ -209,15 +209,24 @@ class HmpMonitor(HumanSnapshots):
         with understood("info memory_size_summary"):
             return hmp_tables.memory_size(text)
 
-    async def mark(self, name: str) -> str | None:
+    async def marks(self, prefixes: tuple[str, ...]) -> Sequence[str]:
         try:
-            if name not in hmp_tables.objects(await self._query("qom-list /objects")):
-                return None
+            objects = hmp_tables.objects(await self._query("qom-list /objects"))
+        except CommandFailed as error:
+            if "not found" not in error.reason:
+                raise
+            return ()  # there are no objects yet (-preconfig)
+        return [name for name in objects if name.startswith(prefixes)]
+
+    async def mark(self, name: str) -> str | None:
+        if name not in await self.marks((name,)):
+            return None
+        try:
             return str(json.loads(await self._query(f"qom-get /objects/{name} identity")))
         except CommandFailed as error:
             if "not found" not in error.reason:
                 raise
-            # It is an object of another type; or it went meanwhile, or there are no objects yet (-preconfig)
+            # It is an object of another type; or it went meanwhile
             return "" if "identity" in error.reason else None
         except ValueError as error:
             raise MonitorError(f"the human monitor tells no text of {name}") from error

@@ -379,16 +379,24 @@ class QmpMonitor:
             error=info.error_desc,
         )
 
-    async def mark(self, name: str) -> str | None:
+    async def marks(self, prefixes: tuple[str, ...]) -> Sequence[str]:
         try:
             objects = await self.query(list[wire.ObjectPropertyInfo], "qom-list", {"path": "/objects"})
-            if not any(item.name == name for item in objects):
-                return None
+        except CommandFailed as error:
+            if "not found" not in error.reason:
+                raise
+            return ()  # there are no objects yet (-preconfig)
+        return [item.name for item in objects if item.name.startswith(prefixes)]
+
+    async def mark(self, name: str) -> str | None:
+        if name not in await self.marks((name,)):
+            return None
+        try:
             return await self.query(str, "qom-get", {"path": f"/objects/{name}", "property": "identity"})
         except CommandFailed as error:
             if "not found" not in error.reason:
                 raise
-            # It is an object of another type; or it went meanwhile, or there are no objects yet (-preconfig)
+            # It is an object of another type; or it went meanwhile
             return "" if "identity" in error.reason else None
 
     async def set_mark(self, name: str, text: str) -> bool:

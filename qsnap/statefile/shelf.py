@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
 from functools import cached_property
@@ -32,6 +32,8 @@ SUFFIX = ".qsnap"
 PART_SUFFIX = ".qsnap-part"
 #: Bytes of a file name on Linux.
 _NAME_MAX = 255
+#: Why a file that is there cannot be read.
+_MAY_NOT = (errno.EACCES, errno.EIO)
 
 
 class Shelf:
@@ -40,14 +42,27 @@ class Shelf:
     :param pid: the QEMU process; None where it is not on this machine.
     :param listener: the user who listens at its socket; None where that is not told.
     :ivar state_dir: the directory that the user chose; None for the images' own.
+    :ivar ignores_unseen: what cannot be seen from here does not matter, as the user said.
     :raise BadUsage: that is reached by a link of another user's.
     """
 
-    def __init__(self, pid: int | None, state_dir: Path | None = None, listener: int | None = None) -> None:
+    def __init__(
+        self,
+        pid: int | None,
+        state_dir: Path | None = None,
+        listener: int | None = None,
+        *,
+        ignores_unseen: bool = False,
+    ) -> None:
         self._pid = pid
         self._listener = listener
         self._owners: set[int] = set()
         self.state_dir = None if state_dir is None else _real(state_dir)
+        self.ignores_unseen = ignores_unseen
+
+    def ignoring_unseen(self) -> Shelf:
+        """This shelf, for whom what cannot be seen does not matter."""
+        return Shelf(self._pid, self.state_dir, self._listener, ignores_unseen=True)
 
     def place(self, graph: BlockGraph, vmstate: str, disk_tag: str) -> Path:
         """The path of the state file of a snapshot that the disks have as *disk_tag*.
@@ -145,13 +160,36 @@ class Shelf:
 
     def files(self, graph: BlockGraph, devices: Iterable[Device]) -> tuple[StateFile, ...]:
         """The state files of this VM, in the order of their names."""
+        devices = tuple(devices)
         images = self._images(graph, devices)
-        found = (file for path in self._listed(images, SUFFIX) if (file := read(path)) is not None)
-        return tuple(file for file in found if self._is_ours(file, images))
+        nodes = {device.image for device in devices if device.image}
+        tags = dict.fromkeys(row.tag for node in nodes for row in graph.nodes[node].snapshots)
+        expected = {path: (image, tag) for image in images for tag in tags for path in self._expected(image, tag)}
+        found = []
+        for path in dict.fromkeys((*self._listed(images, SUFFIX), *sorted(self._unlisted(images, expected)))):
+            try:
+                file = _looked_at(path)
+            except OSError as error:
+                is_closed = error.errno in _MAY_NOT and path in expected
+                file = _unread(path, *expected[path]) if is_closed else None
+            if file is not None and self._is_ours(file, images):
+                found.append(file)
+        return tuple(found)
 
-    def sees_all(self, graph: BlockGraph, devices: Iterable[Device]) -> bool:
-        """Whether the state files of this VM can be looked for wherever they may lie."""
-        return self.state_dir is not None or all(self._images(graph, devices).values())
+    def unseen(self, graph: BlockGraph, devices: Iterable[Device]) -> tuple[str, ...]:
+        """Where files of this VM may lie that cannot be looked for: the images beside which that is, and directories.
+
+        Another directory that somebody else chose is not among them.
+        """
+        devices = tuple(devices)
+        closed = (path for path in self._directories(self._images(graph, devices)) if not _is_open(path))
+        return (*self.unseen_images(graph, devices), *map(str, closed))
+
+    def unseen_images(self, graph: BlockGraph, devices: Iterable[Device]) -> tuple[str, ...]:
+        """The images whose directories cannot be seen from here."""
+        nodes = dict.fromkeys(device.image for device in devices if device.image)
+        unseen = [node for node in nodes if self.image(graph, node) is None]
+        return tuple((file and file.filename) or node for node in unseen for file in [rules.image_file(graph, node)])
 
     def remove_parts(self, graph: BlockGraph, devices: Iterable[Device]) -> None:
         """Remove what live saves of this VM have left unfinished. None must be under way.
@@ -170,13 +208,28 @@ class Shelf:
         nodes = dict.fromkeys(d.image for d in devices if d.image)
         return {self.identity(graph, node): self.image(graph, node) is not None for node in nodes}
 
-    def _listed(self, images: Mapping[Path, bool], suffix: str) -> Iterator[Path]:
+    def _directories(self, images: Mapping[Path, bool]) -> Sequence[Path]:
         directories = dict.fromkeys(image.parent for image, is_seen in images.items() if is_seen)
         if self.state_dir is not None:
             directories[self.state_dir] = None
-        for directory in directories:
-            with suppress(OSError):
+        return tuple(directories)
+
+    def _listed(self, images: Mapping[Path, bool], suffix: str) -> Iterator[Path]:
+        for directory in self._directories(images):
+            with suppress(OSError):  # what is not there, or may not be listed: see _unlisted
                 yield from sorted(path for path in directory.iterdir() if path.name.endswith(suffix))
+
+    def _unlisted(self, images: Mapping[Path, bool], expected: Iterable[Path]) -> Iterator[Path]:
+        """Those of the *expected* paths whose directories may be searched, but not listed."""
+        closed = {path for path in self._directories(images) if not os.access(path, os.R_OK, effective_ids=True)}
+        return (path for path in expected if path.parent in closed)
+
+    def _expected(self, image: Path, disk_tag: str) -> Iterator[Path]:
+        """Where the state file of that tag of an image lies, if there is one."""
+        ending = _ending(disk_tag)
+        yield image.with_name(_fitting(image.name + ending, SUFFIX))
+        for directory in {image.parent, *([self.state_dir] if self.state_dir is not None else [])}:
+            yield directory / _fitting(_unique(image) + ending, SUFFIX)
 
     def _is_ours(self, file: StateFile, images: Iterable[Path]) -> bool:
         """Whether a file lies where one of that tag lies of one of our images.
@@ -193,7 +246,7 @@ class Shelf:
 
 
 #: That of a VM without state files, or where nobody wants to know.
-NO_SHELF = Shelf(None)
+NO_SHELF = Shelf(None, ignores_unseen=True)
 
 
 def _real(state_dir: Path) -> Path:
@@ -231,11 +284,19 @@ def _fitting(name: str, suffix: str) -> str:
 
 
 def read(path: Path) -> StateFile | None:
-    """What lies there; None if it is no state file, or may not be read."""
+    """What lies there; None if it is not a state file, or may not be read."""
     try:
-        file = files.opened(path)
+        return _looked_at(path)
     except OSError:
         return None
+
+
+def _looked_at(path: Path) -> StateFile | None:
+    """What lies there; None if it is not a state file.
+
+    :raise OSError: there is not any file, or it may not be read.
+    """
+    file = files.opened(path)
 
     def pread(size: int, offset: int) -> bytes:
         return os.pread(file, size, offset)
@@ -244,8 +305,6 @@ def read(path: Path) -> StateFile | None:
         info = os.fstat(file)
         content = qcow2.content_of(pread)
         image = content.image if content else qcow2.image_of(pread)
-    except OSError:
-        return None
     finally:
         os.close(file)
     if content is None:
@@ -260,6 +319,33 @@ def read(path: Path) -> StateFile | None:
         vm_clock_ns=content.vm_clock_ns,
         is_whole=info.st_size >= qcow2.file_size(content.vm_state_size),
     )
+
+
+def _unread(path: Path, image: Path, disk_tag: str) -> StateFile | None:
+    """A state file that may not be read; None where there is none, or even that may not be known."""
+    try:
+        info = path.lstat()
+    except OSError:
+        return None
+    return StateFile(
+        path=str(path),
+        size=info.st_size,
+        disk_tag=disk_tag,
+        image=str(image),
+        vm_state_size=0,
+        date=datetime.fromtimestamp(info.st_mtime, UTC),
+        vm_clock_ns=0,
+        is_readable=False,
+    )
+
+
+def _is_open(directory: Path) -> bool:
+    """Whether what is in a directory can be seen by its name; also if the directory is not there."""
+    try:
+        (directory / "qsnap").lstat()
+    except OSError as error:
+        return error.errno not in _MAY_NOT
+    return True
 
 
 def _cut_short(path: Path, info: os.stat_result, image: str) -> StateFile | None:
