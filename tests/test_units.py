@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import runpy
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -295,6 +296,14 @@ def test_imports_run_one_way(path: Path) -> None:
 def test_every_module_says_what_it_is_for() -> None:
     for path in PACKAGE.rglob("*.py"):
         assert ast.get_docstring(ast.parse(path.read_text())), path
+
+
+def test_each_module_that_guards_a_guest_has_tests_that_find_changes() -> None:
+    """The table of scripts/mutate names modules and tests that are there."""
+    script = runpy.run_path(str(PACKAGE.parent / "scripts" / "mutate"))
+    for module, tests in script["TESTS"].items():
+        assert script["Changes"](module).found
+        assert all((Path(__file__).parent / f"test_{name}.py").exists() for name in tests)
 
 
 @pytest.mark.parametrize("text", ["", "5", "5 6 7", "a 6", "5 -6", "5  6", "5.0 6"])
