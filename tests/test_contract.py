@@ -9,7 +9,7 @@ import pytest
 
 from conftest import Launch
 from fake import FakeMonitor
-from guest import HAS_SNAPSHOT_JOBS, Guest, blockdev, make_boot_disk, make_disk, tags
+from guest import HAS_SNAPSHOT_JOBS, Guest, blockdev, make_boot_disk, make_disk, tags, until
 from qsnap.errors import JobFailed
 from qsnap.model import RunState
 from qsnap.monitor import Monitor, open_monitor
@@ -167,3 +167,19 @@ async def test_one_transport_loads_and_deletes_what_another_saved(guest: Guest, 
         await monitor.aclose()
         guest.assert_running()
     assert tags(tmp_path / "disk0.qcow2") == tags(tmp_path / "disk1.qcow2") == []
+
+
+@pytest.mark.skipif(not HAS_SNAPSHOT_JOBS, reason="QEMU before 6.0 has no snapshot jobs")
+@pytest.mark.parametrize("nodes", [["disk0", "nowhere"], ["nowhere", "disk0"]])
+async def test_of_two_jobs_the_one_that_failed_is_told(guest: Guest, nodes: list[str]) -> None:
+    """In whatever order QEMU lists them."""
+    for number, node in enumerate(nodes):
+        guest.qmp("snapshot-delete", job_id=f"qsnap-delete-4711-{number}", tag="none", devices=[node])
+    until("the jobs", lambda: all(job["status"] == "concluded" for job in guest.qmp("query-jobs")) or None)
+    monitor = await opened(guest, "qmp")
+    try:
+        await monitor.take_over(4711)
+        assert "nowhere" in str(await monitor.settle())
+        assert guest.jobs() == []
+    finally:
+        await monitor.aclose()

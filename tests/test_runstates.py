@@ -11,6 +11,7 @@ import pytest
 
 import qsnap.guest
 from conftest import Launch
+from fake import FakeMonitor
 from guest import (
     HAS_SNAPSHOT_JOBS,
     Guest,
@@ -24,6 +25,11 @@ from guest import (
     tool,
     until,
 )
+from qsnap import runstates
+from qsnap.errors import PrecheckRefused
+from qsnap.loadvm import do_loadvm
+from qsnap.model import QemuVersion, RunState
+from qsnap.savevm import do_savevm
 
 SECTOR = Path(__file__).with_name("guests") / "states.bin"
 #: Where the guest counts how often a mark was made: what is in its RAM tells which moment it is.
@@ -208,3 +214,26 @@ def test_ensure_makes_nothing_of_a_guest_that_has_shut_down(boot: Boot, image: P
     with command_in("ensure", "ready", guest=guest, code=123):
         press(guest, "q")
     assert tags(image) == []
+
+
+@pytest.mark.parametrize("state", ["guest-panicked", "shutdown", "internal-error", "io-error", "watchdog"])
+def test_what_a_guest_has_come_into_by_itself_is_no_pause(state: str) -> None:
+    runstate = RunState(state)
+    assert state in runstates.trouble_of(runstate, QemuVersion(11, 1, 0))
+    assert runstates.runs_after_load(runstate)
+    assert not runstates.runs_after_load(RunState.PAUSED)
+    assert not runstates.trouble_of(RunState.PAUSED, QemuVersion(11, 1, 0))
+
+
+async def test_no_reset_where_it_is_not_seen_whether_it_would_end_qemu() -> None:
+    """TCG has no internal-error; and over TCP nobody sees QEMU's command line."""
+    monitor = FakeMonitor()
+    await do_savevm(monitor, "t")
+    monitor.state = RunState.INTERNAL_ERROR
+    monitor.calls.clear()
+    with pytest.raises(PrecheckRefused, match="-no-reboot, which is not seen"):
+        await do_loadvm(monitor, "t")
+    monitor.state = RunState.SHUTDOWN  # QEMU has shown that it does not end at a shutdown
+    await do_loadvm(monitor, "t")
+    assert "reset" in monitor.calls
+    assert monitor.state is RunState.RUNNING

@@ -1,0 +1,25 @@
+"""Import this first: what the Python scripts beside it need is there afterwards, installed as scripts/test does.
+
+Where the Python that runs has no qsnap or no pytest (after scripts/demo alone, or by the system's Python), both are
+installed into .venv, and the script begins anew there.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+_TOP = Path(__file__).resolve().parent.parent
+_NEEDS = """
+. scripts/setup.sh
+need_packages qemu-system-x86_64:qemu-system-x86 qemu-img:qemu-utils
+need_qsnap "[dev]"
+"""
+
+if not (find_spec("pytest") and find_spec("qsnap") and find_spec("qemu")):
+    subprocess.run(["bash", "-c", _NEEDS], cwd=_TOP, check=True)
+    python = _TOP / ".venv/bin/python"
+    os.execv(python, [str(python), *sys.argv])  # noqa: S606
