@@ -44,6 +44,8 @@ class QsnapError(Exception):
     exit_code: ClassVar[int] = 1
     #: What the code means, as the exit table prints it.
     meaning: ClassVar[str] = "any other failure"
+    #: Of a live save that failed: it was undone. The guest runs, and nothing of it is left.
+    undone = False
 
     @property
     def status(self) -> int:

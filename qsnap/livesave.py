@@ -265,8 +265,9 @@ async def do_live_save(
     image = shelf.image(plan.save.graph, report.vmstate)
     try:
         file = _created(part, image, await _reserved(monitor, background))
-    except QsnapError:
+    except QsnapError as error:
         journal.done(live=None)
+        error.undone = True
         raise
     try:
         journal.note(live=msgspec.structs.replace(live, made=files.identity(file)))
@@ -279,7 +280,7 @@ async def do_live_save(
     images = [path for node in report.saved if (path := shelf.image(plan.save.graph, node))]
 
     async def snapshot_disks() -> None:
-        await background.snapshot_disks(plan.disk_tag, report.saved)
+        await background.snapshot_disks(plan.disk_tag, report.roots)
 
     try:
         with closing(
@@ -360,6 +361,7 @@ class LiveAttempt:
         self._record = journal.record
         assert journal.record.live is not None
         self._live = journal.record.live
+        self._undone = False
         self._file = file
 
     async def forget_disks(self) -> None:
@@ -433,6 +435,7 @@ class LiveAttempt:
         finally:
             await self._put_back()
         self._journal.done(live=None)
+        self._undone = True
         replaced = self._live.older or self._live.older_files
         return "nothing of it is left" + (f"; the older snapshot {tag!r} is as it was" if replaced else "")
 
@@ -469,12 +472,18 @@ class LiveAttempt:
             raise GuestLeftStopped(f"{failure}; {outcome}: {cure_of(runstate)}") from failure
         if isinstance(failure, asyncio.CancelledError):
             failure.add_note(outcome)
-        elif isinstance(failure, (JobFailed, VerifyFailed)):
+            return
+        told: BaseException = failure
+        if isinstance(failure, (JobFailed, VerifyFailed)):
             failure.outcome = outcome
         elif isinstance(failure, MonitorLost):
-            raise MonitorLost(f"{failure}; {outcome}") from failure
+            told = MonitorLost(f"{failure}; {outcome}")
         elif isinstance(failure, CommandFailed):
-            raise JobFailed(failure.command, failure.reason, outcome) from failure
+            told = JobFailed(failure.command, failure.reason, outcome)
+        if isinstance(told, QsnapError):
+            told.undone = self._undone
+        if told is not failure:
+            raise told from failure
 
 
 async def _reconnected(monitor: Monitor, journal: Journal) -> None:

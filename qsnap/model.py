@@ -391,6 +391,12 @@ class CheckReport(Struct, frozen=True):
         return tuple(dict.fromkeys(d.image for d in self.devices if d.verdict is Verdict.SAVED and d.image))
 
     @property
+    def roots(self) -> tuple[str, ...]:
+        """For each of :attr:`saved` the topmost node of a device: what a snapshot without a job is asked of."""
+        above = {d.image: d.node for d in reversed(self.devices) if d.verdict is Verdict.SAVED and d.image and d.node}
+        return tuple(above[image] for image in self.saved)
+
+    @property
     def excluded(self) -> tuple[str, ...]:
         """The node-names that are left out because the user said so."""
         left_out = (d.image or d.node for d in self.devices if d.verdict is Verdict.EXCLUDED)

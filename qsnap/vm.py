@@ -24,6 +24,7 @@ from qsnap import snapshots
 from qsnap.errors import (
     BadUsage,
     CommandFailed,
+    JobFailed,
     MonitorBusy,
     NotSupported,
     OperationTimeout,
@@ -124,7 +125,7 @@ class VM:
         :param safe_replace: a live save never is without a whole snapshot, with this or without.
         :param live: while the guest runs: see :func:`qsnap.livesave.do_live_save`. A guest that is paused gains
             nothing by it, and is saved the ordinary way. "auto" saves the ordinary way also where a live save is not
-            possible. The result's warnings say so.
+            possible, or has failed and was undone. The result's warnings say so.
         :raise VMLocked: another qsnap is at work on this VM.
         """
         if tag is not None and prefix is not None:
@@ -146,11 +147,17 @@ class VM:
                 "shelf": self._shelf,
             }
             not_live = await self._why_not_live(live, tag, **choice)
+            result = None
             if live and not not_live:
                 from qsnap.livesave import do_live_save
 
-                result = await do_live_save(self._monitor, tag, **common)
-            else:
+                try:
+                    result = await do_live_save(self._monitor, tag, **common)
+                except QsnapError as error:
+                    if live != "auto" or not error.undone:
+                        raise
+                    not_live = [_not_live(str(error))]
+            if result is None:
                 from qsnap.savevm import do_savevm
 
                 result = await do_savevm(
@@ -191,12 +198,9 @@ class VM:
 
             try:
                 await plan_live(self._monitor, tag, shelf=self._shelf, **choice)
-            except (NotSupported, PrecheckRefused) as error:
+            except (NotSupported, PrecheckRefused, CommandFailed, JobFailed) as error:
                 why = str(error)
-        if not why:
-            return ()
-        message = f"saved the ordinary way: {why}"
-        return [Finding(code="not-live", severity=Severity.WARN, message=message)]
+        return [_not_live(why)] if why else ()
 
     async def load(
         self, tag: str, *, running: bool | None = None, exclude: Collection[str] = (), force: bool = False
@@ -591,6 +595,10 @@ class VM:
         except QsnapError:
             return  # damaged: who is about to delete something is told
         await mirror(self._monitor, notes, graph, devices)
+
+
+def _not_live(why: str) -> Finding:
+    return Finding(code="not-live", severity=Severity.WARN, message=f"saved the ordinary way: {why}")
 
 
 async def _opened(where: Address, greeting_s: float, lock_wait_s: float, snapshot_jobs: bool | None) -> Monitor:
