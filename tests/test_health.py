@@ -41,6 +41,7 @@ def made(hours_ago: float, kind: Kind = Kind.FULL, tag: str | None = None, missi
         ([made(27)], Level.CRITICAL, "27 h old (limit 26h)"),
         ([], Level.CRITICAL, "none at all"),
         ([made(1, Kind.DISK_ONLY)], Level.CRITICAL, "1 that cannot be loaded"),
+        ([msgspec.structs.replace(made(1), problems=("of two moments",))], Level.CRITICAL, "1 that cannot be loaded"),
         ([made(30), made(1, Kind.PARTIAL, missing=("disk1",))], Level.CRITICAL, "30 h old"),
         (
             [made(3), made(1, Kind.PARTIAL, missing=("disk1",))],

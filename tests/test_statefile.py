@@ -228,6 +228,10 @@ def test_which_disks_a_file_belongs_to() -> None:
     troubled = [s.tag for s in snapshots.snapshots(two, survey(two).devices, files) if s.devices and s.problems]
     assert troubled == ["short"]
 
+    meant = snapshots.find(two, survey(two).devices, "stale", files)
+    assert meant is not None
+    assert meant.devices == ("a", "b"), "what the disks hold goes before a file without them"
+
     def held(tag: str) -> snapshots.Holding:
         return snapshots.holding(two, survey(two).devices, tag, files)
 
