@@ -152,7 +152,7 @@ async def plan_save(
     if state_elsewhere:
         findings = [finding for finding in findings if finding.code not in _OF_THE_VMSTATE_IMAGE]
     else:
-        findings += _room_findings(graph, survey.vmstate, tag, image, estimate, force, monitor.chooses_devices)
+        findings += _room_findings(graph, survey, tag, image, estimate, force, monitor.chooses_devices)
     report = CheckReport(
         ok=not any(finding.refuses for finding in findings),
         runstate=runstate,
@@ -360,7 +360,7 @@ def _migration_findings(migration: Migration, version: QemuVersion) -> Iterator[
         yield _refusal(
             "migration-blocker",
             reason,
-            "unplug that device, or start the guest without it: its state cannot be saved",
+            _blocker_cure(reason),
         )
     for capability, harmless_since in _CAPABILITIES_REFUSED.items():
         if capability not in migration.capabilities:
@@ -379,6 +379,17 @@ def _migration_findings(migration: Migration, version: QemuVersion) -> Iterator[
             "will be loaded only while that is set",
             "switch it off: migrate_set_capability x-ignore-shared off",
         )
+
+
+def _blocker_cure(reason: str) -> str:
+    """What to do about a device whose state QEMU cannot save, by its own words of it (5.2 to 11.1)."""
+    if "'peer mode'" in reason:  # hw/misc/ivshmem.c
+        return "start the guest with master=on for that ivshmem device: its memory is then part of the VM state"
+    if "The vvfat " in reason:
+        return "give the guest that directory read-only (without rw), or its files in a qcow2 image"
+    if "format used by node" in reason:
+        return "with the guest off: qemu-img convert -O qcow2 IMAGE NEW.qcow2, and use that"
+    return "unplug that device, or start the guest without it: its state cannot be saved"
 
 
 def spoiled_finding(migration: Migration, runstate: RunState) -> Finding:
@@ -426,19 +437,21 @@ def _nvme_findings(graph: BlockGraph, version: QemuVersion) -> Iterator[Finding]
 
 def _room_findings(
     graph: BlockGraph,
-    vmstate: str | None,
+    survey: rules.Survey,
     tag: str | None,
     image: Path | None,
     estimate: local.StateEstimate | None,
     force: bool,
     chooses_devices: bool,
 ) -> Iterator[Finding]:
+    vmstate = survey.vmstate
     if vmstate is None or image is None or estimate is None:
         return
     try:
         for_users, with_reserve = local.free_bytes(image)
     except OSError:
         return
+    (name,) = rules.spoken([vmstate], survey.devices)
     # What replacing gives back can be taken again.
     freed = sum(row.vm_state_size for row in graph.nodes[vmstate].tagged(tag)) if tag else 0
     cure = "make room, or delete snapshots"
@@ -446,7 +459,7 @@ def _room_findings(
         cure += ", or put the VM state on another disk: --vmstate NODE"
     if with_reserve + freed < estimate.at_least:
         message = (
-            f"{vmstate}: no room: the VM state takes at least {estimate.at_least:,} bytes, about "
+            f"{name}: no room: the VM state takes at least {estimate.at_least:,} bytes, about "
             f"{estimate.expected:,}, and {with_reserve + freed:,} are free"
         )
         if force:
@@ -456,7 +469,7 @@ def _room_findings(
     elif for_users + freed < estimate.at_most:
         yield _warning(
             "little-room",
-            f"{vmstate}: little room: the VM state may take {estimate.at_most:,} bytes, about "
+            f"{name}: little room: the VM state may take {estimate.at_most:,} bytes, about "
             f"{estimate.expected:,}, and {for_users + freed:,} are free",
             cure,
             vmstate,

@@ -327,15 +327,16 @@ def test_no_room(launch: Launch, small_file_system: Path) -> None:
 
 def test_little_room_is_a_warning(launch: Launch, small_file_system: Path) -> None:
     image = make_boot_disk(small_file_system / "a")
-    guest = launch(*blockdev("a", image), "-device", "virtio-blk,drive=a", memory="32")
+    guest = launch("-drive", f"file={image},if=virtio,format=qcow2,id=hd0", memory="32")
     guest.wait_for_ticks()
-    assert "little-room" in findings(guest, ok=True)
+    assert findings(guest, ok=True)["little-room"]["message"].startswith("hd0: "), "its name is the user's"
     cli("save", "t", monitor=guest.address)
     assert tags(image) == ["t"]
     # What a replacement gives back counts as room: 30 MiB would not fit beside the old ones.
     cli("save", "t", monitor=guest.address)
     report = cli("check", "--json", monitor=guest.address, expect=6).json
     assert [finding["code"] for finding in report["findings"]] == ["no-room"]
+    assert report["findings"][0]["message"].startswith("hd0: ")
 
 
 def test_a_disk_only_snapshot_is_not_loaded(guest: Guest) -> None:
@@ -505,3 +506,18 @@ def test_a_guest_that_a_killed_qsnap_has_left_paused(guest: Guest) -> None:
     assert finding["code"] == "killed-qsnap"
     assert "was killed" in cli("save", "t", monitor=guest.address).err
     assert guest.jobs() == []
+
+
+@needs_snapshot_jobs
+def test_a_blocker_that_has_a_cure(launch: Launch, tmp_path: Path) -> None:
+    """It is not "unplug": ivshmem's memory can be part of the VM state, and an image can be converted."""
+    memory = ("-object", "memory-backend-memfd,id=mm,size=1M,share=on")
+    shared = launch(*disk(tmp_path, "a"), *memory, "-device", "ivshmem-plain,memdev=mm", memory="16")
+    assert "master=on" in findings(shared)["migration-blocker"]["cure"]
+    shared.kill()
+    shared = launch(*disk(tmp_path, "b"), *memory, "-device", "ivshmem-plain,memdev=mm,master=on", memory="16")
+    cli("save", "t", monitor=shared.address)
+    shared.kill()
+    (tmp_path / "files").mkdir()
+    fat = ("-blockdev", f"driver=vvfat,node-name=v,dir={tmp_path}/files,rw=on", "-device", "virtio-blk,drive=v")
+    assert "without rw" in findings(launch(*disk(tmp_path, "c"), *fat, memory="16"))["migration-blocker"]["cure"]
