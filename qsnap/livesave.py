@@ -39,7 +39,7 @@ from qsnap.monitor import Monitor
 from qsnap.monitor.background import Background
 from qsnap.precheck import SavePlan, plan_save
 from qsnap.progress import Watcher
-from qsnap.removal import refuse_removal
+from qsnap.removal import Look
 from qsnap.runstates import cure_of, is_live
 from qsnap.savevm import free_automatic_tag, save_result, unchanged_graph
 from qsnap.statefile import part as parts
@@ -247,7 +247,7 @@ async def do_live_save(
     assert report.vmstate is not None
     if plan.replaces and not replace:
         raise SnapshotExists(plan.tag, (*rules.spoken(plan.older.nodes, report.devices), *plan.older.files))
-    await refuse_removal(monitor, shelf, plan.save.graph, report.devices, plan.tag, "saved")
+    await Look(monitor, shelf, plan.save.graph, report.devices).refuse_removal(plan.tag, "saved")
     if dry_run:
         return save_result(plan.save, plan.tag, plan.replaces, began, dry_run=True, is_live=True)
 

@@ -6,6 +6,7 @@ Sizes are bytes, dates are aware datetimes, and times that QEMU counts in nanose
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from datetime import datetime
 from enum import StrEnum
 from typing import Any, NamedTuple
@@ -82,6 +83,10 @@ class NodeSnapshot(Struct, frozen=True):
     """Bytes of VM state in this image; 0 on all nodes but the vmstate one."""
     date: datetime
     vm_clock_ns: int
+
+
+#: The rows of each node's snapshot table, by node-name.
+SnapshotTables = Mapping[str, tuple[NodeSnapshot, ...]]
 
 
 class BlockNode(Struct, frozen=True):
@@ -212,6 +217,13 @@ class BlockGraph(Struct, frozen=True):
     has_edges: bool = True
     jobs: tuple[BlockJob, ...] = ()
     peripherals: tuple[Peripheral, ...] = ()
+
+    def with_tables(self, tables: SnapshotTables) -> BlockGraph:
+        """This graph with the snapshot tables of a later moment; a node that is gone by then holds nothing."""
+        nodes = {
+            name: msgspec.structs.replace(node, snapshots=tables.get(name, ())) for name, node in self.nodes.items()
+        }
+        return msgspec.structs.replace(self, nodes=nodes)
 
 
 class Migration(Struct, frozen=True):

@@ -5,12 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from datetime import datetime
 
-from qsnap import devices as rules
 from qsnap import retention, snapshots
 from qsnap.delvm import do_delvm
 from qsnap.errors import BadUsage, PrecheckRefused
 from qsnap.journal import Journal
-from qsnap.kept import kept
 from qsnap.model import (
     Kind,
     PruneDecision,
@@ -23,8 +21,7 @@ from qsnap.model import (
     tag_problem,
 )
 from qsnap.monitor import Monitor
-from qsnap.notes import Notes
-from qsnap.removal import unseen_findings
+from qsnap.removal import Look
 from qsnap.retention import Decision, Policy
 from qsnap.statefile.shelf import NO_SHELF, Shelf
 
@@ -57,11 +54,10 @@ async def do_prune(
         :func:`qsnap.delvm.do_delvm`.
     """
     check_prefix(prefix)
-    graph = await monitor.block_graph()
-    devices = rules.survey(graph, chooses_devices=monitor.chooses_devices).devices
-    found = snapshots.snapshots(graph, devices, shelf.files(graph, devices))
-    notes, marks = Notes(shelf, graph, devices), await kept(monitor)
-    series = [one for one in notes.added_to(found) if is_of_series(one.tag, prefix)]
+    look = Look(monitor, shelf, await monitor.block_graph())
+    found = snapshots.snapshots(look.graph, look.devices, look.files)
+    marks = await look.marks()
+    series = [one for one in look.notes.added_to(found) if is_of_series(one.tag, prefix)]
     if pending is not None:
         series.append(_imagined(pending))
     decisions = retention.decide(
@@ -72,11 +68,11 @@ async def do_prune(
         allow_remove_all=allow_remove_all,
     )
     remove = [decision for decision in decisions if not decision.is_kept]
-    if remove and not shelf.ignores_unseen and (refusals := [*unseen_findings(notes, marks, graph, devices)]):
+    if remove and (refusals := await look.unseen()):
         raise PrecheckRefused("nothing was pruned", refusals)
     if remove and not dry_run:
         oldest_first = [decision.snapshot.tag for decision in reversed(remove)]
-        await do_delvm(monitor, oldest_first, shelf=shelf, missing_ok=True, journal=journal)
+        await do_delvm(monitor, oldest_first, shelf=shelf, missing_ok=True, journal=journal, look=look)
     return PruneResult(
         prefix=prefix,
         keep=_told(decision for decision in decisions if decision.is_kept),

@@ -3,62 +3,111 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterable, Sequence
+from collections.abc import AsyncIterator, Iterable, Sequence
+from functools import cached_property
 
+from qsnap import devices as rules
 from qsnap import snapshots
 from qsnap.errors import PrecheckRefused
 from qsnap.kept import Kept, kept
-from qsnap.model import BlockGraph, Device, Finding, Severity, Snapshot
+from qsnap.model import BlockGraph, Device, Finding, Severity, Snapshot, SnapshotTables
 from qsnap.monitor import Monitor
 from qsnap.notes import Notes
 from qsnap.precheck import unreadable_finding
+from qsnap.snapshots import Holding
 from qsnap.statefile.shelf import Shelf
 
 _WORD = "--ignore-unseen (config file: ignore-unseen = true)"
 
 
-async def refuse_removal(
-    monitor: Monitor, shelf: Shelf, graph: BlockGraph, devices: Sequence[Device], tag: str, what: str
-) -> None:
-    """Refuse to do away with *tag* if it is protected, or if what is not seen from here may protect it or belong to it.
+class Look:
+    """What one moment shows of a VM's snapshots, and of what protects them: for all tags of one operation.
 
-    :param what: what is not done, for people: "saved".
-    :raise PrecheckRefused: one of these; nothing has been done.
-    :raise QsnapError: the notes are damaged, so that it might be protected.
+    What protects snapshots, and which state files there are, changes under a claim alone. So who has that reads it
+    once. The snapshot tables belong to QEMU: whoever deletes gives back what is read after each deletion.
+
+    :ivar graph: the block nodes, with their snapshots as they were last read.
+    :ivar files: the state files that are there.
     """
-    found = snapshots.meant(graph, devices, tag, shelf.files(graph, devices))
-    if not found:
-        return
-    notes = Notes(shelf, graph, devices)
-    marks = await kept(monitor)
-    if findings := [*_findings(shelf, graph, devices, notes, marks, found)]:
-        raise PrecheckRefused(f"nothing was {what}", findings[:1])
+
+    def __init__(
+        self, monitor: Monitor, shelf: Shelf, graph: BlockGraph, devices: Sequence[Device] | None = None
+    ) -> None:
+        self.graph = graph
+        self.devices = devices or rules.survey(graph, chooses_devices=monitor.chooses_devices).devices
+        self.files = shelf.files(graph, self.devices)
+        self._monitor = monitor
+        self._shelf = shelf
+        self._marks: Kept | None = None
+
+    @cached_property
+    def notes(self) -> Notes:
+        """What is written down.
+
+        :raise QsnapError: that is damaged.
+        """
+        return Notes(self._shelf, self.graph, self.devices)
+
+    async def marks(self) -> Kept:
+        """What QEMU itself says is protected."""
+        if self._marks is None:
+            self._marks = await kept(self._monitor)
+        return self._marks
+
+    def holding(self, tag: str) -> Holding:
+        """All that is there of *tag*."""
+        return snapshots.holding(self.graph, self.devices, tag, self.files)
+
+    def without(self, files: Sequence[str], tables: SnapshotTables) -> None:
+        """Take in that something was deleted.
+
+        :param files: the state files that are gone.
+        :param tables: as they are now.
+        """
+        self.graph = self.graph.with_tables(tables)
+        self.files = tuple(file for file in self.files if file.path not in files)
+
+    async def unseen(self) -> Sequence[Finding]:
+        """What refuses where there may be notes that can neither be read nor are told by QEMU's marks."""
+        if self._shelf.ignores_unseen:
+            return ()
+        return [*_unseen_notes(self.notes, await self.marks(), self.graph, self.devices)]
+
+    async def refuse_removal(self, tag: str, what: str) -> None:
+        """Refuse to do away with *tag* if it is protected, or if what is not seen from here may protect it or belong
+        to it.
+
+        :param what: what is not done, for people: "saved".
+        :raise PrecheckRefused: one of these; nothing has been done.
+        :raise QsnapError: the notes are damaged, so that it might be protected.
+        """
+        found = snapshots.meant(self.graph, self.devices, tag, self.files)
+        if found and (findings := [finding async for finding in self._findings(found)]):
+            raise PrecheckRefused(f"nothing was {what}", findings[:1])
+
+    async def _findings(self, found: Sequence[Snapshot]) -> AsyncIterator[Finding]:
+        notes, marks = self.notes, await self.marks()
+        for snapshot in found:
+            if notes.of(snapshot).protected or marks.protects(snapshot):
+                yield Finding(
+                    code="protected",
+                    severity=Severity.REFUSE,
+                    message=f"snapshot {snapshot.tag!r} is protected",
+                    cure=f"qsnap unprotect {shlex.quote(snapshot.tag)}",
+                )
+        if self._shelf.ignores_unseen:
+            return
+        for finding in await self.unseen():
+            yield finding
+        for snapshot in found:
+            if snapshot.file is not None and not snapshot.file.is_readable:
+                yield unreadable_finding(snapshot.tag, snapshot.file)
+            elif not snapshot.has_state and snapshot.file is None:
+                for finding in _unseen_state(self._shelf, self.graph, self.devices, notes, snapshot):
+                    yield finding
 
 
-def _findings(
-    shelf: Shelf, graph: BlockGraph, devices: Sequence[Device], notes: Notes, marks: Kept, found: Iterable[Snapshot]
-) -> Iterable[Finding]:
-    found = tuple(found)
-    for snapshot in found:
-        if notes.of(snapshot).protected or marks.protects(snapshot):
-            yield Finding(
-                code="protected",
-                severity=Severity.REFUSE,
-                message=f"snapshot {snapshot.tag!r} is protected",
-                cure=f"qsnap unprotect {shlex.quote(snapshot.tag)}",
-            )
-    if shelf.ignores_unseen:
-        return
-    yield from unseen_findings(notes, marks, graph, devices)
-    for snapshot in found:
-        if snapshot.file is not None and not snapshot.file.is_readable:
-            yield unreadable_finding(snapshot.tag, snapshot.file)
-        elif not snapshot.has_state and snapshot.file is None:
-            yield from _unseen_state(shelf, graph, devices, notes, snapshot)
-
-
-def unseen_findings(notes: Notes, marks: Kept, graph: BlockGraph, devices: Sequence[Device]) -> Iterable[Finding]:
-    """What refuses where there may be notes that can neither be read nor are told by QEMU's marks."""
+def _unseen_notes(notes: Notes, marks: Kept, graph: BlockGraph, devices: Sequence[Device]) -> Iterable[Finding]:
     if notes.unseen and not marks.tells_all(graph, devices):
         yield Finding(
             code="unseen-notes",

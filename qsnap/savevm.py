@@ -39,7 +39,7 @@ from qsnap.model import (
 from qsnap.monitor import Monitor
 from qsnap.precheck import SavePlan, plan_save
 from qsnap.progress import Watcher, watched
-from qsnap.removal import refuse_removal
+from qsnap.removal import Look
 from qsnap.runstates import cure_of, is_live, takes_stop
 from qsnap.statefile.shelf import NO_SHELF, Shelf, read
 from qsnap.stopped import Pause, reconnect, stopped
@@ -108,7 +108,7 @@ async def do_savevm(
     older = snapshots.holding(plan.graph, report.devices, name, shelf.files(plan.graph, report.devices))
     if (older.tags or older.files) and not replace:
         raise SnapshotExists(name, (*rules.spoken(older.nodes, report.devices), *older.files))
-    await refuse_removal(monitor, shelf, plan.graph, report.devices, name, "saved")
+    await Look(monitor, shelf, plan.graph, report.devices).refuse_removal(name, "saved")
     if dry_run:
         return save_result(plan, name, bool(older.tags or older.files), began, dry_run=True)
 

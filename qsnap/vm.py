@@ -213,8 +213,7 @@ class VM:
         from qsnap.loadvm import do_loadvm
 
         async with self._claimed("load", (tag,)) as journal:
-            await self._dismiss_leftovers()
-            await self._warn_of_unseen_files_of((tag,))
+            self._warn_of_unseen_files_of((tag,), await self._tidied())
             return await do_loadvm(
                 self._monitor, tag, shelf=self._shelf, running=running, exclude=exclude, force=force, journal=journal
             )
@@ -227,13 +226,17 @@ class VM:
         """
 
         from qsnap.delvm import do_delvm
+        from qsnap.removal import Look
 
         shelf = self._shelf.ignoring_unseen() if ignore_unseen else self._shelf
         async with self._claimed("delete", tags) as journal:
-            await self._dismiss_leftovers()
-            await self._warn_of_unseen_files_of(tags)
+            graph = await self._tidied()
+            self._warn_of_unseen_files_of(tags, graph)
+            look = Look(self._monitor, shelf, graph)
             try:
-                return await do_delvm(self._monitor, tags, shelf=shelf, missing_ok=missing_ok, journal=journal)
+                return await do_delvm(
+                    self._monitor, tags, shelf=shelf, missing_ok=missing_ok, journal=journal, look=look
+                )
             finally:
                 await self._forget_notes()
 
@@ -502,9 +505,8 @@ class VM:
                 f"({', '.join(tags)})"
             )
 
-    async def _warn_of_unseen_files_of(self, tags: Collection[str]) -> None:
+    def _warn_of_unseen_files_of(self, tags: Collection[str], graph: BlockGraph) -> None:
         """The same before something is done with these *tags*."""
-        graph = await self._monitor.block_graph()
         devices = self._devices_of(graph)
         found = snapshots.snapshots(graph, devices, self._shelf.files(graph, devices))
         self._warn_of_unseen_files(graph, devices, [snapshot for snapshot in found if snapshot.tag in tags])
@@ -573,6 +575,10 @@ class VM:
             # It lives, or somebody else is at it already
             with suppress(VMLocked):
                 self.recovered += await recover_all(self._monitor, self.address)
+
+    async def _tidied(self) -> BlockGraph:
+        """The block nodes, once what earlier runs have left is gone."""
+        return await self._dismiss_leftovers() or await self._monitor.block_graph()
 
     async def _dismiss_leftovers(self) -> BlockGraph | None:
         # Housekeeping: where QEMU will not hear of jobs (-preconfig), the pre-checks say so better.

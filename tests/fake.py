@@ -22,6 +22,7 @@ from qsnap.model import (
     Peripheral,
     QemuVersion,
     RunState,
+    SnapshotTables,
 )
 from qsnap.monitor import ignore
 
@@ -103,6 +104,9 @@ class FakeMonitor:
                 Peripheral(path="/machine/peripheral-anon/device[0]", model="virtio-blk-pci"),
             ),
         )
+
+    async def snapshot_tables(self) -> SnapshotTables:
+        return {name: node.snapshots for name, node in (await self.block_graph()).nodes.items()}
 
     async def migration(self) -> Migration:
         return Migration()

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 from qsnap.errors import JobFailed, QsnapError
-from qsnap.model import BlockGraph, Job, Migration, Peripheral, QemuVersion, RunState
+from qsnap.model import BlockGraph, Job, Migration, Peripheral, QemuVersion, RunState, SnapshotTables
 
 if TYPE_CHECKING:
     import socket
@@ -94,6 +94,9 @@ class Monitor(Protocol):
 
     async def block_graph(self) -> BlockGraph:
         """Every block node with its snapshots, and who uses it; and all devices that the user has given the guest."""
+
+    async def snapshot_tables(self) -> SnapshotTables:
+        """The snapshot tables alone, by node-name, with one command: to see what has become of them."""
 
     async def migration(self) -> Migration:
         """The state of migration, which shares its code with savevm."""

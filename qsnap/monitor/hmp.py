@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 
 from qsnap.errors import CommandFailed, MonitorError, NotSupported, QsnapError
-from qsnap.model import BlockGraph, Job, Migration, QemuVersion, RunState
+from qsnap.model import BlockGraph, Job, Migration, QemuVersion, RunState, SnapshotTables
 from qsnap.monitor import PERIPHERALS, hmp_tables, hmp_text, peripherals
 from qsnap.monitor.address import Address
 from qsnap.monitor.connection import AnotherAnswers, Connection, connection, hang_up, lost, peer_pid, understood
@@ -190,6 +190,11 @@ class HmpMonitor(HumanSnapshots):
         ]
         with understood("info block"):
             return hmp_tables.block_graph(backends, nodes, self._qdev_types, self.version, jobs, found)
+
+    async def snapshot_tables(self) -> SnapshotTables:
+        nodes = await self._query("info block -n -v")
+        with understood("info block -n -v"):
+            return hmp_tables.snapshot_tables(nodes, self.version)
 
     async def _learn_qdev_type(self, qdev: str) -> None:
         if qdev in self._qdev_types:

@@ -27,6 +27,7 @@ from qsnap.model import (
     Peripheral,
     QemuVersion,
     RunState,
+    SnapshotTables,
 )
 from qsnap.monitor.wire import image_path
 
@@ -235,6 +236,11 @@ def _node(entry: _Entry, children: tuple[tuple[str, str], ...], version: QemuVer
         snapshots=tuple(_rows(entry.image, version)),
         children=children,
     )
+
+
+def snapshot_tables(nodes: str, version: QemuVersion) -> SnapshotTables:
+    """What ``info block -n -v`` says of snapshots."""
+    return {entry.name: tuple(_rows(entry.image, version)) for entry in _entries(nodes)}
 
 
 def _bitmaps(image: Sequence[str]) -> Iterator[str]:

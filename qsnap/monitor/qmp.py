@@ -33,7 +33,7 @@ from qsnap.errors import (
     NotSupported,
     QsnapError,
 )
-from qsnap.model import BlockGraph, Job, Migration, Peripheral, QemuVersion, RunState
+from qsnap.model import BlockGraph, Job, Migration, Peripheral, QemuVersion, RunState, SnapshotTables
 from qsnap.monitor import PERIPHERALS, ignore, peripherals, wire
 from qsnap.monitor.address import Address, UnixAddress
 from qsnap.monitor.connection import (
@@ -347,6 +347,11 @@ class QmpMonitor:
         jobs = await self.query(list[wire.JobInfo], "query-jobs") if is_busy else ()
         with understood("query-block", "query-named-block-nodes", "x-debug-query-block-graph"):
             return wire.block_graph(devices, infos, graph, self._qdev_types, jobs, [*named, *unnamed])
+
+    async def snapshot_tables(self) -> SnapshotTables:
+        infos = await self.query(list[wire.BlockDeviceInfo], "query-named-block-nodes", {"flat": True})
+        with understood("query-named-block-nodes"):
+            return wire.snapshot_tables(infos)
 
     async def _peripherals(self, parent: str) -> Sequence[Peripheral]:
         properties = await self.query(list[wire.ObjectPropertyInfo], "qom-list", {"path": parent})

@@ -13,7 +13,17 @@ from typing import Annotated
 
 import msgspec
 
-from qsnap.model import BlockBackend, BlockGraph, BlockJob, BlockNode, Job, NodeSnapshot, Peripheral, QemuVersion
+from qsnap.model import (
+    BlockBackend,
+    BlockGraph,
+    BlockJob,
+    BlockNode,
+    Job,
+    NodeSnapshot,
+    Peripheral,
+    QemuVersion,
+    SnapshotTables,
+)
 from qsnap.monitor import STATE_NODE_PREFIX
 
 #: The types of jobs that copy disks (qapi/job.json: JobType).
@@ -245,9 +255,18 @@ def block_node(info: BlockDeviceInfo, children: Sequence[tuple[str, str]]) -> Bl
         external_data_file=bool(details.get("data-file")),
         refcount_bits=refcount_bits if isinstance(refcount_bits, int) else None,
         dirty_bitmaps=tuple(bitmap.name for bitmap in info.dirty_bitmaps),
-        snapshots=tuple(map(node_snapshot, info.image.snapshots)),
+        snapshots=_snapshots(info),
         children=tuple(children),
     )
+
+
+def snapshot_tables(infos: Iterable[BlockDeviceInfo]) -> SnapshotTables:
+    """What query-named-block-nodes says of snapshots."""
+    return {info.node_name: _snapshots(info) for info in infos}
+
+
+def _snapshots(info: BlockDeviceInfo) -> tuple[NodeSnapshot, ...]:
+    return tuple(map(node_snapshot, info.image.snapshots))
 
 
 def _in_order_of_creation(graph: XDbgBlockGraph, rows: Mapping[str, BlockBackend]) -> list[GraphNode]:
