@@ -84,8 +84,7 @@ def save_findings(graph: BlockGraph, devices: Sequence[Device], *, chooses_devic
     for job, device in _at_work(graph, saved if chooses_devices else devices):
         told = _told(job, device, devices)
         if not chooses_devices:
-            message = f"{told}: QEMU's savevm cannot save beside it"
-            yield _finding("block-job", message, f"wait for its end, or {_ending(job)}")
+            yield _beside(told, job, "savevm cannot save")
         elif job.type in _AFTER_A_SAVE:
             yield _finding(
                 "block-job",
@@ -96,13 +95,8 @@ def save_findings(graph: BlockGraph, devices: Sequence[Device], *, chooses_devic
             )
     for device in saved:
         name = _name(device, devices)
-        if not chooses_devices and (left := _left_filter(graph, device)):
-            yield _finding(
-                "backup-filter",
-                f"the filter {left} stands above {name}, for a backup: QEMU's savevm cannot save through it",
-                f"end the backup, and take the filter out: {_TAKING_OUT}",
-                device,
-            )
+        if not chooses_devices:
+            yield from _through(graph, device, devices, "savevm cannot save")
         if bitmaps := _bitmaps(graph, device):
             yield _finding(
                 "dirty-bitmaps",
@@ -111,6 +105,39 @@ def save_findings(graph: BlockGraph, devices: Sequence[Device], *, chooses_devic
                 device,
                 Severity.WARN,
             )
+
+
+def delete_findings(graph: BlockGraph, devices: Sequence[Device], *, chooses_devices: bool) -> Iterator[Finding]:
+    """What stands in the way of a deletion.
+
+    :param devices: all of the guest's.
+    :param chooses_devices: False where QEMU takes all devices itself: delvm fails at the filter of a backup (seen on
+        7.2 and 11.1), or passes that disk over and deletes from the others (5.2).
+    """
+    if chooses_devices:
+        return
+    for job, device in _at_work(graph, devices):
+        if job.type == "backup":
+            yield _beside(_told(job, device, devices), job, "delvm cannot delete")
+    for device in devices:
+        if device.verdict is Verdict.SAVED:
+            yield from _through(graph, device, devices, "delvm cannot delete")
+
+
+def _beside(told: str, job: BlockJob, what: str) -> Finding:
+    """What refuses beside a job, where QEMU takes all devices itself."""
+    return _finding("block-job", f"{told}: QEMU's {what} beside it", f"wait for its end, or {_ending(job)}")
+
+
+def _through(graph: BlockGraph, device: Device, devices: Sequence[Device], what: str) -> Iterator[Finding]:
+    """The same where a backup has left its filter above a disk."""
+    if left := _left_filter(graph, device):
+        yield _finding(
+            "backup-filter",
+            f"the filter {left} stands above {_name(device, devices)}, for a backup: QEMU's {what} through it",
+            f"end the backup, and take the filter out: {_TAKING_OUT}",
+            device,
+        )
 
 
 _TAKING_OUT = "by QMP, qom-set the device's drive back, then blockdev-del"

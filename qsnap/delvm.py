@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from qsnap import gentle, snapshots
+from qsnap import blockjobs, gentle, snapshots
 from qsnap import devices as rules
 from qsnap.errors import JobFailed, PartialFailure, PrecheckRefused, QsnapError, SnapshotNotFound, VerifyFailed
 from qsnap.journal import Journal
@@ -42,13 +42,17 @@ async def do_delvm(
     :return: for each tag the node-names that held it.
     :raise NotSupported: the tag cannot go through a human monitor.
     :raise SnapshotNotFound: no device holds the tag (with several tags: any of them).
-    :raise PrecheckRefused: the tag is protected; or in a run state with inactive images: QEMU 5.2 crashes there.
+    :raise PrecheckRefused: the tag is protected; or in a run state with inactive images: QEMU 5.2 crashes there;
+        or, by HMP, a backup runs.
     :raise JobFailed: QEMU reported an error; the tag may be left on some devices.
     :raise VerifyFailed: QEMU reported success, and the tag is still there.
     :raise PartialFailure: some of several tags were deleted, and some not.
     """
     look = look or Look(monitor, shelf, await monitor.block_graph())
-    refusals = [*runstate_findings(await monitor.runstate())]
+    refusals = [
+        *runstate_findings(await monitor.runstate()),
+        *blockjobs.delete_findings(look.graph, look.devices, chooses_devices=monitor.chooses_devices),
+    ]
     if any(finding.refuses for finding in refusals):
         raise PrecheckRefused("nothing can be deleted now", refusals)
     deleted: dict[str, tuple[str, ...]] = {}

@@ -167,6 +167,26 @@ def test_a_save_beside_a_job(overlaid: Guest, tmp_path: Path) -> None:
 
 
 @both_monitors
+def test_a_deletion_beside_a_backup(overlaid: Guest, tmp_path: Path, transport: str) -> None:
+    """HMP's delvm takes all disks: it fails at the filter, or (QEMU 5.2) leaves that disk out."""
+    by_hmp = transport == "hmp" or not HAS_SNAPSHOT_JOBS
+    for tag in ("t", "u"):
+        cli("save", tag, monitor=overlaid.address)
+    backup(overlaid, tmp_path / "copy")
+    run = cli("delete", "t", "--json", monitor=overlaid.address, expect=6 if by_hmp else 0)
+    if by_hmp:
+        (finding,) = run.error["findings"]
+        assert finding["code"] == "block-job"
+        assert "QEMU's delvm cannot delete beside it" in finding["message"]
+        assert "block_job_cancel j" in finding["cure"]
+    assert tags(tmp_path / "top.qcow2") == (["t", "u"] if by_hmp else ["u"])
+    end(overlaid, backup)
+    cli("delete", "u", monitor=overlaid.address)
+    assert "u" not in tags(tmp_path / "top.qcow2")
+    overlaid.assert_running()
+
+
+@both_monitors
 def test_what_lies_below_an_external_overlay(overlaid: Guest, tmp_path: Path) -> None:
     """A backup tool, or virsh --disk-only, has put an overlay above the image that holds it."""
     cli("save", "good", monitor=overlaid.address)
@@ -240,6 +260,8 @@ def test_the_filter_of_a_backup_without_a_job(launch: Launch, tmp_path: Path, tr
     saved = cli("save", "t", "--json", monitor=guest.address, expect=6 if transport == "hmp" else 0)
     if transport == "hmp":
         assert [f["code"] for f in saved.error["findings"]] == ["backup-filter"]
+        error = cli("delete", "t", "--json", monitor=guest.address, expect=6).error
+        assert [f["code"] for f in error["findings"]] == ["backup-filter"]
     guest.qmp("cont")
     guest.wait_for_ticks(40)
     assert list(refused(guest, "t")) == ["backup-filter"]
