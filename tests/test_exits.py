@@ -7,6 +7,8 @@ import os
 import shlex
 import signal
 import socket
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -61,6 +63,25 @@ def test_1_timeout(launch: Launch, tmp_path: Path) -> None:
     assert run.error["error"] == "OperationTimeout"
     assert run.error["exit_code"] == 1
     assert_nothing_left(guest, {image: []})
+
+
+@pytest.mark.parametrize("allowed", [5, 8, 14, 20])
+def test_1_too_few_files(guest: Guest, disks: dict[Path, list[str]], allowed: int) -> None:
+    """It is refused at once: in the middle there would be a way too few, or VMs that are not seen."""
+    assert_refused_with(guest, allowed, "save", "t", "--json", expect=1)
+    assert_refused_with(guest, allowed, "save", "t", expect=1)
+    assert_refused_with(guest, allowed, "run", "--revert", "--", "true", expect=125)
+    assert_refused_with(guest, allowed, "vms", expect=1)
+    assert_nothing_left(guest, disks)
+
+
+def assert_refused_with(guest: Guest, allowed: int, *arguments: str, expect: int) -> None:
+    limited = ["sh", "-c", f'ulimit -n {allowed}; exec "$0" -m qsnap "$@"', sys.executable, *arguments]
+    environment = {**os.environ, "QSNAP_MONITOR": guest.address}
+    run = subprocess.run(limited, env=environment, capture_output=True, text=True, timeout=60)
+    assert run.returncode == expect, run.stderr
+    (line,) = run.stderr.splitlines()
+    assert f"qsnap may have only {allowed} files open, and needs 32: `ulimit -n 32`" in line
 
 
 def test_2_usage(guest: Guest, disks: dict[Path, list[str]]) -> None:

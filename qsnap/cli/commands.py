@@ -278,9 +278,11 @@ def vms(options: Options) -> int:
     Connects to none of them. Of a monitor that is busy it shows who holds it.
     """
     from qsnap.choice import known_vms
+    from qsnap.cli.session import refuse_few_files
     from qsnap.config import load
     from qsnap.discovery import running_vms
 
+    refuse_few_files()
     found = known_vms(load(options.config), running_vms())
     return shown(lambda: options.renderer.vms(found))
 
@@ -308,7 +310,8 @@ def demo(qemu: str | None) -> None:
     Needs no VM: only qemu-system-x86_64 and qemu-img. Nothing is left behind.
     """
     from qsnap.cli.demo import demo as walk_through
-    from qsnap.cli.session import run_interruptibly
+    from qsnap.cli.session import refuse_few_files, run_interruptibly
 
+    refuse_few_files()
     with suppress(BrokenPipeError):
         run_interruptibly(walk_through(qemu or "qemu-system-x86_64"))
