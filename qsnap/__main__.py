@@ -1,9 +1,17 @@
-"""The console script, and ``python -m qsnap``."""
+"""The console script, and ``python -m qsnap``.
+
+Until the command line has begun to work, Ctrl-C just ends the process: there is nothing yet to clear up, and a
+traceback out of the middle of an import would help nobody. What the interpreter does before this module is not ours.
+"""
 
 from __future__ import annotations
 
+import _signal  # type: ignore[import-not-found]  # built in; ``signal`` itself takes a tenth of our start
+
+if _signal.getsignal(_signal.SIGINT) is _signal.default_int_handler:
+    _signal.signal(_signal.SIGINT, _signal.SIG_DFL)
+
 import os
-import signal
 import sys
 
 TYPE_CHECKING = False
@@ -12,13 +20,7 @@ if TYPE_CHECKING:
 
 
 def main() -> NoReturn:
-    """Hand over to the command line.
-
-    Until that has begun to work, Ctrl-C just ends the process: there is nothing yet to clear up, and a
-    traceback out of the middle of an import would help nobody.
-    """
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    """Hand over to the command line."""
     _speak_utf8()
     from qsnap.cli import main as command_line
 

@@ -178,6 +178,38 @@ def test_an_early_interrupt(guest: Guest, module: str) -> None:
     assert guest.jobs() == []
 
 
+#: Holds the process still at an import, until a signal comes.
+AT_AN_IMPORT = """
+import os
+import sys
+
+
+def hold(event, arguments):
+    if event == "import" and arguments[0] == os.environ["HELD_AT"] and "qsnap" in sys.modules:
+        os.write(1, b"held")
+        os.read(0, 1)
+
+
+sys.addaudithook(hold)
+"""
+
+
+@pytest.mark.parametrize("program", [[sys.executable, "-m", "qsnap"], [str(Path(sys.executable).with_name("qsnap"))]])
+@pytest.mark.parametrize("module", ["signal", "qsnap.cli"])
+def test_an_interrupt_in_our_first_imports(tmp_path: Path, program: list[str], module: str) -> None:
+    """Ctrl-C as soon as Python has come to qsnap: the process just ends by it, so that a shell says 130."""
+    (tmp_path / "sitecustomize.py").write_text(AT_AN_IMPORT)
+    process = subprocess.Popen(
+        [*program, "--version"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env={**os.environ, "PYTHONPATH": str(tmp_path), "HELD_AT": module},
+    )  # fmt: skip
+    assert process.stdout is not None
+    assert process.stdout.read(4) == "held"
+    process.send_signal(signal.SIGINT)
+    run = finish(process)
+    assert (run.code, run.err) == (-signal.SIGINT, "")
+
+
 @pytest.mark.parametrize("columns", [20, 60, 80, 100, 120])
 def test_a_narrow_terminal_loses_nothing(guest: Guest, columns: int) -> None:
     snapshot = cli("save", "--json", monitor=guest.address).json
