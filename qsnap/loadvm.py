@@ -29,7 +29,7 @@ from qsnap.runstates import cure_of, is_live, needs_reset, runs_after_load
 from qsnap.statefile import qcow2
 from qsnap.statefile.shelf import NO_SHELF, Shelf
 from qsnap.stopped import Pause, has_ended, reconnect, stopped
-from qsnap.translation import flush_translations, leave_restore_vm
+from qsnap.translation import flush_translations, leave_own_stop, leave_restore_vm
 from qsnap.undisturbed import undisturbed
 
 
@@ -136,10 +136,13 @@ async def do_loadvm(
 
 
 async def _flush(monitor: Monitor, pause: Pause, journal: Journal, *, runs: bool) -> None:
-    """Have QEMU drop the code that it has translated: see :func:`flush_translations`."""
+    """Have QEMU drop the code that it has translated: see :func:`flush_translations`. A guest that is not to run is
+    paused from now on, however it has come to stand still."""
     journal.note(loading="flushing", was_running=pause.was_running)
     try:
         await undisturbed(flush_translations(monitor, runs=runs), journal.patience_s)
+        if not runs:
+            await undisturbed(leave_own_stop(monitor), journal.patience_s)
     except BaseException:
         await undisturbed(_settled(monitor, journal, runs=pause.was_running), journal.patience_s)
         journal.done(loading="")

@@ -54,6 +54,11 @@ def runs_after_load(runstate: RunState) -> bool:
     return is_live(runstate) or runstate in _BY_ITSELF
 
 
+def is_own_stop(runstate: RunState) -> bool:
+    """Whether the guest has come to a stop by itself, and `cont` ends that."""
+    return runstate in _BY_ITSELF and runstate not in HAS_ENDED
+
+
 def trouble_of(runstate: RunState, version: QemuVersion) -> str:
     """Why a snapshot of a guest in that state is of little use to go on from; "" where it is of use."""
     if runstate in _BY_ITSELF:

@@ -22,7 +22,7 @@ import secrets
 from qsnap.errors import JobFailed
 from qsnap.model import QemuVersion, RunState
 from qsnap.monitor import Monitor
-from qsnap.runstates import is_live
+from qsnap.runstates import is_live, is_own_stop
 
 #: From here on a load of a stopped guest keeps TBs: wrong in 11.1, right in 10.0, and the source has it in 10.2.
 _KEPT_SINCE = QemuVersion(10, 1, 0)
@@ -63,6 +63,15 @@ async def leave_restore_vm(monitor: Monitor) -> None:
     """Have a guest that is stopped in "restore-vm" paused, or one that runs: it runs for less than a millisecond."""
     runstate = await monitor.runstate()
     if runstate is RunState.RESTORE_VM or is_live(runstate):
+        await _pass(monitor, "cont", "stop")
+
+
+async def leave_own_stop(monitor: Monitor) -> None:
+    """Have a guest that has stopped by itself (it has panicked, ...) paused, as if by its user: a load keeps the state.
+
+    It runs for less than a millisecond; so this is due before a load, which throws away what it does in that.
+    """
+    if is_own_stop(await monitor.runstate()):
         await _pass(monitor, "cont", "stop")
 
 

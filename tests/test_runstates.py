@@ -126,6 +126,23 @@ def test_a_load_brings_back_a_guest_that_has_stopped_by_itself(boot: Boot) -> No
 
 
 @both_monitors
+def test_a_load_that_leaves_a_panicked_guest_paused(boot: Boot) -> None:
+    """As the user asks for: it stands at the saved moment, and is no longer called panicked; so a series takes it."""
+    guest = boot()
+    guest.qmp("stop")
+    cli("save", "t", monitor=guest.address)
+    saved = guest.counter
+    guest.qmp("cont")
+    mark(guest)
+    press(guest, "p")
+    assert cli("load", "t", "--paused", "--json", monitor=guest.address).json["runstate"] == "paused"
+    assert (guest.runstate, guest.counter, guest.word(MARKS)) == ("paused", saved, 0)
+    cli("save", "--prefix", "n", monitor=guest.address)
+    cli("load", "t", "--running", monitor=guest.address)
+    assert_back(guest)
+
+
+@both_monitors
 def test_run_brings_back_a_guest_that_powers_off(boot: Boot, image: Path) -> None:
     guest = boot()
     mark(guest)
