@@ -7,10 +7,10 @@ too: what is meant must not depend on who is connected at the moment.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from qsnap.errors import BadUsage, NoVM, SeveralVMs
+from qsnap.errors import BadUsage, NoVM
 from qsnap.model import Struct
 from qsnap.monitor.address import Address, UnixAddress, parse_address
 
@@ -80,6 +80,20 @@ class KnownVM(Struct, frozen=True):
             "monitor": str(self.monitor) if self.monitor else None,
             "vm": self.word,
         }
+
+
+class SeveralVMs(BadUsage):
+    """More than one running VM could be meant; nothing was tried.
+
+    :ivar vms: them, and how to name each.
+    """
+
+    def __init__(self, message: str, vms: Sequence[KnownVM]) -> None:
+        super().__init__(message)
+        self.vms = tuple(vms)
+
+    def details(self) -> Mapping[str, object]:
+        return {"vms": [vm.to_json() for vm in self.vms]}
 
 
 def choose(

@@ -6,7 +6,7 @@
     ├── CommandFailed           1   QEMU refused a monitor command
     ├── OperationTimeout        1   --timeout has passed; the guest was resumed
     ├── BadUsage                2   an address, name or option that cannot be meant
-    │   └── SeveralVMs          2   it is not said which of them is meant
+    │   └── choice.SeveralVMs   2   it is not said which of them is meant
     ├── PartialFailure          3   of several tags, some were done and some not
     ├── MonitorError            4   the monitor: anything without a class of its own
     │   ├── ConnectError        4   nothing listens there, or it may not be opened
@@ -34,7 +34,6 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, ClassVar
 
 if TYPE_CHECKING:
-    from qsnap.choice import KnownVM
     from qsnap.model import Finding
 
 
@@ -79,20 +78,6 @@ class BadUsage(QsnapError):
 
     exit_code = 2
     meaning = "usage"
-
-
-class SeveralVMs(BadUsage):
-    """More than one running VM could be meant; nothing was tried.
-
-    :ivar vms: them, and how to name each.
-    """
-
-    def __init__(self, message: str, vms: Sequence[KnownVM]) -> None:
-        super().__init__(message)
-        self.vms = tuple(vms)
-
-    def details(self) -> Mapping[str, object]:
-        return {"vms": [vm.to_json() for vm in self.vms]}
 
 
 class PartialFailure(QsnapError):
@@ -143,7 +128,14 @@ class NoVM(ConnectError):
 
 
 class MonitorBusy(MonitorError):
-    """The socket takes the connection, and then no greeting comes."""
+    """The socket takes the connection, and then no greeting comes.
+
+    :ivar silence: that, in words: at which address, and for how long.
+    """
+
+    def __init__(self, silence: str, why: str) -> None:
+        super().__init__(f"{silence}: {why}")
+        self.silence = silence
 
 
 class MonitorLost(MonitorError):

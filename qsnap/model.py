@@ -13,8 +13,6 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from qsnap.errors import BadUsage
-
 #: A tag's greatest length in bytes of UTF-8: QEMUSnapshotInfo.name is char[256] (block/snapshot.h).
 MAX_TAG_BYTES = 255
 
@@ -581,13 +579,3 @@ def is_of_series(tag: str, prefix: str) -> bool:
 def automatic_tag(now: datetime) -> str:
     """The name of a snapshot that was given none: do_savevm's, from the local time *now*."""
     return now.strftime("vm-%Y%m%d%H%M%S")
-
-
-def positive(what: str, value: float | None) -> float | None:
-    """*value*, if it can be a number of seconds or is None.
-
-    :raise BadUsage: it is not above 0.
-    """
-    if value is not None and not value > 0:
-        raise BadUsage(f"{what} must be above 0, not {value:g}")
-    return value

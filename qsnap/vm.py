@@ -48,7 +48,6 @@ from qsnap.model import (
     Severity,
     Snapshot,
     Status,
-    positive,
 )
 from qsnap.monitor import GREETING_TIMEOUT_S, HALF_RESTORED, Monitor, open_monitor
 from qsnap.monitor.address import Address, parse_address
@@ -607,6 +606,16 @@ def _not_live(why: str) -> Finding:
     return Finding(code="not-live", severity=Severity.WARN, message=f"saved the ordinary way: {why}")
 
 
+def _positive(what: str, value: float | None) -> float | None:
+    """*value*, if it can be a number of seconds or is None.
+
+    :raise BadUsage: it is not above 0.
+    """
+    if value is not None and not value > 0:
+        raise BadUsage(f"{what} must be above 0, not {value:g}")
+    return value
+
+
 async def _opened(where: Address, greeting_s: float, lock_wait_s: float, snapshot_jobs: bool | None) -> Monitor:
     """The monitor, once no other qsnap holds it."""
     from qsnap.claim import wait_for_monitor
@@ -619,10 +628,12 @@ async def _opened(where: Address, greeting_s: float, lock_wait_s: float, snapsho
         left_s = deadline - asyncio.get_running_loop().time()
         try:
             return await open_monitor(where, timeout_s=max(greeting_s, left_s), snapshot_jobs=snapshot_jobs)
-        except MonitorBusy:
+        except MonitorBusy as busy:
+            from qsnap.discovery import explained
+
             # Of two who began at once, the other may be another qsnap: by now that shows
             if not await wait_for_monitor(where, deadline, lock_wait_s):
-                raise
+                raise explained(busy, where) from busy
 
 
 @asynccontextmanager
@@ -654,7 +665,7 @@ async def connect(
     :raise OperationTimeout: *timeout_s* have passed.
     """
     where = parse_address(address) if isinstance(address, str) else address
-    positive("the time-out", timeout_s)
+    _positive("the time-out", timeout_s)
     greeting_s = GREETING_TIMEOUT_S if timeout_s is None else min(timeout_s, GREETING_TIMEOUT_S)
     clock = asyncio.get_running_loop().time
     deadline = None if timeout_s is None else clock() + timeout_s

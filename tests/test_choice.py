@@ -11,10 +11,10 @@ import pytest
 
 from guest import QEMU, make_disk, needs_snapshot_jobs, until
 from machine import BARE, IS_ROOT, NOBODY, Machine, qmp
-from qsnap.choice import Target, choose, known_vms, reason
+from qsnap.choice import SeveralVMs, Target, choose, known_vms, reason
 from qsnap.config import Config, Settings, parse
 from qsnap.discovery import MonitorPoint, MonitorState, RunningVM, running_vms
-from qsnap.errors import BadUsage, NoVM, SeveralVMs
+from qsnap.errors import BadUsage, NoVM
 from qsnap.monitor.address import UnixAddress
 
 #: One after another: a QEMU whose socket has the same relative path makes another one's state uncertain.

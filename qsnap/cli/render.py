@@ -13,8 +13,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Literal, TextIO
 
+from qsnap.choice import SeveralVMs
 from qsnap.cli.text import age, clock, date, printable, seconds, shortened, size, table
-from qsnap.errors import SeveralVMs
 from qsnap.model import (
     CheckReport,
     DeleteResult,

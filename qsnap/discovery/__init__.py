@@ -5,7 +5,7 @@ Nothing is connected to, as a monitor serves one client at a time: the command l
 """
 
 from qsnap.discovery.arguments import parse_arguments, qemu_arguments
-from qsnap.discovery.machine import holder, is_qemu, running_vms, unusable_at
+from qsnap.discovery.machine import explained, holder, is_qemu, running_vms
 from qsnap.discovery.vms import DEFAULT_MEMORY, Holder, MonitorPoint, MonitorState, RunningVM, find, usable
 
 __all__ = [
@@ -14,12 +14,12 @@ __all__ = [
     "MonitorPoint",
     "MonitorState",
     "RunningVM",
+    "explained",
     "find",
     "holder",
     "is_qemu",
     "parse_arguments",
     "qemu_arguments",
     "running_vms",
-    "unusable_at",
     "usable",
 ]

@@ -21,10 +21,15 @@ from qsnap.discovery import sockets
 from qsnap.discovery.arguments import parse_arguments, qemu_arguments
 from qsnap.discovery.sockets import Socket
 from qsnap.discovery.vms import Holder, MonitorPoint, MonitorState, RunningVM
+from qsnap.errors import ConnectError, MonitorBusy, MonitorError
 from qsnap.monitor.address import Address, TcpAddress, UnixAddress
+from qsnap.monitor.connection import ANOTHER
 
 if TYPE_CHECKING:
     import psutil
+
+#: Characters of a command line that a message shows.
+_COMMAND_SHOWN = 80
 
 
 def running_vms() -> tuple[RunningVM, ...]:
@@ -46,10 +51,19 @@ def running_vms() -> tuple[RunningVM, ...]:
     )
 
 
-def unusable_at(address: Address) -> MonitorPoint | None:
-    """The monitor at *address*, if a QEMU of this machine has one there that qsnap cannot use."""
+def explained(busy: MonitorBusy, address: Address) -> MonitorError:
+    """The error of a monitor that does not greet: what it speaks, or who holds it, where the system tells."""
     points = (point for vm in running_vms() for point in vm.monitors if point.address == _absolute(address))
-    return next((point for point in points if point.state is MonitorState.UNUSABLE), None)
+    if point := next((point for point in points if point.state is MonitorState.UNUSABLE), None):
+        return ConnectError(f"{address} cannot be used: this monitor {point.reason}; {ANOTHER}")
+    if isinstance(address, UnixAddress) and (other := holder(address.path)):
+        command = " ".join(other.command.split())
+        command = command if len(command) <= _COMMAND_SHOWN else f"{command[:_COMMAND_SHOWN]}…"
+        why = (
+            f"it serves one client at a time, and process {other.pid} holds it ({command}). End that one, or {ANOTHER}"
+        )
+        return MonitorBusy(busy.silence, why)
+    return busy
 
 
 def _absolute(address: Address) -> Address:

@@ -27,14 +27,12 @@ from qsnap.monitor.address import Address, UnixAddress
 #: Seconds between two tries to get into the queue of waiting clients.
 _QUEUE_POLL_S = 0.05
 
-#: Characters of a command line that a message shows.
-_COMMAND_SHOWN = 80
-
 #: The commands of telnet that a monitor begins with: this byte and two more.
 _IAC = b"\xff"
 _IAC_BYTES = 3
 
-_ANOTHER = "give QEMU one more monitor, by -qmp unix:PATH,server=on,wait=off"
+#: What to do where a monitor is not for us.
+ANOTHER = "give QEMU one more monitor, by -qmp unix:PATH,server=on,wait=off"
 _CURE = "is QEMU running, with -qmp unix:PATH,server=on,wait=off?"
 
 
@@ -80,26 +78,13 @@ async def connection(address: Address, timeout_s: float) -> AsyncIterator[Connec
         raise
 
 
-def _busy(sock: socket.socket, address: Address, timeout_s: float) -> MonitorError:
-    """The error of a monitor that does not greet: what it speaks or who holds it, where the system tells."""
-    from qsnap.discovery import holder, unusable_at
-
-    if point := unusable_at(address):
-        return ConnectError(f"{address} cannot be used: this monitor {point.reason}; {_ANOTHER}")
-
-    silence = f"{address} accepts connections but has sent no greeting within {timeout_s:g} s"
+def _busy(sock: socket.socket, address: Address, timeout_s: float) -> MonitorBusy:
     pid = peer_pid(sock)
-    if isinstance(address, UnixAddress) and (other := holder(address.path)):
-        command = " ".join(other.command.split())
-        command = command if len(command) <= _COMMAND_SHOWN else f"{command[:_COMMAND_SHOWN]}…"
-        return MonitorBusy(
-            f"{silence}: it serves one client at a time, and process {other.pid} holds it ({command}). "
-            f"End that one, or {_ANOTHER}"
-        )
     return MonitorBusy(
-        f"{silence}: another client holds this monitor (it serves one at a time), or QEMU"
+        f"{address} accepts connections but has sent no greeting within {timeout_s:g} s",
+        "another client holds this monitor (it serves one at a time), or QEMU"
         f"{f', process {pid},' if pid else ''} is in the middle of a save or stopped; one that speaks websocket or "
-        f"TLS, or shares its socket (mux), is silent too. End the other client, or {_ANOTHER}"
+        f"TLS, or shares its socket (mux), is silent too. End the other client, or {ANOTHER}",
     )
 
 
