@@ -304,7 +304,7 @@ async def test_progress_without_an_image_to_look_at(launch: Launch, tmp_path: Pa
         await vm.save("t", watch=seen.append)
     assert seen
     assert {(look.written, look.expected) for look in seen} == {(None, None)}
-    assert "QEMU does not answer meanwhile" in on_terminal("save", "t", "-m", f"tcp:127.0.0.1:{port}")
+    assert "QEMU does not answer meanwhile" in on_terminal("save", "u", "-m", f"tcp:127.0.0.1:{port}")
     guest.assert_running()
 
 

@@ -114,8 +114,9 @@ def test_3_some_done_some_not(guest: Guest, disks: dict[Path, list[str]]) -> Non
 
 def test_4_nobody_there(tmp_path: Path) -> None:
     assert "no socket" in cli("list", "-m", str(tmp_path / "none"), expect=4).err
-    (tmp_path / "file").write_text("")
-    assert "nobody listens" in cli("list", "-m", str(tmp_path / "file"), expect=4).err
+    with socket.socket(socket.AF_UNIX) as closed:
+        closed.bind(str(tmp_path / "closed"))
+    assert "nobody listens" in cli("list", "-m", str(tmp_path / "closed"), expect=4).err
     assert "nobody listens" in cli("list", "-m", "tcp:127.0.0.1:1", expect=4).err
 
 
