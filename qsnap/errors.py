@@ -37,6 +37,10 @@ if TYPE_CHECKING:
     from qsnap.model import Finding
 
 
+#: How things stand where something was refused in time.
+UNTOUCHED = "the guest was not touched"
+
+
 class QsnapError(Exception):
     """Base class: whatever qsnap raises on purpose."""
 
@@ -152,14 +156,14 @@ class NotSupported(QsnapError):
 class PrecheckRefused(QsnapError):
     """The pre-checks found reasons why it would fail or do harm.
 
-    :param outcome: how things stand. Default: the guest was not touched.
+    :param outcome: how things stand.
     :ivar findings: all that was found, warnings included.
     """
 
     exit_code = 6
     meaning = "a pre-check refused: a device, a blocker, no room, run state"
 
-    def __init__(self, what: str, findings: Sequence[Finding], outcome: str = "the guest was not touched") -> None:
+    def __init__(self, what: str, findings: Sequence[Finding], outcome: str = UNTOUCHED) -> None:
         refusals = [finding for finding in findings if finding.refuses]
         lines = [f"{what}; {outcome}"]
         for finding in refusals:

@@ -7,10 +7,11 @@ import os
 import secrets
 import time
 from collections.abc import AsyncIterator, Collection, Coroutine, Sequence
-from contextlib import asynccontextmanager, suppress
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from typing import Any, NoReturn
 
 from qsnap.errors import (
+    UNTOUCHED,
     GuestLeftStopped,
     JobFailed,
     MonitorError,
@@ -75,13 +76,17 @@ async def do_loadvm(
     if plan.spoiled:
         await _forget_failure(monitor, tag, journal)
         plan = plan._replace(spoiled=False)
-    if needs_reset(plan.runstate, monitor.version):
-        await reset(monitor)
     # HMP has no job that tells how a load ended. But a guest that loadvm itself has stopped tells by its run state.
     by_qemu = not monitor.chooses_devices and running is not False
-    async with _source(monitor, plan, shelf) as (vmstate, devices), stopped(monitor, journal, by_qemu=by_qemu) as pause:
+    was_reset = needs_reset(plan.runstate, monitor.version)
+    async with AsyncExitStack() as stack:
+        vmstate, devices = await stack.enter_async_context(_source(monitor, plan, shelf))
+        if was_reset:
+            await reset(monitor)
+        pause = await stack.enter_async_context(stopped(monitor, journal, by_qemu=by_qemu))
         # Nothing can change from here on, so look once more
-        again = await plan_load(monitor, tag, shelf=shelf, exclude=exclude, force=force)
+        standing = _standing(was_reset=was_reset, was_stopped=pause.was_running and not by_qemu)
+        again = await plan_load(monitor, tag, shelf=shelf, exclude=exclude, force=force, standing=standing)
         if again._replace(runstate=plan.runstate) != plan:
             change = Finding(
                 code="snapshots-changed",
@@ -89,7 +94,7 @@ async def do_loadvm(
                 message=f"snapshot {tag!r} or the block devices have changed between the check and the stop",
                 cure="try again",
             )
-            raise PrecheckRefused("nothing was loaded, and the guest was resumed", [change])
+            raise PrecheckRefused("nothing was loaded", [change], standing)
         runs = runs_after_load(plan.runstate) if running is None else running
         if not (by_qemu and pause.was_running):
             await _flush(monitor, pause, journal, runs=runs)
@@ -133,6 +138,13 @@ async def do_loadvm(
         labels=snapshot.labels,
         file=snapshot.file,
     )
+
+
+def _standing(*, was_reset: bool, was_stopped: bool) -> str:
+    """What a refusal of the second look says of the guest."""
+    if was_reset:
+        return "nothing was loaded; the guest was reset, and stands still"
+    return "the guest was stopped for a moment, and resumed" if was_stopped else UNTOUCHED
 
 
 async def _flush(monitor: Monitor, pause: Pause, journal: Journal, *, runs: bool) -> None:
@@ -202,7 +214,7 @@ async def _source(monitor: Monitor, plan: LoadPlan, shelf: Shelf) -> AsyncIterat
         )
         raise PrecheckRefused(f"snapshot {snapshot.tag!r} cannot be loaded", [finding]) from error
     except OSError as error:
-        raise JobFailed("open", f"{snapshot.file.path}: {error.strerror}", "the guest was not touched") from error
+        raise JobFailed("open", f"{snapshot.file.path}: {error.strerror}", UNTOUCHED) from error
     try:
         await asyncio.to_thread(_refuse_flawed, file, snapshot)
         await background.add_state_node(file, node)
@@ -226,7 +238,7 @@ def _refuse_flawed(file: int, snapshot: Snapshot) -> None:
             message=f"the state file {snapshot.file.path} is damaged: {problem}",
             cure="if there is a good copy of the file, put that in its place; or load another snapshot",
         )
-        raise PrecheckRefused(f"snapshot {snapshot.tag!r} cannot be loaded", [finding], "the guest was not touched")
+        raise PrecheckRefused(f"snapshot {snapshot.tag!r} cannot be loaded", [finding])
 
 
 #: What QEMU says before it has touched anything (migration/savevm.c and block/snapshot.c: load_snapshot), 5.2 to 11.1.

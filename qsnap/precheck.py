@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from qsnap import blockjobs, local, snapshots
 from qsnap import devices as rules
-from qsnap.errors import CommandFailed, NotSupported, PrecheckRefused, QsnapError, SnapshotNotFound
+from qsnap.errors import UNTOUCHED, CommandFailed, NotSupported, PrecheckRefused, QsnapError, SnapshotNotFound
 from qsnap.model import (
     MIGRATION_IDLE,
     BlockGraph,
@@ -164,14 +164,20 @@ async def plan_save(
 
 
 async def plan_load(
-    monitor: Monitor, tag: str, *, shelf: Shelf, exclude: Collection[str] = (), force: bool = False
+    monitor: Monitor,
+    tag: str,
+    *,
+    shelf: Shelf,
+    exclude: Collection[str] = (),
+    force: bool = False,
+    standing: str = UNTOUCHED,
 ) -> LoadPlan:
     """Find out whether *tag* can be loaded now, and how.
 
     :param shelf: where the state files of live saves lie.
-
     :param exclude: devices whose contents are to stay as they are now.
     :param force: do not mind that a disk stands on other images than when the tag was saved.
+    :param standing: what a refusal says of the guest.
     :raise SnapshotNotFound: no device holds the tag, or one that is not excluded lacks it.
     :raise PrecheckRefused: a load would fail, or mix disks of different moments.
     :raise NotSupported: HMP cannot load it in this way.
@@ -182,7 +188,7 @@ async def plan_load(
             monitor.runstate(), monitor.migration(), monitor.block_graph()
         )
     except CommandFailed as error:
-        raise PrecheckRefused(f"snapshot {tag!r} cannot be loaded now", [_no_machine(error)]) from error
+        raise PrecheckRefused(f"snapshot {tag!r} cannot be loaded now", [_no_machine(error)], standing) from error
     if not monitor.chooses_devices and not rules.names_outside(graph).issuperset(exclude):
         raise NotSupported(f"{monitor.limit} loads all devices or none: --exclude is beyond it")
     survey = rules.survey(graph, exclude=exclude, chooses_devices=monitor.chooses_devices)
@@ -191,7 +197,7 @@ async def plan_load(
     if snapshot is None:
         other = snapshots.find(graph, survey.devices, f"{tag}{snapshots.STAND_IN_SUFFIX}", files)
         hint = f". Its stand-in, of a replacement that was not completed, can be loaded: {other.tag}" if other else ""
-        raise snapshots.not_found(graph, survey.devices, tag, f"; the guest was not touched{hint}")
+        raise snapshots.not_found(graph, survey.devices, tag, f"; {standing}{hint}")
     left_out = {d.image or d.node for d in survey.devices if d.verdict is Verdict.EXCLUDED}
     missing = [node for node in snapshot.missing if node not in left_out]
     unable = [node for d in survey.devices if d.verdict is Verdict.REFUSED and (node := d.image or d.node)]
@@ -204,8 +210,8 @@ async def plan_load(
     if lacking := [node for node in missing if node not in unable]:
         raise SnapshotNotFound(
             tag,
-            f"snapshot {tag!r} is partial: {', '.join(rules.spoken(lacking, survey.devices))} lacks it; the guest "
-            "was not touched." + (f" To load the rest and leave that as it is now: {exclude_all}" if loadable else ""),
+            f"snapshot {tag!r} is partial: {', '.join(rules.spoken(lacking, survey.devices))} lacks it; {standing}."
+            + (f" To load the rest and leave that as it is now: {exclude_all}" if loadable else ""),
         )
     devices = tuple(node for node in snapshot.devices if node not in left_out)
     findings = [
@@ -223,21 +229,21 @@ async def plan_load(
     if spoiled and (monitor.background is None or runstate is RunState.RESTORE_VM):
         findings.append(spoiled_finding(migration, runstate))
     if any(finding.refuses for finding in findings):
-        raise PrecheckRefused(f"snapshot {tag!r} cannot be loaded now", findings)
+        raise PrecheckRefused(f"snapshot {tag!r} cannot be loaded now", findings, standing)
     if snapshot.file is not None and monitor.background is None:
         raise NotSupported(
             f"{tag!r} is a live snapshot, and {monitor.limit} cannot be given its state file: that takes QMP over a "
-            "UNIX socket; the guest was not touched"
+            f"UNIX socket; {standing}"
         )
     if not monitor.chooses_devices and snapshot.vmstate != survey.vmstate:
         raise NotSupported(
             f"the VM state of {tag!r} is on {snapshot.vmstate}, and {monitor.limit} looks for it on "
-            f"{survey.vmstate} alone; the guest was not touched"
+            f"{survey.vmstate} alone; {standing}"
         )
     if not monitor.chooses_devices and any(d.image not in (d.node, None) for d in survey.devices):
         raise NotSupported(
             f"{monitor.limit} cannot load through the filters above a disk's image: the guest would "
-            "hang. With the guest off: qemu-img snapshot -a TAG IMAGE, on every disk; the guest was not touched"
+            f"hang. With the guest off: qemu-img snapshot -a TAG IMAGE, on every disk; {standing}"
         )
     return LoadPlan(snapshot, snapshot.vmstate, devices, tuple(sorted(filter(None, left_out))), runstate, spoiled)
 

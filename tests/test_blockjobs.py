@@ -124,8 +124,9 @@ def test_nothing_is_loaded_while_a_job_works_on_the_disk(overlaid: Guest, tmp_pa
 async def test_a_job_that_begins_after_the_check_is_noticed() -> None:
     monitor = FakeMonitor(mirrors=True)
     await monitor.snapshot_save("t", "disk0", ["disk0", "disk1"])
-    with pytest.raises(PrecheckRefused, match=r"block job 'j' \(mirror\) works on disk1"):
+    with pytest.raises(PrecheckRefused, match=r"block job 'j' \(mirror\) works on disk1") as refusal:
         await do_loadvm(monitor, "t")
+    assert "cannot be loaded now; the guest was stopped for a moment, and resumed" in str(refusal.value)
     assert monitor.calls == ["save", "stop", "cont"]
 
 

@@ -526,6 +526,27 @@ def test_128_and_the_signal(launch: Launch, tmp_path: Path, signum: signal.Signa
     assert_nothing_left(guest, {image: []})
 
 
+@needs_snapshot_jobs
+@pytest.mark.parametrize("what", ["all of it", "a part"])
+def test_7_it_went_while_the_guest_was_stopped(
+    guest: Guest, disks: dict[Path, list[str]], intercept: Intercept, what: str
+) -> None:
+    """A refusal of the second look does not say that the guest was not touched."""
+    cli("save", "t", monitor=guest.address)
+
+    def meddle(message: dict[str, Any]) -> None:
+        if deed(message) == "stop" and what == "a part":
+            guest.qmp("blockdev-snapshot-delete-internal-sync", device="disk1", name="t")
+        elif deed(message) == "stop":
+            assert guest.qmp.hmp("delvm t") == ""
+
+    error = cli("load", "t", "--json", monitor=intercept(guest, on_command=meddle).address, expect=7).error
+    why = "'t' is partial: disk1 lacks it" if what == "a part" else "no snapshot 't' on any device"
+    assert f"{why}; the guest was stopped for a moment, and resumed" in error["message"]
+    guest.assert_running()
+    assert "STOP" in {event["event"] for event in guest.qmp.events}
+
+
 @both_monitors
 def test_an_interrupted_replacement_keeps_the_new_one(launch: Launch, tmp_path: Path, intercept: Intercept) -> None:
     guest, image = big_guest(launch, tmp_path)
