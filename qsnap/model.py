@@ -535,9 +535,9 @@ class Status(Struct, frozen=True):
     run: Unfinished | None = None
     """Whose claim on this VM there is."""
     is_half_restored: bool = False
-    trouble: str = ""
-    """Why a snapshot of the guest as it is now would be of little use to go on from."""
     """A load has failed midway."""
+    trouble: str = ""
+    """Why a snapshot of the guest as it is now would be of little use to go on from; "" where it is of use."""
     in_backing: tuple[InBacking, ...] = ()
     """What is out of reach below an overlay; not counted in :attr:`snapshots`."""
 
