@@ -31,6 +31,7 @@ from guest import (
     start_cli,
     tags,
     until,
+    waits,
 )
 from proxy import Proxy, deed
 from qsnap import marks
@@ -353,11 +354,11 @@ def test_an_interrupt_while_waiting(busy: tuple[Guest, Path, subprocess.Popen[st
     tell = {"PYTHONPROFILEIMPORTTIME": "1"}
     waiting = start_cli("save", "x", "--lock-wait", "1000", monitor=guest.address, env=tell)
     assert waiting.stderr is not None
-    for (
-        line
-    ) in waiting.stderr:  # Python tells of each import when it is done; this one comes when it looks who is there
+    # Python tells of each import when it is done; this one comes when it looks who is there, and then it waits
+    for line in waiting.stderr:
         if line.rpartition("|")[2].strip() == "qsnap.claim":
             break
+    until("it to wait", lambda: waits(waiting.pid))
     waiting.send_signal(signal.SIGTERM)
     assert finish(waiting).code == 143
 

@@ -153,8 +153,16 @@ def test_a_pipe_and_a_device(theirs: Path) -> None:
             files.opened(name, flags)
 
 
-def test_what_takes_the_place_of_a_file_is_left_alone(theirs: Path, ours: Path) -> None:
-    """Only the very file that was made is renamed or removed; and no name is given that something has."""
+@pytest.mark.parametrize("at_once", [True, False])
+def test_what_takes_the_place_of_a_file_is_left_alone(
+    theirs: Path, ours: Path, monkeypatch: pytest.MonkeyPatch, at_once: bool
+) -> None:
+    """Only the very file that was made is renamed or removed; and no name is given that something has.
+
+    On NFS too, where a file cannot be renamed and nothing be replaced at once.
+    """
+    if not at_once:
+        monkeypatch.setattr(files, "_renamed", lambda *_: False)
     old, new = theirs / "old", theirs / "new"
     file = files.created(old)
     as_nobody(lambda: old.rename(theirs / "mine"))
@@ -167,6 +175,9 @@ def test_what_takes_the_place_of_a_file_is_left_alone(theirs: Path, ours: Path) 
     with pytest.raises(FileExistsError):
         files.rename(file, theirs / "mine", new)
     assert ours.read_bytes() == SECRET
+    files.rename(file, theirs / "mine", theirs / "named")
+    assert sorted(path.name for path in theirs.iterdir()) == ["named", "new", "old"]
+    assert files.identity_of((theirs / "named").stat()) == files.identity(file)
     os.close(file)
 
 

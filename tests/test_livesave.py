@@ -17,8 +17,9 @@ import signal
 import socket
 import struct
 import subprocess
+import threading
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager, nullcontext
+from contextlib import asynccontextmanager, contextmanager, nullcontext, suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -49,6 +50,7 @@ from qsnap import hugepages, moment
 from qsnap.errors import JobFailed, PrecheckRefused
 from qsnap.hugepages import Layout
 from qsnap.pace import Pace, SnapshotThread
+from qsnap.statefile import part as parts
 from qsnap.statefile import qcow2
 from qsnap.stopped import stopped
 from test_guard import Killer, assert_all_is_well, kill_guard, marks, wait_for_the_guard
@@ -743,30 +745,42 @@ def big(launch: Launch, tmp_path: Path) -> Guest:
 
 def until_it_is_written(directory: Path) -> None:
     """Until some of the stream is in the file."""
-    part = directory / "disk0.t.qsnap-part"
 
     def look() -> bool | None:
-        try:
-            with part.open("rb") as file:
+        for part in directory.glob("*.qsnap-part"):
+            with suppress(FileNotFoundError), part.open("rb") as file:
                 file.seek(8 << 20)
                 return any(file.read(1 << 16)) or None
-        except FileNotFoundError:
-            return None
+        return None
 
     until("the stream to be written", look)
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
-def test_interrupted(big: Guest, tmp_path: Path, signum: signal.Signals, runtime_directory: Path) -> None:
+def test_interrupted(
+    big: Guest, intercept: Intercept, tmp_path: Path, signum: signal.Signals, runtime_directory: Path
+) -> None:
+    """It asks how far the stream is, and QEMU is asked when the signal was taken."""
     cli("save", "t", monitor=big.address)
-    process = start_cli("save", "--live", "t", monitor=big.address)
-    part = tmp_path / "disk0.t.qsnap-2.qsnap-part"
-    until("the stream", lambda: part.exists() or None)
-    process.send_signal(signum)
+    states = tmp_path / "states"
+    states.mkdir()
+    seen = threading.Event()
+
+    def interrupt(message: dict[str, Any]) -> None:
+        if message.get("execute") == "query-migrate" and "migrate" in proxy.commands and not seen.is_set():
+            seen.set()
+            until_it_is_written(states)
+            deliver(process, signum)
+
+    proxy = intercept(big, on_command=interrupt)
+    process = start_cli("save", "--live", "t", "--state-dir", str(states), monitor=proxy.address)
     run = finish(process)
+    assert seen.is_set()
     assert run.code == 128 + signum
     assert "nothing of it is left" in run.err
     assert "is as it was" in run.err
+    assert run.err.count("the guest is running") == 1, run.err
+    assert list(states.iterdir()) == []
     assert_nothing_live_left(big, tmp_path, ["t"])
     assert_all_is_well(big, runtime_directory, {tmp_path / "disk0": ["t"]})
 
@@ -1131,13 +1145,27 @@ def test_images_and_their_state_files_elsewhere(launch: Launch, tmp_path: Path, 
         assert state_files(old) == ["disk0.a.qsnap"], "the other VM's stays"
 
 
-def test_an_interrupt_is_told_of_once(big: Guest, tmp_path: Path) -> None:
-    process = start_cli("save", "--live", "t", monitor=big.address)
-    until_it_is_written(tmp_path)
-    process.send_signal(signal.SIGTERM)
-    run = finish(process)
-    assert run.code == 143
-    assert run.err.count("the guest is running") == 1, run.err
+async def test_a_state_file_that_comes_to_its_place_meanwhile(
+    heavy: Guest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As one that is put back from a backup: by its tag it is the new one, by its clock it is not."""
+    place, backup, complete = tmp_path / "disk0.t.qsnap", tmp_path / "backup", parts.complete
+
+    def put_back(*args: Any) -> None:
+        os.link(backup, place)
+        complete(*args)
+
+    async with qsnap.connect(heavy.address) as vm:
+        await vm.save("t", live=True)
+        os.link(place, backup)
+        await vm.delete("t")
+        monkeypatch.setattr(parts, "complete", put_back)
+        with pytest.raises(JobFailed, match="another file has come to be") as failed:
+            await vm.save("t", live=True)
+    assert "nothing of it is left" in failed.value.outcome
+    assert place.samefile(backup)
+    place.unlink()
+    assert_nothing_live_left(heavy, tmp_path)
 
 
 # After a migration that failed, from 9.0 on QEMU fails in the middle of any load, until the next one begins; 7.2 does

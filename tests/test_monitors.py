@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import socket
 from pathlib import Path
 from typing import Any
@@ -9,10 +10,12 @@ from typing import Any
 import pytest
 
 from conftest import Intercept, Launch
-from guest import Guest, blockdev, cli, make_boot_disk, tags
-from proxy import deed
+from guest import Guest, blockdev, both_monitors, cli, make_boot_disk, tags
+from proxy import Proxy, deed
 from qsnap.errors import BadUsage
+from qsnap.monitor import open_monitor
 from qsnap.monitor.address import TcpAddress, parse_address
+from qsnap.monitor.connection import AnotherAnswers
 from test_guard import Killer, assert_all_is_well
 
 #: How QEMU is given each, at the socket NAME.
@@ -90,6 +93,47 @@ def test_a_connection_that_breaks_is_made_anew(
     run = cli("save", "t", monitor=proxy.address, expect=4)
     assert "the guest is running" in run.err
     assert_all_is_well(guest, runtime_directory, {image: []})
+
+
+@both_monitors
+async def test_a_new_connection_while_another_process_has_the_old_one_too(launch: Launch) -> None:
+    """As a guard has. The monitor serves one client, so the old connection is ended for all who have it."""
+    guest = launch()
+    monitor = await open_monitor(parse_address(guest.address))
+    try:
+        assert monitor.sock is not None
+        with monitor.sock.dup():
+            await monitor.reconnect(10)
+            assert await monitor.runstate() == "running"
+    finally:
+        await monitor.aclose()
+
+
+@both_monitors
+@pytest.mark.parametrize("what", ["another kind of monitor", "another version"])
+async def test_another_qemu_answers_a_new_connection(launch: Launch, tmp_path: Path, what: str) -> None:
+    """It is asked nothing: neither its state nor whose claim it has."""
+    guest = launch()
+
+    def changed(data: bytes) -> bytes:
+        return re.sub(rb'("major": |QEMU )\d+', rb"\g<1>99", data) if was_lost else data
+
+    was_lost = False
+    proxy = Proxy(guest.address, tmp_path / "proxy", on_data=changed)
+    try:
+        monitor = await open_monitor(parse_address(proxy.address))
+        was_lost = what == "another version"
+        if not was_lost:
+            proxy.target = guest.qmp_address if guest.address == guest.hmp_address else guest.hmp_address
+        proxy.commands.clear()
+        with pytest.raises(AnotherAnswers):
+            await monitor.reconnect(10)
+        await monitor.aclose()
+    finally:
+        proxy.close()
+    # Over HMP no more than to read the banner takes: a line of nothing
+    assert set(proxy.commands) <= {"qmp_capabilities"} or proxy.commands == ["hmp"]
+    assert guest.runstate == "running"
 
 
 def test_telnet_over_tcp(launch: Launch, tmp_path: Path) -> None:

@@ -19,8 +19,9 @@ from machine import IS_ROOT, NOBODY
 from qsnap import snapshots
 from qsnap.delvm import do_delvm
 from qsnap.devices import survey
-from qsnap.errors import PrecheckRefused
+from qsnap.errors import PrecheckRefused, QsnapError
 from qsnap.model import NodeSnapshot
+from qsnap.notes import Notes
 from qsnap.precheck import plan_load
 from qsnap.statefile.qcow2 import Content
 from qsnap.statefile.shelf import Shelf
@@ -159,8 +160,11 @@ async def test_what_another_user_may_not_see(launch: Launch, open_directory: Pat
                 with unprivileged(), pytest.raises(PrecheckRefused) as refused:
                     await do_delvm(vm._monitor, [tag], shelf=Shelf(guest.pid))
                 assert refused.value.findings[0].code == code
+                graph = await vm._monitor.block_graph()
+                if hidden == notes:
+                    with unprivileged(), pytest.raises(QsnapError, match="Permission denied; a snapshot may be prot"):
+                        Notes(Shelf(guest.pid), graph, survey(graph).devices).write(notes, (), ())
                 if hidden == state:
-                    graph = await vm._monitor.block_graph()
                     with unprivileged():
                         devices = survey(graph).devices
                         ram = snapshots.find(graph, devices, "ram", Shelf(guest.pid).files(graph, devices))
