@@ -66,6 +66,8 @@ _NOT_THE_USER_S = ("#", "/")
 #: starts to run (hw/block/pflash_cfi01.c: postload_update_cb), and needs no snapshot. cfi.pflash02 does not.
 _CARRIED_MODEL = "cfi.pflash01"
 
+#: What a stick is to the guest.
+_USB_STORAGE = frozenset({"usb-storage", "usb-bot", "usb-uas"})
 
 _LEFT_OUT = "left out as asked: a load will leave its contents as they are then"
 
@@ -121,13 +123,37 @@ def _primary_child(node: BlockNode) -> str | None:
     return others[0] if len(others) == 1 else None
 
 
-def image_file(graph: BlockGraph, image: str) -> BlockNode | None:
-    """The protocol node that stores the image node *image* as a plain file; None if it is stored otherwise."""
+def device_above(graph: BlockGraph, devices: Iterable[Device], node: str) -> Device | None:
+    """The device that a node is a part of."""
+    return next(
+        (d for d in devices if d.node and any(one.node_name == node for one in _at_and_below(graph, d.node))), None
+    )
+
+
+def _at_and_below(graph: BlockGraph, node_name: str) -> Iterator[BlockNode]:
+    """A node and all that it stands on."""
+    left, seen = [node_name], set[str]()
+    while left:
+        name = left.pop()
+        node = graph.nodes.get(name)
+        if node is not None and name not in seen:
+            seen.add(name)
+            left += (child for _, child in node.children)
+            yield node
+
+
+def protocol(graph: BlockGraph, image: str) -> BlockNode | None:
+    """The protocol node that stores the image node *image*; None where QEMU does not tell what lies below it."""
     node = graph.nodes.get(image)
-    while node is not None and node.driver != "file":
-        child = next((child for name, child in node.children if name in ("file", "image")), None)
-        node = graph.nodes.get(child) if child else None
-    return node
+    while node is not None and (child := next((c for edge, c in node.children if edge in ("file", "image")), None)):
+        node = graph.nodes.get(child)
+    return None if node is None or node.node_name == image else node
+
+
+def image_file(graph: BlockGraph, image: str) -> BlockNode | None:
+    """The same where it is a plain file; None if the image is stored otherwise."""
+    node = protocol(graph, image)
+    return node if node is not None and node.driver == "file" else None
 
 
 def survey(
@@ -188,6 +214,8 @@ def survey(
         for name in sorted(set(exclude) - matched)
     )
     chosen, problem = _vmstate(graph, blocks, vmstate, chooses_devices)
+    if chosen is not None and vmstate is None:
+        findings.extend(_removable(graph, blocks, chosen, chooses_devices))
     return Survey(devices, chosen, (*findings, *problem))
 
 
@@ -290,27 +318,28 @@ def _judge(
         return device(Verdict.EXCLUDED, _LEFT_OUT)
 
     name = pasteable(node.node_name, backend.label)
+    label = backend.label if node.node_name.startswith(_NOT_THE_USER_S) and backend.label else node.node_name
 
     def refused(why: str, cure: str) -> Device:
         leave_out = f"; or leave it out knowingly: --exclude {name}" if chooses_devices else ""
         return device(Verdict.REFUSED, why, cure + leave_out)
 
     if image is None:
-        label = backend.label or node.node_name
+        shown = backend.label or node.node_name
         return refused(
-            f"Device {label!r} is writable but does not support snapshots ({_why_not(graph, node)})",
-            _cure(node),
+            f"Device {shown!r} is writable but does not support snapshots ({_why_not(graph, node)})",
+            cure_of(graph, node.node_name),
         )
     convert = "with the guest off: qemu-img convert -O qcow2 IMAGE NEW.qcow2, and use that"
     too_late = "cannot be snapshotted, and QEMU notices only after it has written the whole VM state"
     if image.external_data_file:
         return refused(
-            f"{node.node_name}: a qcow2 image with an external data file {too_late}",
+            f"{label}: a qcow2 image with an external data file {too_late}",
             convert,
         )
     if image.refcount_bits == 1:
         return refused(
-            f"{node.node_name}: a qcow2 image with refcount_bits=1 {too_late}",
+            f"{label}: a qcow2 image with refcount_bits=1 {too_late}",
             convert,
         )
     return device(Verdict.SAVED, "" if image is node else f"in its image {image.node_name}")
@@ -342,23 +371,30 @@ def _why_not(graph: BlockGraph, node: BlockNode) -> str:
     return f"driver {node.driver}" + (f" over {', '.join(sorted(set(below)))}" if below else "")
 
 
-def _cure(node: BlockNode) -> str:
+def cure_of(graph: BlockGraph, node_name: str | None) -> str:
+    """What to do about a node that cannot snapshot, or be saved."""
+    node = graph.nodes.get(node_name or "")
+    if node is None:
+        return "with the guest off: qemu-img convert -O qcow2 IMAGE NEW.qcow2, and use that"
     if node.driver in _NO_PRIMARY_CHILD:
         return "QEMU cannot snapshot several images as one"
     if not node.active:
         return "resume the guest (`cont`); QEMU has its images then"
-    path = node.filename or "IMAGE"
+    if any(one.driver == "vvfat" for one in _at_and_below(graph, node.node_name)):
+        return "give the guest that directory read-only (without rw), or its files in a qcow2 image"
+    path = shlex.quote(node.filename or "IMAGE")
     return f"with the guest off: qemu-img convert -O qcow2 {path} NEW.qcow2, and use that"
 
 
 def _warnings(graph: BlockGraph, device: Device) -> Iterator[Finding]:
-    if device.verdict is not Verdict.SAVED or device.image is None:
+    if device.verdict is not Verdict.SAVED or device.image is None or device.node is None:
         return
-    if device.image is not None and graph.nodes[device.image].is_temporary:
+    if graph.nodes[device.image].is_temporary:
+        (name,) = spoken([device.node], [device])
         yield Finding(
             code="temporary-overlay",
             severity=Severity.WARN,
-            message=f"{device.node} was opened with snapshot=on: its snapshots vanish when QEMU ends",
+            message=f"{name} was opened with snapshot=on: its snapshots vanish when QEMU ends",
             cure="start QEMU without -snapshot and snapshot=on to keep them",
             node=device.node,
         )
@@ -368,14 +404,19 @@ def _choices(devices: Sequence[Device], *verdicts: Verdict) -> str:
     return ", ".join(pasteable(d.node, d.device) for d in devices if d.node and d.verdict in verdicts) or "none"
 
 
-def _vmstate(
-    graph: BlockGraph, devices: Sequence[Device], wanted: str | None, chooses_devices: bool
-) -> tuple[str | None, tuple[Finding, ...]]:
-    able = [
+def _able(graph: BlockGraph, devices: Sequence[Device]) -> list[str]:
+    """The images that can hold the VM state, in QEMU's order."""
+    return [
         d.image
         for d in devices
         if d.verdict is Verdict.SAVED and d.image and graph.nodes[d.image].driver in VMSTATE_DRIVERS
     ]
+
+
+def _vmstate(
+    graph: BlockGraph, devices: Sequence[Device], wanted: str | None, chooses_devices: bool
+) -> tuple[str | None, tuple[Finding, ...]]:
+    able = _able(graph, devices)
     clear = [image for image in able if not graph.nodes[image].encrypted]
     if wanted is None and able:
         chosen = clear[0] if clear and chooses_devices else able[0]
@@ -406,6 +447,40 @@ def _vmstate(
             cure=f"devices that can: {', '.join(spoken(able, devices)) or 'none'}",
             node=node,
         ),
+    )
+
+
+def _removable(graph: BlockGraph, devices: Sequence[Device], chosen: str, chooses_devices: bool) -> Iterator[Finding]:
+    """A warning where the VM state goes into a medium that may be taken out, and nobody said so."""
+    removable = {
+        device.image
+        for device, (_, backend) in zip(devices, _counted(graph), strict=True)
+        if backend.removable or _is_on_usb(graph, backend)
+    }
+    if chosen not in removable:
+        return
+    name, *others = spoken([chosen, *_able(graph, devices)], devices)
+    fixed = [other for other, node in zip(others, _able(graph, devices), strict=True) if node not in removable]
+    choice = f"--vmstate {' or '.join(map(shlex.quote, fixed))}"
+    if not fixed:
+        choice = "give the guest a qcow2 disk (of any size), and name it with --vmstate"
+    yield Finding(
+        code="vmstate-removable",
+        severity=Severity.WARN,
+        message=f"QEMU's choice for the VM state is {name}, a removable medium: once that is ejected or unplugged, the "
+        "snapshot is of disks alone",
+        cure=choice if chooses_devices else f"over QMP: {choice}",
+        node=chosen,
+    )
+
+
+def _is_on_usb(graph: BlockGraph, backend: BlockBackend) -> bool:
+    """Whether a disk is a stick: its own device is one that a USB device has made below itself."""
+    path = f"{backend.qdev}/"
+    return any(
+        path.startswith(f"{one.path}/") or backend.device_id == one.device_id != ""
+        for one in graph.peripherals
+        if one.model in _USB_STORAGE
     )
 
 

@@ -262,7 +262,8 @@ async def do_live_save(
         older_files=plan.older.files,
     )
     journal.note(tags=(plan.tag,), devices=report.saved, vmstate=report.vmstate, live=live)
-    image = shelf.image(plan.save.graph, report.vmstate)
+    # Now, as they are known by their contents too: :mod:`qsnap.descriptors`
+    image, identity = shelf.image(plan.save.graph, report.vmstate), shelf.identity(plan.save.graph, report.vmstate)
     try:
         file = _created(part, image, await _reserved(monitor, background))
     except QsnapError as error:
@@ -300,7 +301,7 @@ async def do_live_save(
             # What had changed before is seen yet; and to look would take a part of the pause
             await unchanged_graph(monitor, plan.save, vmstate, exclude)
             await moment.written(watch)
-            content = await attempt.content(moment.stream_size, shelf.identity(plan.save.graph, report.vmstate))
+            content = await attempt.content(moment.stream_size, identity)
         await undisturbed(asyncio.to_thread(_complete, file, part, plan.path, content), journal.patience_s)
         found = await undisturbed(attempt.conclude(), journal.patience_s)
     except BaseException as failure:

@@ -106,16 +106,11 @@ def is_alive(pid: int) -> bool:
     return True
 
 
-def visible_file(pid: int | None, filename: str) -> Path | None:
-    """A path by which this process can stat the file that QEMU has open as *filename*; None without.
-
-    :param pid: the QEMU process, None if it is not on this machine.
-    """
-    return None if pid is None else next(visible_files(pid, filename), None)
-
-
 def visible_files(pid: int, filename: str) -> Iterator[Path]:
-    """All such paths: its descriptors of that file, or where we may not see those the file's own path."""
+    """The paths by which this process can stat the file that QEMU has open, and that has the name *filename* still.
+
+    They are its descriptors of that file, or where we may not see those the file's own path.
+    """
     if not filename:
         return
     try:

@@ -96,6 +96,8 @@ class BlockNode(Struct, frozen=True):
     active: bool = True
     """False: an image that is inactive because of a migration (QEMU 10.0 and later tell)."""
     filename: str = ""
+    virtual_size: int = 0
+    """Bytes, as those above see it; 0 where QEMU does not tell."""
     encrypted: bool = False
     """The image itself is (a qcow2 of format luks or aes), whatever lies below it."""
     external_data_file: bool = False

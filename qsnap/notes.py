@@ -94,7 +94,8 @@ class Notes:
 
     :ivar by_place: those in each file that they may be in; none for one that is not there.
     :ivar unseen: the images beside which there may be notes that cannot be seen from here, and files of notes that may
-        not be read.
+        not be read, or that lie beside the former name of an image.
+    :ivar left: the last of these. They are not used before they lie beside the image again.
     :raise QsnapError: what is there is damaged, or not a file.
     """
 
@@ -111,7 +112,13 @@ class Notes:
                 if error.errno != errno.EACCES:
                     raise _unreadable(path, why) from error
                 self._unread[path] = why
-        self.unseen = (*shelf.unseen_images(graph, devices), *map(str, self._unread))
+        clocks = {row.vm_clock_ns // 1_000_000 for d in devices if d.image for row in graph.nodes[d.image].snapshots}
+        self.left = tuple(left for left in shelf.left_beside(graph, devices, SUFFIX) if _is_about(left.path, clocks))
+        self.unseen = (
+            *shelf.unseen_images(graph, devices),
+            *map(str, self._unread),
+            *(str(left.path) for left in self.left),
+        )
 
     def refuse_unread(self) -> None:
         """Refuse to write beside notes that cannot be read.
@@ -120,6 +127,8 @@ class Notes:
         """
         for path, why in self._unread.items():
             raise _unreadable(path, why)
+        for left in self.left:
+            raise QsnapError(left.sentence("nothing was done: a file with notes"))
 
     @property
     def _notes(self) -> Sequence[Note]:
@@ -250,6 +259,14 @@ def _read(path: Path) -> Sequence[Note]:
     if file.version != _VERSION:
         raise QsnapError(f"the notes {path} are of a later qsnap (version {file.version} of their form)")
     return file.notes
+
+
+def _is_about(path: Path, clocks: Collection[int]) -> bool:
+    """Whether a file holds notes of snapshots of these clocks (in ms), or cannot be read."""
+    try:
+        return any(note.vm_clock_ms in clocks for note in _read(path))
+    except (OSError, QsnapError):
+        return True
 
 
 def _write(path: Path, notes: Sequence[Note]) -> None:

@@ -6,12 +6,13 @@ Each finding says what is wrong and how to cure it. All are collected; the first
 from __future__ import annotations
 
 import asyncio
+import re
 import shlex
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from qsnap import blockjobs, local, snapshots
+from qsnap import blockjobs, descriptors, local, snapshots
 from qsnap import devices as rules
 from qsnap.errors import UNTOUCHED, CommandFailed, NotSupported, PrecheckRefused, QsnapError, SnapshotNotFound
 from qsnap.model import (
@@ -64,8 +65,10 @@ _CAPABILITIES_REFUSED: dict[str, QemuVersion | None] = {
 _NVME_IS_SAVED = QemuVersion(11, 0, 0)
 
 
+#: Protocol drivers of what has the size that it has (block/*.c: those without bdrv_co_truncate that makes it larger).
+_FIXED_SIZE = frozenset({"nbd", "host_device", "iscsi", "nvme", "nvme-io_uring", "virtio-blk-vhost-vdpa"})
 #: What is found of the image that is to hold the VM state, and does not matter where the state goes elsewhere.
-_OF_THE_VMSTATE_IMAGE = frozenset({"vmstate-encrypted", "vmstate-not-encrypted"})
+_OF_THE_VMSTATE_IMAGE = frozenset({"vmstate-encrypted", "vmstate-not-encrypted", "vmstate-removable"})
 
 
 class SavePlan(NamedTuple):
@@ -136,15 +139,14 @@ async def plan_save(
     _refuse_hmp_choices(monitor, graph, vmstate, exclude)
     refuse_untransportable(monitor, tag)
     survey = rules.survey(graph, exclude=exclude, vmstate=vmstate, chooses_devices=monitor.chooses_devices)
-    file = rules.image_file(graph, survey.vmstate) if survey.vmstate else None
-    image = local.visible_file(monitor.pid, file.filename) if file else None
+    image = descriptors.way(monitor.pid, graph, survey.vmstate) if survey.vmstate else None
     estimate = local.state_estimate(monitor.pid, ram_bytes)
     findings = [
         *_tag_findings(tag),
         *runstate_findings(runstate),
         *_trouble_findings(runstate, monitor.version, alive=alive),
         *_aftermath_findings(runstate, half_restored is not None, leftovers),
-        *_migration_findings(migration, monitor.version),
+        *_migration_findings(migration, monitor.version, graph, survey.devices),
         *_nvme_findings(graph, monitor.version),
         *survey.findings,
         *blockjobs.save_findings(graph, survey.devices, chooses_devices=monitor.chooses_devices),
@@ -153,6 +155,7 @@ async def plan_save(
         findings = [finding for finding in findings if finding.code not in _OF_THE_VMSTATE_IMAGE]
     else:
         findings += _room_findings(graph, survey, tag, image, estimate, force, monitor.chooses_devices)
+        findings += _fixed_size_findings(graph, survey, estimate, ram_bytes, force)
     report = CheckReport(
         ok=not any(finding.refuses for finding in findings),
         runstate=runstate,
@@ -216,11 +219,11 @@ async def plan_load(
     devices = tuple(node for node in snapshot.devices if node not in left_out)
     findings = [
         *runstate_findings(runstate),
-        *_migration_findings(migration, monitor.version),
+        *_migration_findings(migration, monitor.version, graph, survey.devices),
         *_background_findings(migration),
         *reset_findings(monitor, runstate),
         *_device_findings_for_load(survey, exclude_all if can_exclude else ""),
-        *_load_findings(graph, survey.devices, snapshot, devices),
+        *_load_findings(graph, survey.devices, shelf, snapshot, devices),
         *blockjobs.load_findings(graph, survey.devices, devices),
     ]
     if not force:
@@ -355,7 +358,9 @@ def _aftermath_findings(runstate: RunState, half_restored: bool, leftovers: Sequ
         )
 
 
-def _migration_findings(migration: Migration, version: QemuVersion) -> Iterator[Finding]:
+def _migration_findings(
+    migration: Migration, version: QemuVersion, graph: BlockGraph, devices: Sequence[Device]
+) -> Iterator[Finding]:
     if migration.status not in MIGRATION_IDLE:
         yield _refusal(
             "migration-running",
@@ -363,11 +368,7 @@ def _migration_findings(migration: Migration, version: QemuVersion) -> Iterator[
             "wait for its end, or `migrate_cancel`",
         )
     for reason in migration.blocked_reasons:
-        yield _refusal(
-            "migration-blocker",
-            reason,
-            _blocker_cure(reason),
-        )
+        yield _refusal("migration-blocker", *_blocker(reason, graph, devices))
     for capability, harmless_since in _CAPABILITIES_REFUSED.items():
         if capability not in migration.capabilities:
             continue
@@ -387,15 +388,20 @@ def _migration_findings(migration: Migration, version: QemuVersion) -> Iterator[
         )
 
 
-def _blocker_cure(reason: str) -> str:
-    """What to do about a device whose state QEMU cannot save, by its own words of it (5.2 to 11.1)."""
+def _blocker(reason: str, graph: BlockGraph, devices: Sequence[Device]) -> tuple[str, str]:
+    """What QEMU says of a device whose state it cannot save, of that device's name; and what to do about it.
+
+    :param reason: QEMU's own words (5.2 to 11.1).
+    """
+    where = re.search(r"used by node '(.*)'", reason)
+    device = rules.device_above(graph, devices, where[1]) if where else None
+    if device is not None and where is not None and device.device and where[1].startswith("#"):
+        reason = reason.replace(where[1], device.device)
     if "'peer mode'" in reason:  # hw/misc/ivshmem.c
-        return "start the guest with master=on for that ivshmem device: its memory is then part of the VM state"
-    if "The vvfat " in reason:
-        return "give the guest that directory read-only (without rw), or its files in a qcow2 image"
-    if "format used by node" in reason:
-        return "with the guest off: qemu-img convert -O qcow2 IMAGE NEW.qcow2, and use that"
-    return "unplug that device, or start the guest without it: its state cannot be saved"
+        return reason, "start the guest with master=on for that ivshmem device: its memory is then part of the VM state"
+    if where:
+        return reason, rules.cure_of(graph, device.node if device else where[1])
+    return reason, "unplug that device, or start the guest without it: its state cannot be saved"
 
 
 def spoiled_finding(migration: Migration, runstate: RunState) -> Finding:
@@ -482,6 +488,34 @@ def _room_findings(
         )
 
 
+def _fixed_size_findings(
+    graph: BlockGraph, survey: rules.Survey, estimate: local.StateEstimate | None, ram_bytes: int, force: bool
+) -> Iterator[Finding]:
+    """What is to be said where the VM state goes into what cannot grow. A save that reaches its end fails with EIO.
+
+    How much of it is in use QEMU does not tell. So it warns where a disk that is written all over would leave no room.
+    """
+    file = rules.protocol(graph, survey.vmstate) if survey.vmstate else None
+    if survey.vmstate is None or file is None or file.driver not in _FIXED_SIZE:
+        return
+    image = graph.nodes[survey.vmstate]
+    estimate = estimate or local.StateEstimate(0, ram_bytes, ram_bytes + local.OVERHEAD_BYTES)
+    in_states = sum(row.vm_state_size for row in image.snapshots)
+    if file.virtual_size and file.virtual_size >= image.virtual_size + in_states + estimate.at_most:
+        return
+    (name,) = rules.spoken([survey.vmstate], survey.devices)
+    size = f"{file.virtual_size:,} bytes" if file.virtual_size else "what it has"
+    message = (
+        f"{name} is stored by driver {file.driver}, where it cannot grow: {size} must hold its contents, its snapshots "
+        f"and the VM state, of about {estimate.expected:,} bytes. Without room a save ends with an input/output error"
+    )
+    cure = "save with --live, put the VM state on another disk (--vmstate NODE), or make the export or device larger"
+    if 0 < file.virtual_size < estimate.at_least and not force:
+        yield _refusal("no-room", message, f"{cure}; --force tries all the same", survey.vmstate)
+    else:
+        yield _warning("cannot-grow", message, cure, survey.vmstate)
+
+
 def _chain_findings(
     graph: BlockGraph, all_devices: Sequence[Device], shelf: Shelf, snapshot: Snapshot, devices: Collection[str]
 ) -> Iterator[Finding]:
@@ -512,8 +546,18 @@ def unreadable_finding(tag: str, file: StateFile) -> Finding:
     )
 
 
+def left_behind_finding(
+    shelf: Shelf, graph: BlockGraph, devices: Sequence[Device], snapshot: Snapshot
+) -> Finding | None:
+    """What refuses to do anything with a live snapshot whose state file was not renamed with its image."""
+    if snapshot.has_state or (left := shelf.left_behind(graph, devices, snapshot.disk_tag)) is None:
+        return None
+    message = f"{snapshot.tag!r} is a live snapshot, and its state file {left.told}"
+    return _refusal("state-file-left", message, left.cure)
+
+
 def _load_findings(
-    graph: BlockGraph, all_devices: Sequence[Device], snapshot: Snapshot, devices: Collection[str]
+    graph: BlockGraph, all_devices: Sequence[Device], shelf: Shelf, snapshot: Snapshot, devices: Collection[str]
 ) -> Iterator[Finding]:
     if snapshot.kind is Kind.STATE_ONLY:
         yield _refusal(
@@ -522,7 +566,9 @@ def _load_findings(
             f"it cannot be loaded, only deleted: qsnap delete {snapshot.tag}",
         )
         return
-    if not snapshot.has_state:
+    if left := left_behind_finding(shelf, graph, all_devices, snapshot):
+        yield left
+    elif not snapshot.has_state:
         yield _refusal(
             "disk-only",
             f"{snapshot.tag!r} is a disk-only snapshot: there is no RAM in it to go on from",

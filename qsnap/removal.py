@@ -6,6 +6,8 @@ import shlex
 from collections.abc import AsyncIterator, Iterable, Sequence
 from functools import cached_property
 
+import msgspec
+
 from qsnap import devices as rules
 from qsnap import snapshots
 from qsnap.errors import PrecheckRefused
@@ -13,7 +15,7 @@ from qsnap.kept import Kept, kept
 from qsnap.model import BlockGraph, Device, Finding, Severity, Snapshot, SnapshotTables
 from qsnap.monitor import Monitor
 from qsnap.notes import Notes
-from qsnap.precheck import unreadable_finding
+from qsnap.precheck import left_behind_finding, unreadable_finding
 from qsnap.snapshots import Holding
 from qsnap.statefile.shelf import Shelf
 
@@ -108,7 +110,16 @@ class Look:
 
 
 def _unseen_notes(notes: Notes, marks: Kept, graph: BlockGraph, devices: Sequence[Device]) -> Iterable[Finding]:
-    if notes.unseen and not marks.tells_all(graph, devices):
+    if marks.tells_all(graph, devices):
+        return
+    for left in notes.left:
+        yield Finding(
+            code="unseen-notes",
+            severity=Severity.REFUSE,
+            message=f"a file with notes, of what is protected too, {left.told}",
+            cure=f"{left.cure}; if it does not matter: {_WORD}",
+        )
+    if notes.unseen:
         yield Finding(
             code="unseen-notes",
             severity=Severity.REFUSE,
@@ -122,7 +133,9 @@ def _unseen_notes(notes: Notes, marks: Kept, graph: BlockGraph, devices: Sequenc
 def _unseen_state(
     shelf: Shelf, graph: BlockGraph, devices: Sequence[Device], notes: Notes, snapshot: Snapshot
 ) -> Iterable[Finding]:
-    if state_dir := notes.of(snapshot).state_dir:
+    if left := left_behind_finding(shelf, graph, devices, snapshot):
+        yield msgspec.structs.replace(left, cure=f"{left.cure}; if the file does not matter: {_WORD}")
+    elif state_dir := notes.of(snapshot).state_dir:
         yield Finding(
             code="unseen-state-file",
             severity=Severity.REFUSE,

@@ -142,7 +142,8 @@ async def do_savevm(
         # the_end: if (saved_vm_running) vm_start(): done by leaving the block
     except BaseException as failure:
         was_running = takes_stop(report.runstate, monitor.version)
-        await undisturbed(attempt.clear_up(failure, was_running=was_running), journal.patience_s)
+        hint = next((finding.message for finding in report.findings if finding.code == "cannot-grow"), "")
+        await undisturbed(attempt.clear_up(failure, was_running=was_running, hint=hint), journal.patience_s)
         raise
     # What a live save of that tag had elsewhere
     await undisturbed(
@@ -254,9 +255,10 @@ class Attempt:
             for key in row_keys(graph.nodes[node].tagged(self.tag))
         )
 
-    async def clear_up(self, failure: BaseException, *, was_running: bool) -> None:
+    async def clear_up(self, failure: BaseException, *, was_running: bool, hint: str = "") -> None:
         """Remove what the save left half made, and say in *failure* how things stand.
 
+        :param hint: what was known beforehand that may have made it fail.
         :raise GuestLeftStopped: the guest runs no more, as it has no room for its own writes either.
         :raise VerifyFailed: QEMU reported an error (*failure*) and has left half a set behind; it is removed.
         """
@@ -274,7 +276,7 @@ class Attempt:
             is_cut_short = not isinstance(failure, (JobFailed, VerifyFailed))
             removed, outcome = await self.undo(keeps_whole=is_cut_short)
             runstate = await self.monitor.runstate()
-            outcome += f"; the guest is {runstate}"
+            outcome += f"; the guest is {runstate}" + (f". {hint}" if hint else "")
         except QsnapError as trouble:
             outcome = f"clearing up after it failed: {trouble}"
         if was_running and not is_live(runstate):

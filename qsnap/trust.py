@@ -18,9 +18,8 @@ from __future__ import annotations
 
 import errno
 import os
+from collections.abc import Sequence
 from pathlib import Path
-
-from qsnap import local
 
 
 def user_of(pid: int, listener: int | None) -> int:
@@ -55,18 +54,18 @@ def owners(user: int | None) -> set[int]:
     return {user, ours} - {0}
 
 
-def image(pid: int | None, user: int | None, filename: str) -> Path:
-    """The real path of the image that a QEMU has open as *filename*, where it leads us to that same file.
+def image(user: int | None, filename: str, ways: Sequence[Path]) -> Path:
+    """The real path of the image that a QEMU calls *filename*, where its descriptor leads us to that same file.
 
     :param user: whose the QEMU is.
+    :param ways: by what we see it: :func:`qsnap.descriptors.ways`.
     :raise OSError: it cannot be seen from here (another machine or container, deleted), or it is not one that this QEMU
         may lead us to.
     """
-    ways = [] if pid is None else list(local.visible_files(pid, filename))
     if not ways:
         raise FileNotFoundError(errno.ENOENT, "it cannot be seen from here", filename)
     if not (believed := [way for way in ways if is_believed(user) or _is_theirs(way, user)]):
-        reason = f"process {pid} of user {user} has not opened it for writing"
+        reason = f"the QEMU of user {user} has not opened it for writing"
         raise PermissionError(errno.EPERM, reason, filename)
     path = Path(os.path.realpath(believed[0]))
     if not path.samefile(believed[0]):

@@ -408,6 +408,7 @@ class VM:
         found = await self._noted(
             graph, devices, snapshots.snapshots(graph, devices, self._shelf.files(graph, devices))
         )
+        self._warn_of_files_left(graph, devices, found)
         self._warn_of_unseen_files(graph, devices, found)
         self._tell_of_backing(graph, devices)
         return found
@@ -424,6 +425,7 @@ class VM:
         if snapshot is None:
             raise snapshots.not_found(graph, devices, tag)
         (snapshot,) = await self._noted(graph, devices, [snapshot])
+        self._warn_of_files_left(graph, devices, [snapshot])
         self._warn_of_unseen_files(graph, devices, [snapshot])
         return snapshot, {name: graph.nodes[name].tagged(snapshot.disk_tag) for name in snapshot.devices}
 
@@ -495,6 +497,12 @@ class VM:
             for (image, device), names in tags.items()
         )
 
+    def _warn_of_files_left(self, graph: BlockGraph, devices: Sequence[Device], found: Iterable[Snapshot]) -> None:
+        """Say so where what looks like disks alone has its RAM in a file beside the former name of an image."""
+        for snapshot in found:
+            if snapshot.kind is Kind.DISK_ONLY and (left := self._shelf.left_behind(graph, devices, snapshot.disk_tag)):
+                self.remarks.append(left.sentence(f"{snapshot.tag!r} is a live snapshot, and its state file"))
+
     def _warn_of_unseen_files(self, graph: BlockGraph, devices: Sequence[Device], found: Iterable[Snapshot]) -> None:
         """Say so where what looks like disks alone may have its RAM in a file that cannot be seen from here."""
         tags = [snapshot.tag for snapshot in found if snapshot.kind is Kind.DISK_ONLY]
@@ -523,7 +531,13 @@ class VM:
         try:
             notes = Notes(self._shelf, graph, devices)
             found = notes.added_to(found)
-            if notes.unseen and not self._shelf.ignores_unseen and not marks.tells_all(graph, devices):
+            self.remarks += (left.sentence("a file with notes") for left in notes.left)
+            if (
+                notes.unseen
+                and not notes.left
+                and not self._shelf.ignores_unseen
+                and not marks.tells_all(graph, devices)
+            ):
                 self.remarks.append(
                     "it cannot be seen from here which snapshots are protected: notes of this VM may lie at "
                     f"{', '.join(notes.unseen)}"

@@ -40,7 +40,7 @@ from guest import (
     until,
 )
 from machine import IS_ROOT, NOBODY
-from qsnap import files, gentle, guard, journal, metrics, trust
+from qsnap import files, gentle, guard, journal, local, metrics, trust
 from qsnap.errors import BadUsage, QsnapError
 from qsnap.monitor.address import parse_address
 from test_guard import wait_for_the_guard
@@ -376,11 +376,16 @@ def test_whose_a_qemu_is(theirs: Path, ours: Path) -> None:
 
     with a_child(hold) as pid:
         assert os.read(ready, 1) == b"x"
+        passwd = Path("/etc/passwd")
+
+        def seen(path: Path) -> tuple[str, list[Path]]:
+            return str(path), [*local.visible_files(pid, str(path))]
+
         assert trust.user_of(pid, NOBODY) == trust.user_of(pid, 0) == trust.user_of(pid, None) == NOBODY
-        assert trust.image(pid, NOBODY, str(open_to_all)) == open_to_all
+        assert trust.image(NOBODY, *seen(open_to_all)) == open_to_all
         with pytest.raises(PermissionError, match="has not opened it for writing"):
-            trust.image(pid, NOBODY, "/etc/passwd")
-        assert trust.image(pid, 0, "/etc/passwd") == Path("/etc/passwd")
+            trust.image(NOBODY, *seen(passwd))
+        assert trust.image(0, *seen(passwd)) == passwd
         with pytest.raises(PermissionError, match="listens there"):
             trust.user_of(os.getpid(), NOBODY)
     os.close(ready)

@@ -58,6 +58,7 @@ class FormatSpecific(Wire, frozen=True):
 
 class ImageInfo(Wire, frozen=True):
     filename: str = ""
+    virtual_size: Size = 0
     snapshots: list[SnapshotInfo] = []
     format_specific: FormatSpecific | None = None
 
@@ -251,6 +252,7 @@ def block_node(info: BlockDeviceInfo, children: Sequence[tuple[str, str]]) -> Bl
         read_only=info.ro,
         active=info.active,
         filename=image_path(info.file or info.image.filename),
+        virtual_size=info.image.virtual_size,
         encrypted=info.encrypted,
         external_data_file=bool(details.get("data-file")),
         refcount_bits=refcount_bits if isinstance(refcount_bits, int) else None,

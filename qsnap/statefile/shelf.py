@@ -13,15 +13,17 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import shlex
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
+from typing import NamedTuple
 from urllib.parse import quote_from_bytes, unquote_to_bytes
 
+from qsnap import descriptors, files, trust
 from qsnap import devices as rules
-from qsnap import files, trust
 from qsnap.errors import BadUsage, NotSupported
 from qsnap.model import BlockGraph, Device, StateFile
 from qsnap.statefile import qcow2
@@ -34,6 +36,35 @@ PART_SUFFIX = ".qsnap-part"
 _NAME_MAX = 255
 #: Why a file that is there cannot be read.
 _MAY_NOT = (errno.EACCES, errno.EIO)
+
+
+class LeftBehind(NamedTuple):
+    """A file of this VM that lies where it was before the image was renamed or moved, while QEMU had it open.
+
+    :ivar path: where it is.
+    :ivar image: where the image is.
+    :ivar place: where it belongs now; None where its name cannot be made to fit.
+    """
+
+    path: Path
+    image: Path
+    place: Path | None
+
+    @property
+    def told(self) -> str:
+        """In words: a clause about what lies there."""
+        return f"lies at {self.path}, and the image was renamed since QEMU opened it: it is {self.image} now"
+
+    @property
+    def cure(self) -> str:
+        """What to do about it."""
+        if self.place is not None:
+            return f"rename it too: mv {shlex.quote(str(self.path))} {shlex.quote(str(self.place))}"
+        return f"give {self.image} the name that it had: its files in {self.path.parent} go by that"
+
+    def sentence(self, subject: str) -> str:
+        """Both, for people."""
+        return f"{subject} {self.told}. {self.cure[0].upper()}{self.cure[1:]}"
 
 
 class Shelf:
@@ -83,8 +114,9 @@ class Shelf:
             return image.with_name(_fitting(image.name + end, suffix))
         if self.state_dir is not None:
             return self.state_dir / _fitting(_unique(self.identity(graph, node)) + end, suffix)
+        (name,) = rules.spoken([node], rules.survey(graph).devices)
         raise NotSupported(
-            f"no file can be put beside the image of {node}: {self._unseen(graph, node)}; "
+            f"no file can be put beside the image of {name}: {self._unseen(graph, node)}; "
             "choose a directory: --state-dir DIR"
         )
 
@@ -104,8 +136,11 @@ class Shelf:
             return None
 
     def _image(self, graph: BlockGraph, node: str) -> Path:
-        file = rules.image_file(graph, node)
-        image = trust.image(self._pid, self._user, file.filename if file else "")
+        file = rules.protocol(graph, node)
+        if why := _why_no_file(graph, node):
+            raise FileNotFoundError(errno.ENOENT, why)
+        ways = descriptors.ways(self._pid, graph, node)
+        image = trust.image(self._user, file.filename if file else "", ways)
         self._owners.add(files.status(image).st_uid)
         return image
 
@@ -131,7 +166,7 @@ class Shelf:
         """
         if (image := self.image(graph, node)) is not None:
             return image
-        file = rules.image_file(graph, node)
+        file = rules.protocol(graph, node)
         name = (file and file.filename) or node
         try:
             user = self._user
@@ -186,10 +221,59 @@ class Shelf:
         return (*self.unseen_images(graph, devices), *map(str, closed))
 
     def unseen_images(self, graph: BlockGraph, devices: Iterable[Device]) -> tuple[str, ...]:
-        """The images whose directories cannot be seen from here."""
+        """The images whose directories cannot be seen from here; and those that have none, if no other was chosen."""
         nodes = dict.fromkeys(device.image for device in devices if device.image)
-        unseen = [node for node in nodes if self.image(graph, node) is None]
+        has_place = {node for node in nodes if self.state_dir is None or not _why_no_file(graph, node)}
+        unseen = [node for node in nodes if node in has_place and self.image(graph, node) is None]
         return tuple((file and file.filename) or node for node in unseen for file in [rules.image_file(graph, node)])
+
+    def left_behind(self, graph: BlockGraph, devices: Iterable[Device], disk_tag: str) -> LeftBehind | None:
+        """The state file of a tag that lies where it did before its image was renamed; None if there is none."""
+        for image, old, node in self._renamed(graph, devices):
+            clocks = {row.vm_clock_ns // 1_000_000 for row in graph.nodes[node].tagged(disk_tag)}
+            for path in self._expected(old, disk_tag) if clocks else ():
+                if not self._is_left(path, disk_tag, clocks):
+                    continue
+                beside = old.with_name(_fitting(old.name + _ending(disk_tag), SUFFIX))
+                place = image.with_name(_fitting(image.name + _ending(disk_tag), SUFFIX)) if path == beside else None
+                return LeftBehind(path, image, place)
+        return None
+
+    def left_beside(self, graph: BlockGraph, devices: Iterable[Device], suffix: str) -> Iterator[LeftBehind]:
+        """Files of that suffix beside the former names of images, where there are none beside the present ones."""
+        for image, old, _ in self._renamed(graph, devices):
+            path, place = (one.with_name(_fitting(one.name, suffix)) for one in (old, image))
+            if not os.path.lexists(place) and self._may_be_told(path):
+                yield LeftBehind(path, image, place)
+
+    def _is_left(self, path: Path, disk_tag: str, clocks: Collection[int]) -> bool:
+        """Whether a state file of that tag and one of these clocks (in ms) lies there, or one that may not be read."""
+        if not self._may_be_told(path):
+            return False
+        try:
+            file = _looked_at(path)
+        except OSError as error:
+            return error.errno in _MAY_NOT
+        return file is not None and file.disk_tag == disk_tag and file.vm_clock_ns // 1_000_000 in clocks
+
+    def _may_be_told(self, path: Path) -> bool:
+        """Whether something lies there that belongs to somebody to whose files this QEMU may lead us."""
+        try:
+            return files.status(path).st_uid in self._owners | trust.owners(self._user)
+        except OSError:
+            return False
+
+    def _renamed(self, graph: BlockGraph, devices: Iterable[Device]) -> Iterator[tuple[Path, Path, str]]:
+        """The images that QEMU calls otherwise than what they are called now: their place, the former one, the node."""
+        for node in dict.fromkeys(device.image for device in devices if device.image):
+            file, image = rules.image_file(graph, node), self.image(graph, node)
+            if file is None or image is None:
+                continue
+            old = Path(file.filename)
+            # In what directory it was is not known of a relative name: most likely where it is
+            old = Path(os.path.realpath(old.parent), old.name) if old.is_absolute() else image.with_name(old.name)
+            if Path(os.path.realpath(old)) != image:
+                yield image, old, node
 
     def remove_parts(self, graph: BlockGraph, devices: Iterable[Device]) -> None:
         """Remove what live saves of this VM have left unfinished. None must be under way.
@@ -243,6 +327,18 @@ class Shelf:
             if path.name == _fitting(_unique(image) + ending, SUFFIX) and Path(file.image) == image:
                 return True  # in the user's directory, which may be the image's
         return False
+
+
+def _why_no_file(graph: BlockGraph, node: str) -> str:
+    """Why there is no directory that a node's image lies in, in words; "" if it lies in a file, or that is not told."""
+    protocol = rules.protocol(graph, node)
+    if protocol is None:
+        return ""
+    if graph.nodes[node].is_temporary:
+        return "it is the temporary overlay of snapshot=on, a file without a name, and gone when QEMU ends"
+    if protocol.driver in ("host_device", "host_cdrom"):
+        return f"it is on the block device {protocol.filename}, beside which no files belong"
+    return "" if protocol.driver == "file" else f"it is not in a file of this machine (driver {protocol.driver})"
 
 
 #: That of a VM without state files, or where nobody wants to know.
