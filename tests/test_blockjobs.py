@@ -167,6 +167,23 @@ def test_a_save_beside_a_job(overlaid: Guest, tmp_path: Path) -> None:
         overlaid.assert_running()
 
 
+@needs_snapshot_jobs
+@pytest.mark.parametrize("job", [mirror, stream])
+def test_a_live_save_beside_a_job_where_auto_may_choose(overlaid: Guest, tmp_path: Path, job: Job) -> None:
+    """It ends in a snapshot that can be loaded when the job has ended, of whichever kind; and the job goes on."""
+    job(overlaid, tmp_path / "copy")
+    saved = cli("save", "--live=auto", "t", "--json", monitor=overlaid.address).json
+    assert saved["kind"] in ("full", "live")
+    assert overlaid.jobs() == ["j"]
+    overlaid.assert_running()
+    end(overlaid, job)
+    at = overlaid.wait_for_ticks()
+    cli("load", "t", monitor=overlaid.address)
+    overlaid.assert_running()
+    assert overlaid.lines()[-1][0] < at, "it has not gone back"
+    assert tags(tmp_path / "top.qcow2") == ["t"]
+
+
 @both_monitors
 def test_a_deletion_beside_a_backup(overlaid: Guest, tmp_path: Path, transport: str) -> None:
     """HMP's delvm takes all disks: it fails at the filter, or (QEMU 5.2) leaves that disk out."""
