@@ -9,7 +9,6 @@ from conftest import Launch
 from guest import (
     DEADLINE_S,
     HAS_SNAPSHOT_JOBS,
-    Guest,
     blockdev,
     both_monitors,
     cli,
@@ -35,15 +34,9 @@ def encrypted(node: str, path: Path) -> list[str]:
             "-device", f"virtio-blk,drive={node}"]  # fmt: skip
 
 
-def counting(launch: Launch, *args: str) -> Guest:
-    guest = launch(*args)
-    guest.wait_for_ticks()
-    return guest
-
-
 @both_monitors
 def test_it_is_refused_where_no_other_image_can_hold_the_state(launch: Launch, tmp_path: Path) -> None:
-    guest = counting(launch, *encrypted("e", tmp_path / "e"))
+    guest = launch(*encrypted("e", tmp_path / "e"))
     (found,) = findings(guest).values()
     assert (found["code"], found["node"]) == ("vmstate-encrypted", "e")
     assert "--live" in found["cure"]
@@ -56,8 +49,8 @@ def test_it_is_refused_where_no_other_image_can_hold_the_state(launch: Launch, t
 @both_monitors
 def test_another_image_is_taken(launch: Launch, tmp_path: Path, transport: str) -> None:
     """Where QEMU can be told which; the encrypted disk goes back too."""
-    guest = counting(
-        launch, *encrypted("e", tmp_path / "e"),
+    guest = launch(
+        *encrypted("e", tmp_path / "e"),
         *blockdev("plain", make_boot_disk(tmp_path / "p")), "-device", "virtio-blk,drive=plain",
     )  # fmt: skip
     if not HAS_SNAPSHOT_JOBS or transport == "hmp":
@@ -67,6 +60,7 @@ def test_another_image_is_taken(launch: Launch, tmp_path: Path, transport: str) 
         return
     (found,) = findings(guest, ok=True).values()
     assert (found["code"], found["node"]) == ("vmstate-not-encrypted", "plain")
+    guest.wait_for_ticks()
     saved = cli("save", "t", "--json", monitor=guest.address).json
     assert (saved["kind"], saved["vmstate"], saved["devices"]) == ("full", "plain", ["e", "plain"])
     assert "in the clear" in saved["warnings"][0]["message"]
@@ -81,7 +75,8 @@ def test_another_image_is_taken(launch: Launch, tmp_path: Path, transport: str) 
 
 @needs_snapshot_jobs
 def test_a_live_save_needs_no_image_for_the_state(launch: Launch, tmp_path: Path) -> None:
-    guest = counting(launch, *encrypted("e", tmp_path / "e"))
+    guest = launch(*encrypted("e", tmp_path / "e"))
+    guest.wait_for_ticks()
     saved = cli("save", "--live", "t", "--json", monitor=guest.address).json
     assert (saved["kind"], saved["warnings"]) == ("live", [])
     at = guest.wait_for_ticks()
