@@ -6,6 +6,7 @@ import json
 import os
 import random
 import struct
+from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -16,7 +17,8 @@ from hypothesis import strategies as st
 from guest import assert_sound, qemu_img, tags
 from qsnap import snapshots
 from qsnap.devices import survey
-from qsnap.model import NodeSnapshot, StateFile
+from qsnap.errors import BadUsage
+from qsnap.model import MAX_TAG_BYTES, NodeSnapshot, StateFile
 from qsnap.statefile import qcow2, shelf
 from qsnap.statefile.qcow2 import CLUSTER, STREAM_OFFSET, Content
 from test_units import graph, node
@@ -180,6 +182,17 @@ def test_names() -> None:
     long = [name("d" * 100, "é" * 120 + last) for last in "ab"]
     assert long[0] != long[1]
     assert all(len(os.fsencode(name)) + len(".qsnap-part") - len(".qsnap") <= 255 for name in long)
+
+
+@pytest.mark.parametrize(
+    ("name_of", "suffix"),
+    [(snapshots.stand_in_of, snapshots.STAND_IN_SUFFIX), (snapshots.second_name, snapshots.SECOND_SUFFIX)],
+)
+def test_the_longest_tag_that_takes_a_suffix(name_of: Callable[[str], str], suffix: str) -> None:
+    longest = "é" + "x" * (MAX_TAG_BYTES - len(suffix) - 2)
+    assert name_of(longest) == longest + suffix
+    with pytest.raises(BadUsage, match="too long"):
+        name_of(f"{longest}x")
 
 
 def test_which_disks_a_file_belongs_to() -> None:
