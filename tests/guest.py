@@ -24,6 +24,7 @@ from typing import Any, TypeVar
 import pytest
 
 import qsnap.guest
+from forks import Forked, can_fork
 
 _T = TypeVar("_T")
 
@@ -300,14 +301,18 @@ class Run:
 
 def start_cli(*args: str, monitor: str | None = None, env: dict[str, str] | None = None) -> subprocess.Popen[str]:
     """qsnap as a process of its own, not yet finished."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "qsnap", *args], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE, text=True, env=_environment(monitor, env),
+    )  # fmt: skip
+
+
+def _environment(monitor: str | None, env: dict[str, str] | None) -> dict[str, str]:
     environment = {**os.environ, "COLUMNS": "200", **(env or {})}
     environment.pop("QSNAP_MONITOR", None)
     if monitor is not None:
         environment["QSNAP_MONITOR"] = monitor
-    return subprocess.Popen(
-        [sys.executable, "-m", "qsnap", *args],
-        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment,
-    )  # fmt: skip
+    return environment
 
 
 def finish(process: subprocess.Popen[str], timeout_s: float = 60) -> Run:
@@ -323,7 +328,11 @@ def finish(process: subprocess.Popen[str], timeout_s: float = 60) -> Run:
 
 def cli(*args: str, monitor: str | None = None, expect: int | None = 0, env: dict[str, str] | None = None) -> Run:
     """Run qsnap, and check its exit code unless *expect* is None."""
-    run = finish(start_cli(*args, monitor=monitor, env=env))
+    environment = _environment(monitor, env)
+    if can_fork(environment):
+        run = Run(*Forked(args, environment).finish(60))
+    else:
+        run = finish(start_cli(*args, monitor=monitor, env=env))
     assert expect is None or run.code == expect, f"exit {run.code}\n{run.out}\n{run.err}"
     return run
 
