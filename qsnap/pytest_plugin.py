@@ -154,11 +154,14 @@ def qsnap_vm(request: pytest.FixtureRequest) -> Iterator[GuestVM]:
     marker = request.node.get_closest_marker("qsnap")
     tag = None if marker is None else _marked_tag(marker)
     with _alone_with(vm):
-        if tag is not None:
-            try:
+        failure: QsnapError | None = None
+        try:
+            if tag is not None:
                 vm.load(tag)
-            except QsnapError as error:
-                pytest.fail(f"qsnap: the guest could not be put back to {tag!r}: {error}", pytrace=False)
+        except QsnapError as error:
+            failure = error
+        if failure is not None:  # not in the handler, whose traceback nobody needs
+            pytest.fail(f"qsnap: the guest could not be put back to {tag!r}: {failure}", pytrace=False)
         yield vm
 
 

@@ -19,7 +19,7 @@ from qsnap.journal import Journal
 from qsnap.livesave import LiveAttempt
 from qsnap.loadvm import outcome
 from qsnap.marks import CLAIM, decode
-from qsnap.model import Recovered
+from qsnap.model import Recovered, RunState
 from qsnap.monitor import HALF_RESTORED, Monitor, adopt_monitor, open_monitor
 from qsnap.runstates import HAS_ENDED, cure_of, is_live
 from qsnap.savevm import Attempt
@@ -151,7 +151,7 @@ async def _resume(monitor: Monitor) -> list[str]:
 
     :raise GuestLeftStopped: QEMU will not.
     """
-    for _ in range(_CONT_TRIES):
+    for attempt in range(_CONT_TRIES):
         if is_live(runstate := await monitor.runstate()):
             return []
         try:
@@ -164,6 +164,8 @@ async def _resume(monitor: Monitor) -> list[str]:
             continue
         if is_live(runstate := await monitor.runstate()):
             return ["the guest was resumed"]
+        if runstate is RunState.PAUSED and attempt == 0:
+            continue  # as in qsnap.stopped: a live save's stream has just begun
         return [f"the guest was resumed, and is {runstate}: {cure_of(runstate)}"]
     raise GuestLeftStopped(f"the guest is stopped, and QEMU does not resume it: {refusal.reason}")
 

@@ -113,6 +113,10 @@ async def _resume(monitor: Monitor, pause: Pause, journal: Journal) -> None:
     except MonitorLost:
         await reconnect(monitor, journal)
         await pause._resume(monitor)
+    if pause.runstate is RunState.PAUSED and journal.record.live is not None:
+        # QEMU puts the "paused" of before back when its stream has begun, which may be after our `cont` (from 9.0 on,
+        # migration.c: bg_migration_vm_start_bh; seen on 11.1 after a live save that failed)
+        await pause._resume(monitor)
 
 
 async def reconnect(monitor: Monitor, journal: Journal) -> None:
