@@ -145,7 +145,7 @@ def test_telnet_over_tcp(launch: Launch, tmp_path: Path) -> None:
         "-name", b"x\xff\xfb\xff\xff\xfez",
     )  # fmt: skip
     for address in (f"telnet:127.0.0.1:{port}", f"-monitor {word}", f"tcp:127.0.0.1:{port}"):
-        cli("save", "é日", monitor=address)
+        cli("save", "é日", "--ignore-unseen", monitor=address)  # the second replaces the first
         assert tags(tmp_path / "a") == ["é日"]
         assert cli("status", "--json", monitor=address).json["name"] == "x\ufffd\ufffd\ufffd\ufffd\ufffdz"
     monitors = next(vm for vm in cli("vms", "--json").json["vms"] if vm["pid"] == guest.pid)["monitors"]
