@@ -249,7 +249,7 @@ LAYERS = [
     ["notes", "health", "blockjobs"],
     ["retention"],
     ["statefile"],
-    ["trust"],
+    ["trust", "descriptors"],
     ["devices", "snapshots"],
     ["monitor", "discovery"],
     ["outside", "local", "runstates", "undisturbed", "gentle", "guest"],
