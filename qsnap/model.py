@@ -439,7 +439,7 @@ class PruneResult(Struct, frozen=True):
     remove: tuple[PruneDecision, ...]
     dry_run: bool = False
     other_series: tuple[str, ...] = ()
-    """The prefixes that there are, where there is no snapshot of *prefix*."""
+    """The prefixes of the series that exist, if *prefix* has no snapshot."""
 
 
 class SaveResult(Struct, frozen=True):

@@ -31,7 +31,7 @@ _V = TypeVar("_V")
 
 #: A hang-up is a lost terminal: as final as the other two.
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-#: Open files that a command needs, and for each VM. With one VM 14 are seen to do; some more for modules and notes.
+#: Open files that a command needs, and that each VM adds. With one VM 14 were enough; notes and modules may take more.
 _FILES, _FILES_OF_A_VM = 16, 16
 
 
