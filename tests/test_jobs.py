@@ -323,11 +323,12 @@ def test_what_cannot_be_killed_is_left(monkeypatch: pytest.MonkeyPatch, capsys: 
     """As a process that hangs in the kernel, or another user's: it must not hang the job. (Here no signal is sent.)"""
     for name, value in (("GRACE_S", 0.1), ("KILL_S", 0.1)):
         monkeypatch.setattr(jobs, name, value)
+    ours = jobs._children()
     with subprocess.Popen(["sleep", "1000"]) as process:
         try:
             for name in ("terminate", "kill"):
                 monkeypatch.setattr(psutil.Process, name, lambda _: None)
-            ended = threading.Thread(target=jobs._end, args=(process, ()), daemon=True)
+            ended = threading.Thread(target=jobs._end, args=(process, ours), daemon=True)
             ended.start()
             ended.join(30)
             assert not ended.is_alive()
