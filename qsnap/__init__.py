@@ -8,7 +8,7 @@ from __future__ import annotations
 TYPE_CHECKING = False  # known to type checkers by its name; ``typing`` itself takes a tenth of our start
 if TYPE_CHECKING:
     from qsnap.errors import QsnapError
-    from qsnap.model import CheckReport, DeleteResult, LoadResult, SaveResult, Snapshot, Status
+    from qsnap.model.qemu import CheckReport, DeleteResult, LoadResult, SaveResult, Snapshot, Status
     from qsnap.vm import VM, connect
 
 __version__ = "0.1.0"
@@ -33,4 +33,4 @@ def __getattr__(name: str) -> object:
         raise AttributeError(f"module 'qsnap' has no attribute {name!r}")
     from importlib import import_module
 
-    return getattr(import_module(f"qsnap.{_HOMES.get(name, 'model')}"), name)
+    return getattr(import_module(f"qsnap.{_HOMES.get(name, 'model.qemu')}"), name)

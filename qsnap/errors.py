@@ -34,7 +34,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, ClassVar
 
 if TYPE_CHECKING:
-    from qsnap.model import Finding
+    from qsnap.model.qemu import Finding
 
 
 #: How things stand where something was refused in time.

@@ -25,8 +25,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import pytest
 
 if TYPE_CHECKING:
-    from qsnap.choice import Target
-    from qsnap.model import CheckReport, DeleteResult, LoadResult, SaveResult, Snapshot, Status
+    from qsnap.model.qemu import CheckReport, DeleteResult, LoadResult, SaveResult, Snapshot, Status
+    from qsnap.targets.choose import Target
     from qsnap.vm import VM
 
 _T = TypeVar("_T")
@@ -171,7 +171,7 @@ def _alone_with(vm: GuestVM) -> Iterator[None]:
     import fcntl
     import hashlib
 
-    from qsnap.journal import directory
+    from qsnap.runs.journal import directory
 
     name = f"pytest-{hashlib.sha256(vm.address.encode(errors='surrogateescape')).hexdigest()[:16]}.lock"
     file = os.open(directory() / name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
@@ -207,9 +207,9 @@ def _marked_tag(marker: pytest.Mark) -> str:
 
 
 def _target(config: pytest.Config) -> Target:
-    from qsnap import config as files
-    from qsnap.choice import choose
-    from qsnap.discovery import running_vms
+    from qsnap.targets import config as files
+    from qsnap.targets import running_vms
+    from qsnap.targets.choose import choose
 
     monitor, vm = config.getoption("--qsnap-monitor"), config.getoption("--qsnap-vm")
     if not monitor and not vm:

@@ -19,8 +19,6 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
 
-from qsnap import devices as rules
-from qsnap import snapshots
 from qsnap.errors import (
     BadUsage,
     CommandFailed,
@@ -32,7 +30,10 @@ from qsnap.errors import (
     QsnapError,
     VMLocked,
 )
-from qsnap.model import (
+from qsnap.inventory import devices as rules
+from qsnap.inventory import snapshots
+from qsnap.inventory.state_store import Shelf
+from qsnap.model.qemu import (
     BlockGraph,
     CheckReport,
     DeleteResult,
@@ -52,12 +53,11 @@ from qsnap.model import (
 from qsnap.monitor import GREETING_TIMEOUT_S, HALF_RESTORED, Monitor, open_monitor
 from qsnap.monitor.address import Address, parse_address
 from qsnap.monitor.connection import peer_user
-from qsnap.statefile.shelf import Shelf
 
 if TYPE_CHECKING:
-    from qsnap.journal import Journal
-    from qsnap.progress import Watcher
-    from qsnap.retention import Policy
+    from qsnap.operations.progress import Watcher
+    from qsnap.runs.journal import Journal
+    from qsnap.upkeep.retention import Policy
 
 #: Seconds to wait for another qsnap.
 LOCK_WAIT_S = 5.0
@@ -114,23 +114,23 @@ class VM:
         description: str = "",
         alive: bool = False,
     ) -> SaveResult:
-        """Save RAM, device state and every writable disk under one tag: see :func:`qsnap.savevm.do_savevm`.
+        """Save RAM, device state and every writable disk under one tag: see :func:`qsnap.operations.save.do_savevm`.
 
         :param prefix: instead of a tag: save the next one of that series, as PREFIX-YYYYMMDDTHHMMSS in local time.
             A guest that could not go on from it is refused: it would push good snapshots out of the series.
         :param alive: refuse such a guest in any case. It has panicked, shut down, its watchdog has run out, a request
             to a disk has failed; or it is in S3, before QEMU 9.0. Default: warn, and write it down with the snapshot.
-        :param description: written down beside the image: see :mod:`qsnap.notes`.
+        :param description: written down beside the image: see :mod:`qsnap.inventory.notes`.
         :param safe_replace: a live save never is without a whole snapshot, with this or without.
-        :param live: while the guest runs: see :func:`qsnap.livesave.do_live_save`. A guest that is paused gains
-            nothing by it, and is saved the ordinary way. "auto" saves the ordinary way also where a live save is not
-            possible, or has failed and was undone. The result's warnings say so.
+        :param live: while the guest runs: see :func:`qsnap.operations.live.save.do_live_save`. A guest that is paused
+            gains nothing by it, and is saved the ordinary way. "auto" saves the ordinary way also where a live save is
+            not possible, or has failed and was undone. The result's warnings say so.
         :raise VMLocked: another qsnap is at work on this VM.
         """
         if tag is not None and prefix is not None:
             raise BadUsage("a tag and a prefix exclude each other")
         if description:
-            from qsnap.notes import checked_description
+            from qsnap.inventory.notes import checked_description
 
             checked_description(description)
         async with self._claimed("save", (tag or prefix or "",), is_dry=dry_run) as journal:
@@ -148,7 +148,7 @@ class VM:
             not_live = await self._why_not_live(live, tag, **choice)
             result = None
             if live and not not_live:
-                from qsnap.livesave import do_live_save
+                from qsnap.operations.live.save import do_live_save
 
                 try:
                     result = await do_live_save(self._monitor, tag, **common)
@@ -157,7 +157,7 @@ class VM:
                         raise
                     not_live = [_not_live(str(error))]
             if result is None:
-                from qsnap.savevm import do_savevm
+                from qsnap.operations.save import do_savevm
 
                 result = await do_savevm(
                     self._monitor, tag, safe_replace=safe_replace, alive=alive or prefix is not None, **common
@@ -173,9 +173,9 @@ class VM:
         return msgspec.structs.replace(result, description=description, warnings=(*result.warnings, *not_live))
 
     async def _next_of_series(self, prefix: str) -> str:
-        from qsnap.model import series_tag
-        from qsnap.prune import check_prefix
-        from qsnap.savevm import free_automatic_tag
+        from qsnap.model.qemu import series_tag
+        from qsnap.operations.prune import check_prefix
+        from qsnap.operations.save import free_automatic_tag
 
         check_prefix(prefix)
         return free_automatic_tag(await self._monitor.block_graph(), lambda now: series_tag(prefix, now))
@@ -193,7 +193,7 @@ class VM:
         if await self._monitor.runstate() is not RunState.RUNNING:
             why = "the guest does not run, so nothing is gained by a live save"
         elif live == "auto":
-            from qsnap.livesave import plan_live
+            from qsnap.operations.live.save import plan_live
 
             try:
                 await plan_live(self._monitor, tag, shelf=self._shelf, **choice)
@@ -204,12 +204,12 @@ class VM:
     async def load(
         self, tag: str, *, running: bool | None = None, exclude: Collection[str] = (), force: bool = False
     ) -> LoadResult:
-        """Put RAM, device state and disks back: see :func:`qsnap.loadvm.do_loadvm`.
+        """Put RAM, device state and disks back: see :func:`qsnap.operations.load.do_loadvm`.
 
         :raise VMLocked: another qsnap is at work on this VM.
         """
 
-        from qsnap.loadvm import do_loadvm
+        from qsnap.operations.load import do_loadvm
 
         async with self._claimed("load", (tag,)) as journal:
             self._warn_of_unseen_files_of((tag,), await self._tidied())
@@ -218,14 +218,14 @@ class VM:
             )
 
     async def delete(self, *tags: str, missing_ok: bool = False, ignore_unseen: bool = False) -> DeleteResult:
-        """Delete snapshots from every device that holds them: see :func:`qsnap.delvm.do_delvm`.
+        """Delete snapshots from every device that holds them: see :func:`qsnap.operations.delete.do_delvm`.
 
         :param ignore_unseen: what cannot be seen from here does not matter, as with the same word of :func:`connect`.
         :raise VMLocked: another qsnap is at work on this VM.
         """
 
-        from qsnap.delvm import do_delvm
-        from qsnap.removal import Look
+        from qsnap.operations.delete import do_delvm
+        from qsnap.operations.removal import Look
 
         shelf = self._shelf.ignoring_unseen() if ignore_unseen else self._shelf
         async with self._claimed("delete", tags) as journal:
@@ -248,11 +248,11 @@ class VM:
         dry_run: bool = False,
         pending: SaveResult | None = None,
     ) -> PruneResult:
-        """Delete the snapshots of a series that a policy does not keep: see :func:`qsnap.prune.do_prune`.
+        """Delete the snapshots of a series that a policy does not keep: see :func:`qsnap.operations.prune.do_prune`.
 
         :raise VMLocked: another qsnap is at work on this VM.
         """
-        from qsnap.prune import do_prune
+        from qsnap.operations.prune import do_prune
 
         async with self._claimed("delete", (f"{prefix}-*",), is_dry=dry_run) as journal:
             if not dry_run:
@@ -279,7 +279,7 @@ class VM:
     async def note(
         self, *tags: str, protected: bool | None = None, description: str | None = None
     ) -> tuple[Snapshot, ...]:
-        """Protect snapshots, or describe them: see :mod:`qsnap.notes`. The guest is not touched.
+        """Protect snapshots, or describe them: see :mod:`qsnap.inventory.notes`. The guest is not touched.
 
         :param protected: whether they are from now on; None leaves that as it is.
         :param description: one line, "" for none; None leaves that as it is.
@@ -288,8 +288,8 @@ class VM:
         :raise NotSupported: the image cannot be seen from here.
         :raise VMLocked: another qsnap is at work on this VM.
         """
-        from qsnap import kept
-        from qsnap.notes import Notes, checked_description
+        from qsnap.inventory import kept
+        from qsnap.inventory.notes import Notes, checked_description
 
         if description is not None:
             checked_description(description)
@@ -314,8 +314,8 @@ class VM:
 
     async def _forget_notes(self) -> None:
         """Leave out the notes of snapshots that are gone. They do no harm, so an error is none."""
-        from qsnap.kept import mirror
-        from qsnap.notes import Notes
+        from qsnap.inventory.kept import mirror
+        from qsnap.inventory.notes import Notes
 
         with suppress(QsnapError):
             graph = await self._monitor.block_graph()
@@ -325,8 +325,8 @@ class VM:
             await mirror(self._monitor, notes, graph, devices)
 
     async def _place_of_notes(self) -> Path:
-        """The file for notes; see :func:`qsnap.notes.place`."""
-        from qsnap.notes import place
+        """The file for notes; see :func:`qsnap.inventory.notes.place`."""
+        from qsnap.inventory.notes import place
 
         graph = await self._monitor.block_graph()
         survey = rules.survey(graph, chooses_devices=self._monitor.chooses_devices)
@@ -337,7 +337,7 @@ class VM:
 
     async def _write_down_trouble(self, saved: SaveResult) -> None:
         """Note the run state of a guest that could not go on from what was just saved; a remark where that fails."""
-        from qsnap.runstates import trouble_of
+        from qsnap.model.runstates import trouble_of
 
         if trouble_of(saved.runstate, self._monitor.version):
             try:
@@ -355,8 +355,8 @@ class VM:
                 await self._write_down(await self._place_of_notes(), saved.tag, chains=chains)
 
     async def _write_down(self, place: Path, tag: str, **what: object) -> None:
-        """Write down something about a snapshot that was just saved: see :class:`qsnap.notes.Note`."""
-        from qsnap.notes import Notes
+        """Write down something about a snapshot that was just saved: see :class:`qsnap.inventory.notes.Note`."""
+        from qsnap.inventory.notes import Notes
 
         graph = await self._monitor.block_graph()
         devices = self._devices_of(graph)
@@ -394,7 +394,7 @@ class VM:
         :return: what was done; nothing where nothing was left to do.
         :raise VMLocked: a run is at work on this VM.
         """
-        from qsnap.claim import recover_all
+        from qsnap.supervision.claim import recover_all
 
         done = await recover_all(self._monitor, self.address, force=force)
         await self._dismiss_leftovers()
@@ -441,17 +441,17 @@ class VM:
 
         :raise NotSupported: HMP cannot honour *vmstate* or *exclude*.
         """
-        from qsnap.precheck import plan_save
+        from qsnap.operations.plan import plan_save
 
         await self._recover_if_seen()
         return (await plan_save(self._monitor, tag, vmstate=vmstate, exclude=exclude, force=force)).report
 
     async def check_load(self, tag: str, *, exclude: Collection[str] = ()) -> Snapshot:
-        """Run the pre-checks of a load alone: see :func:`qsnap.precheck.plan_load`. The guest is not touched.
+        """Run the pre-checks of a load alone: see :func:`qsnap.operations.plan.plan_load`. The guest is not touched.
 
         :return: what would be loaded.
         """
-        from qsnap.precheck import plan_load
+        from qsnap.operations.plan import plan_load
 
         await self._recover_if_seen()
         return (await plan_load(self._monitor, tag, shelf=self._shelf, exclude=exclude)).snapshot
@@ -459,8 +459,8 @@ class VM:
     async def status(self) -> Status:
         """The guest, and what an earlier qsnap has left behind on it. Changes nothing."""
         monitor = self._monitor
-        from qsnap.claim import run_of
-        from qsnap.runstates import trouble_of
+        from qsnap.model.runstates import trouble_of
+        from qsnap.supervision.claim import run_of
 
         graph, runstate, name, leftovers, half_restored = await asyncio.gather(
             monitor.block_graph(),
@@ -524,8 +524,8 @@ class VM:
         """These snapshots, with what is written down about them as far as that can be seen from here."""
         if not found:
             return ()
-        from qsnap.kept import kept
-        from qsnap.notes import Notes
+        from qsnap.inventory.kept import kept
+        from qsnap.inventory.notes import Notes
 
         marks = await kept(self._monitor)
         try:
@@ -557,12 +557,12 @@ class VM:
             except UnicodeEncodeError:
                 raise BadUsage(f"the tag {tag!r} is not valid UTF-8") from None
         if is_dry:
-            from qsnap.journal import Journal
+            from qsnap.runs.journal import Journal
 
             yield Journal()
             return
-        from qsnap.claim import claimed
-        from qsnap.journal import AFTERMATH_TIMEOUT_S
+        from qsnap.runs.journal import AFTERMATH_TIMEOUT_S
+        from qsnap.supervision.claim import claimed
 
         patience_s = TIMED_PATIENCE_S if self._is_timed else AFTERMATH_TIMEOUT_S
         async with (
@@ -581,8 +581,8 @@ class VM:
 
     async def _recover_if_seen(self) -> None:
         """See a run through that died, before its remains are looked at."""
-        from qsnap.claim import has_journals, recover_all
-        from qsnap.marks import CLAIM
+        from qsnap.runs.mark import CLAIM
+        from qsnap.supervision.claim import has_journals, recover_all
 
         if has_journals(self._monitor, self.address) or await self._monitor.mark(CLAIM) is not None:
             # It lives, or somebody else is at it already
@@ -606,8 +606,8 @@ class VM:
 
     async def _mirror_notes(self, graph: BlockGraph, devices: Sequence[Device]) -> None:
         """Have QEMU show to everybody what is protected, as far as that can be seen from here."""
-        from qsnap.kept import mirror
-        from qsnap.notes import Notes
+        from qsnap.inventory.kept import mirror
+        from qsnap.inventory.notes import Notes
 
         try:
             notes = Notes(self._shelf, graph, devices)
@@ -632,7 +632,7 @@ def _positive(what: str, value: float | None) -> float | None:
 
 async def _opened(where: Address, greeting_s: float, lock_wait_s: float, snapshot_jobs: bool | None) -> Monitor:
     """The monitor, once no other qsnap holds it."""
-    from qsnap.claim import wait_for_monitor
+    from qsnap.supervision.claim import wait_for_monitor
 
     if not lock_wait_s >= 0:  # nor is it if that is no number
         raise BadUsage(f"the time to wait for another qsnap must not be below 0, as {lock_wait_s:g} is")
@@ -643,7 +643,7 @@ async def _opened(where: Address, greeting_s: float, lock_wait_s: float, snapsho
         try:
             return await open_monitor(where, timeout_s=max(greeting_s, left_s), snapshot_jobs=snapshot_jobs)
         except MonitorBusy as busy:
-            from qsnap.discovery import explained
+            from qsnap.targets import explained
 
             # Of two who began at once, the other may be another qsnap: by now that shows
             if not await wait_for_monitor(where, deadline, lock_wait_s):

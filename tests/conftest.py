@@ -16,7 +16,7 @@ import pytest
 from guest import QEMU, Guest, blockdev, make_boot_disk, make_disk
 from machine import Machine
 from proxy import Proxy
-from qsnap import kept
+from qsnap.inventory import kept
 
 Launch = Callable[..., Guest]
 Intercept = Callable[..., Proxy]

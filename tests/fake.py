@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 import msgspec
 
 from qsnap.errors import CommandFailed, JobFailed, QsnapError
-from qsnap.model import (
+from qsnap.model.qemu import (
     BlockBackend,
     BlockGraph,
     BlockJob,

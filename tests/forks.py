@@ -106,9 +106,13 @@ def serve(number: int) -> None:
     import signal
 
     import qsnap.cli
+    import qsnap.monitor.hmp.monitor
+    import qsnap.monitor.qmp.monitor
+    import qsnap.operations.delete
+    import qsnap.operations.load
+    import qsnap.operations.save
+    import qsnap.supervision.claim
     import qsnap.vm  # noqa: F401
-    from qsnap import claim, delvm, loadvm, savevm  # noqa: F401
-    from qsnap.monitor import hmp, qmp  # noqa: F401
 
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     with socket.socket(fileno=number) as sock:

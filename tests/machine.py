@@ -15,8 +15,8 @@ from pathlib import Path
 from shutil import rmtree
 
 from guest import DEADLINE_S, QEMU, Run, finish, until
-from qsnap.discovery import running_vms
-from qsnap.local import is_alive
+from qsnap.host.processes import is_alive
+from qsnap.targets import running_vms
 
 IS_ROOT = os.geteuid() == 0
 NOBODY = 65534

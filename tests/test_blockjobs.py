@@ -32,7 +32,7 @@ from guest import (
     until,
 )
 from qsnap.errors import PrecheckRefused
-from qsnap.loadvm import do_loadvm
+from qsnap.operations.load import do_loadvm
 
 #: So slow that it does not end by itself within a test: bytes in a second.
 SLOW = 65536

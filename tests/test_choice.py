@@ -11,11 +11,11 @@ import pytest
 
 from guest import QEMU, make_disk, needs_snapshot_jobs, until
 from machine import BARE, IS_ROOT, NOBODY, Machine, qmp
-from qsnap.choice import SeveralVMs, Target, choose, known_vms, reason
-from qsnap.config import Config, Settings, parse
-from qsnap.discovery import MonitorPoint, MonitorState, RunningVM, running_vms
 from qsnap.errors import BadUsage, NoVM
 from qsnap.monitor.address import UnixAddress
+from qsnap.targets import MonitorPoint, MonitorState, RunningVM, running_vms
+from qsnap.targets.choose import SeveralVMs, Target, choose, known_vms, reason
+from qsnap.targets.config import Config, Settings, parse
 
 #: One after another: a QEMU whose socket has the same relative path makes another one's state uncertain.
 pytestmark = pytest.mark.xdist_group("machine")
@@ -308,7 +308,7 @@ def test_a_qemu_that_ends_between_the_look_and_the_connection(machine: Machine) 
     machine.start("-name", "other", *qmp("q"))
     code = (
         "import sys\nfrom qsnap import choice\nfrom qsnap.__main__ import main\n"
-        "from qsnap.monitor.address import UnixAddress\nfrom qsnap.config import Settings\n"
+        "from qsnap.monitor.address import UnixAddress\nfrom qsnap.targets.config import Settings\n"
         f"choice.choose = lambda *a, **k: choice.Target(UnixAddress('q'), Settings(), {pid}, 'web')\n"
         "sys.argv = ['qsnap', 'status']\nmain()\n"
     )

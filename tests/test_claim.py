@@ -34,13 +34,13 @@ from guest import (
     waits,
 )
 from proxy import Proxy, deed
-from qsnap import marks
 from qsnap.errors import QsnapError, VMLocked
-from qsnap.journal import Journal, Record, found, new_record
-from qsnap.local import Process, is_alive, process, this_process
-from qsnap.model import SaveResult
+from qsnap.host.processes import Process, is_alive, process, this_process
+from qsnap.model.qemu import SaveResult
 from qsnap.monitor.address import TcpAddress
-from qsnap.savevm import do_savevm
+from qsnap.operations.save import do_savevm
+from qsnap.runs import mark
+from qsnap.runs.journal import Journal, Record, found, new_record
 from test_exits import big_guest, in_the_write
 from test_guard import CLAIM, assert_all_is_well, journals, wait_for_the_guard
 from test_guard import marks as marks_of
@@ -82,7 +82,7 @@ def test_other_names_of_the_socket_are_the_same_vm(
 @both_monitors
 def test_the_second_by_another_monitor_of_the_same_vm(guest: Guest, tmp_path: Path) -> None:
     """QEMU has the claim. (While it writes it answers nobody, so the first is held between two commands.)"""
-    mine = marks.holder(_record(), None, was_running=True).encode()
+    mine = mark.holder(_record(), None, was_running=True).encode()
     guest.qmp("object-add", qom_type="authz-simple", id=CLAIM, identity=mine)
     error = cli("save", "x", "--lock-wait", "0.3", "--json", monitor=guest.address, expect=11).error
     assert error["holder_pid"] == os.getpid()
@@ -100,7 +100,7 @@ def _record(**changes: object) -> Record:
     return msgspec.structs.replace(record, **changes)
 
 
-def set_claim(guest: Guest, holder: marks.Holder) -> None:
+def set_claim(guest: Guest, holder: mark.Holder) -> None:
     guest.qmp("object-add", qom_type="authz-simple", id=CLAIM, identity=holder.encode())
 
 
@@ -127,15 +127,15 @@ def test_a_holder_that_is_stopped_itself(launch: Launch, tmp_path: Path) -> None
 def test_of_two_who_come_upon_a_dead_claim_one_recovers(guest: Guest) -> None:
     """Without the journal it is the mark of the recovery that keeps them apart."""
     dead = Process(pid=os.getpid(), start=1)
-    set_claim(guest, marks.holder(_record(owner=dead), None, was_running=True))
+    set_claim(guest, mark.holder(_record(owner=dead), None, was_running=True))
     guest.qmp("stop")
-    alive = marks.of_this_process("recover", "").encode()
-    guest.qmp("object-add", qom_type="authz-simple", id=marks.RECOVERY, identity=alive)
+    alive = mark.of_this_process("recover", "").encode()
+    guest.qmp("object-add", qom_type="authz-simple", id=mark.RECOVERY, identity=alive)
     cli("save", "x", "--lock-wait", "0.3", monitor=guest.address, expect=11)
     assert guest.runstate == "paused"
-    guest.qmp("object-del", id=marks.RECOVERY)
-    gone = marks.holder(_record(owner=dead), None, was_running=False).encode()
-    guest.qmp("object-add", qom_type="authz-simple", id=marks.RECOVERY, identity=gone)
+    guest.qmp("object-del", id=mark.RECOVERY)
+    gone = mark.holder(_record(owner=dead), None, was_running=False).encode()
+    guest.qmp("object-add", qom_type="authz-simple", id=mark.RECOVERY, identity=gone)
     cli("save", "x", monitor=guest.address)
     guest.assert_running()
     assert marks_of(guest) == []
@@ -143,7 +143,7 @@ def test_of_two_who_come_upon_a_dead_claim_one_recovers(guest: Guest) -> None:
 
 def test_nobody_gives_up_the_claim_of_another(guest: Guest, intercept: Intercept) -> None:
     """Whoever took it by force, as by recover --force, keeps it."""
-    theirs = marks.holder(_record(), None, was_running=True).encode()
+    theirs = mark.holder(_record(), None, was_running=True).encode()
 
     def usurp(message: dict[str, Any]) -> None:
         if deed(message) == "cont":
@@ -159,7 +159,7 @@ def test_the_claim_of_a_dead_process_does_not_block(guest: Guest) -> None:
     ended = subprocess.Popen(["true"])
     ended.wait()
     for owner in (Process(pid=ended.pid, start=1), Process(pid=os.getpid(), start=1)):
-        set_claim(guest, marks.holder(_record(owner=owner), None, was_running=True))
+        set_claim(guest, mark.holder(_record(owner=owner), None, was_running=True))
         guest.qmp("stop")
         run = cli("save", "x", "--lock-wait", "0", monitor=guest.address)
         assert "recovered from a qsnap that died (save theirs" in run.err
@@ -170,7 +170,7 @@ def test_the_claim_of_a_dead_process_does_not_block(guest: Guest) -> None:
 def test_a_living_guard_is_a_living_holder(guest: Guest) -> None:
     """On this machine that can be told, so nobody can force it; the guest is as the holder has left it."""
     dead = Process(pid=os.getpid(), start=1)
-    set_claim(guest, marks.holder(_record(owner=dead), this_process(), was_running=True))
+    set_claim(guest, mark.holder(_record(owner=dead), this_process(), was_running=True))
     guest.qmp("stop")
     for verb in (("save", "x"), ("recover", "--force")):
         cli(*verb, "--lock-wait", "0", monitor=guest.address, expect=11)
@@ -181,7 +181,7 @@ def test_a_holder_on_another_machine(guest: Guest, tmp_path: Path) -> None:
     """Whether it lives cannot be told, even if its number is nobody's here; only a person can say so."""
     not_here = Process(pid=os.getpid(), start=1)
     holder = msgspec.structs.replace(
-        marks.holder(_record(owner=not_here), None, was_running=True), machine="another boot", host="far\x1b[1maway"
+        mark.holder(_record(owner=not_here), None, was_running=True), machine="another boot", host="far\x1b[1maway"
     )
     set_claim(guest, holder)
     guest.qmp("stop")
@@ -206,7 +206,7 @@ def test_a_holder_on_another_machine(guest: Guest, tmp_path: Path) -> None:
 def test_a_claim_that_cannot_be_read(guest: Guest, tmp_path: Path, damage: dict[str, str]) -> None:
     """As of a later qsnap: it is respected, and the message names the way out. No guest is resumed blindly."""
     guest.qmp("object-add", id=CLAIM, **damage)
-    guest.qmp("object-add", id=marks.RECOVERY, **damage)
+    guest.qmp("object-add", id=mark.RECOVERY, **damage)
     guest.qmp("stop")
     for verb in (("save", "x"), ("recover",)):
         run = cli(*verb, "--lock-wait", "0", monitor=guest.address, expect=11)
@@ -339,7 +339,7 @@ async def test_calls_on_one_object_and_on_two_take_turns(guest: Guest, tmp_path:
 
 
 async def test_a_library_that_is_refused_can_go_on(guest: Guest) -> None:
-    mine = marks.holder(_record(), None, was_running=True).encode()
+    mine = mark.holder(_record(), None, was_running=True).encode()
     async with qsnap.connect(guest.address, lock_wait_s=0.3) as vm:
         guest.qmp("object-add", qom_type="authz-simple", id=CLAIM, identity=mine)
         with pytest.raises(VMLocked):
@@ -356,7 +356,7 @@ def test_an_interrupt_while_waiting(busy: tuple[Guest, Path, subprocess.Popen[st
     assert waiting.stderr is not None
     # Python tells of each import when it is done; this one comes when it looks who is there, and then it waits
     for line in waiting.stderr:
-        if line.rpartition("|")[2].strip() == "qsnap.claim":
+        if line.rpartition("|")[2].strip() == "qsnap.supervision.claim":
             break
     until("it to wait", lambda: waits(waiting.pid))
     waiting.send_signal(signal.SIGTERM)
@@ -414,13 +414,13 @@ def test_a_wait_that_cannot_be_meant(guest: Guest) -> None:
 
 def test_holders_are_encoded_for_every_monitor() -> None:
     """HMP takes a line of about a thousand characters, and a comma would end the text."""
-    holder = marks.holder(_record(tags=("ü,\x1b" * 80, "b" * 255)), this_process(), was_running=True)
+    holder = mark.holder(_record(tags=("ü,\x1b" * 80, "b" * 255)), this_process(), was_running=True)
     text = holder.encode()
     assert len(text) < 900
     assert text.replace("-", "").replace("_", "").isalnum()
-    assert marks.decode(text) == holder
+    assert mark.decode(text) == holder
     for broken in ("", "!", "e30", "bnVsbA", text[:-9], json.dumps({})):
-        assert marks.decode(broken) is None
+        assert mark.decode(broken) is None
 
 
 def test_processes() -> None:

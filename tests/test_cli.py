@@ -19,9 +19,9 @@ from rich.console import Console
 import qsnap
 from conftest import Launch
 from guest import HAS_SNAPSHOT_JOBS, Guest, blockdev, cli, finish, make_boot_disk, make_disk, start_cli, tags
-from qsnap.cli.bar import make_bar, update
-from qsnap.local import state_estimate
-from qsnap.progress import Phase, Progress
+from qsnap.cli.output.bar import make_bar, update
+from qsnap.host.processes import state_estimate
+from qsnap.operations.progress import Phase, Progress
 
 
 def test_version_and_help() -> None:
@@ -162,7 +162,9 @@ def test_names_that_the_terminal_cannot_show(guest: Guest) -> None:
     assert run.out.startswith("saved snow\\u2603: ")
 
 
-@pytest.mark.parametrize("module", ["click", "qsnap.errors", "asyncio", "qsnap.model", "qsnap.vm", "qsnap.monitor.qmp"])
+@pytest.mark.parametrize(
+    "module", ["click", "qsnap.errors", "asyncio", "qsnap.model.qemu", "qsnap.vm", "qsnap.monitor.qmp.monitor"]
+)
 def test_an_early_interrupt(guest: Guest, module: str) -> None:
     """Once qsnap has taken over from Python: no traceback, 130 or the signal itself, and the guest runs."""
     process = start_cli("save", "t", monitor=guest.address, env={"PYTHONPROFILEIMPORTTIME": "1"})

@@ -8,11 +8,11 @@ from pathlib import Path
 import click
 import pytest
 
-from qsnap import config
 from qsnap.cli import cli
-from qsnap.config import Config, ConfiguredVM, Settings, line_of, load, parse
 from qsnap.errors import BadUsage
 from qsnap.monitor.address import TcpAddress, UnixAddress
+from qsnap.targets import config
+from qsnap.targets.config import Config, ConfiguredVM, Settings, line_of, load, parse
 
 README = (Path(__file__).resolve().parent.parent / "README.md").read_text()
 FILE = Path("/etc/qsnap.toml")

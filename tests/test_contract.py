@@ -11,7 +11,7 @@ from conftest import Launch
 from fake import FakeMonitor
 from guest import HAS_SNAPSHOT_JOBS, Guest, blockdev, make_boot_disk, make_disk, tags, until
 from qsnap.errors import JobFailed
-from qsnap.model import RunState
+from qsnap.model.qemu import RunState
 from qsnap.monitor import Monitor, open_monitor
 from qsnap.monitor.address import UnixAddress
 

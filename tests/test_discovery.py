@@ -24,7 +24,9 @@ import pytest
 
 from guest import DEADLINE_S, QEMU, until
 from machine import BARE, IS_ROOT, NOBODY, Machine, qmp
-from qsnap.discovery import (
+from qsnap.host import sockets
+from qsnap.monitor.address import TcpAddress, UnixAddress
+from qsnap.targets import (
     Holder,
     MonitorPoint,
     MonitorState,
@@ -34,10 +36,8 @@ from qsnap.discovery import (
     parse_arguments,
     qemu_arguments,
     running_vms,
-    sockets,
     usable,
 )
-from qsnap.monitor.address import TcpAddress, UnixAddress
 
 #: One after another: a QEMU whose socket has the same relative path makes another one's state uncertain.
 pytestmark = pytest.mark.xdist_group("machine")
@@ -665,5 +665,5 @@ def test_on_the_real_proc(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_psutil_is_not_loaded_before_it_is_needed() -> None:
-    code = "import sys, qsnap.discovery; sys.exit('psutil' in sys.modules)"
+    code = "import sys, qsnap.targets; sys.exit('psutil' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], timeout=DEADLINE_S).returncode == 0

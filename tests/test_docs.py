@@ -10,9 +10,10 @@ import pytest
 
 import qsnap
 from guest import cli as run_cli
-from qsnap.cli import cli, jobs
+from qsnap.cli import cli
+from qsnap.cli.commands import job
 from qsnap.errors import EXIT_TABLE
-from qsnap.retention import PERIODS
+from qsnap.upkeep.retention import PERIODS
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
@@ -102,9 +103,9 @@ def test_the_jobs_exit_table_is_the_readme_s() -> None:
         for line in section.splitlines()
         if line[:1] == "|"
     ]
-    assert tuple(rows[2:]) == jobs.EXIT_TABLE
-    assert {int(code) for code, _ in jobs.EXIT_TABLE[:5]} == {
-        jobs.FAILED_AFTER, jobs.TIMED_OUT, jobs.FAILED_BEFORE, jobs.NOT_EXECUTABLE, jobs.NOT_FOUND,
+    assert tuple(rows[2:]) == job.EXIT_TABLE
+    assert {int(code) for code, _ in job.EXIT_TABLE[:5]} == {
+        job.FAILED_AFTER, job.TIMED_OUT, job.FAILED_BEFORE, job.NOT_EXECUTABLE, job.NOT_FOUND,
     }  # fmt: skip
 
 

@@ -17,8 +17,8 @@ import pytest
 import qsnap
 from guest import Guest, qemu_version, tags
 from machine import IS_ROOT, NOBODY
-from qsnap import files, gentle
-from qsnap.monitor.qmp import QmpMonitor
+from qsnap.host import bulk_io, files
+from qsnap.monitor.qmp.monitor import QmpMonitor
 
 #: A file is given its name, and the disk knows that.
 NAMED = ["contents on the disk", "named", "names on the disk"]
@@ -70,7 +70,7 @@ def steps(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[], list[
     told(os, "rename", renamed)
     told(files, "_renamed", lambda where, *_: "named" if is_here(where) else None)
     told(files, "write", written)
-    told(gentle, "remove", lambda _: "older file removed")
+    told(bulk_io, "remove", lambda _: "older file removed")
 
     def taken() -> list[str]:
         found = [step for step, _ in groupby(done)]

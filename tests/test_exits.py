@@ -37,7 +37,7 @@ from guest import (
     until,
 )
 from proxy import deed
-from qsnap.discovery import sockets
+from qsnap.host import sockets
 
 
 @pytest.fixture

@@ -40,9 +40,12 @@ from guest import (
     until,
 )
 from machine import IS_ROOT, NOBODY
-from qsnap import files, gentle, guard, journal, local, metrics, trust
 from qsnap.errors import BadUsage, QsnapError
+from qsnap.host import bulk_io, files, processes, trust
 from qsnap.monitor.address import parse_address
+from qsnap.runs import journal
+from qsnap.supervision import guard
+from qsnap.upkeep import metrics
 from test_guard import wait_for_the_guard
 
 SECRET = b"root's own\n"
@@ -112,7 +115,7 @@ def test_a_link_in_the_place_of_a_file(theirs: Path, ours: Path) -> None:
     ):
         with pytest.raises(OSError):
             attempt()
-    gentle.remove(name)
+    bulk_io.remove(name)
     assert not name.is_symlink()
     assert ours.read_bytes() == SECRET
 
@@ -126,7 +129,7 @@ def test_a_link_in_the_place_of_a_directory(theirs: Path, ours: Path) -> None:
         lambda: files.replace(name, b"x"),
         lambda: files.created(name.with_name("new")),
         lambda: files.remove(name),
-        lambda: gentle.remove(name),
+        lambda: bulk_io.remove(name),
         lambda: files.resolved(name.parent),
     ):
         with pytest.raises(OSError, match="link"):
@@ -379,7 +382,7 @@ def test_whose_a_qemu_is(theirs: Path, ours: Path) -> None:
         passwd = Path("/etc/passwd")
 
         def seen(path: Path) -> tuple[str, list[Path]]:
-            return str(path), [*local.visible_files(pid, str(path))]
+            return str(path), [*processes.visible_files(pid, str(path))]
 
         assert trust.user_of(pid, NOBODY) == trust.user_of(pid, 0) == trust.user_of(pid, None) == NOBODY
         assert trust.image(NOBODY, *seen(open_to_all)) == open_to_all

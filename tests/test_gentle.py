@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from qsnap import gentle
+from qsnap.host import bulk_io
 
 MIB = 1 << 20
 
@@ -34,13 +34,13 @@ def truncated(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         sizes.append(size)
         real(file, size)
 
-    monkeypatch.setattr(gentle, "_DELETED_AT_ONCE", MIB)
+    monkeypatch.setattr(bulk_io, "_DELETED_AT_ONCE", MIB)
     monkeypatch.setattr(os, "ftruncate", noted)
     return sizes
 
 
 def test_a_file_goes_step_by_step(tmp_path: Path, truncated: list[int]) -> None:
-    gentle.remove(made(tmp_path / "file"))
+    bulk_io.remove(made(tmp_path / "file"))
     assert list(tmp_path.iterdir()) == []
     assert truncated == [3 * MIB, 2 * MIB, MIB, 0]
 
@@ -51,7 +51,7 @@ def test_a_copy_by_another_name_keeps_what_it_holds(tmp_path: Path, truncated: l
     copy = tmp_path / "copy"
     copy.hardlink_to(file)
     expected = file.read_bytes()
-    gentle.remove(file)
+    bulk_io.remove(file)
     assert copy.read_bytes() == expected
     assert truncated == []
 
@@ -60,7 +60,7 @@ def test_who_reads_it_reads_it_to_its_end(tmp_path: Path, truncated: list[int]) 
     file = made(tmp_path / "file")
     with file.open("rb") as reader:
         begin = reader.read(MIB)
-        gentle.remove(file)
+        bulk_io.remove(file)
         assert begin + reader.read() == b"".join(bytes([number + 1]) * MIB for number in range(4))
     assert truncated == []
     assert not file.exists()
@@ -91,13 +91,13 @@ def test_what_is_no_file(tmp_path: Path, truncated: list[int]) -> None:
     (tmp_path / "link").symlink_to(made(tmp_path / "file"))
     os.mkfifo(tmp_path / "pipe")
     for name in ("link", "pipe"):
-        gentle.remove(tmp_path / name)
+        bulk_io.remove(tmp_path / name)
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
     assert (tmp_path / "file").stat().st_size == 4 * MIB
     with pytest.raises(FileNotFoundError):
-        gentle.remove(tmp_path / "none")
+        bulk_io.remove(tmp_path / "none")
     with pytest.raises(OSError, match="directory"):
-        gentle.remove(tmp_path)
+        bulk_io.remove(tmp_path)
 
 
 def test_what_is_written_back(tmp_path: Path) -> None:
@@ -109,9 +109,9 @@ def test_what_is_written_back(tmp_path: Path) -> None:
     with path.open("r+b") as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as mapped:
         assert sum(mapped[:: mmap.PAGESIZE]) > 0  # now all of it is in our page table
         assert dirty(path) >= 24 * MIB, "nobody else has written it"
-        assert gentle.write_back(file.fileno(), 4 * MIB, 32 * MIB, 60) == 32 * MIB
+        assert bulk_io.write_back(file.fileno(), 4 * MIB, 32 * MIB, 60) == 32 * MIB
         assert 0 < dirty(path) <= 4 * MIB
-        assert gentle.write_back(file.fileno(), 0, 4 * MIB, 60) == 4 * MIB
+        assert bulk_io.write_back(file.fileno(), 0, 4 * MIB, 60) == 4 * MIB
         assert dirty(path) == 0
 
 
@@ -126,15 +126,15 @@ def test_it_takes_no_longer_than_it_may(tmp_path: Path, monkeypatch: pytest.Monk
     clock = iter(range(100))
     monkeypatch.setattr(time, "monotonic", lambda: next(clock))
     with made(tmp_path / "file").open("r+b") as file:
-        monkeypatch.setattr(gentle, "_WRITTEN_AT_ONCE", MIB)
-        assert gentle.write_back(file.fileno(), 0, 4 * MIB, 3) == 2 * MIB
+        monkeypatch.setattr(bulk_io, "_WRITTEN_AT_ONCE", MIB)
+        assert bulk_io.write_back(file.fileno(), 0, 4 * MIB, 3) == 2 * MIB
 
 
 def test_what_cannot_be_written_back() -> None:
     read, write = os.pipe()
     try:
         with pytest.raises(OSError, match="Illegal seek"):
-            gentle.write_back(write, 0, 1, 60)
+            bulk_io.write_back(write, 0, 1, 60)
     finally:
         os.close(read)
         os.close(write)

@@ -42,9 +42,9 @@ from guest import (
     waits,
 )
 from proxy import deed
-from qsnap import kept
 from qsnap.errors import GuestLeftStopped, QsnapError
-from qsnap.marks import of_this_process
+from qsnap.inventory import kept
+from qsnap.runs.mark import of_this_process
 from test_exits import big_guest, in_the_write
 
 CLAIM = "qsnap-claim"
@@ -68,7 +68,10 @@ def guards(directory: Path) -> list[int]:
 
 
 def marks(guest: Guest) -> list[str]:
-    """The marks of runs of qsnap in QEMU, as another client sees them. Those of the notes stay: see qsnap.kept."""
+    """The marks of runs of qsnap in QEMU, as another client sees them.
+
+    Those of the notes stay: see qsnap.inventory.kept.
+    """
     names = [item["name"] for item in guest.qmp("qom-list", path="/objects")]
     return [name for name in names if name.startswith("qsnap-") and not name.startswith(kept.PREFIXES)]
 

@@ -17,11 +17,11 @@ import msgspec
 import pytest
 
 from guest import Guest, cli, finish, start_cli, tags, until
-from qsnap import metrics
 from qsnap.errors import BadUsage, QsnapError
-from qsnap.health import Level, judge
-from qsnap.model import Kind, Snapshot
-from qsnap.retention import Duration
+from qsnap.model.qemu import Kind, Snapshot
+from qsnap.upkeep import metrics
+from qsnap.upkeep.freshness import Level, judge
+from qsnap.upkeep.retention import Duration
 from test_retention import snapshot
 
 NOW = datetime(2026, 11, 24, 12, tzinfo=UTC)

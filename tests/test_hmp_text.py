@@ -17,10 +17,11 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from qsnap import devices as rules
 from qsnap.errors import MonitorError, NotSupported
-from qsnap.model import QemuVersion, RunState, tag_problem
-from qsnap.monitor import hmp_tables, hmp_text
+from qsnap.inventory import devices as rules
+from qsnap.model.qemu import QemuVersion, RunState, tag_problem
+from qsnap.monitor.hmp import tables as hmp_tables
+from qsnap.monitor.hmp import text as hmp_text
 
 RECORDINGS = sorted((Path(__file__).parent / "recorded").glob("hmp-*.json"))
 #: What scripts/record-hmp saved, but the automatic tag, in its order.

@@ -32,7 +32,7 @@ from guest import (
 )
 from proxy import deed
 from qsnap.errors import VerifyFailed
-from qsnap.monitor import qmp
+from qsnap.monitor.qmp import monitor as qmp
 from test_guard import assert_all_is_well, guards, journals, marks
 
 Answer = Callable[[dict[str, Any]], bytes | None]

@@ -14,9 +14,9 @@ import pytest
 import qsnap
 from conftest import Launch
 from guest import Guest, cli, finish, qemu_version
-from qsnap import hugepages, local
-from qsnap.hugepages import Layout
-from qsnap.local import Mapping
+from qsnap.host import hugepages, processes
+from qsnap.host.hugepages import Layout
+from qsnap.host.processes import Mapping
 from test_livesave import ROUND, assert_in_order, two_disks
 
 MIB = 1 << 20
@@ -67,7 +67,7 @@ class Holder:
 
     def huge(self) -> list[int]:
         """Which of its memory is in huge pages."""
-        (mapping,) = local.ram_mappings(self.pid, 128 * MIB)
+        (mapping,) = processes.ram_mappings(self.pid, 128 * MIB)
         assert mapping.start <= self.start
         return [number for number in range(5) if self._is_huge(self.start + number * 2 * MIB)]
 
@@ -104,12 +104,12 @@ def holder() -> Iterator[Holder]:
 
 def flagged(monkeypatch: pytest.MonkeyPatch, *flags: str) -> None:
     """Have memory seen with these flags. (With the real ones the kernel's daemon would be at it.)"""
-    real = local.ram_mappings
+    real = processes.ram_mappings
 
     def seen(pid: int, ram_bytes: int) -> list[Mapping]:
         return [mapping._replace(flags=(*mapping.flags, *flags)) for mapping in real(pid, ram_bytes)]
 
-    monkeypatch.setattr(local, "ram_mappings", seen)
+    monkeypatch.setattr(processes, "ram_mappings", seen)
 
 
 @needs_the_kernel

@@ -32,8 +32,8 @@ from guest import (
     until,
 )
 from proxy import deed
-from qsnap.cli import jobs
-from qsnap.local import is_alive
+from qsnap.cli.commands import job
+from qsnap.host.processes import is_alive
 from qsnap.pytest_plugin import tag_of
 
 pytest_plugins = ["pytester"]
@@ -309,10 +309,10 @@ def test_orphans_are_ended_with_the_command(guest: Guest, tmp_path: Path) -> Non
 def test_our_own_guards_are_not_the_command_s() -> None:
     """One may be at work still on what a step before the command has left to it."""
     with subprocess.Popen(["sleep", "1000"]) as guard:
-        ours = jobs._children()
+        ours = job._children()
         try:
             with subprocess.Popen(["sh", "-c", "sleep 1000 & wait"]) as command:
-                jobs._end(command, ours)
+                job._end(command, ours)
             assert command.returncode == -signal.SIGTERM
             assert guard.poll() is None
         finally:
@@ -322,13 +322,13 @@ def test_our_own_guards_are_not_the_command_s() -> None:
 def test_what_cannot_be_killed_is_left(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """As a process that hangs in the kernel, or another user's: it must not hang the job. (Here no signal is sent.)"""
     for name, value in (("GRACE_S", 0.1), ("KILL_S", 0.1)):
-        monkeypatch.setattr(jobs, name, value)
-    ours = jobs._children()
+        monkeypatch.setattr(job, name, value)
+    ours = job._children()
     with subprocess.Popen(["sleep", "1000"]) as process:
         try:
             for name in ("terminate", "kill"):
                 monkeypatch.setattr(psutil.Process, name, lambda _: None)
-            ended = threading.Thread(target=jobs._end, args=(process, ours), daemon=True)
+            ended = threading.Thread(target=job._end, args=(process, ours), daemon=True)
             ended.start()
             ended.join(30)
             assert not ended.is_alive()

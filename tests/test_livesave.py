@@ -46,13 +46,14 @@ from guest import (
     until,
 )
 from proxy import deed
-from qsnap import hugepages, moment
 from qsnap.errors import JobFailed, PrecheckRefused
-from qsnap.hugepages import Layout
-from qsnap.pace import Pace, SnapshotThread
-from qsnap.statefile import part as parts
-from qsnap.statefile import qcow2
-from qsnap.stopped import stopped
+from qsnap.host import hugepages
+from qsnap.host.hugepages import Layout
+from qsnap.inventory import state_file
+from qsnap.inventory import state_part as parts
+from qsnap.operations.live import freeze
+from qsnap.operations.live.timing import Pace, SnapshotThread
+from qsnap.runs.pause import stopped
 from test_guard import Killer, assert_all_is_well, kill_guard, marks, wait_for_the_guard
 
 pytestmark = pytest.mark.skipif(qemu_version() < (6, 0), reason="QEMU before 6.0 has no background snapshots")
@@ -275,7 +276,7 @@ LAYOUTS = {"base pages": Layout(96 << 20, 0), "huge pages": Layout(0, 96 << 20)}
 def never_plain(monkeypatch: pytest.MonkeyPatch, layout: Layout) -> None:
     """Have the guest stopped late, however little RAM it has."""
     for name in ("_PLAIN_NS", "_PLAIN_READ_AGAIN_NS", "_PLAIN_WITHOUT_CANCEL_NS"):
-        monkeypatch.setattr(moment, name, -1)
+        monkeypatch.setattr(freeze, name, -1)
     monkeypatch.setattr(hugepages, "layout", lambda *_: layout)
 
 
@@ -286,7 +287,7 @@ async def test_late_stops(heavy: Guest, monkeypatch: pytest.MonkeyPatch, pace: i
     never_plain(monkeypatch, layout)
     if pace is not None:
         text = Pace(pace, layout.base).encode()
-        heavy.qmp("object-add", **{"qom-type": "authz-simple", "id": moment.PACE, "identity": text})
+        heavy.qmp("object-add", **{"qom-type": "authz-simple", "id": freeze.PACE, "identity": text})
     async with qsnap.connect(heavy.address) as vm:
         for tag in ("a", "b"):
             before = heavy.counter
@@ -298,8 +299,8 @@ async def test_late_stops(heavy: Guest, monkeypatch: pytest.MonkeyPatch, pace: i
             heavy.qmp("cont")
             assert_in_order(heavy)
     found = [item["name"] for item in heavy.qmp("qom-list", path="/objects")]
-    if pace is not None or moment.PACE in found:  # where nothing was seen there is none
-        kept = Pace.decode(heavy.qmp("qom-get", path=f"/objects/{moment.PACE}", property="identity"))
+    if pace is not None or freeze.PACE in found:  # where nothing was seen there is none
+        kept = Pace.decode(heavy.qmp("qom-get", path=f"/objects/{freeze.PACE}", property="identity"))
         assert kept is not None
         assert kept.is_of(layout)
     assert_settings_are_as_they_were(heavy)
@@ -325,8 +326,8 @@ async def test_rehearsals(
     async def rehearse(_: object) -> int:
         return left.pop(0)
 
-    monkeypatch.setattr(moment.Moment, "_rehearse", rehearse)
-    taken = object.__new__(moment.Moment)
+    monkeypatch.setattr(freeze.Moment, "_rehearse", rehearse)
+    taken = object.__new__(freeze.Moment)
     taken._background = SimpleNamespace(must_not_fail=False, resumes_by_itself=False)  # type: ignore[assignment]
     found = await taken._expected_pace(known * 1_000_000, LAYOUTS[layout])
     assert (found, left) == (pace * 1_000_000, [])
@@ -336,18 +337,18 @@ async def test_rehearsals(
 async def test_that_nothing_was_seen_is_not_remembered(guest: Guest) -> None:
     """What was known before stays, and where nothing was known no mark is left."""
     async with qsnap.connect(guest.address) as vm:
-        taken = object.__new__(moment.Moment)
+        taken = object.__new__(freeze.Moment)
         taken._monitor = vm._monitor
         taken._background = SimpleNamespace(must_not_fail=False)  # type: ignore[assignment]
         await taken._remember(0, 0, Layout(7, 0))
-        assert await vm._monitor.mark(moment.PACE) is None
+        assert await vm._monitor.mark(freeze.PACE) is None
         await taken._remember(5, 0, Layout(7, 0))
         await taken._remember(0, 5, Layout(7, 0))
-        assert await vm._monitor.mark(moment.PACE) == Pace(5, 7).encode()
+        assert await vm._monitor.mark(freeze.PACE) == Pace(5, 7).encode()
         assert await taken._known_pace(Layout(7, 0)) == 5
         # RAM in huge pages is rehearsed anew every time, where that is possible
         await taken._remember(9, 0, Layout(0, 7))
-        assert await vm._monitor.mark(moment.PACE) == Pace(5, 7).encode()
+        assert await vm._monitor.mark(freeze.PACE) == Pace(5, 7).encode()
         await taken._remember(9, 0, Layout(7, 0))
         assert await taken._known_pace(Layout(7, 6)) == 9
         assert await taken._known_pace(Layout(7, 8)) == 0
@@ -380,10 +381,10 @@ async def test_a_stop_that_comes_too_late_is_seen(
 
     never_plain(monkeypatch, LAYOUTS["base pages"])
     for name, value in ("_DISKS_NS", 0), ("stopped", too_late):
-        monkeypatch.setattr(moment, name, value)
+        monkeypatch.setattr(freeze, name, value)
     monkeypatch.setattr(SnapshotThread, "until_it_has_spent", at_once)
-    monkeypatch.setattr(moment.Moment, "_has_begun", not_yet)
-    heavy.qmp("object-add", **{"qom-type": "authz-simple", "id": moment.PACE, "identity": f"100 {96 << 20}"})
+    monkeypatch.setattr(freeze.Moment, "_has_begun", not_yet)
+    heavy.qmp("object-add", **{"qom-type": "authz-simple", "id": freeze.PACE, "identity": f"100 {96 << 20}"})
     heavy.qmp.events.clear()
     async with qsnap.connect(heavy.address) as vm:
         result = await vm.save("t", live=True)
@@ -1016,7 +1017,7 @@ async def test_a_state_file_that_is_damaged(guest: Guest, tmp_path: Path) -> Non
     def metadata() -> tuple[bytes, int, bytes]:
         """The header, and what is behind the stream, with its offset."""
         whole = path.read_bytes()
-        content = qcow2.content_of(lambda size, offset: whole[offset : offset + size])
+        content = state_file.content_of(lambda size, offset: whole[offset : offset + size])
         assert content is not None
         begin = 65536 * (1 + -(-content.vm_state_size // 65536))
         return whole[:65536], begin, whole[begin:]

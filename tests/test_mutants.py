@@ -17,11 +17,13 @@ import pytest
 import qsnap.cli
 from guest import Guest, blockdev, make_boot_disk, make_disk, qemu_version
 from mutants import Conversation, Replayer, recorded
-from qsnap import claim, guard, marks, recovery, stopped, vm
+from qsnap import vm
 from qsnap.errors import EXIT_TABLE
-from qsnap.journal import Record
-from qsnap.local import Process
-from qsnap.monitor import qmp
+from qsnap.host.processes import Process
+from qsnap.monitor.qmp import monitor as qmp
+from qsnap.runs import mark, pause
+from qsnap.runs.journal import Record
+from qsnap.supervision import claim, guard, recovery
 from test_claim import set_claim
 
 CODES = {int(code) for code, _ in EXIT_TABLE if code.isdigit()}
@@ -72,7 +74,7 @@ def quick(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         patch.setattr(guard, "start", lambda *_: NoGuard())
         for module, name, value in (
             (qmp, "POLL_S", 0.01), (qmp, "EVENT_S", 0.05), (qmp, "STUCK_POLLS", 3),
-            (stopped, "RECONNECT_TIMEOUT_S", 1.0), (vm, "TIMED_PATIENCE_S", 1.0), (claim, "_RELEASE_TIMEOUT_S", 0.5),
+            (pause, "RECONNECT_TIMEOUT_S", 1.0), (vm, "TIMED_PATIENCE_S", 1.0), (claim, "_RELEASE_TIMEOUT_S", 0.5),
             (recovery, "_RETRY_S", 0.001), (recovery, "_CONT_TRIES", 3),
         ):  # fmt: skip
             patch.setattr(module, name, value)
@@ -104,7 +106,7 @@ def conversations(
         for command in COMMANDS:
             if command == ("recover",):
                 dead = Record(operation="save", owner=Process(pid=os.getpid(), start=1))
-                set_claim(guest, marks.holder(dead, None, was_running=True))
+                set_claim(guest, mark.holder(dead, None, was_running=True))
                 guest.qmp("stop")
             with recorded(is_human=request.param == "hmp") as talk:
                 code, text = run(*command, "-m", guest.address)

@@ -23,7 +23,7 @@ from guest import (
     tool,
     until,
 )
-from qsnap.monitor import hmp_tables
+from qsnap.monitor.hmp import tables as hmp_tables
 from test_prechecks import findings
 from test_verdicts import disk
 

@@ -16,15 +16,15 @@ import qsnap
 from conftest import Launch
 from guest import Guest, blockdev, cli, make_boot_disk, qemu_version, tags
 from machine import IS_ROOT, NOBODY
-from qsnap import snapshots
-from qsnap.delvm import do_delvm
-from qsnap.devices import survey
 from qsnap.errors import PrecheckRefused, QsnapError
-from qsnap.model import NodeSnapshot
-from qsnap.notes import Notes
-from qsnap.precheck import plan_load
-from qsnap.statefile.qcow2 import Content
-from qsnap.statefile.shelf import Shelf
+from qsnap.inventory import snapshots
+from qsnap.inventory.devices import survey
+from qsnap.inventory.notes import Notes
+from qsnap.inventory.state_file import Content
+from qsnap.inventory.state_store import Shelf
+from qsnap.model.qemu import NodeSnapshot
+from qsnap.operations.delete import do_delvm
+from qsnap.operations.plan import plan_load
 from test_statefile import DATE, written
 from test_units import graph as graph_of
 from test_units import node

@@ -22,7 +22,7 @@ from guest import (
     tags,
     until,
 )
-from qsnap.local import is_alive
+from qsnap.host.processes import is_alive
 from test_livesave import state_files
 
 pytestmark = needs_snapshot_jobs

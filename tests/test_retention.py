@@ -14,8 +14,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from qsnap.errors import BadUsage
-from qsnap.model import Kind, Snapshot
-from qsnap.retention import PERIODS, Decision, Duration, Policy, decide, parse_count
+from qsnap.model.qemu import Kind, Snapshot
+from qsnap.upkeep.retention import PERIODS, Decision, Duration, Policy, decide, parse_count
 
 BERLIN = ZoneInfo("Europe/Berlin")
 NOW = datetime(2026, 11, 24, 12, 30, tzinfo=UTC)

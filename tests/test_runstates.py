@@ -25,11 +25,11 @@ from guest import (
     tool,
     until,
 )
-from qsnap import runstates
 from qsnap.errors import PrecheckRefused
-from qsnap.loadvm import do_loadvm
-from qsnap.model import QemuVersion, RunState
-from qsnap.savevm import do_savevm
+from qsnap.model import runstates
+from qsnap.model.qemu import QemuVersion, RunState
+from qsnap.operations.load import do_loadvm
+from qsnap.operations.save import do_savevm
 
 SECTOR = Path(__file__).with_name("guests") / "states.bin"
 #: Where the guest counts how often a mark was made: what is in its RAM tells which moment it is.

@@ -30,8 +30,8 @@ from guest import (
 )
 from proxy import deed
 from qsnap.errors import BadUsage, JobFailed
-from qsnap.savevm import do_savevm
-from qsnap.snapshots import STAND_IN_SUFFIX
+from qsnap.inventory.snapshots import STAND_IN_SUFFIX
+from qsnap.operations.save import do_savevm
 from test_guard import Killer, assert_all_is_well
 
 STAND_IN = f"t{STAND_IN_SUFFIX}"

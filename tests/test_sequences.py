@@ -26,8 +26,6 @@ from guest import (
     until,
 )
 from proxy import deed
-from qsnap import devices as rules
-from qsnap.delvm import do_delvm
 from qsnap.errors import (
     GuestLeftStopped,
     NotSupported,
@@ -36,13 +34,15 @@ from qsnap.errors import (
     SnapshotNotFound,
     VerifyFailed,
 )
-from qsnap.journal import Journal, LiveRecord, Record
-from qsnap.loadvm import do_loadvm
-from qsnap.model import RunState
+from qsnap.inventory import devices as rules
+from qsnap.model.qemu import RunState
 from qsnap.monitor import open_monitor
 from qsnap.monitor.address import UnixAddress
-from qsnap.savevm import do_savevm
-from qsnap.stopped import stopped
+from qsnap.operations.delete import do_delvm
+from qsnap.operations.load import do_loadvm
+from qsnap.operations.save import do_savevm
+from qsnap.runs.journal import Journal, LiveRecord, Record
+from qsnap.runs.pause import stopped
 from test_contents import filters, one_disk, pflash_raw
 from test_verdicts import disk
 

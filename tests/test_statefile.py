@@ -15,12 +15,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from guest import assert_sound, qemu_img, tags
-from qsnap import snapshots
-from qsnap.devices import survey
 from qsnap.errors import BadUsage
-from qsnap.model import MAX_TAG_BYTES, NodeSnapshot, StateFile
-from qsnap.statefile import qcow2, shelf
-from qsnap.statefile.qcow2 import CLUSTER, STREAM_OFFSET, Content
+from qsnap.inventory import snapshots, state_file, state_store
+from qsnap.inventory.devices import survey
+from qsnap.inventory.state_file import CLUSTER, STREAM_OFFSET, Content
+from qsnap.model.qemu import MAX_TAG_BYTES, NodeSnapshot, StateFile
 from test_units import graph, node
 
 DATE = datetime(2026, 11, 24, 1, 2, 3, 456789, UTC)
@@ -33,17 +32,17 @@ SIZES = [1, CLUSTER - 1, CLUSTER, CLUSTER + 1, 512 * MIB - 1, 512 * MIB, 512 * M
 def written(path: Path, content: Content) -> Path:
     """A sparse state file around a stream of holes, between its first bytes and its last."""
     with path.open("wb") as file:
-        file.truncate(qcow2.file_size(content.vm_state_size))
+        file.truncate(state_file.file_size(content.vm_state_size))
         os.pwrite(file.fileno(), b"}", STREAM_OFFSET + content.vm_state_size - 1)
         os.pwrite(file.fileno(), b"QEVM\0\0\0\3"[: content.vm_state_size], STREAM_OFFSET)
-        for offset, data in qcow2.envelope(content):
+        for offset, data in state_file.envelope(content):
             os.pwrite(file.fileno(), data, offset)
     return path
 
 
 def content_of(path: Path) -> Content | None:
     with path.open("rb") as file:
-        return qcow2.content_of(lambda size, offset: os.pread(file.fileno(), size, offset))
+        return state_file.content_of(lambda size, offset: os.pread(file.fileno(), size, offset))
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -79,15 +78,15 @@ def mapped(path: Path) -> int:
 
 def flaw_of(path: Path) -> str:
     with path.open("rb") as file:
-        return qcow2.flaw(lambda size, offset: os.pread(file.fileno(), size, offset), path.stat().st_size)
+        return state_file.flaw(lambda size, offset: os.pread(file.fileno(), size, offset), path.stat().st_size)
 
 
 def flaw_in(data: bytes | bytearray) -> str:
-    return qcow2.flaw(lambda size, offset: bytes(data[offset : offset + size]), len(data))
+    return state_file.flaw(lambda size, offset: bytes(data[offset : offset + size]), len(data))
 
 
 def content_in(data: bytes | bytearray) -> Content | None:
-    return qcow2.content_of(lambda size, offset: bytes(data[offset : offset + size]))
+    return state_file.content_of(lambda size, offset: bytes(data[offset : offset + size]))
 
 
 # The file of 2 GiB - 5 clusters ends with the last cluster that its refcount block counts
@@ -148,34 +147,34 @@ def test_a_state_file_has_one_snapshot(tmp_path: Path) -> None:
 )
 def test_what_is_written_is_read(content: Content) -> None:
     """Also where nothing but the header and the snapshot table is looked at."""
-    parts = dict(qcow2.envelope(content._replace(vm_state_size=min(content.vm_state_size, GIB))))
+    parts = dict(state_file.envelope(content._replace(vm_state_size=min(content.vm_state_size, GIB))))
     content = content._replace(vm_state_size=min(content.vm_state_size, GIB))
 
     def pread(size: int, offset: int) -> bytes:
         return (parts.get(offset, b"") + bytes(size))[:size]
 
-    assert qcow2.content_of(pread) == content
+    assert state_file.content_of(pread) == content
 
 
 @given(st.binary(max_size=400), st.sampled_from([b"", b"QFI\xfb\0\0\0\3"]))
 def test_what_is_no_state_file(data: bytes, head: bytes) -> None:
-    assert qcow2.content_of(lambda size, offset: (head + data)[offset : offset + size]) is None
+    assert state_file.content_of(lambda size, offset: (head + data)[offset : offset + size]) is None
 
 
 def test_an_image_of_another_kind(tmp_path: Path) -> None:
     qemu_img("create", "-q", "-f", "qcow2", tmp_path / "disk", "8M")
     qemu_img("snapshot", "-c", "t", tmp_path / "disk")
     assert content_of(tmp_path / "disk") is None
-    assert shelf.read(tmp_path / "disk") is None
-    assert shelf.read(tmp_path / "none") is None
+    assert state_store.read(tmp_path / "disk") is None
+    assert state_store.read(tmp_path / "none") is None
     os.mkfifo(tmp_path / "fifo")
-    assert shelf.read(tmp_path / "fifo") is None
+    assert state_store.read(tmp_path / "fifo") is None
     assert tags(tmp_path / "disk") == ["t"]
 
 
 def test_names() -> None:
     def name(base: str, tag: str) -> str:
-        return shelf._fitting(base + shelf._ending(tag), shelf.SUFFIX)
+        return state_store._fitting(base + state_store._ending(tag), state_store.SUFFIX)
 
     assert name("root.qcow2", "before-upgrade") == "root.qcow2.before-upgrade.qsnap"
     assert name("d", "a/b\\%\n") == "d.a%2Fb%5C%25%0A.qsnap"

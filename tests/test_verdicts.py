@@ -16,7 +16,7 @@ import pytest
 import qsnap
 from conftest import Launch
 from guest import Guest, blockdev, make_disk, qemu_img
-from qsnap.model import CheckReport, Role, Verdict
+from qsnap.model.qemu import CheckReport, Role, Verdict
 
 Topology = Callable[[Path], list[str]]
 

@@ -17,7 +17,7 @@ from typing import NoReturn
 import click
 
 from qsnap import __version__
-from qsnap.cli import commands, jobs, periodic
+from qsnap.cli.commands import everyday, job, series
 from qsnap.errors import EXIT_TABLE, BadUsage, Interrupted, QsnapError
 
 #: Set by the scripts of ``qsnap completion``: what they ask for.
@@ -76,7 +76,7 @@ def _exit_code(arguments: list[str]) -> int:
 
 def _said(error: QsnapError, as_json: bool) -> int:
     """The error's exit code, whether or not it can be told to anybody."""
-    from qsnap.cli.render import say_error
+    from qsnap.cli.output.people import say_error
 
     with suppress(OSError):
         say_error(error, as_json=as_json)
@@ -104,8 +104,8 @@ def cli() -> None:
 
 
 for _command in (
-    commands.save, commands.load, commands.list_, commands.show, commands.delete, commands.check, commands.status,
-    commands.recover, commands.vms, commands.completion, commands.demo,
-    periodic.prune, periodic.protect, periodic.unprotect, periodic.describe, jobs.run, jobs.ensure,
+    everyday.save, everyday.load, everyday.list_, everyday.show, everyday.delete, everyday.check, everyday.status,
+    everyday.recover, everyday.vms, everyday.completion, everyday.demo,
+    series.prune, series.protect, series.unprotect, series.describe, job.run, job.ensure,
 ):  # fmt: skip
     cli.add_command(_command)

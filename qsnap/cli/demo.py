@@ -16,8 +16,8 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 import qsnap.guest
-from qsnap.cli.bar import save_bar
-from qsnap.cli.render import Renderer
+from qsnap.cli.output.bar import save_bar
+from qsnap.cli.output.people import Renderer
 from qsnap.errors import ConnectError, NotSupported, QsnapError, VerifyFailed
 from qsnap.vm import VM, connect
 

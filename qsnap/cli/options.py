@@ -14,9 +14,9 @@ from qsnap.errors import QsnapError
 if TYPE_CHECKING:
     from click.shell_completion import CompletionItem
 
-    from qsnap.cli.render import Renderer
-    from qsnap.cli.session import Options
-    from qsnap.config import Settings
+    from qsnap.cli.output.people import Renderer
+    from qsnap.cli.runner import Options
+    from qsnap.targets.config import Settings
     from qsnap.vm import VM
 
 _T = TypeVar("_T")
@@ -43,10 +43,10 @@ def shown(show: Callable[[], object], exit_code: int = 0) -> int:
 def work(
     options: Options, action: Callable[[VM, Settings], Awaitable[_T]], show: Callable[[Renderer, _T], object]
 ) -> int:
-    """Do *action* with each VM that is meant, and show what comes of it: see :func:`qsnap.cli.fleet.work`."""
-    from qsnap.cli import fleet
+    """Do *action* with each VM that is meant, and show what comes of it: see :func:`qsnap.cli.several.work`."""
+    from qsnap.cli import several
 
-    return shown(*fleet.work(options, action, show))
+    return shown(*several.work(options, action, show))
 
 
 def completes(kind: str) -> Callable[[click.Context, click.Parameter, str], list[CompletionItem[str]]]:
@@ -139,7 +139,7 @@ def takes(*options: Callable[[Any], Any]) -> Callable[[Callable[..., Any]], Call
     def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
         @wraps(command)
         def wrapper(**given: Any) -> object:  # noqa: ANN401 (whatever click gives)
-            from qsnap.cli.session import Options
+            from qsnap.cli.runner import Options
 
             context = click.get_current_context()
             options = options_of(context)
@@ -156,7 +156,7 @@ def takes(*options: Callable[[Any], Any]) -> Callable[[Callable[..., Any]], Call
 
 def options_of(context: click.Context) -> Options:
     """Those that every command takes, of a command line."""
-    from qsnap.cli.session import Options
+    from qsnap.cli.runner import Options
 
     common = {name: value for name, value in context.params.items() if name in Options._fields}
     if common.get("vms") or common.get("all_vms"):

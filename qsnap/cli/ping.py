@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from urllib.parse import urlsplit, urlunsplit
 
-from qsnap.cli.text import printable
+from qsnap.cli.output.text import printable
 from qsnap.errors import BadUsage
 
 #: Seconds that a call may take.

@@ -10,13 +10,13 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 from qsnap.errors import JobFailed, QsnapError
-from qsnap.model import BlockGraph, Job, Migration, Peripheral, QemuVersion, RunState, SnapshotTables
+from qsnap.model.qemu import BlockGraph, Job, Migration, Peripheral, QemuVersion, RunState, SnapshotTables
 
 if TYPE_CHECKING:
     import socket
 
     from qsnap.monitor.address import Address
-    from qsnap.monitor.background import Background
+    from qsnap.monitor.qmp.background import Background
 
 #: Seconds for connecting and for the greeting. QEMU greets within milliseconds unless its main loop is
 #: frozen by a save, or another client holds the monitor.
@@ -157,7 +157,7 @@ class Monitor(Protocol):
         """Open the connection anew after it was lost. What was under way is then known to :meth:`settle`.
 
         Whether it leads to the same QEMU the mark of a claim tells, and nothing else: see
-        :func:`qsnap.stopped.reconnect`.
+        :func:`qsnap.runs.pause.reconnect`.
 
         :param timeout_s: seconds until the greeting; QEMU sends none while it writes.
         :raise AnotherAnswers: a QEMU of another version, or another kind of monitor, is there.
@@ -176,10 +176,10 @@ async def adopt_monitor(sock: socket.socket, address: Address, *, is_human: bool
     :raise MonitorError: it is closed, or another is at its end than was thought.
     """
     if is_human:
-        from qsnap.monitor import hmp
+        from qsnap.monitor.hmp import monitor as hmp
 
         return await hmp.adopt(sock, address)
-    from qsnap.monitor import qmp
+    from qsnap.monitor.qmp import monitor as qmp
 
     return await qmp.adopt(sock, address)
 
@@ -199,9 +199,9 @@ async def open_monitor(
 
     async with connection(address, timeout_s) as link:
         if link.is_human:
-            from qsnap.monitor import hmp
+            from qsnap.monitor.hmp import monitor as hmp
 
             return await hmp.connect(link, address)
-        from qsnap.monitor import qmp
+        from qsnap.monitor.qmp import monitor as qmp
 
         return await qmp.connect(link, address, snapshot_jobs)

@@ -1,0 +1,1 @@
+"""What is printed: for people, as JSON, and the progress bar."""

@@ -1,0 +1,4 @@
+"""What is there: the devices and their rules, the snapshots, the state files of live saves, the notes.
+
+Everything is looked up and judged here, and nothing is changed but qsnap's own notes and marks. Operations import it.
+"""

@@ -1,0 +1,208 @@
+"""What the block layer is busy with, and what that means for a save and a load. Pure.
+
+Block jobs copy a disk while the guest runs, and dirty bitmaps note what a backup has to copy next. A load takes the
+disk back behind their backs: the copy, or the next backup, would then be of two moments. QEMU refuses to take back a
+node that has dirty bitmaps (block/snapshot.c: bdrv_snapshot_goto), and that is all that it looks at. A mirror has its
+bitmap on the image up to 7.2, on its filter since 10.0; a stream has none. And as qsnap names the image below the
+filters to QEMU (:mod:`qsnap.inventory.devices`), it has to look itself. (Seen: contents lost with mirror, commit and
+stream, on 7.2 to 11.1.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Iterator, Sequence
+
+from qsnap.inventory.devices import BACKUP_FILTERS, path_to_image, spoken
+from qsnap.model.qemu import BlockGraph, BlockJob, Device, Finding, Severity, Verdict
+
+#: What becomes of it if the disk goes back under a job of that type.
+_AFTER_A_LOAD = {
+    "mirror": "its copy would not go back with it",
+    "backup": "its copy would be of two moments",
+    "commit": "what it has written to the backing file would not go back with it",
+    "stream": "what is in the backing file would be lost when that is dropped",
+}
+#: A snapshot outlives a backup. At the end of any other job there may be nothing left to load.
+_PATIENCE = {"backup": "wait for its end, or "}
+#: What becomes of a snapshot that is made under a job of that type, when it ends; a backup does no harm to one.
+_AFTER_A_SAVE = {
+    "mirror": "if the guest is switched to its copy then, snapshots made by now stay behind in the old image",
+    "commit": "if the guest is switched to the backing file then, snapshots made by now stay behind in the overlay",
+    "stream": "the backing file is dropped then, and snapshots made by now are broken without it",
+}
+
+
+def load_findings(graph: BlockGraph, devices: Sequence[Device], going_back: Collection[str]) -> Iterator[Finding]:
+    """What stands in the way of a load.
+
+    :param devices: all of the guest's.
+    :param going_back: the images that are taken back.
+    """
+    affected = [device for device in devices if device.image in going_back and device.verdict is not Verdict.IGNORED]
+    for job, device in _at_work(graph, affected):
+        yield _finding(
+            "block-job",
+            f"{_told(job, device, devices)}: {_AFTER_A_LOAD[job.type]}",
+            f"{_PATIENCE.get(job.type, 'end it first: ')}{_ending(job)}",
+            device if job.nodes else None,
+        )
+    for device in affected:
+        name = _name(device, devices)
+        if left := _left_filter(graph, device):
+            yield _finding(
+                "backup-filter",
+                f"the filter {left} stands above {name}, for a backup: its copy would be of two moments",
+                f"end the backup, and take the filter out: {_TAKING_OUT}",
+                device,
+            )
+        if bitmaps := _bitmaps(graph, device):
+            yield _finding(
+                "dirty-bitmaps",
+                f"{name} has dirty bitmaps ({', '.join(bitmaps)}): the next backup goes by them, so QEMU takes back no "
+                "disk that has any",
+                f"remove them, by QMP: block-dirty-bitmap-remove. {_FULL_BACKUP}",
+                device,
+            )
+        elif "" in graph.nodes[device.image or ""].dirty_bitmaps and not left and not list(_at_work(graph, [device])):
+            yield _finding(
+                "dirty-bitmaps",
+                f"{name}: Device has active dirty bitmaps, and QEMU takes back no disk that has. They have no name, so "
+                "something in QEMU is at work with them",
+                "wait for its end",
+                device,
+            )
+
+
+def save_findings(graph: BlockGraph, devices: Sequence[Device], *, chooses_devices: bool) -> Iterator[Finding]:
+    """What there is to say about a save.
+
+    :param devices: all of the guest's.
+    :param chooses_devices: False where QEMU takes all devices itself: it fails at the filter of a backup (seen on 5.2
+        to 11.1), and would make a snapshot in an unfinished copy.
+    """
+    saved = [device for device in devices if device.verdict is Verdict.SAVED]
+    for job, device in _at_work(graph, saved if chooses_devices else devices):
+        told = _told(job, device, devices)
+        if not chooses_devices:
+            yield _beside(told, job, "savevm cannot save")
+        elif job.type in _AFTER_A_SAVE:
+            yield _finding(
+                "block-job",
+                f"{told}: {_AFTER_A_SAVE[job.type]}",
+                "save again when it has ended",
+                device,
+                Severity.WARN,
+            )
+    for device in saved:
+        name = _name(device, devices)
+        if not chooses_devices:
+            yield from _through(graph, device, devices, "savevm cannot save")
+        if bitmaps := _bitmaps(graph, device):
+            yield _finding(
+                "dirty-bitmaps",
+                f"{name} has dirty bitmaps ({', '.join(bitmaps)}): no snapshot can be loaded while it has",
+                f"to load one, remove them, by QMP: block-dirty-bitmap-remove. {_FULL_BACKUP}",
+                device,
+                Severity.WARN,
+            )
+
+
+def delete_findings(graph: BlockGraph, devices: Sequence[Device], *, chooses_devices: bool) -> Iterator[Finding]:
+    """What stands in the way of a deletion.
+
+    :param devices: all of the guest's.
+    :param chooses_devices: False where QEMU takes all devices itself: delvm fails at the filter of a backup (seen on
+        7.2 and 11.1), or passes that disk over and deletes from the others (5.2).
+    """
+    if chooses_devices:
+        return
+    for job, device in _at_work(graph, devices):
+        if job.type == "backup":
+            yield _beside(_told(job, device, devices), job, "delvm cannot delete")
+    for device in devices:
+        if device.verdict is Verdict.SAVED:
+            yield from _through(graph, device, devices, "delvm cannot delete")
+
+
+def _beside(told: str, job: BlockJob, what: str) -> Finding:
+    """What refuses beside a job, where QEMU takes all devices itself."""
+    return _finding("block-job", f"{told}: QEMU's {what} beside it", f"wait for its end, or {_ending(job)}")
+
+
+def _through(graph: BlockGraph, device: Device, devices: Sequence[Device], what: str) -> Iterator[Finding]:
+    """The same where a backup has left its filter above a disk."""
+    if left := _left_filter(graph, device):
+        yield _finding(
+            "backup-filter",
+            f"the filter {left} stands above {_name(device, devices)}, for a backup: QEMU's {what} through it",
+            f"end the backup, and take the filter out: {_TAKING_OUT}",
+            device,
+        )
+
+
+_TAKING_OUT = "by QMP, qom-set the device's drive back, then blockdev-del"
+_FULL_BACKUP = "The next backup that goes by them must then be a full one"
+
+
+def _at_work(graph: BlockGraph, devices: Iterable[Device]) -> Iterator[tuple[BlockJob, Device]]:
+    """The jobs that work on any of *devices*, each with the first of them."""
+    below = [(device, _at_or_below(graph, device.node)) for device in devices if device.node]
+    for job in graph.jobs:
+        nodes = {node for _, node in job.nodes}
+        # Where it is not told what a job works on, it may be any of them
+        if found := next((device for device, reached in below if not nodes or nodes & reached), None):
+            yield job, found
+
+
+def _at_or_below(graph: BlockGraph, node_name: str) -> set[str]:
+    reached: set[str] = set()
+    next_ones = {node_name}
+    while next_ones:
+        reached |= next_ones
+        next_ones = {child for name in next_ones if name in graph.nodes for _, child in graph.nodes[name].children}
+        next_ones -= reached
+    return reached
+
+
+def _left_filter(graph: BlockGraph, device: Device) -> str | None:
+    """The filter of a backup above the image that belongs to no job."""
+    if any(not job.nodes for job in graph.jobs):
+        return None
+    of_jobs = {node for job in graph.jobs for _, node in job.nodes}
+    return next(
+        (
+            node.node_name
+            for node in path_to_image(graph, device.node)
+            if node.driver in BACKUP_FILTERS and node.node_name not in of_jobs
+        ),
+        None,
+    )
+
+
+def _bitmaps(graph: BlockGraph, device: Device) -> list[str]:
+    """The names of the dirty bitmaps on the image and on what stands above it."""
+    nodes = path_to_image(graph, device.node)
+    return sorted({name for node in nodes for name in node.dirty_bitmaps if name})
+
+
+def _told(job: BlockJob, device: Device, devices: Sequence[Device]) -> str:
+    what = f"block job {job.id!r}"
+    if not job.nodes:
+        return f"{what} ({job.type}) is under way"
+    if job.type == "backup":
+        return f"a backup runs on {_name(device, devices)} ({what})"
+    return f"{what} ({job.type}) works on {_name(device, devices)}"
+
+
+def _ending(job: BlockJob) -> str:
+    return f"block-job-cancel device={job.id} (by HMP: block_job_cancel {job.id})"
+
+
+def _name(device: Device, devices: Sequence[Device]) -> str:
+    return spoken([device.image or device.node or ""], devices)[0]
+
+
+def _finding(
+    code: str, message: str, cure: str, device: Device | None = None, severity: Severity = Severity.REFUSE
+) -> Finding:
+    return Finding(code=code, severity=severity, message=message, cure=cure, node=device.node if device else None)

@@ -1,0 +1,116 @@
+"""By which of a QEMU's descriptors a node's image is open: where it is now, whatever it was called when it was opened.
+
+QEMU goes on calling an image as it was called then. So the name leads astray where the image was renamed since, and
+where it is relative to a directory that QEMU has left (with ``-daemonize`` it works in ``/``); or it is not a path
+("/dev/fdset/1"). What is found by name is taken. Else the image is among QEMU's other descriptors: it is the only one
+that holds a qcow2 image; of several the only one with the snapshots that QEMU tells of; of several such the only one
+with that file name, or without that of another node; or it cannot be told.
+
+Facts: proc(5), /proc/PID/fd; docs/interop/qcow2.txt of QEMU for the table of snapshots.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+import struct
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from pathlib import Path
+
+from qsnap.host import files, processes
+from qsnap.inventory import devices as rules
+from qsnap.model.qemu import BlockGraph, BlockNode
+
+_MAGIC = b"QFI\xfb"
+#: A header to its table of snapshots: the magic, their number and the table's offset.
+_HEADER = struct.Struct(">4s56xIQ")
+#: A row of the table: the lengths of ID and name, the clock in ns, the size of the VM state, and that of what
+#: is added: in version 3 that begins with the whole 64 bits of the same.
+_ROW = struct.Struct(">12xHH8xQII")
+#: Bytes of a table that are read; what lies behind that is not compared.
+_TABLE_BYTES = 1 << 20
+
+_Row = tuple[str, str, int, bool]
+
+
+def ways(pid: int | None, graph: BlockGraph, node: str) -> Sequence[Path]:
+    """Paths by which this process can stat the image file of a node; none where it cannot be seen, or not be told.
+
+    :param pid: the QEMU process, None if it is not on this machine.
+    :param node: the image's node-name.
+    """
+    file = rules.image_file(graph, node)
+    if pid is None or file is None:
+        return ()
+    return [*processes.visible_files(pid, file.filename)] or _by_contents(pid, graph, graph.nodes[node], file)
+
+
+def way(pid: int | None, graph: BlockGraph, node: str) -> Path | None:
+    """The first of them."""
+    return next(iter(ways(pid, graph, node)), None)
+
+
+def _by_contents(pid: int, graph: BlockGraph, node: BlockNode, file: BlockNode) -> Sequence[Path]:
+    try:
+        descriptors = sorted(Path(f"/proc/{pid}/fd").iterdir(), key=lambda path: int(path.name))
+    except OSError:
+        return ()
+    others = {other.filename for other in graph.nodes.values() if other.driver == file.driver and other is not file}
+    taken = {_identity(way) for name in others - {file.filename} for way in processes.visible_files(pid, name)}
+    left = {identity: way for way in descriptors if (identity := _identity(way)) and identity not in taken}
+    tables = {way: table for way in left.values() if (table := _snapshots(way)) is not None}
+    wanted = [(row.id, row.tag, row.vm_clock_ns // 1_000_000, row.vm_state_size > 0) for row in node.snapshots]
+    alike = [way for way, table in tables.items() if table == wanted] or [*tables]
+    same_name = [way for way in alike if _base(way) == Path(file.filename).name]
+    others_names = {Path(other).name for other in others}
+    nobody_s_name = [way for way in alike if _base(way) not in others_names]
+    for chosen in [*tables], alike, same_name, nobody_s_name:
+        if len(chosen) == 1:
+            return [way for way in descriptors if _identity(way) == _identity(chosen[0])]
+    return ()
+
+
+def _base(descriptor: Path) -> str:
+    with suppress(OSError):
+        return descriptor.readlink().name
+    return ""
+
+
+def _identity(descriptor: Path) -> files.Identity | None:
+    """Which regular file it is; None for another kind, and for one that was deleted."""
+    try:
+        info = descriptor.stat()
+    except OSError:
+        return None
+    return files.identity_of(info) if stat.S_ISREG(info.st_mode) and info.st_nlink else None
+
+
+def _snapshots(image: Path) -> Sequence[_Row] | None:
+    """Of each snapshot of a qcow2 image ID, tag, clock in ms, and whether there is a VM state.
+
+    None if it is not one, or may not be read.
+    """
+    with suppress(OSError, struct.error, ValueError):
+        opened = os.open(image, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
+        try:
+            magic, number, offset = _HEADER.unpack(os.pread(opened, _HEADER.size, 0))
+            if magic == _MAGIC:
+                return [*_rows(os.pread(opened, _TABLE_BYTES, offset), number)]
+        finally:
+            os.close(opened)
+    return None
+
+
+def _rows(table: bytes, number: int) -> Iterable[_Row]:
+    begin = 0
+    for _ in range(number):
+        id_size, name_size, clock_ns, state_size, added_size = _ROW.unpack_from(table, begin)
+        added_at = begin + _ROW.size
+        id_at = added_at + added_size
+        name_at = id_at + id_size
+        end = name_at + name_size
+        state_size = int.from_bytes(table[added_at : added_at + 8]) if added_size >= 8 else state_size
+        identity, name = (part.decode(errors="replace") for part in (table[id_at:name_at], table[name_at:end]))
+        yield identity, name, clock_ns // 1_000_000, state_size > 0
+        begin = (end + 7) // 8 * 8

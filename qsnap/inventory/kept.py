@@ -1,0 +1,111 @@
+"""Protection as QEMU itself shows it, so that whoever cannot read the notes does not delete what they protect.
+
+The notes lie in a file beside the image (:mod:`qsnap.inventory.notes`). Over TCP, from another container or as another
+user they may be out of sight. So QEMU is given marks of them, which every one of its monitors shows, and which end with
+it:
+
+* ``qsnap-kept-SNAPSHOT-PLACE``: a snapshot is protected by the notes at that place.
+* ``qsnap-noted-IMAGES``: the notes beside these images have been read, and what they protect has such marks.
+
+SNAPSHOT, PLACE and IMAGES are digests, so that the names say all, and one command lists them. Every command that holds
+the VM and can read the notes sets them right.
+
+There is no better place that survives QEMU. A persistent dirty bitmap would lie in the image, but QEMU loads no
+snapshot of an image that has one, even if it is disabled ("Device has active dirty bitmaps"; seen on 7.2, 10.0 and
+11.1). A disk-only snapshot as a mark would keep a copy of every cluster that the guest goes on to write.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Collection, Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+from qsnap.inventory import devices as rules
+from qsnap.inventory import snapshots
+from qsnap.inventory.notes import Note, Notes
+from qsnap.model.qemu import BlockGraph, Device, Snapshot
+from qsnap.monitor import Monitor
+
+#: What the names of the marks begin with.
+PREFIXES = ("qsnap-kept-", "qsnap-noted-")
+_KEPT, _NOTED = PREFIXES
+
+
+class Kept(NamedTuple):
+    """What the marks of a VM say.
+
+    :ivar names: those of the marks.
+    """
+
+    names: frozenset[str]
+
+    def protects(self, snapshot: Snapshot) -> bool:
+        """Whether any notes protect it."""
+        return any(name.startswith(_heads(snapshot)) for name in self.names)
+
+    def tells_all(self, graph: BlockGraph, devices: Iterable[Device]) -> bool:
+        """Whether what the notes beside the images protect is among it."""
+        return _noted(graph, devices) in self.names
+
+
+async def kept(monitor: Monitor) -> Kept:
+    """Ask QEMU for the marks."""
+    return Kept(frozenset(await monitor.marks(PREFIXES)))
+
+
+async def protect(monitor: Monitor, notes: Iterable[Note], place: Path) -> None:
+    """Mark what the notes at *place* are about to protect: before they do, so that it is never unmarked."""
+    for note in notes:
+        if note.protected:
+            await monitor.set_mark(_kept(note, place), "yes")
+
+
+async def unprotect(monitor: Monitor, found: Iterable[Snapshot]) -> None:
+    """Take the marks of snapshots away, whatever notes they are of."""
+    marks = await kept(monitor)
+    for name in sorted(name for one in found for name in marks.names if name.startswith(_heads(one))):
+        await monitor.clear_mark(name)
+
+
+async def mirror(monitor: Monitor, notes: Notes, graph: BlockGraph, devices: Collection[Device]) -> None:
+    """Set the marks right: those of the notes that can be read, no others of these places."""
+    names = (await kept(monitor)).names
+    wanted = {_kept(note, path) for path, found in notes.by_place.items() for note in found if note.protected}
+    places = tuple(_digest(path) for path in notes.by_place)
+    stale = {name for name in names if name.startswith(_KEPT) and name.endswith(places)} - wanted
+    if not notes.unseen:
+        wanted.add(_noted(graph, devices))
+        stale |= {name for name in names if name.startswith(_NOTED)} - wanted
+    for name in sorted(wanted - names):
+        await monitor.set_mark(name, "yes")
+    for name in sorted(stale):
+        await monitor.clear_mark(name)
+
+
+def _heads(snapshot: Snapshot) -> tuple[str, ...]:
+    clock_ms = snapshot.vm_clock_ns // 1_000_000
+    return tuple(f"{_KEPT}{_digest(tag, clock_ms)}-" for tag in {snapshot.tag, snapshots.owner(snapshot)})
+
+
+def _kept(note: Note, place: Path) -> str:
+    return f"{_KEPT}{_digest(note.tag, note.vm_clock_ms)}-{_digest(place)}"
+
+
+def _noted(graph: BlockGraph, devices: Iterable[Device]) -> str:
+    files = (rules.image_file(graph, device.image) for device in devices if device.image)
+    return noted({file.filename for file in files if file is not None})
+
+
+def noted(images: Collection[str]) -> str:
+    """The name of the mark that says that the notes beside all *images* have been read.
+
+    :param images: QEMU's names of the files: those are the same to everybody.
+    """
+    return f"{_NOTED}{_digest(*sorted(images))}"
+
+
+def _digest(*parts: object) -> str:
+    text = "\0".join(map(str, parts))
+    return hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()[:16]

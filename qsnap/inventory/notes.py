@@ -1,0 +1,293 @@
+"""What is written down about snapshots: which are protected, a description of each, and what the disks stood on.
+
+There is no place for it in an image that QEMU has open. So it stands in a file beside the one that would hold the VM
+state, ``IMAGE.qsnap-notes``: move or copy it together with the images. (Where the image cannot be seen, it is in the
+directory for state files.) It is JSON, and small. A note belongs to the snapshot of its tag and VM clock: one of
+the same tag that is made later has none of it. Notes of snapshots that are gone are left out when the file is next
+written.
+
+If the file is lost, so are descriptions and protection, and nothing else. If it cannot be read, nothing that might be
+protected is replaced, deleted or pruned. To those from whom it is hidden QEMU tells what is protected, if it has been
+told: see :mod:`qsnap.inventory.kept`.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Collection, Iterable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import msgspec
+
+from qsnap.errors import BadUsage, QsnapError
+from qsnap.host import files
+from qsnap.inventory import snapshots
+from qsnap.inventory.state_store import Shelf
+from qsnap.model.qemu import BlockGraph, Device, Snapshot, Struct
+
+#: What the name of the file ends with.
+SUFFIX = ".qsnap-notes"
+#: The greatest length of a description, in characters: it is a line in a table.
+MAX_DESCRIPTION = 1000
+_VERSION = 1
+
+
+class Note(Struct, frozen=True):
+    """What is written down about one snapshot. Tag and clock say which that is.
+
+    The date does not: over a human monitor it is local time, and another one in another time zone.
+    """
+
+    tag: str
+    date: int
+    """Seconds since 1970; for people."""
+    vm_clock_ms: int
+    protected: bool = False
+    description: str = ""
+    runstate: str = ""
+    """The guest's at the save, where it was one that it could not go on from. qsnap itself writes that down."""
+    chains: dict[str, tuple[str, ...]] = msgspec.field(default_factory=dict)
+    """What each image stood on, if any did: see :func:`qsnap.inventory.snapshots.chains`.
+
+    qsnap writes that down, too.
+    """
+    state_dir: str = ""
+    """The directory of its state file, where that was not put beside the image. qsnap writes that down, too."""
+
+    @property
+    def says_something(self) -> bool:
+        """Whether it is worth keeping."""
+        return self.protected or bool(self.description or self.runstate or self.chains or self.state_dir)
+
+
+class ChangeBelow(NamedTuple):
+    """An image that stands on others than when a snapshot was saved.
+
+    :ivar node: the image's node-name.
+    :ivar then: file names, the nearest first.
+    """
+
+    node: str
+    then: tuple[str, ...]
+    now: tuple[str, ...]
+
+    def told(self, name: str) -> str:
+        """In words, of the disk that people call *name*."""
+        then, now = (" and ".join(names) or "no other image" for names in (self.then, self.now))
+        return f"{name} stood on {then} when it was saved, and stands on {now} now"
+
+
+class _File(Struct, frozen=True):
+    version: int
+    notes: tuple[Note, ...]
+
+
+def _key(note: Note) -> tuple[str, int]:
+    return note.tag, note.vm_clock_ms
+
+
+def blank(snapshot: Snapshot) -> Note:
+    """The note of a snapshot about which nothing is written down."""
+    return Note(tag=snapshot.tag, date=int(snapshot.date.timestamp()), vm_clock_ms=snapshot.vm_clock_ns // 1_000_000)
+
+
+class Notes:
+    """The notes of one VM, as they stand.
+
+    :ivar by_place: those in each file that they may be in; none for one that is not there.
+    :ivar unseen: the images beside which there may be notes that cannot be seen from here, and files of notes that may
+        not be read, or that lie beside the former name of an image.
+    :ivar left: the last of these. They are not used before they lie beside the image again.
+    :raise QsnapError: what is there is damaged, or not a file.
+    """
+
+    def __init__(self, shelf: Shelf, graph: BlockGraph, devices: Sequence[Device]) -> None:
+        self._graph = graph
+        self._paths = shelf.all_beside(graph, devices, SUFFIX)
+        self.by_place: dict[Path, Sequence[Note]] = {}
+        self._unread: dict[Path, str] = {}
+        for path in self._paths:
+            try:
+                self.by_place[path] = _read(path)
+            except OSError as error:
+                why = error.strerror or str(error)
+                if error.errno != errno.EACCES:
+                    raise _unreadable(path, why) from error
+                self._unread[path] = why
+        clocks = {row.vm_clock_ns // 1_000_000 for d in devices if d.image for row in graph.nodes[d.image].snapshots}
+        self.left = tuple(left for left in shelf.left_beside(graph, devices, SUFFIX) if _is_about(left.path, clocks))
+        self.unseen = (
+            *shelf.unseen_images(graph, devices),
+            *map(str, self._unread),
+            *(str(left.path) for left in self.left),
+        )
+
+    def refuse_unread(self) -> None:
+        """Refuse to write beside notes that cannot be read.
+
+        :raise QsnapError: there are such.
+        """
+        for path, why in self._unread.items():
+            raise _unreadable(path, why)
+        for left in self.left:
+            raise QsnapError(left.sentence("nothing was done: a file with notes"))
+
+    @property
+    def _notes(self) -> Sequence[Note]:
+        return [note for notes in self.by_place.values() for note in notes]
+
+    def of(self, snapshot: Snapshot) -> Note:
+        """The note of a snapshot, by whichever of its names it is known here; one that says nothing without one."""
+        wanted = blank(snapshot)
+        tags = (wanted.tag, snapshots.owner(snapshot))
+        for note in self._notes:
+            if note.tag in tags and note.vm_clock_ms == wanted.vm_clock_ms:
+                return note
+        return wanted
+
+    def added_to(self, found: Iterable[Snapshot]) -> tuple[Snapshot, ...]:
+        """These snapshots, with what is written down about each, and what has become wrong with it since."""
+        return tuple(
+            msgspec.structs.replace(
+                one,
+                protected=note.protected,
+                description=note.description,
+                runstate=note.runstate,
+                problems=(
+                    *one.problems,
+                    *(change.told(one.labels.get(change.node, change.node)) for change in changes),
+                    *_problems(one, note),
+                ),
+            )
+            for one, note, changes in ((one, self.of(one), self.changes_below(one)) for one in found)
+        )
+
+    def changes_below(self, snapshot: Snapshot) -> tuple[ChangeBelow, ...]:
+        """The images of a snapshot that stand on others than when it was saved: it lacks what was in those.
+
+        After a block-stream that is so, and nothing else tells: the clusters that it read from there read as zeroes.
+        """
+        then = self.of(snapshot).chains
+        found = []
+        for node in snapshot.devices if then else ():
+            name, now = snapshots.chain_of(self._graph, node)
+            if then.get(name, now) != now:
+                found.append(ChangeBelow(node, then[name], now))
+        return tuple(found)
+
+    def write(self, place: Path, changed: Collection[Note], present: Collection[Snapshot]) -> None:
+        """Write down *changed* notes, and leave out those of tags that are not *present*.
+
+        :param place: the file for them, if there is none yet.
+        :raise QsnapError: it cannot be written, or others cannot be read; what stood there stands.
+        """
+        self.refuse_unread()
+        tags = _tags(present)
+        new = {note.tag for note in changed}
+        there = {(tag, blank(one).vm_clock_ms) for one in present for tag in _tags([one])} - set(map(_key, changed))
+        # A tag that was saved anew has none of what was written down about the older one
+        old = [note for note in self._notes if note.tag in tags and (note.tag not in new or _key(note) in there)]
+        kept = [note for note in (*old, *changed) if note.says_something]
+        existing = [path for path in self._paths if os.path.lexists(path)]
+        for path in existing[1:]:
+            _write(path, ())  # two images had one each
+        if kept or existing:
+            place = existing[0] if existing else place
+            _write(place, kept)
+        self.by_place = {**dict.fromkeys(self._paths, ()), place: kept}
+
+    def forget(self, present: Collection[Snapshot]) -> None:
+        """Leave out the notes of tags that are not *present*.
+
+        :raise QsnapError: that cannot be written.
+        """
+        if {note.tag for note in self._notes} - _tags(present):
+            self.write(self._paths[0], (), present)
+
+
+def place(shelf: Shelf, graph: BlockGraph, devices: Sequence[Device], node: str) -> Path:
+    """The file for notes: beside the image of *node*, which would hold the VM state.
+
+    :raise NotSupported: that cannot be seen from here, and no directory was chosen.
+    :raise QsnapError: the directory cannot be written, or notes that are there cannot be read.
+    """
+    path = shelf.beside(graph, node, "", SUFFIX, always=True)
+    Notes(shelf, graph, devices).refuse_unread()
+    if not os.access(path.parent, os.W_OK | os.X_OK):
+        raise QsnapError(f"no notes can be made in {path.parent}: it cannot be written; nothing was done")
+    return path
+
+
+def checked_description(text: str) -> str:
+    """*text*, if it can be a description: one line.
+
+    :raise BadUsage: it cannot.
+    """
+    if len(text) > MAX_DESCRIPTION:
+        raise BadUsage(f"the description has {len(text)} characters, and may have {MAX_DESCRIPTION}")
+    if any(ord(char) < 0x20 or 0x7F <= ord(char) < 0xA0 for char in text):
+        raise BadUsage("the description must be one line, without control characters")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise BadUsage("the description is not valid UTF-8") from None
+    return text
+
+
+def _problems(snapshot: Snapshot, note: Note) -> Iterable[str]:
+    if note.state_dir and not snapshot.has_state and snapshot.file is None:
+        yield f"its RAM is not seen: its state file was put into {note.state_dir} (--state-dir)"
+
+
+def _unreadable(path: Path, why: str) -> QsnapError:
+    return QsnapError(f"the notes {path} cannot be read: {why}; a snapshot may be protected")
+
+
+def _tags(present: Iterable[Snapshot]) -> set[str]:
+    """The tags that notes of these snapshots may have."""
+    return {tag for one in present for tag in (one.tag, snapshots.owner(one))}
+
+
+def _read(path: Path) -> Sequence[Note]:
+    try:
+        text = files.read(path)
+    except FileNotFoundError:
+        return ()
+    try:
+        file = msgspec.json.decode(text, type=_File)
+    except (msgspec.DecodeError, ValueError) as error:
+        cure = "mend the file, or move it away: then nothing is protected"
+        raise QsnapError(f"the notes {path} cannot be understood: {error}; {cure}") from error
+    if file.version != _VERSION:
+        raise QsnapError(f"the notes {path} are of a later qsnap (version {file.version} of their form)")
+    return file.notes
+
+
+def _is_about(path: Path, clocks: Collection[int]) -> bool:
+    """Whether a file holds notes of snapshots of these clocks (in ms), or cannot be read."""
+    try:
+        return any(note.vm_clock_ms in clocks for note in _read(path))
+    except (OSError, QsnapError):
+        return True
+
+
+def _write(path: Path, notes: Sequence[Note]) -> None:
+    """Replace the file by one that holds *notes*, and is whole at every instant; none for no notes."""
+    try:
+        if not notes:
+            files.remove(path)
+            return
+        text = msgspec.json.format(msgspec.json.encode(_File(version=_VERSION, notes=tuple(notes))), indent=1)
+        files.replace(path, text + b"\n", owner=_owner(path))
+    except OSError as error:
+        raise QsnapError(f"the notes {path} cannot be written: {error.strerror}") from error
+
+
+def _owner(path: Path) -> int | None:
+    """Whose new notes are to be that root makes: the image's owner is to read them whatever root's umask."""
+    try:
+        return files.status(path.with_name(path.name.removesuffix(SUFFIX))).st_uid
+    except OSError:
+        return None

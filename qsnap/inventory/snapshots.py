@@ -1,0 +1,331 @@
+"""Rows of many snapshot tables, gathered into snapshots: what each tag holds, over all devices. Pure."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import msgspec
+
+from qsnap.errors import BadUsage, SnapshotNotFound
+from qsnap.inventory.devices import SNAPSHOT_DRIVERS, labels, spoken
+from qsnap.model.qemu import (
+    MAX_TAG_BYTES,
+    BlockGraph,
+    BlockNode,
+    Device,
+    InBacking,
+    Kind,
+    Labels,
+    NodeSnapshot,
+    Role,
+    Snapshot,
+    StateFile,
+    Verdict,
+)
+
+#: What the tag of a stand-in ends with.
+STAND_IN_SUFFIX = ".qsnap-stand-in"
+#: What the second name of a tag ends with: a live save that replaces another is on the disks under that.
+SECOND_SUFFIX = ".qsnap-2"
+#: What no tag of a user's ends with.
+RESERVED_SUFFIXES = (STAND_IN_SUFFIX, SECOND_SUFFIX)
+
+
+def relevant_nodes(devices: Iterable[Device]) -> tuple[str, ...]:
+    """The node-names that a whole snapshot must be on: writable, and not carried inside the VM state."""
+    counted = (d for d in devices if d.verdict not in (Verdict.IGNORED, Verdict.CARRIED))
+    return tuple(dict.fromkeys(name for d in counted if (name := d.image or d.node) is not None))
+
+
+def holders(graph: BlockGraph, devices: Iterable[Device], tag: str) -> tuple[str, ...]:
+    """The node-names that hold *tag*, QEMU's first device first."""
+    nodes = ((name, graph.nodes.get(name)) for name in relevant_nodes(devices))
+    return tuple(name for name, node in nodes if node is not None and node.tagged(tag))
+
+
+def snapshots(graph: BlockGraph, devices: Sequence[Device], files: Sequence[StateFile] = ()) -> tuple[Snapshot, ...]:
+    """All snapshots, oldest first.
+
+    QEMU gives all rows of one save the same date and VM clock, and a node that holds a tag twice is read
+    from its first row alone (bdrv_snapshot_find); both are looked at here.
+
+    :param files: the state files of this VM: those of live saves.
+    """
+    nodes = [node for node in relevant_nodes(devices) if node in graph.nodes]
+    # What nobody uses cannot change either, and QEMU 10.0's savevm leaves it out.
+    required = relevant_nodes(device for device in devices if device.role is not Role.NODE)
+    names = labels(devices)
+    rows: dict[str, dict[str, list[NodeSnapshot]]] = {}
+    for node in nodes:
+        for row in graph.nodes[node].snapshots:
+            rows.setdefault(row.tag, {}).setdefault(node, []).append(row)
+    found = []
+    unpaired = list(files)
+    for tag, held in rows.items():
+        file = _file_of(tag, held, unpaired)
+        if file is not None:
+            unpaired.remove(file)
+        found.append(_gathered(tag, held, required, names, file))
+    found += (_without_disks(file, names) for file in unpaired)
+    return tuple(sorted(_named(found), key=lambda snapshot: (snapshot.date, snapshot.tag)))
+
+
+def _named(found: Iterable[Snapshot]) -> Iterator[Snapshot]:
+    """Give the snapshots the tags that users know them by, where the devices may have them under a second name.
+
+    The tag belongs to the one that can be loaded, of two such to the newer. What else there is of it, as a replacement
+    was cut short, has the second name, whatever the devices call it.
+    """
+    groups: dict[str, list[Snapshot]] = {}
+    for snapshot in found:
+        groups.setdefault(owner(snapshot), []).append(snapshot)
+    for tag, members in groups.items():
+        main = max(members, key=lambda snapshot: (is_loadable(snapshot), snapshot.date))
+        if is_loadable(main) or (len(members) == 1 and main.kind is Kind.LIVE):
+            yield msgspec.structs.replace(main, tag=tag)
+            others = (snapshot for snapshot in members if snapshot is not main)
+            yield from (msgspec.structs.replace(other, tag=f"{tag}{SECOND_SUFFIX}") for other in others)
+        else:
+            yield from members
+
+
+def owner(snapshot: Snapshot) -> str:
+    """The user's tag that a snapshot is, or was, under. What has a state in an image is somebody else's, who calls it
+    like a second name."""
+    return snapshot.disk_tag.removesuffix(SECOND_SUFFIX) if snapshot.vmstate is None else snapshot.disk_tag
+
+
+def _file_of(tag: str, held: dict[str, list[NodeSnapshot]], files: Iterable[StateFile]) -> StateFile | None:
+    """The state file of what the devices hold; None where the state is in an image, or nowhere.
+
+    Over HMP the clock has milliseconds. One that may not be read is taken for that of its tag.
+    """
+    first = [rows[0] for rows in held.values()]
+    if any(row.vm_state_size for row in first):
+        return None
+    clocks = {row.vm_clock_ns for row in first}
+    exact = any(clock % 1_000_000 for clock in clocks)
+    tagged = [file for file in files if file.disk_tag == tag]
+    for file in tagged:
+        if (file.vm_clock_ns if exact else file.vm_clock_ns // 1_000_000 * 1_000_000) in clocks:
+            return file
+    return next((file for file in tagged if not file.is_readable), None)
+
+
+def _gathered(
+    tag: str, held: dict[str, list[NodeSnapshot]], required: Sequence[str], names: Labels, file: StateFile | None
+) -> Snapshot:
+    missing = tuple(node for node in required if node not in held)
+    first = {node: rows[0] for node, rows in held.items()}
+    vmstate = next((node for node, row in first.items() if row.vm_state_size > 0), None)
+    main = first[vmstate] if vmstate else next(iter(first.values()))
+    problems = [f"{node} holds it {len(rows)} times" for node, rows in held.items() if len(rows) > 1]
+    # Where QEMU makes snapshots without a state, each has the date of its own; the guest's clock stands still
+    moment = _moment if vmstate else _clock
+    if others := sorted(node for node, row in first.items() if moment(row) != moment(main)):
+        problems.append(f"{', '.join(others)}: made at another moment than the rest")
+    if file and (problem := _file_problem(file)):
+        problems.append(problem)
+    kind = Kind.FULL if vmstate else Kind.LIVE if file else Kind.DISK_ONLY
+    return Snapshot(
+        tag=tag,
+        kind=Kind.PARTIAL if missing else kind,
+        vm_state_size=file.vm_state_size if file else main.vm_state_size,
+        date=main.date,
+        vm_clock_ns=main.vm_clock_ns,
+        vmstate=vmstate,
+        devices=tuple(held),
+        missing=missing,
+        problems=tuple(problems),
+        labels=names,
+        file=file,
+        disk_tag=tag,
+    )
+
+
+def _without_disks(file: StateFile, names: Labels) -> Snapshot:
+    return Snapshot(
+        tag=file.disk_tag,
+        kind=Kind.STATE_ONLY,
+        vm_state_size=file.vm_state_size,
+        date=file.date,
+        vm_clock_ns=file.vm_clock_ns,
+        vmstate=None,
+        devices=(),
+        problems=(_file_problem(file) or "the disks' snapshots that belong to its state file are gone",),
+        labels=names,
+        file=file,
+        disk_tag=file.disk_tag,
+    )
+
+
+def _file_problem(file: StateFile) -> str:
+    if not file.is_readable:
+        return f"its state file {file.path} may not be read by this user"
+    return "" if file.is_whole else f"its state file {file.path} is cut short"
+
+
+def _moment(row: NodeSnapshot) -> object:
+    return row.date, row.vm_clock_ns
+
+
+def _clock(row: NodeSnapshot) -> object:
+    return row.vm_clock_ns
+
+
+def find(graph: BlockGraph, devices: Sequence[Device], tag: str, files: Sequence[StateFile] = ()) -> Snapshot | None:
+    """The snapshot *tag*, or None. One that the devices hold goes before a file whose disks are gone."""
+    named = [found for found in snapshots(graph, devices, files) if found.tag == tag]
+    return next((found for found in named if found.devices), named[0] if named else None)
+
+
+def in_backing(graph: BlockGraph, devices: Sequence[Device]) -> tuple[InBacking, ...]:
+    """The tags that no device holds, but an image that one stands on. They are back when the overlay is committed."""
+    images = tuple(dict.fromkeys(device.image for device in devices if device.image))
+    held = {row.tag for name in images for row in graph.nodes[name].snapshots}
+    return tuple(
+        InBacking(tag=tag, image=_file_name(node), device=label)
+        for name, label in zip(images, spoken(images, devices), strict=True)
+        for node in _chain_below(graph, name)
+        for tag in dict.fromkeys(row.tag for row in node.snapshots)
+        if tag not in held
+    )
+
+
+def chains(graph: BlockGraph, images: Iterable[str]) -> dict[str, tuple[str, ...]]:
+    """The file names of what each image stands on, the nearest first, by its own; empty where none stands on anything.
+
+    A snapshot holds of an overlay what is in that; the rest it reads from there.
+
+    :param images: node-names.
+    """
+    found = dict(chain_of(graph, image) for image in images if image in graph.nodes)
+    return found if any(found.values()) else {}
+
+
+def chain_of(graph: BlockGraph, image: str) -> tuple[str, tuple[str, ...]]:
+    """The same of one image: its own file name, and those of what it stands on."""
+    below = map(_file_name, _chain_below(graph, image))
+    return _file_name(graph.nodes[image]), tuple(dict.fromkeys(name for name in below if name))
+
+
+def _file_name(node: BlockNode) -> str:
+    """Without the directory: images are moved together."""
+    return Path(node.filename).name
+
+
+def _chain_below(graph: BlockGraph, image: str) -> Iterator[BlockNode]:
+    """The nodes that *image* stands on, the nearest first; none twice."""
+    seen = {image}
+    node: BlockNode | None = graph.nodes[image]
+    while node is not None:
+        # Down from an image by its backing file, and through a filter by whatever there is
+        edges = ("backing",) if node.driver in SNAPSHOT_DRIVERS else ("backing", "file")
+        below = next((child for edge in edges for name, child in node.children if name == edge), None)
+        node = None if below in seen or below is None else graph.nodes.get(below)
+        if node is not None:
+            seen.add(node.node_name)
+            yield node
+
+
+def not_found(graph: BlockGraph, devices: Sequence[Device], tag: str, hint: str = "") -> SnapshotNotFound:
+    """The error that no device holds *tag*; it says so if an image below one does.
+
+    :param hint: what else there is to say.
+    """
+    below = next((one for one in in_backing(graph, devices) if one.tag in (tag, f"{tag}{SECOND_SUFFIX}")), None)
+    if below is not None:
+        hint += (
+            f". It is in the backing image {below.image} of {below.device}: commit the overlay first (block-commit), "
+            "if no other image stands on that one"
+        )
+    return SnapshotNotFound(tag, f"no snapshot {tag!r} on any device{hint}")
+
+
+class Holding(NamedTuple):
+    """All that is there of a tag.
+
+    :ivar tags: those that devices have it under: itself, and its second name.
+    :ivar nodes: the node-names that have any of them, QEMU's first device first.
+    :ivar files: the paths of its state files.
+    """
+
+    tags: tuple[str, ...]
+    nodes: tuple[str, ...]
+    files: tuple[str, ...]
+
+
+def meant(graph: BlockGraph, devices: Sequence[Device], tag: str, files: Sequence[StateFile]) -> tuple[Snapshot, ...]:
+    """The snapshots that *tag* means, whole or not: those that go when it is deleted or replaced."""
+    return tuple(found for found in snapshots(graph, devices, files) if tag in (found.tag, owner(found)))
+
+
+def holding(graph: BlockGraph, devices: Sequence[Device], tag: str, files: Sequence[StateFile]) -> Holding:
+    """All that is there of *tag*, whole or not: what goes when it is deleted or replaced.
+
+    Of a second name it is what is listed so; not the snapshot that has the tag itself.
+    """
+    found_of_it = meant(graph, devices, tag, files)
+    held = {found.disk_tag: found.devices for found in found_of_it if found.devices}
+    return Holding(
+        tags=tuple(sorted(held)),
+        nodes=tuple(node for node in relevant_nodes(devices) if any(node in nodes for nodes in held.values())),
+        files=tuple(found.file.path for found in found_of_it if found.file is not None),
+    )
+
+
+def save_problems(graph: BlockGraph, tag: str, vmstate: str, devices: Sequence[str]) -> list[str]:
+    """What is wrong with a snapshot just saved: nothing, if it is once on each device, its state on *vmstate*."""
+    problems = []
+    for name in devices:
+        node = graph.nodes.get(name)
+        rows = node.tagged(tag) if node else ()
+        if len(rows) != 1:
+            problems.append(f"{name} holds it {len(rows)} times instead of once")
+        elif name == vmstate and rows[0].vm_state_size == 0:
+            problems.append(f"{name} holds no VM state")
+        elif name != vmstate and rows[0].vm_state_size != 0:
+            problems.append(f"{name} holds a VM state that belongs on {vmstate}")
+    return problems
+
+
+def looks_like_id(tag: str) -> bool:
+    """Whether a tag could be an ID in a snapshot table, where those are numbers from 1 on.
+
+    QEMU looks for the snapshot that it goes back to by ID first, and then by tag (qcow2-snapshot.c).
+    """
+    return bool(re.fullmatch(r"[1-9][0-9]*", tag, re.ASCII))
+
+
+def is_loadable(snapshot: Snapshot) -> bool:
+    """Whether there is a VM state in it, on no device twice and of one moment, and no device lacks it."""
+    return snapshot.kind in (Kind.FULL, Kind.LIVE) and not snapshot.problems
+
+
+def stand_in_of(tag: str) -> str:
+    """The tag under which a safe replacement keeps the new state while it replaces *tag*.
+
+    :raise BadUsage: it would be too long.
+    """
+    return _suffixed(tag, STAND_IN_SUFFIX, "to be replaced safely")
+
+
+def second_name(tag: str) -> str:
+    """The tag under which the disks have a live save that replaced another *tag*.
+
+    :raise BadUsage: it would be too long.
+    """
+    return _suffixed(tag, SECOND_SUFFIX, "for a live save")
+
+
+def _suffixed(tag: str, suffix: str, what_for: str) -> str:
+    name = f"{tag}{suffix}"
+    if len(name.encode(errors="surrogateescape")) > MAX_TAG_BYTES:
+        raise BadUsage(
+            f"the tag {tag!r} is too long {what_for}: with the {len(suffix)} bytes of {suffix!r} behind it, it has "
+            f"more than {MAX_TAG_BYTES}"
+        )
+    return name

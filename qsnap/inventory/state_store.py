@@ -1,0 +1,462 @@
+"""State files: where they lie, and which snapshot each belongs to.
+
+There is no database. A file lies beside the image that would hold the state, or in a directory of the user's choice,
+under a name that is made of the image's and the tag's. It says itself of which image it is, and under which tag the
+disks have its snapshot. The pair is known by that tag and by the guest's clock, which stands in the disks' snapshot
+tables too. A copy under another name is nobody's but the user's.
+
+A snapshot in an image cannot be renamed. So that a live save can replace another without ever being without one, the
+disks may have the new one under a second name, TAG.qsnap-2: when the older one is gone, that *is* TAG.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import shlex
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from datetime import UTC, datetime
+from functools import cached_property
+from pathlib import Path
+from typing import NamedTuple
+from urllib.parse import quote_from_bytes, unquote_to_bytes
+
+from qsnap.errors import BadUsage, NotSupported
+from qsnap.host import files, trust
+from qsnap.inventory import descriptors, state_file
+from qsnap.inventory import devices as rules
+from qsnap.inventory.state_part import remove_unused
+from qsnap.model.qemu import BlockGraph, Device, StateFile
+
+#: What the name of a state file ends with, and of one that is not complete.
+SUFFIX = ".qsnap"
+PART_SUFFIX = ".qsnap-part"
+#: Bytes of a file name on Linux.
+_NAME_MAX = 255
+#: Why a file that is there cannot be read.
+_MAY_NOT = (errno.EACCES, errno.EIO)
+
+
+class LeftBehind(NamedTuple):
+    """A file of this VM that lies where it was before the image was renamed or moved, while QEMU had it open.
+
+    :ivar path: where it is.
+    :ivar image: where the image is.
+    :ivar place: where it belongs now; None where its name cannot be made to fit.
+    """
+
+    path: Path
+    image: Path
+    place: Path | None
+
+    @property
+    def told(self) -> str:
+        """In words: a clause about what lies there."""
+        return f"lies at {self.path}, and the image was renamed since QEMU opened it: it is {self.image} now"
+
+    @property
+    def cure(self) -> str:
+        """What to do about it."""
+        if self.place is not None:
+            return f"rename it too: mv {shlex.quote(str(self.path))} {shlex.quote(str(self.place))}"
+        return f"give {self.image} the name that it had: its files in {self.path.parent} go by that"
+
+    def sentence(self, subject: str) -> str:
+        """Both, for people."""
+        return f"{subject} {self.told}. {self.cure[0].upper()}{self.cure[1:]}"
+
+
+class Shelf:
+    """Where the state files of one VM lie.
+
+    :param pid: the QEMU process; None where it is not on this machine.
+    :param listener: the user who listens at its socket; None where that is not told.
+    :ivar state_dir: the directory that the user chose; None for the images' own.
+    :ivar ignores_unseen: what cannot be seen from here does not matter, as the user said.
+    :raise BadUsage: that is reached by a link of another user's.
+    """
+
+    def __init__(
+        self,
+        pid: int | None,
+        state_dir: Path | None = None,
+        listener: int | None = None,
+        *,
+        ignores_unseen: bool = False,
+    ) -> None:
+        self._pid = pid
+        self._listener = listener
+        self._owners: set[int] = set()
+        self.state_dir = None if state_dir is None else _real(state_dir)
+        self.ignores_unseen = ignores_unseen
+
+    def ignoring_unseen(self) -> Shelf:
+        """This shelf, for whom what cannot be seen does not matter."""
+        return Shelf(self._pid, self.state_dir, self._listener, ignores_unseen=True)
+
+    def place(self, graph: BlockGraph, vmstate: str, disk_tag: str) -> Path:
+        """The path of the state file of a snapshot that the disks have as *disk_tag*.
+
+        :param vmstate: the node that would hold the state.
+        :raise NotSupported: the image cannot be seen from here, and no directory was chosen.
+        """
+        return self.beside(graph, vmstate, _ending(disk_tag), SUFFIX)
+
+    def beside(self, graph: BlockGraph, node: str, end: str, suffix: str, *, always: bool = False) -> Path:
+        """The path of a file that belongs to a node's image, made of the image's name, *end* and *suffix*.
+
+        :param always: beside the image wherever that can be seen, whatever directory was chosen.
+        :raise NotSupported: the image cannot be seen from here, and no directory was chosen.
+        """
+        image = self.image(graph, node)
+        if image is not None and (always or self.state_dir is None):
+            return image.with_name(_fitting(image.name + end, suffix))
+        if self.state_dir is not None:
+            return self.state_dir / _fitting(_unique(self.identity(graph, node)) + end, suffix)
+        (name,) = rules.spoken([node], rules.survey(graph).devices)
+        raise NotSupported(
+            f"no file can be put beside the image of {name}: {self._unseen(graph, node)}; "
+            "choose a directory: --state-dir DIR"
+        )
+
+    def all_beside(self, graph: BlockGraph, devices: Iterable[Device], suffix: str) -> tuple[Path, ...]:
+        """The paths of the files of that *suffix* that this VM may have, whether they are there or not."""
+        images = self._images(graph, devices)
+        paths = [image.with_name(_fitting(image.name, suffix)) for image, is_seen in images.items() if is_seen]
+        if self.state_dir is not None:
+            paths += [self.state_dir / _fitting(_unique(image), suffix) for image in images]
+        return tuple(paths)
+
+    def image(self, graph: BlockGraph, node: str) -> Path | None:
+        """The real path of a node's image, where it can be seen and QEMU may lead us there: :mod:`qsnap.host.trust`."""
+        try:
+            return self._image(graph, node)
+        except OSError:
+            return None
+
+    def _image(self, graph: BlockGraph, node: str) -> Path:
+        file = rules.protocol(graph, node)
+        if why := _why_no_file(graph, node):
+            raise FileNotFoundError(errno.ENOENT, why)
+        ways = descriptors.ways(self._pid, graph, node)
+        image = trust.image(self._user, file.filename if file else "", ways)
+        self._owners.add(files.status(image).st_uid)
+        return image
+
+    def _unseen(self, graph: BlockGraph, node: str) -> str:
+        """Why there is no :meth:`image`."""
+        try:
+            return f"{self._image(graph, node)} is seen"
+        except OSError as error:
+            return error.strerror or str(error)
+
+    @cached_property
+    def _user(self) -> int | None:
+        """Whose the QEMU is.
+
+        :raise OSError: that cannot be told.
+        """
+        return None if self._pid is None else trust.user_of(self._pid, self._listener)
+
+    def identity(self, graph: BlockGraph, node: str) -> Path:
+        """What stands in a state file for the image that it belongs to: its real path, or what QEMU calls it.
+
+        One of another user's that we cannot see may not be called as one of somebody else's.
+        """
+        if (image := self.image(graph, node)) is not None:
+            return image
+        file = rules.protocol(graph, node)
+        name = (file and file.filename) or node
+        try:
+            user = self._user
+        except OSError:
+            user = self._listener
+        return Path(name) if trust.is_believed(user) else Path(f"~{user}", name.lstrip("/"))
+
+    def opened(self, file: StateFile) -> int:
+        """A state file, open for a QEMU to read and write.
+
+        :raise OSError: it cannot be opened, or belongs to somebody whom the VM's images do not belong to.
+        """
+        opened = files.opened(Path(file.path), os.O_RDWR)
+        try:
+            info = os.fstat(opened)
+            owners = self._owners | trust.owners(self._user)
+            # Who owns a directory can put a file of others there by a second name, where fs.protected_hardlinks is 0
+            if info.st_uid not in (owners if info.st_nlink == 1 else self._owners):
+                images = ", ".join(map(str, sorted(self._owners)))
+                reason = f"it belongs to user {info.st_uid}, and the images to user {images}"
+                raise PermissionError(errno.EPERM, reason, file.path)
+        except BaseException:
+            os.close(opened)
+            raise
+        return opened
+
+    def files(self, graph: BlockGraph, devices: Iterable[Device]) -> tuple[StateFile, ...]:
+        """The state files of this VM, in the order of their names."""
+        devices = tuple(devices)
+        images = self._images(graph, devices)
+        nodes = {device.image for device in devices if device.image}
+        tags = dict.fromkeys(row.tag for node in nodes for row in graph.nodes[node].snapshots)
+        expected = {path: (image, tag) for image in images for tag in tags for path in self._expected(image, tag)}
+        found = []
+        for path in dict.fromkeys((*self._listed(images, SUFFIX), *sorted(self._unlisted(images, expected)))):
+            try:
+                file = _looked_at(path)
+            except OSError as error:
+                is_closed = error.errno in _MAY_NOT and path in expected
+                file = _unread(path, *expected[path]) if is_closed else None
+            if file is not None and self._is_ours(file, images):
+                found.append(file)
+        return tuple(found)
+
+    def unseen(self, graph: BlockGraph, devices: Iterable[Device]) -> tuple[str, ...]:
+        """Where files of this VM may lie that cannot be looked for: the images beside which that is, and directories.
+
+        Another directory that somebody else chose is not among them.
+        """
+        devices = tuple(devices)
+        closed = (path for path in self._directories(self._images(graph, devices)) if not _is_open(path))
+        return (*self.unseen_images(graph, devices), *map(str, closed))
+
+    def unseen_images(self, graph: BlockGraph, devices: Iterable[Device]) -> tuple[str, ...]:
+        """The images whose directories cannot be seen from here; and those that have none, if no other was chosen."""
+        nodes = dict.fromkeys(device.image for device in devices if device.image)
+        has_place = {node for node in nodes if self.state_dir is None or not _why_no_file(graph, node)}
+        unseen = [node for node in nodes if node in has_place and self.image(graph, node) is None]
+        return tuple((file and file.filename) or node for node in unseen for file in [rules.image_file(graph, node)])
+
+    def left_behind(self, graph: BlockGraph, devices: Iterable[Device], disk_tag: str) -> LeftBehind | None:
+        """The state file of a tag that lies where it did before its image was renamed; None if there is none."""
+        for image, old, node in self._renamed(graph, devices):
+            clocks = {row.vm_clock_ns // 1_000_000 for row in graph.nodes[node].tagged(disk_tag)}
+            for path in self._expected(old, disk_tag) if clocks else ():
+                if not self._is_left(path, disk_tag, clocks):
+                    continue
+                beside = old.with_name(_fitting(old.name + _ending(disk_tag), SUFFIX))
+                place = image.with_name(_fitting(image.name + _ending(disk_tag), SUFFIX)) if path == beside else None
+                return LeftBehind(path, image, place)
+        return None
+
+    def left_beside(self, graph: BlockGraph, devices: Iterable[Device], suffix: str) -> Iterator[LeftBehind]:
+        """Files of that suffix beside the former names of images, where there are none beside the present ones."""
+        for image, old, _ in self._renamed(graph, devices):
+            path, place = (one.with_name(_fitting(one.name, suffix)) for one in (old, image))
+            if not os.path.lexists(place) and self._may_be_told(path):
+                yield LeftBehind(path, image, place)
+
+    def _is_left(self, path: Path, disk_tag: str, clocks: Collection[int]) -> bool:
+        """Whether a state file of that tag and one of these clocks (in ms) lies there, or one that may not be read."""
+        if not self._may_be_told(path):
+            return False
+        try:
+            file = _looked_at(path)
+        except OSError as error:
+            return error.errno in _MAY_NOT
+        return file is not None and file.disk_tag == disk_tag and file.vm_clock_ns // 1_000_000 in clocks
+
+    def _may_be_told(self, path: Path) -> bool:
+        """Whether something lies there that belongs to somebody to whose files this QEMU may lead us."""
+        try:
+            return files.status(path).st_uid in self._owners | trust.owners(self._user)
+        except OSError:
+            return False
+
+    def _renamed(self, graph: BlockGraph, devices: Iterable[Device]) -> Iterator[tuple[Path, Path, str]]:
+        """The images that QEMU calls otherwise than what they are called now: their place, the former one, the node."""
+        for node in dict.fromkeys(device.image for device in devices if device.image):
+            file, image = rules.image_file(graph, node), self.image(graph, node)
+            if file is None or image is None:
+                continue
+            old = Path(file.filename)
+            # In what directory it was is not known of a relative name: most likely where it is
+            old = Path(os.path.realpath(old.parent), old.name) if old.is_absolute() else image.with_name(old.name)
+            if Path(os.path.realpath(old)) != image:
+                yield image, old, node
+
+    def remove_parts(self, graph: BlockGraph, devices: Iterable[Device]) -> None:
+        """Remove what live saves of this VM have left unfinished. None must be under way.
+
+        Other VMs' images may begin like ours: what somebody is at work on stays.
+        """
+        images = self._images(graph, devices)
+        own = {f"{base}." for image in images for base in (image.name, _unique(image))}
+        for path in self._listed(images, PART_SUFFIX):
+            if any(map(path.name.startswith, own)):
+                with suppress(OSError):
+                    remove_unused(path)
+
+    def _images(self, graph: BlockGraph, devices: Iterable[Device]) -> dict[Path, bool]:
+        """What stands for each image, and whether it can be seen."""
+        nodes = dict.fromkeys(d.image for d in devices if d.image)
+        return {self.identity(graph, node): self.image(graph, node) is not None for node in nodes}
+
+    def _directories(self, images: Mapping[Path, bool]) -> Sequence[Path]:
+        directories = dict.fromkeys(image.parent for image, is_seen in images.items() if is_seen)
+        if self.state_dir is not None:
+            directories[self.state_dir] = None
+        return tuple(directories)
+
+    def _listed(self, images: Mapping[Path, bool], suffix: str) -> Iterator[Path]:
+        for directory in self._directories(images):
+            with suppress(OSError):  # what is not there, or may not be listed: see _unlisted
+                yield from sorted(path for path in directory.iterdir() if path.name.endswith(suffix))
+
+    def _unlisted(self, images: Mapping[Path, bool], expected: Iterable[Path]) -> Iterator[Path]:
+        """Those of the *expected* paths whose directories may be searched, but not listed."""
+        closed = {path for path in self._directories(images) if not os.access(path, os.R_OK, effective_ids=True)}
+        return (path for path in expected if path.parent in closed)
+
+    def _expected(self, image: Path, disk_tag: str) -> Iterator[Path]:
+        """Where the state file of that tag of an image lies, if there is one."""
+        ending = _ending(disk_tag)
+        yield image.with_name(_fitting(image.name + ending, SUFFIX))
+        for directory in {image.parent, *([self.state_dir] if self.state_dir is not None else [])}:
+            yield directory / _fitting(_unique(image) + ending, SUFFIX)
+
+    def _is_ours(self, file: StateFile, images: Iterable[Path]) -> bool:
+        """Whether a file lies where one of that tag lies of one of our images.
+
+        One of another name may say that it is of our image, and is a copy: of the user's own, or another VM's.
+        """
+        path, ending = Path(file.path), _ending(file.disk_tag)
+        for image in images:
+            if path == image.with_name(_fitting(image.name + ending, SUFFIX)):
+                return True  # whatever it says, so that it is found when it is moved or copied together with the image
+            if path.name == _fitting(_unique(image) + ending, SUFFIX) and Path(file.image) == image:
+                return True  # in the user's directory, which may be the image's
+        return False
+
+
+def _why_no_file(graph: BlockGraph, node: str) -> str:
+    """Why there is no directory that a node's image lies in, in words; "" if it lies in a file, or that is not told."""
+    protocol = rules.protocol(graph, node)
+    if protocol is None:
+        return ""
+    if graph.nodes[node].is_temporary:
+        return "it is the temporary overlay of snapshot=on, a file without a name, and gone when QEMU ends"
+    if protocol.driver in ("host_device", "host_cdrom"):
+        return f"it is on the block device {protocol.filename}, beside which no files belong"
+    return "" if protocol.driver == "file" else f"it is not in a file of this machine (driver {protocol.driver})"
+
+
+#: That of a VM without state files, or where nobody wants to know.
+NO_SHELF = Shelf(None, ignores_unseen=True)
+
+
+def _real(state_dir: Path) -> Path:
+    """The real path of a directory that the user has named, where it is there."""
+    try:
+        return files.resolved(state_dir)
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise BadUsage(f"{state_dir} cannot be the directory for state files: {error.strerror}") from error
+        return state_dir.absolute()  # it is told when it is needed
+
+
+def _unique(image: Path) -> str:
+    """A name for an image in a directory where those of several VMs lie: they may be called the same."""
+    import hashlib
+
+    return f"{image.name}-{hashlib.sha256(os.fsencode(image)).hexdigest()[:8]}"
+
+
+def _ending(disk_tag: str) -> str:
+    """What a tag adds to the name of a file, in whatever locale: its bytes in UTF-8, as QEMU has it."""
+    tag = quote_from_bytes(disk_tag.encode(errors="surrogateescape"), safe=" +,=@()[]{}~!#$&':;")
+    return f".{tag}"
+
+
+def _fitting(name: str, suffix: str) -> str:
+    """The name of a file. A long one is cut, and told from others by a sum of it."""
+    room = _NAME_MAX - max(len(PART_SUFFIX), len(suffix))
+    if len(os.fsencode(name)) > room:
+        import hashlib
+
+        digest = hashlib.sha256(os.fsencode(name)).hexdigest()[:16]
+        name = os.fsdecode(os.fsencode(name)[: room - len(digest) - 1]) + f"~{digest}"
+    return name + suffix
+
+
+def read(path: Path) -> StateFile | None:
+    """What lies there; None if it is not a state file, or may not be read."""
+    try:
+        return _looked_at(path)
+    except OSError:
+        return None
+
+
+def _looked_at(path: Path) -> StateFile | None:
+    """What lies there; None if it is not a state file.
+
+    :raise OSError: there is not any file, or it may not be read.
+    """
+    file = files.opened(path)
+
+    def pread(size: int, offset: int) -> bytes:
+        return os.pread(file, size, offset)
+
+    try:
+        info = os.fstat(file)
+        content = state_file.content_of(pread)
+        image = content.image if content else state_file.image_of(pread)
+    finally:
+        os.close(file)
+    if content is None:
+        return _cut_short(path, info, image) if image is not None else None
+    return StateFile(
+        path=str(path),
+        size=info.st_size,
+        disk_tag=content.tag,
+        image=content.image,
+        vm_state_size=content.vm_state_size,
+        date=content.date,
+        vm_clock_ns=content.vm_clock_ns,
+        is_whole=info.st_size >= state_file.file_size(content.vm_state_size),
+    )
+
+
+def _unread(path: Path, image: Path, disk_tag: str) -> StateFile | None:
+    """A state file that may not be read; None where there is none, or even that may not be known."""
+    try:
+        info = path.lstat()
+    except OSError:
+        return None
+    return StateFile(
+        path=str(path),
+        size=info.st_size,
+        disk_tag=disk_tag,
+        image=str(image),
+        vm_state_size=0,
+        date=datetime.fromtimestamp(info.st_mtime, UTC),
+        vm_clock_ns=0,
+        is_readable=False,
+    )
+
+
+def _is_open(directory: Path) -> bool:
+    """Whether what is in a directory can be seen by its name; also if the directory is not there."""
+    try:
+        (directory / "qsnap").lstat()
+    except OSError as error:
+        return error.errno not in _MAY_NOT
+    return True
+
+
+def _cut_short(path: Path, info: os.stat_result, image: str) -> StateFile | None:
+    """A state file that has lost its end, where the tag stands; its name tells that too, unless it was changed."""
+    for base in (Path(image).name, _unique(Path(image))):
+        if path.name.startswith(f"{base}."):
+            tag = unquote_to_bytes(path.name[len(base) + 1 : -len(SUFFIX)]).decode(errors="surrogateescape")
+            return StateFile(
+                path=str(path),
+                size=info.st_size,
+                disk_tag=tag,
+                image=image,
+                vm_state_size=0,
+                date=datetime.fromtimestamp(info.st_mtime, UTC),
+                vm_clock_ns=0,
+                is_whole=False,
+            )
+    return None

@@ -1,0 +1,332 @@
+"""The moment of a live save: disk snapshots and device state taken in one stop of some milliseconds.
+
+QEMU's background snapshot makes the VM state, and a transaction makes the disks' snapshots. They are of one moment if
+the guest stands still from before the one until after the other. There are two ways to see to that:
+
+* *late*: the guest is stopped when QEMU's thread has read most of RAM, as far as that can be known: when it has had
+  most of the processor time that it took the last time. If QEMU was faster nevertheless, it has stopped and resumed the
+  guest by itself before, and the disks would be of another moment. That shows in the order of events; the attempt is
+  given up, and repeated.
+* *plain*: the guest is stopped first, and stands still while QEMU reads its RAM: where that takes no longer than to
+  stop late, as with little RAM, or RAM in huge pages; and where nothing is known.
+
+First RAM is put back into huge pages (:mod:`qsnap.host.hugepages`), where that is possible. If that is not enough for
+the plain way, a stream that nobody wants is begun and cancelled, from 9.0 on: what QEMU has read a moment ago it reads
+in a fraction of the time (4 GiB in huge pages in 10 to 20 ms, instead of up to 300 where the host has to find the
+memory first), and that time is known then. Up to 8.2 a stream must not be cancelled. There that is done once, with a
+stream to nowhere, and only for RAM in base pages.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
+
+from qsnap.errors import JobFailed, QsnapError
+from qsnap.host import bulk_io, files, hugepages
+from qsnap.host.hugepages import Layout
+from qsnap.monitor import Monitor
+from qsnap.monitor.qmp.background import Background
+from qsnap.operations.live.timing import Pace, SnapshotThread
+from qsnap.operations.progress import INTERVAL_S, Phase, Progress, Watcher
+from qsnap.runs.journal import Journal
+from qsnap.runs.pause import Pause, stopped
+from qsnap.runs.shield import undisturbed
+
+#: The mark that keeps QEMU's pace.
+PACE = "qsnap-pace"
+_GIB = 1 << 30
+#: The share of it after which the guest is stopped. It was seen to vary by a tenth.
+_SHARE = 0.85
+#: Nanoseconds that the disks' snapshots may take: where QEMU resumes the guest by itself they must be done by then.
+_DISKS_NS = 25_000_000
+#: Nanoseconds per GiB that QEMU needs to read and protect RAM in base pages, and RAM in huge pages, at the slowest.
+_BASE_NS, _HUGE_NS = 100_000_000, 5_000_000
+#: Nanoseconds that this may take in the pause: to stop late is no better.
+_PLAIN_NS = 10_000_000
+#: The same as it was seen, where RAM is read again: meanwhile the disks are snapshotted, which takes as long.
+_PLAIN_READ_AGAIN_NS = 25_000_000
+#: The same where the disks take part of the time, and one attempt that fails takes as long as a whole save.
+_PLAIN_WITHOUT_CANCEL_NS = 50_000_000
+#: The share of RAM in base pages with which it is left as it is.
+_HARDLY_ANY = 1 / 32
+#: Streams that nobody wants, after the first one.
+_MORE_REHEARSALS = 3
+#: Attempts to stop late, before the guest is stopped first.
+_LATE_ATTEMPTS = 3
+#: Seconds between two looks whether the device state has been taken.
+_LOOK_S = 0.001
+#: Seconds that QEMU may take for the device state.
+_STATE_TIMEOUT_S = 120.0
+
+
+class Moment:
+    """A live save, from its first stop to the end of its stream.
+
+    :param file: the state file to be, open.
+    :param offset: where in it the stream begins.
+    :param snapshot_disks: takes the disks' snapshots, of a guest that is stopped.
+    :param forget_disks: takes them away again.
+    :param images: files of the disks: what the host has not written yet is written before the guest is stopped.
+    """
+
+    def __init__(
+        self,
+        monitor: Monitor,
+        background: Background,
+        journal: Journal,
+        *,
+        file: int,
+        offset: int,
+        snapshot_disks: Callable[[], Awaitable[None]],
+        forget_disks: Callable[[], Awaitable[None]],
+        images: Sequence[Path],
+    ) -> None:
+        self._monitor = monitor
+        self._background = background
+        self._journal = journal
+        # A description of its own, of which QEMU gets a copy: its position is QEMU's
+        try:
+            self._file = os.open(f"/proc/self/fd/{file}", os.O_WRONLY | os.O_CLOEXEC)
+        except OSError as error:
+            raise JobFailed("open", f"the state file: {error.strerror}") from error
+        self._offset = offset
+        self._snapshot_disks = snapshot_disks
+        self._forget_disks = forget_disks
+        self._images = images
+
+    async def take(self) -> Pause:
+        """Take disks and device state, and leave the guest running, while QEMU writes its RAM.
+
+        :raise JobFailed: QEMU reported an error. The guest runs; the stream may still be under way.
+        """
+        ram = await self._ram(await self._monitor.memory_size())
+        reading_ns = ram.base / _GIB * _BASE_NS + ram.other / _GIB * _HUGE_NS
+        if reading_ns <= (_PLAIN_WITHOUT_CANCEL_NS if self._background.must_not_fail else _PLAIN_NS):
+            await self._flush()
+            pause, _ = await self._plain()
+            return pause
+        known = await self._known_pace(ram)
+        pace = await self._expected_pace(known, ram)
+        await self._flush()
+        for _ in range(1 if self._background.must_not_fail else _LATE_ATTEMPTS):
+            if not self._is_to_stop_late(pace):
+                break
+            late_pause, pace = await self._late(pace)
+            if late_pause is not None:
+                await self._remember(pace, known, ram)
+                return late_pause
+            await self._begin_anew()
+        pause, pace = await self._plain()
+        await self._remember(pace, known, ram)
+        return pause
+
+    async def _ram(self, ram_bytes: int) -> Layout:
+        """How RAM is mapped, when what can be put into huge pages has been."""
+        pid = self._monitor.pid
+        ram = await asyncio.to_thread(hugepages.layout, pid, ram_bytes)
+        if pid is None or ram.base <= ram_bytes * _HARDLY_ANY:
+            return ram
+        await hugepages.collapse(pid, ram_bytes)
+        return await asyncio.to_thread(hugepages.layout, pid, ram_bytes)
+
+    @property
+    def stream_size(self) -> int:
+        """Bytes that QEMU has written."""
+        return os.lseek(self._file, 0, os.SEEK_CUR) - self._offset
+
+    def close(self) -> None:
+        """Let go of the file."""
+        os.close(self._file)
+
+    async def _plain(self) -> tuple[Pause, int]:
+        """Stop the guest first.
+
+        :return: the pause, and the processor time that QEMU's thread needed.
+        """
+        thread = SnapshotThread(self._monitor.pid)
+        async with stopped(self._monitor, self._journal) as pause:
+            if self._background.resumes_by_itself:
+                await self._snapshot_disks()
+                await self._background.begin_stream(self._file, self._offset)
+            else:
+                # It reads RAM in the meantime
+                await self._background.begin_stream(self._file, self._offset)
+                await self._snapshot_disks()
+            spent = await self._state_taken(pause, thread)
+        return pause, spent
+
+    def _goal(self, pace: int) -> int:
+        """The processor time after which the guest is stopped."""
+        goal = int(pace * _SHARE)
+        return goal - _DISKS_NS if self._background.resumes_by_itself else goal
+
+    async def _expected_pace(self, known: int, ram: Layout) -> int:
+        """The processor time that QEMU's thread will need next; 0 if that is not known."""
+        if self._background.must_not_fail:
+            # A stream goes on to its end, and splits what huge pages there are
+            return known if known or self._monitor.pid is None or ram.base <= ram.other else await self._rehearse()
+        # What it has read a moment ago it reads in a fraction of the time, until that is all that it takes
+        pace = await self._rehearse()
+        if known:
+            return known
+        for _ in range(_MORE_REHEARSALS):
+            if pace <= _PLAIN_READ_AGAIN_NS:
+                break
+            before, pace = pace, await self._rehearse()
+            if pace > before * _SHARE:
+                break
+        return pace
+
+    def _is_to_stop_late(self, pace: int) -> bool:
+        """Whether something is known, and something is gained by it."""
+        gains = pace > (0 if self._background.must_not_fail else _PLAIN_READ_AGAIN_NS)
+        return gains and self._goal(pace) > 0
+
+    async def _rehearse(self) -> int:
+        """Have QEMU begin a stream that nobody wants; return the processor time that its thread needed.
+
+        QEMU stops and resumes the guest by itself. Where the stream must go on to its end, it goes nowhere.
+        """
+        thread = SnapshotThread(self._monitor.pid)
+        if self._background.must_not_fail:
+            nowhere = os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
+            try:
+                await self._background.begin_stream(nowhere, 0)
+            finally:
+                os.close(nowhere)
+        else:
+            await self._background.begin_stream(self._file, self._offset)
+        spent = await thread.until_it_has_spent(None, self._has_begun)
+        await self._raise_if_failed()
+        await self._background.end_stream()
+        return spent
+
+    async def _late(self, pace: int) -> tuple[Pause | None, int]:
+        """Stop the guest when QEMU's thread has had most of the time *pace*.
+
+        :return: the pause, None where QEMU was faster; and the processor time that the thread needed.
+        """
+        thread = SnapshotThread(self._monitor.pid)
+        await self._background.begin_stream(self._file, self._offset)
+        spent = await thread.until_it_has_spent(self._goal(pace), self._has_begun)
+        if await self._has_begun():
+            await self._raise_if_failed()
+            return None, spent
+        async with stopped(self._monitor, self._journal) as pause:
+            await self._snapshot_disks()
+            # Events come before the answer to what came after them
+            was_in_time = self._turns() == ["STOP"]
+            spent = max(spent, await self._state_taken(pause, thread))
+            if not self._background.resumes_by_itself:
+                # The answer to this comes after whatever else QEMU's main loop had to do
+                await self._monitor.runstate()
+                was_in_time = self._turns() == ["STOP"]
+        return (pause if was_in_time else None), spent
+
+    def _turns(self) -> list[str]:
+        return [event for event, _ in self._background.turns()]
+
+    async def _state_taken(self, pause: Pause, thread: SnapshotThread) -> int:
+        """Wait until QEMU has the device state, and the guest may run; or runs, where QEMU resumes it by itself.
+
+        :return: the processor time that *thread* was seen to have had before.
+        :raise JobFailed: it will not come, or takes too long.
+        """
+        spent = 0
+        deadline = time.monotonic() + _STATE_TIMEOUT_S
+        while time.monotonic() < deadline:
+            before = thread.spent_ns
+            stream = await self._background.stream()
+            if stream.status == "setup":
+                spent = before
+            if self._background.resumes_by_itself:
+                if resumed := [stamp for event, stamp in self._background.turns() if event == "RESUME"]:
+                    pause.resumed_by_qemu(resumed[-1])
+                    return spent
+            elif stream.pages or stream.status == "completed":
+                return spent
+            await self._raise_if_failed()
+            await asyncio.sleep(_LOOK_S)
+        raise JobFailed("migrate", f"QEMU has not taken the device state within {_STATE_TIMEOUT_S:g} s")
+
+    async def _has_begun(self) -> bool:
+        """Whether QEMU is about to take the device state, or beyond that."""
+        return (await self._background.stream()).status != "setup"
+
+    async def _raise_if_failed(self) -> None:
+        stream = await self._background.stream()
+        if stream.is_over and stream.status != "completed":
+            raise JobFailed("migrate", stream.error or f"it was {stream.status}")
+
+    async def _begin_anew(self) -> None:
+        await self._background.end_stream()
+        await self._background.tidy()
+        await self._forget_disks()
+
+    async def _flush(self) -> None:
+        """What the host has yet to write of the images is written now; else it would be in the pause."""
+        for image in self._images:
+            with suppress(OSError):
+                await asyncio.to_thread(_sync, image)
+
+    def _keeps_pace(self, ram: Layout) -> bool:
+        """Whether a pace is of use the next time: not of RAM in huge pages where it is rehearsed anew."""
+        return self._background.must_not_fail or ram.base > ram.other
+
+    async def _known_pace(self, ram: Layout) -> int:
+        """The processor time that QEMU's thread needed the last time that RAM was mapped so; 0 if that is not known."""
+        if not self._keeps_pace(ram):
+            return 0
+        pace = Pace.decode(await self._monitor.mark(PACE) or "")
+        return pace.spent_ns if pace is not None and pace.is_of(ram) else 0
+
+    async def _remember(self, spent_ns: int, known: int, ram: Layout) -> None:
+        # Nothing was seen if QEMU was too quick, or its threads cannot be seen from here
+        if not spent_ns or not self._keeps_pace(ram):
+            return
+        if self._background.must_not_fail and known:
+            spent_ns = min(spent_ns, known)  # one attempt that fails takes as long as a whole save
+        with suppress(QsnapError):
+            await self._monitor.clear_mark(PACE)
+            await self._monitor.set_mark(PACE, Pace(spent_ns, ram.base).encode())
+
+    async def written(self, watch: Watcher | None) -> None:
+        """Wait for the end of the stream.
+
+        :raise JobFailed: QEMU could not write it, or somebody cancelled it.
+        """
+        began = time.monotonic()
+        done = 0
+        while not (stream := await self._background.stream()).is_over:
+            elapsed_s = time.monotonic() - began
+            if watch is not None:
+                watch(Progress(Phase.SAVING, elapsed_s, stream.done, stream.total))
+            done = await self._write_back(done)
+            if done == self.stream_size:
+                await asyncio.sleep(min(INTERVAL_S, 0.005 + elapsed_s / 10))
+        if stream.status != "completed":
+            raise JobFailed("migrate", stream.error or f"it was {stream.status}")
+        while done < self.stream_size:
+            done = await self._write_back(done)
+
+    async def _write_back(self, done: int) -> int:
+        """Have the kernel write what there is of the stream, from *done* on; how far it has come after a moment."""
+        size = self.stream_size
+        work = asyncio.to_thread(bulk_io.write_back, self._file, self._offset + done, self._offset + size, INTERVAL_S)
+        try:
+            return await undisturbed(work, _STATE_TIMEOUT_S) - self._offset
+        except OSError:
+            return size  # what is wrong there is told when the file is completed
+
+
+def _sync(image: Path) -> None:
+    file = files.opened(image, or_disk=True)
+    try:
+        os.fsync(file)
+    finally:
+        os.close(file)

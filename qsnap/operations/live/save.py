@@ -1,0 +1,496 @@
+"""Live save: the guest stands still for some milliseconds, and its RAM is written while it runs.
+
+The order of things, so that nothing that the user had is ever lost: the new snapshot is made under a tag that the disks
+do not have yet, its state file under a name that does not count; when all of it is on the disk the file gets its name,
+and with that the snapshot exists. Only then the older one goes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from collections.abc import Collection, Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import NamedTuple
+
+import msgspec
+
+from qsnap.errors import (
+    CommandFailed,
+    GuestLeftStopped,
+    JobFailed,
+    MonitorError,
+    MonitorLost,
+    NotSupported,
+    PrecheckRefused,
+    QsnapError,
+    SnapshotExists,
+    VerifyFailed,
+)
+from qsnap.host import files, processes
+from qsnap.inventory import devices as rules
+from qsnap.inventory import snapshots, state_file
+from qsnap.inventory import state_part as parts
+from qsnap.inventory.state_store import PART_SUFFIX, Shelf, read
+from qsnap.model import outside
+from qsnap.model.qemu import BlockGraph, Device, Finding, RunState, SaveResult, Severity, StateFile
+from qsnap.model.runstates import cure_of, is_live
+from qsnap.monitor import Monitor
+from qsnap.monitor.qmp.background import Background
+from qsnap.operations.delete import delete_all, delete_everywhere
+from qsnap.operations.live.freeze import Moment
+from qsnap.operations.plan import SavePlan, plan_save
+from qsnap.operations.progress import Watcher
+from qsnap.operations.removal import Look
+from qsnap.operations.save import free_automatic_tag, save_result, unchanged_graph
+from qsnap.runs.journal import Journal, LiveRecord
+from qsnap.runs.pause import has_ended, reconnect
+from qsnap.runs.shield import undisturbed
+
+#: More than QEMU writes before there is any RAM in the stream: the names of devices and of blocks of RAM.
+_SETUP_BYTES = 1 << 20
+_PLACE_CURE = "choose another directory: --state-dir DIR"
+#: What makes a live save possible, by words of QEMU's refusal (migration/options.c: migrate_caps_check).
+_CURES = {
+    "host kernel": "it takes userfaultfd with write protection: Linux 5.7 or later, and QEMU run as root, with "
+    "CAP_SYS_PTRACE, or after `sysctl vm.unprivileged_userfaultfd=1`",
+    "guest memory": "start the guest with memory that is not in a file on a disk: ordinary memory, or, from Linux 5.19 "
+    "on, shared memory (memory-backend-memfd, /dev/shm) or hugepages",
+    "not compatible with": "switch that capability off: migrate_set_capability NAME off",
+    "tls-creds": 'migrate_set_parameter tls-creds ""',
+}
+
+
+class LivePlan(NamedTuple):
+    """What a live save will do.
+
+    :ivar tag: the user's.
+    :ivar disk_tag: the tag under which the devices will have it.
+    :ivar path: of its state file.
+    :ivar spare: of two snapshots of that name, which a replacement that died has left, the one that is of no use.
+    :ivar older: what it replaces.
+    """
+
+    save: SavePlan
+    tag: str
+    disk_tag: str
+    path: Path
+    spare: snapshots.Holding
+    older: snapshots.Holding
+
+    @property
+    def replaces(self) -> bool:
+        """Whether there is anything of that tag."""
+        return bool(self.older.tags or self.older.files)
+
+
+async def plan_live(
+    monitor: Monitor,
+    tag: str | None,
+    *,
+    shelf: Shelf,
+    vmstate: str | None = None,
+    exclude: Collection[str] = (),
+    force: bool = False,
+    journal: Journal | None = None,
+) -> LivePlan:
+    """Find out whether the guest can be saved live, and how. QEMU's capability is tried, and put back.
+
+    :param journal: where it is written down what was set before.
+    :raise NotSupported: this QEMU, its kernel, its memory or its monitor cannot do it.
+    :raise PrecheckRefused: a save is not possible at all, or there is no place for the state file.
+    """
+    background = _background(monitor)
+    save = await plan_save(monitor, tag, vmstate=vmstate, exclude=exclude, force=force, state_elsewhere=True)
+    save.refuse_if_needed()
+    (journal or Journal()).note(settings=await background.settings())
+    if reason := await background.refused():
+        cure = next((cure for words, cure in _CURES.items() if words in reason), "")
+        raise NotSupported(f"a live save is not possible: {reason}{'. To make it so: ' if cure else ''}{cure}")
+    report, graph = save.report, save.graph
+    await _refuse_other_writers(monitor, background, graph)
+    assert report.vmstate is not None  # or the plan had been refused
+    name = tag if tag is not None else free_automatic_tag(graph)
+    second = snapshots.second_name(name)
+    found = shelf.files(graph, report.devices)
+    held = snapshots.holding(graph, report.devices, name, found)
+    disk_tag = next((free for free in (name, second) if free not in held.tags), None)
+    if disk_tag is None:
+        counts = snapshots.find(graph, report.devices, name, found)
+        disk_tag = name if counts is not None and counts.disk_tag == second else second
+    file_tags = {file.path: file.disk_tag for file in found}
+    spare = snapshots.Holding(
+        tags=tuple(other for other in held.tags if other == disk_tag),
+        nodes=held.nodes,
+        files=tuple(path for path in held.files if disk_tag in held.tags and file_tags[path] == disk_tag),
+    )
+    path = shelf.place(graph, report.vmstate, disk_tag)
+    taken = os.path.lexists(path) and str(path) not in file_tags  # noqa: ASYNC240
+    findings = (*save.report.findings, *await _place_findings(monitor, path, force, is_taken=taken))
+    if any(finding.refuses for finding in findings):
+        raise PrecheckRefused("the guest cannot be saved live now", findings)
+    return LivePlan(
+        save=save,
+        tag=name,
+        disk_tag=disk_tag,
+        path=path,
+        spare=spare,
+        older=snapshots.Holding(
+            tags=tuple(other for other in held.tags if other not in spare.tags),
+            nodes=held.nodes,
+            files=tuple(other for other in held.files if other not in spare.files),
+        ),
+    )
+
+
+async def _refuse_other_writers(monitor: Monitor, background: Background, graph: BlockGraph) -> None:
+    """Refuse where RAM would change behind QEMU's back while it is saved.
+
+    :raise NotSupported: a device has it written, or another process has it mapped, or may have and cannot be seen.
+    """
+    writers = [f"device {one.label!r} ({one.model})" for one in graph.peripherals if outside.writes_ram(one.model)]
+    writers += await background.writers()
+    if not writers and await background.shares_memory():
+        try:
+            if monitor.pid is None:
+                raise FileNotFoundError
+            sharers = await asyncio.to_thread(processes.sharers, monitor.pid, await monitor.memory_size())
+        except OSError:
+            raise NotSupported(
+                "a live save is not possible: the guest's memory is shared, and from here it cannot be seen whether "
+                "another process has it mapped; as root it can, or as the user of QEMU"
+            ) from None
+        writers += [f"process {pid}, which has it mapped," for pid in sharers]
+    if writers:
+        raise NotSupported(
+            f"a live save is not possible: {', '.join(writers)} may write into the guest's memory while it is saved, "
+            "and QEMU does not notice that. Save it the ordinary way: --no-live"
+        )
+
+
+def _background(monitor: Monitor) -> Background:
+    if monitor.background is None:
+        raise NotSupported(
+            "a live save is not possible over this monitor: it takes QMP over a UNIX socket, and QEMU 6.0 or later"
+        )
+    return monitor.background
+
+
+async def _place_findings(monitor: Monitor, path: Path, force: bool, *, is_taken: bool) -> Sequence[Finding]:
+    """What is wrong with the place of the state file.
+
+    :param is_taken: something is there that is no state file of this VM.
+    """
+    directory = path.parent
+    cure = _PLACE_CURE
+    if is_taken:
+        message = f"the state file would be {path}, and what is there is no state file of this VM"
+        cure = f"choose another tag, or {_PLACE_CURE.removeprefix('choose ')}"
+        return [Finding(code="state-file-taken", severity=Severity.REFUSE, message=message, cure=cure)]
+    if not os.access(directory, os.W_OK | os.X_OK):
+        why = "cannot be written" if directory.is_dir() else "is not there"
+        message = f"the state file cannot be put into {directory}: it {why}"
+        return [Finding(code="state-dir", severity=Severity.REFUSE, message=message, cure=cure)]
+    needed = await monitor.memory_size() + processes.OVERHEAD_BYTES
+    free, _ = processes.free_bytes(directory)
+    if free >= needed:
+        return []
+    message = f"{directory}: little room: the state of all RAM takes up to {needed:,} bytes, and {free:,} are free"
+    severity = Severity.WARN if force else Severity.REFUSE
+    return [
+        Finding(code="no-room", severity=severity, message=message, cure=f"make room, or {cure}; --force tries anyway")
+    ]
+
+
+async def do_live_save(
+    monitor: Monitor,
+    tag: str | None,
+    *,
+    shelf: Shelf,
+    replace: bool = True,
+    vmstate: str | None = None,
+    exclude: Collection[str] = (),
+    force: bool = False,
+    dry_run: bool = False,
+    watch: Watcher | None = None,
+    journal: Journal | None = None,
+) -> SaveResult:
+    """Save a running guest under one tag, and stop it for some milliseconds only.
+
+    RAM and device state go into a state file (:class:`qsnap.model.qemu.StateFile`), the disks' snapshots into their
+    images. An older snapshot of that tag is deleted when the new one is complete. The migration capability and the
+    bandwidth that this needs are put back as they were.
+
+    :param tag: 1 to 247 bytes. Default: vm-%Y%m%d%H%M%S in local time.
+    :param shelf: where the state file goes.
+    :param replace: False refuses where something of that tag is there.
+    :param vmstate: the device beside whose image the state file goes. Default: the one that would hold the state.
+    :param exclude: devices to leave out; the snapshot is not whole then.
+    :param force: let a lack of room only warn.
+    :param dry_run: decide everything and do nothing.
+    :param watch: called every 0.1 s while QEMU writes, with the bytes of RAM that are done and all of them.
+    :param journal: of the claim that this is done under; without one nobody sees it through if we are killed.
+    :return: the snapshot as read back.
+    :raise NotSupported: a live save is not possible here, and why; the guest was not touched.
+    :raise PrecheckRefused: a save is not possible, or the state file has no place; the guest was not touched.
+    :raise SnapshotExists: with ``replace=False``; nothing has changed.
+    :raise JobFailed: QEMU reported an error. The guest runs, nothing of the new snapshot is left, and the older one
+        is as it was. So it is after an interrupt, too.
+    :raise VerifyFailed: what is there afterwards is not what should be; the same.
+    :raise GuestLeftStopped: the guest could not be resumed; the first error is the context.
+    """
+    began = time.monotonic()
+    journal = journal or Journal()
+    plan = await plan_live(monitor, tag, shelf=shelf, vmstate=vmstate, exclude=exclude, force=force, journal=journal)
+    report, background = plan.save.report, _background(monitor)
+    assert report.vmstate is not None
+    if plan.replaces and not replace:
+        raise SnapshotExists(plan.tag, (*rules.spoken(plan.older.nodes, report.devices), *plan.older.files))
+    await Look(monitor, shelf, plan.save.graph, report.devices).refuse_removal(plan.tag, "saved")
+    if dry_run:
+        return save_result(plan.save, plan.tag, plan.replaces, began, dry_run=True, is_live=True)
+
+    await delete_all(monitor, report.devices, plan.spare.tags, plan.spare.files)
+    await journal.armed()
+    part = plan.path.with_suffix(PART_SUFFIX)
+    live = LiveRecord(
+        disk_tag=plan.disk_tag,
+        path=str(plan.path),
+        part=str(part),
+        older=plan.older.tags,
+        older_files=plan.older.files,
+    )
+    journal.note(tags=(plan.tag,), devices=report.saved, vmstate=report.vmstate, live=live)
+    # Now, as they are known by their contents too: :mod:`qsnap.inventory.descriptors`
+    image, identity = shelf.image(plan.save.graph, report.vmstate), shelf.identity(plan.save.graph, report.vmstate)
+    try:
+        file = _created(part, image, await _reserved(monitor, background))
+    except QsnapError as error:
+        journal.done(live=None)
+        error.undone = True
+        raise
+    try:
+        journal.note(live=msgspec.structs.replace(live, made=files.identity(file)))
+    except QsnapError:
+        parts.remove(part, plan.path, files.identity(file), file=file)
+        os.close(file)
+        journal.done(live=None)
+        raise
+    attempt = LiveAttempt(monitor, journal, report.devices, file)
+    images = [path for node in report.saved if (path := shelf.image(plan.save.graph, node))]
+
+    async def snapshot_disks() -> None:
+        await background.snapshot_disks(plan.disk_tag, report.roots)
+
+    try:
+        with closing(
+            Moment(
+                monitor,
+                background,
+                journal,
+                file=file,
+                offset=state_file.STREAM_OFFSET,
+                snapshot_disks=snapshot_disks,
+                forget_disks=attempt.forget_disks,
+                images=images,
+            )
+        ) as moment:
+            await background.prepare()
+            pause = await moment.take()
+            # What had changed before is seen yet; and to look would take a part of the pause
+            await unchanged_graph(monitor, plan.save, vmstate, exclude)
+            await moment.written(watch)
+            content = await attempt.content(moment.stream_size, identity)
+        await undisturbed(asyncio.to_thread(_complete, file, part, plan.path, content), journal.patience_s)
+        found = await undisturbed(attempt.conclude(), journal.patience_s)
+    except BaseException as failure:
+        await undisturbed(attempt.clear_up(failure), journal.patience_s)
+        raise
+    finally:
+        os.close(file)
+    return save_result(plan.save, plan.tag, plan.replaces, began, pause=pause, is_live=True, file=found)
+
+
+async def _reserved(monitor: Monitor, background: Background) -> int:
+    """Bytes to take on the file system beforehand: what QEMU needs to set the stream up, as it must not fail by then;
+    and all that it can need, where it must not fail at all. A page of RAM takes 9 bytes more in the stream."""
+    if not background.must_not_fail:
+        return state_file.STREAM_OFFSET + _SETUP_BYTES
+    ram_bytes = await monitor.memory_size()
+    return ram_bytes + ram_bytes // 256 + processes.OVERHEAD_BYTES
+
+
+def _created(part: Path, image: Path | None, reserved: int) -> int:
+    """The state file to be: see :func:`qsnap.inventory.state_part.create`.
+
+    :raise PrecheckRefused: it cannot be made; the guest was not touched.
+    """
+    try:
+        return parts.create(part, image, reserved)
+    except OSError as error:
+        message = f"the state file {part} cannot be made: {error.strerror}"
+        finding = Finding(code="state-file", severity=Severity.REFUSE, message=message, cure=_PLACE_CURE)
+        raise PrecheckRefused("the guest cannot be saved live now", [finding]) from error
+
+
+def _complete(file: int, part: Path, path: Path, content: state_file.Content) -> None:
+    """Write the image around the stream, and give it its name when all of it is on the disk.
+
+    :raise JobFailed: it cannot be written.
+    """
+    try:
+        parts.complete(file, part, path, state_file.file_size(content.vm_state_size), state_file.envelope(content))
+    except FileExistsError as error:
+        raise JobFailed("rename", f"another file has come to be at {path} meanwhile; it is as it was") from error
+    except OSError as error:
+        raise JobFailed("write", f"the state file {path} cannot be written: {error.strerror}") from error
+
+
+class LiveAttempt:
+    """How far a live save has come, and how it is undone or concluded: by itself, or by whoever clears up after it.
+
+    All that this takes is in the record of its journal.
+
+    :param file: the state file to be, open, where we have made it ourselves.
+    """
+
+    def __init__(self, monitor: Monitor, journal: Journal, devices: Sequence[Device], file: int | None = None) -> None:
+        self._monitor = monitor
+        self._journal = journal
+        self._devices = devices
+        self._record = journal.record
+        assert journal.record.live is not None
+        self._live = journal.record.live
+        self._undone = False
+        self._file = file
+
+    async def forget_disks(self) -> None:
+        """Take the disks' new snapshots away."""
+        await delete_everywhere(self._monitor, self._devices, self._live.disk_tag)
+
+    async def content(self, vm_state_size: int, image: Path) -> state_file.Content:
+        """What the state file is to say, with the clock as the disks' snapshots have it.
+
+        :raise VerifyFailed: those are not what they should be.
+        """
+        graph = await self._monitor.block_graph()
+        tag, saved = self._live.disk_tag, self._record.devices
+        rows = {node: graph.nodes[node].tagged(tag) if node in graph.nodes else () for node in saved}
+        problems = [
+            f"{node} holds it {len(found)} times instead of once" for node, found in rows.items() if len(found) != 1
+        ]
+        if not problems and len({found[0].vm_clock_ns for found in rows.values()}) != 1:
+            problems.append("the disks have it of different moments")
+        if problems:
+            raise VerifyFailed(self._record.tags[0], problems)
+        row = rows[self._record.vmstate if self._record.vmstate in rows else saved[0]][0]
+        return state_file.Content(
+            tag=tag, image=str(image), vm_state_size=vm_state_size, date=row.date, vm_clock_ns=row.vm_clock_ns
+        )
+
+    async def conclude(self) -> StateFile:
+        """Put QEMU's settings back, and delete what was replaced; the new snapshot is there.
+
+        :raise VerifyFailed: it is not.
+        """
+        found = read(Path(self._live.path))
+        if found is None or not found.is_whole:
+            raise VerifyFailed(self._record.tags[0], [f"{self._live.path} is no state file"])
+        await self._put_back()
+        older = [path for path in self._live.older_files if path != self._live.path]
+        await delete_all(self._monitor, self._devices, self._live.older, older)
+        self._journal.done(live=None)
+        return found
+
+    async def _put_back(self) -> None:
+        background = _background(self._monitor)
+        await background.tidy()
+        await background.put_back(self._record.settings)
+
+    def _is_complete(self, graph: BlockGraph) -> bool:
+        """Whether the new snapshot is there: a state file of its name, and of the moment of the disks' snapshots."""
+        file = read(Path(self._live.path))
+        if file is None or not file.is_whole or file.disk_tag != self._live.disk_tag:
+            return False
+        rows = [graph.nodes[node].tagged(file.disk_tag) for node in self._record.devices if node in graph.nodes]
+        return bool(rows) and all(len(found) == 1 and found[0].vm_clock_ns == file.vm_clock_ns for found in rows)
+
+    async def undo(self) -> str:
+        """Leave nothing half made: conclude the save if its snapshot is complete, and else remove what there is of it.
+
+        :return: what has become of it, in words.
+        """
+        await _background(self._monitor).end_stream()
+        parts.forget_name(Path(self._live.part), Path(self._live.path), self._live.made)
+        graph = await self._monitor.block_graph()
+        (tag,) = self._record.tags
+        if self._is_complete(graph):
+            await self.conclude()
+            return f"the new snapshot {tag!r} was complete and is kept"
+        self.remove_part()
+        await self.forget_disks()
+        try:
+            # Else the user's other snapshots could not be loaded
+            await _background(self._monitor).forget_failure()
+        finally:
+            await self._put_back()
+        self._journal.done(live=None)
+        self._undone = True
+        replaced = self._live.older or self._live.older_files
+        return "nothing of it is left" + (f"; the older snapshot {tag!r} is as it was" if replaced else "")
+
+    def remove_part(self) -> None:
+        """Remove the state file that is not complete: see :func:`qsnap.inventory.state_part.remove`."""
+        parts.remove(Path(self._live.part), Path(self._live.path), self._live.made, file=self._file)
+
+    async def clear_up(self, failure: BaseException) -> None:
+        """Undo the save after *failure*, and say there how things stand.
+
+        :raise GuestLeftStopped: the guest runs no more, as it has no room for its own writes either.
+        :raise MonitorLost: QEMU has ended, or cannot be reached.
+        """
+        runstate = RunState.RUNNING
+        try:
+            await _reconnected(self._monitor, self._journal)
+            outcome = await self.undo()
+            runstate = await self._monitor.runstate()
+            outcome += f"; the guest is {runstate}"
+        except QsnapError as trouble:
+            outcome = f"clearing up after it failed: {trouble}"
+            if not isinstance(trouble, MonitorError):
+                self._journal.done(live=None)
+            elif await has_ended(self._journal):
+                self._journal.done(live=None)
+                self.remove_part()
+                (tag,) = self._record.tags
+                outcome = (
+                    f"QEMU has ended; there is no guest any more. If its disks have snapshots of it: qsnap delete {tag}"
+                )
+        if isinstance(failure, GuestLeftStopped):
+            return
+        if not is_live(runstate):
+            raise GuestLeftStopped(f"{failure}; {outcome}: {cure_of(runstate)}") from failure
+        if isinstance(failure, asyncio.CancelledError):
+            failure.add_note(outcome)
+            return
+        told: BaseException = failure
+        if isinstance(failure, (JobFailed, VerifyFailed)):
+            failure.outcome = outcome
+        elif isinstance(failure, MonitorLost):
+            told = MonitorLost(f"{failure}; {outcome}")
+        elif isinstance(failure, CommandFailed):
+            told = JobFailed(failure.command, failure.reason, outcome)
+        if isinstance(told, QsnapError):
+            told.undone = self._undone
+        if told is not failure:
+            raise told from failure
+
+
+async def _reconnected(monitor: Monitor, journal: Journal) -> None:
+    """See that there is a connection."""
+    try:
+        await monitor.runstate()
+    except MonitorLost:
+        await reconnect(monitor, journal)

@@ -1,0 +1,353 @@
+"""Load: QEMU's do_loadvm, looked up on every device before the guest is touched."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import secrets
+import time
+from collections.abc import AsyncIterator, Collection, Coroutine, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from typing import Any, NoReturn
+
+from qsnap.errors import (
+    UNTOUCHED,
+    GuestLeftStopped,
+    JobFailed,
+    MonitorError,
+    MonitorLost,
+    OperationTimeout,
+    PrecheckRefused,
+    QsnapError,
+    SnapshotNotFound,
+)
+from qsnap.inventory import state_file
+from qsnap.inventory.state_store import NO_SHELF, Shelf
+from qsnap.model.qemu import Finding, LoadResult, RunState, Severity, Snapshot
+from qsnap.model.runstates import cure_of, is_live, needs_reset, runs_after_load
+from qsnap.monitor import HALF_RESTORED, STATE_NODE_PREFIX, Monitor
+from qsnap.operations.plan import LoadPlan, plan_load, spoiled_finding
+from qsnap.operations.reset import reset
+from qsnap.operations.translation import flush_translations, leave_own_stop, leave_restore_vm
+from qsnap.runs.journal import AFTERMATH_TIMEOUT_S, Journal
+from qsnap.runs.pause import Pause, has_ended, reconnect, stopped
+from qsnap.runs.shield import undisturbed
+
+
+async def do_loadvm(
+    monitor: Monitor,
+    tag: str,
+    *,
+    shelf: Shelf = NO_SHELF,
+    running: bool | None = None,
+    exclude: Collection[str] = (),
+    force: bool = False,
+    journal: Journal | None = None,
+) -> LoadResult:
+    """Put RAM, device state and disks back to what *tag* holds.
+
+    The guest is left running, or paused if its user has paused it: QEMU goes by the state before the load too, not by
+    the one in which it was saved. A guest that had stopped by itself (it has panicked, shut down, ...) runs. One that a
+    load alone would not bring back is reset first: see :mod:`qsnap.operations.reset`. A guest that was saved in S3 is
+    in S3 again.
+
+    QEMU reverts the disks before it knows whether the state can be loaded, and a load cannot be undone. So a
+    load that fails midway leaves the guest stopped on purpose: it must not run on disks and RAM of different
+    moments.
+
+    The state file of a live snapshot becomes a node for the time of the load. QEMU writes to it: it counts the uses of
+    its clusters, as in any image that it goes back to a snapshot of.
+
+    :param shelf: where the state files of live saves lie.
+    :param running: True to run the guest afterwards, False to leave it paused. Default: paused if it was paused.
+    :param exclude: devices that keep the contents they have now, as they did when the tag was saved.
+    :param force: load also where a disk stands on other images than when the tag was saved.
+    :param journal: of the claim that this is done under; without one nobody sees it through if we are killed.
+    :return: what was loaded.
+    :raise SnapshotNotFound: no device holds the tag, or one lacks it; the guest was not touched.
+    :raise PrecheckRefused: it would fail, or mix moments; the guest was not touched.
+    :raise NotSupported: HMP cannot do it; the guest was not touched.
+    :raise QsnapError: *running* was asked for, and the guest was saved in S3; it is loaded.
+    :raise GuestLeftStopped: QEMU failed midway and the guest was running; QEMU's error is the cause.
+    :raise JobFailed: the same where the guest was not running.
+    """
+    began = time.monotonic()
+    journal = journal or Journal()
+    plan = await plan_load(monitor, tag, shelf=shelf, exclude=exclude, force=force)
+    if plan.spoiled:
+        await _forget_failure(monitor, tag, journal)
+        plan = plan._replace(spoiled=False)
+    # HMP has no job that tells how a load ended. But a guest that loadvm itself has stopped tells by its run state.
+    by_qemu = not monitor.chooses_devices and running is not False
+    was_reset = needs_reset(plan.runstate, monitor.version)
+    async with AsyncExitStack() as stack:
+        vmstate, devices = await stack.enter_async_context(_source(monitor, plan, shelf))
+        if was_reset:
+            await reset(monitor)
+        pause = await stack.enter_async_context(stopped(monitor, journal, by_qemu=by_qemu))
+        # Nothing can change from here on, so look once more
+        standing = _standing(was_reset=was_reset, was_stopped=pause.was_running and not by_qemu)
+        again = await plan_load(monitor, tag, shelf=shelf, exclude=exclude, force=force, standing=standing)
+        if again._replace(runstate=plan.runstate) != plan:
+            change = Finding(
+                code="snapshots-changed",
+                severity=Severity.REFUSE,
+                message=f"snapshot {tag!r} or the block devices have changed between the check and the stop",
+                cure="try again",
+            )
+            raise PrecheckRefused("nothing was loaded", [change], standing)
+        runs = runs_after_load(plan.runstate) if running is None else running
+        if not (by_qemu and pause.was_running):
+            await _flush(monitor, pause, journal, runs=runs)
+        journal.note(loading="begun", was_running=pause.was_running)
+        try:
+            disk_tag = plan.snapshot.disk_tag
+            await monitor.snapshot_load(disk_tag, vmstate, devices, ended=lambda error: _note_end(journal, error))
+        except JobFailed as failure:
+            if has_touched_nothing(failure):
+                await _settled(monitor, journal, runs=pause.was_running)
+                raise await _not_loaded(monitor, plan, failure) from failure
+            await _leave_stopped(monitor, pause, journal, plan, failure)
+        except MonitorLost as lost:
+            outcome = outcome_after(lost, monitor, journal, was_running=pause.was_running)
+            if error := await _awaited(outcome, pause, journal):
+                await _leave_stopped(monitor, pause, journal, plan, error)
+        except asyncio.CancelledError as cancelled:
+            # It goes on inside QEMU; only its end tells whether the guest may run
+            if error := await _awaited(monitor.settle(), pause, journal):
+                await _leave_stopped(monitor, pause, journal, plan, error)
+            cancelled.add_note(f"the load of {tag!r} had begun and was completed")
+            raise
+        with suppress(QsnapError):
+            await monitor.clear_mark(HALF_RESTORED)
+        await _settled(monitor, journal, runs=runs)
+        journal.done(loading="")
+        pause.resume = runs
+    if running and pause.runstate is RunState.SUSPENDED:
+        raise QsnapError(f"{tag!r} was loaded, but the guest does not run: as it was saved, {cure_of(pause.runstate)}")
+    snapshot = plan.snapshot
+    return LoadResult(
+        tag=tag,
+        vmstate=plan.vmstate,
+        devices=plan.devices,
+        excluded=plan.excluded,
+        vm_state_size=snapshot.vm_state_size,
+        date=snapshot.date,
+        vm_clock_ns=snapshot.vm_clock_ns,
+        duration_ms=round((time.monotonic() - began) * 1000, 3),
+        runstate=pause.runstate,
+        labels=snapshot.labels,
+        file=snapshot.file,
+    )
+
+
+def _standing(*, was_reset: bool, was_stopped: bool) -> str:
+    """What a refusal of the second look says of the guest."""
+    if was_reset:
+        return "nothing was loaded; the guest was reset, and stands still"
+    return "the guest was stopped for a moment, and resumed" if was_stopped else UNTOUCHED
+
+
+async def _flush(monitor: Monitor, pause: Pause, journal: Journal, *, runs: bool) -> None:
+    """Have QEMU drop the code that it has translated: see :func:`flush_translations`. A guest that is not to run is
+    paused from now on, however it has come to stand still."""
+    journal.note(loading="flushing", was_running=pause.was_running)
+    try:
+        await undisturbed(flush_translations(monitor, runs=runs), journal.patience_s)
+        if not runs:
+            await undisturbed(leave_own_stop(monitor), journal.patience_s)
+    except BaseException:
+        await undisturbed(_settled(monitor, journal, runs=pause.was_running), journal.patience_s)
+        journal.done(loading="")
+        raise
+
+
+async def _settled(monitor: Monitor, journal: Journal, *, runs: bool) -> None:
+    """See that a guest that will not run is paused, and not left in "restore-vm"."""
+    if runs:
+        return
+    try:
+        await leave_restore_vm(monitor)
+    except MonitorLost:
+        await reconnect(monitor, journal)
+        await leave_restore_vm(monitor)
+
+
+async def _forget_failure(monitor: Monitor, tag: str, journal: Journal) -> None:
+    """Have QEMU forget that a migration has failed, without which it would fail in the middle of the load.
+
+    :raise PrecheckRefused: it does not; the guest was not touched.
+    """
+    background = monitor.background
+    assert background is not None  # or the plan had been refused
+    await journal.armed()
+    journal.note(settings=await background.settings(), forgetting=True)
+    try:
+        await background.forget_failure()
+    except JobFailed as error:
+        finding = spoiled_finding(await monitor.migration(), await monitor.runstate())
+        raise PrecheckRefused(f"snapshot {tag!r} cannot be loaded now", [finding]) from error
+    finally:
+        await undisturbed(background.put_back(journal.record.settings), journal.patience_s)
+        journal.done(forgetting=False)
+
+
+@asynccontextmanager
+async def _source(monitor: Monitor, plan: LoadPlan, shelf: Shelf) -> AsyncIterator[tuple[str, Sequence[str]]]:
+    """Where QEMU is to find the VM state for the duration of a block, and all nodes that take part in the load.
+
+    :raise PrecheckRefused: the state file is damaged, or is not to be opened for this QEMU; the guest was not touched.
+    :raise JobFailed: QEMU cannot use the state file; the guest was not touched.
+    """
+    snapshot, background = plan.snapshot, monitor.background
+    if snapshot.file is None or background is None:
+        yield plan.vmstate or "", plan.devices
+        return
+    node = f"{STATE_NODE_PREFIX}-{secrets.token_hex(4)}"
+    try:
+        file = shelf.opened(snapshot.file)
+    except PermissionError as error:
+        finding = Finding(
+            code="state-file-closed",
+            severity=Severity.REFUSE,
+            message=f"the state file {snapshot.file.path} is not handed to QEMU: {error.strerror}",
+            cure="if the file is that VM's: chown it to the image's owner; or load another snapshot",
+        )
+        raise PrecheckRefused(f"snapshot {snapshot.tag!r} cannot be loaded", [finding]) from error
+    except OSError as error:
+        raise JobFailed("open", f"{snapshot.file.path}: {error.strerror}", UNTOUCHED) from error
+    try:
+        await asyncio.to_thread(_refuse_flawed, file, snapshot)
+        await background.add_state_node(file, node)
+        yield node, (*plan.devices, node)
+    finally:
+        os.close(file)
+        with suppress(QsnapError):
+            await undisturbed(background.tidy(), AFTERMATH_TIMEOUT_S)
+
+
+def _refuse_flawed(file: int, snapshot: Snapshot) -> None:
+    """Refuse an open state file that is not as qsnap has written it.
+
+    :raise PrecheckRefused: it is not.
+    """
+    assert snapshot.file is not None
+    if problem := state_file.flaw(lambda size, offset: os.pread(file, size, offset), os.fstat(file).st_size):
+        finding = Finding(
+            code="state-file-damaged",
+            severity=Severity.REFUSE,
+            message=f"the state file {snapshot.file.path} is damaged: {problem}",
+            cure="if there is a good copy of the file, put that in its place; or load another snapshot",
+        )
+        raise PrecheckRefused(f"snapshot {snapshot.tag!r} cannot be loaded", [finding])
+
+
+#: What QEMU says before it has touched anything (migration/savevm.c and block/snapshot.c: load_snapshot), 5.2 to 11.1.
+_UNTOUCHED = (
+    "does not exist in one or more devices",
+    "does not have the requested snapshot",
+    "Snapshot can not be found",
+    "This is a disk-only snapshot",
+    "is writable but does not support snapshots",
+    "No block device node",
+)
+
+
+def has_touched_nothing(failure: JobFailed) -> bool:
+    """Whether QEMU refused a load before it began: RAM and disks are as they were."""
+    return any(sentence in failure.reason for sentence in _UNTOUCHED)
+
+
+def _note_end(journal: Journal, error: JobFailed | None) -> None:
+    """Write down how the load ended, while QEMU's own note of it is still there."""
+    journal.done(loading="" if error is None or has_touched_nothing(error) else "failed")
+
+
+async def _not_loaded(monitor: Monitor, plan: LoadPlan, failure: JobFailed) -> QsnapError:
+    """The error of a load that QEMU refused: another client has changed something under us."""
+    graph = await monitor.block_graph()
+    tag = plan.snapshot.tag
+    if any(not graph.nodes[name].tagged(plan.snapshot.disk_tag) for name in plan.devices if name in graph.nodes):
+        return SnapshotNotFound(tag, f"snapshot {tag!r} was deleted by another client just now; nothing was loaded")
+    failure.outcome = "nothing was loaded: RAM and disks are as they were"
+    return failure
+
+
+async def outcome_after(
+    lost: MonitorLost, monitor: Monitor, journal: Journal, *, was_running: bool
+) -> QsnapError | None:
+    """How a load ended whose connection was lost, as a new one tells; None if it is seen to have ended well."""
+    try:
+        await reconnect(monitor, journal)
+        return await outcome(lost, monitor, was_running=was_running)
+    except QsnapError as error:
+        return error
+
+
+async def outcome(doubt: QsnapError, monitor: Monitor, *, was_running: bool) -> QsnapError | None:
+    """How a load ended whose end was not seen; None if it went well, *doubt* where nothing tells."""
+    if monitor.chooses_devices:
+        return await monitor.settle()
+    # loadvm stops a guest that runs, and resumes it after success alone.
+    return None if was_running and is_live(await monitor.runstate()) else doubt
+
+
+async def _awaited(ending: Coroutine[Any, Any, QsnapError | None], pause: Pause, journal: Journal) -> QsnapError | None:
+    """How the load ended, once QEMU answers.
+
+    :raise GuestLeftStopped: it does not for so long that this is left to the guard.
+    """
+    try:
+        return await undisturbed(ending, journal.patience_s)
+    except OperationTimeout as error:
+        # Nobody may resume it before the end is known
+        pause.resume = False
+        guard = f"process {journal.guard_pid}, its guard, resumes it if the load goes well"
+        raise GuestLeftStopped(
+            f"the load has not ended: {error}. The guest is stopped; "
+            + (guard if journal.guard_pid is not None else "look at its run state before you `cont` it")
+        ) from error
+
+
+async def _leave_stopped(
+    monitor: Monitor, pause: Pause, journal: Journal, plan: LoadPlan, failure: QsnapError
+) -> NoReturn:
+    """See :func:`_left_stopped`; nobody may disturb it."""
+    pause.resume = False
+    await undisturbed(_left_stopped(monitor, pause, journal, plan, failure), journal.patience_s)
+
+
+async def _left_stopped(
+    monitor: Monitor, pause: Pause, journal: Journal, plan: LoadPlan, failure: QsnapError
+) -> NoReturn:
+    """After a load that failed midway: see that the guest stands still, and say how things are.
+
+    :raise GuestLeftStopped: if it was running before.
+    :raise MonitorLost: there is no guest any more.
+    :raise JobFailed: otherwise.
+    """
+    if isinstance(failure, MonitorError) and await has_ended(journal):
+        journal.done(stopped=False, loading="")
+        # qcow2-snapshot.c: qcow2_snapshot_goto; seen in 1 of 120 loadvm that were killed
+        raise MonitorLost(
+            "QEMU has ended in the middle of the load; there is no guest any more. It may have left wrong reference "
+            "counts in the images: before you start it again, `qemu-img check -r all IMAGE`, on every disk"
+        ) from failure
+    with suppress(QsnapError):
+        await monitor.set_mark(HALF_RESTORED, "yes")
+    with suppress(MonitorError):
+        if is_live(await monitor.runstate()):
+            # QEMU 6.0.0 resumes after a failed loadvm (fixed in 6.1: c53cd04e70).
+            await monitor.stop()
+    journal.done(stopped=False, loading="")
+    tag = plan.snapshot.disk_tag
+    outcome = (
+        f"RAM and disks may be half restored, so the guest is left stopped on purpose. Load a good snapshot "
+        f"(`qsnap list`, `qsnap load TAG --running`), or end QEMU and go back offline, disk by disk: "
+        f"`qemu-img snapshot -a {tag} IMAGE`. Do not `cont` it"
+    )
+    if pause.was_running:
+        raise GuestLeftStopped(f"{failure}; {outcome}") from failure
+    if isinstance(failure, JobFailed):
+        failure.outcome = outcome
+    raise failure

@@ -1,0 +1,86 @@
+"""How far a save is, although QEMU says nothing while it writes.
+
+QEMU's main loop is frozen and its job only ever shows 0/1 or 1/1. What moves is the image: the blocks
+that its file takes grow with the state, and stand still while it is flushed at the end. (The file's
+length does not do: a save that reuses freed clusters does not change it.)
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from enum import StrEnum
+from pathlib import Path
+from typing import NamedTuple
+
+from qsnap.host.processes import allocated_bytes
+
+_log = logging.getLogger(__name__)
+
+#: Seconds between two looks.
+INTERVAL_S = 0.1
+#: The share of the expected state from which a standstill is read as the flush at the end.
+_NEARLY_ALL = 0.9
+#: Looks without growth that make a standstill.
+_STANDSTILL = 2
+
+
+class Phase(StrEnum):
+    """What the save is doing."""
+
+    SAVING = "saving"
+    FLUSHING = "flushing"
+
+
+class Progress(NamedTuple):
+    """A look at a save under way. Without an image that can be seen, only the time is known."""
+
+    phase: Phase
+    elapsed_s: float
+    written: int | None = None
+    expected: int | None = None
+
+
+Watcher = Callable[[Progress], None]
+
+
+@asynccontextmanager
+async def watched(watch: Watcher | None, image: Path | None, expected: int | None) -> AsyncIterator[None]:
+    """Call *watch* every 0.1 s for the duration of a block.
+
+    :param image: the file that holds the vmstate image, if it can be seen.
+    :param expected: bytes that the VM state is likely to have.
+    """
+    if watch is None:
+        yield
+        return
+    looking = asyncio.create_task(_look(watch, image, expected))
+    try:
+        yield
+    finally:
+        looking.cancel()
+        await asyncio.wait([looking])
+        if not looking.cancelled() and (error := looking.exception()):
+            # Neither a file that is gone nor a fault of the watcher's is a fault of the save.
+            _log.warning("the save cannot be watched: %s", error)
+
+
+async def _look(watch: Watcher, image: Path | None, expected: int | None) -> None:
+    began = time.monotonic()
+    base = allocated_bytes(image) if image is not None else 0
+    written = standstill = 0
+    while True:
+        elapsed_s = time.monotonic() - began
+        if image is None or not expected:
+            watch(Progress(Phase.SAVING, elapsed_s))
+        else:
+            # A file system may give back what it had reserved ahead; the state does not shrink for that.
+            now = max(written, allocated_bytes(image) - base)
+            standstill = standstill + 1 if now == written else 0
+            written = now
+            flushing = standstill >= _STANDSTILL and written >= _NEARLY_ALL * expected
+            watch(Progress(Phase.FLUSHING if flushing else Phase.SAVING, elapsed_s, written, expected))
+        await asyncio.sleep(INTERVAL_S)

@@ -1,0 +1,118 @@
+"""Prune: delete those snapshots of a series that a policy does not keep."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from datetime import datetime
+
+from qsnap.errors import BadUsage, PrecheckRefused
+from qsnap.inventory import snapshots
+from qsnap.inventory.state_store import NO_SHELF, Shelf
+from qsnap.model.qemu import (
+    Kind,
+    PruneDecision,
+    PruneResult,
+    SaveResult,
+    Snapshot,
+    is_of_series,
+    series_of,
+    series_tag,
+    tag_problem,
+)
+from qsnap.monitor import Monitor
+from qsnap.operations.delete import do_delvm
+from qsnap.operations.removal import Look
+from qsnap.runs.journal import Journal
+from qsnap.upkeep import retention
+from qsnap.upkeep.retention import Decision, Policy
+
+
+async def do_prune(
+    monitor: Monitor,
+    prefix: str,
+    policy: Policy,
+    *,
+    shelf: Shelf = NO_SHELF,
+    allow_remove_all: bool = False,
+    dry_run: bool = False,
+    pending: SaveResult | None = None,
+    journal: Journal | None = None,
+) -> PruneResult:
+    """Delete the snapshots of series *prefix* that *policy* does not keep, the oldest first; no others are looked at.
+
+    The guest keeps its run state; a running one stands still while QEMU deletes.
+
+    :param prefix: those that :func:`qsnap.model.qemu.series_tag` names: PREFIX-YYYYMMDDTHHMMSS. Any other is no
+        candidate.
+    :param policy: see :func:`qsnap.upkeep.retention.decide`.
+    :param allow_remove_all: delete the newest whole one too, if the policy does not keep it.
+    :param dry_run: decide everything and do nothing.
+    :param pending: of a dry run: a snapshot that would be there by then.
+    :return: what was kept, and why, and what was deleted.
+    :raise BadUsage: the policy is empty, or *prefix* cannot be one; nothing was done.
+    :raise QsnapError: it cannot be read which ones are protected; nothing was done.
+    :raise PartialFailure: some could not be deleted. The others were.
+    :raise PrecheckRefused: it cannot be seen from here which ones are protected; nothing was done. Or as
+        :func:`qsnap.operations.delete.do_delvm`.
+    """
+    check_prefix(prefix)
+    look = Look(monitor, shelf, await monitor.block_graph())
+    found = snapshots.snapshots(look.graph, look.devices, look.files)
+    marks = await look.marks()
+    series = [one for one in look.notes.added_to(found) if is_of_series(one.tag, prefix)]
+    if pending is not None:
+        series.append(_imagined(pending))
+    decisions = retention.decide(
+        series,
+        policy,
+        datetime.now().astimezone(),
+        protected=[one.tag for one in series if one.protected or marks.protects(one)],
+        allow_remove_all=allow_remove_all,
+    )
+    remove = [decision for decision in decisions if not decision.is_kept]
+    if remove and (refusals := await look.unseen()):
+        raise PrecheckRefused("nothing was pruned", refusals)
+    if remove and not dry_run:
+        oldest_first = [decision.snapshot.tag for decision in reversed(remove)]
+        await do_delvm(monitor, oldest_first, shelf=shelf, missing_ok=True, journal=journal, look=look)
+    return PruneResult(
+        prefix=prefix,
+        keep=_told(decision for decision in decisions if decision.is_kept),
+        remove=_told(remove),
+        dry_run=dry_run,
+        other_series=() if series else tuple(sorted(filter(None, {series_of(one.tag) for one in found}))),
+    )
+
+
+def check_prefix(prefix: str) -> None:
+    """Refuse what cannot begin the names of a series.
+
+    :raise BadUsage: it cannot.
+    """
+    if not prefix:
+        raise BadUsage("the prefix is empty")
+    if problem := tag_problem(series_tag(prefix, datetime(2000, 1, 1))):  # noqa: DTZ001 (any will do)
+        raise BadUsage(f"{prefix!r} is no prefix for tags: with the time behind it, {problem}")
+
+
+def _imagined(pending: SaveResult) -> Snapshot:
+    """The snapshot that a save would make which was only tried."""
+    return Snapshot(
+        tag=pending.tag,
+        kind=Kind.FULL,
+        vm_state_size=0,
+        date=datetime.now().astimezone(),
+        vm_clock_ns=0,
+        vmstate=pending.vmstate,
+        devices=pending.devices,
+    )
+
+
+def _told(decisions: Iterable[Decision]) -> tuple[PruneDecision, ...]:
+    return tuple(
+        PruneDecision(
+            tag=one.tag, kind=one.kind, date=one.date, vm_state_size=one.vm_state_size, reasons=decision.reasons
+        )
+        for decision in decisions
+        for one in (decision.snapshot,)
+    )

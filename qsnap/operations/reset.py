@@ -1,0 +1,93 @@
+"""The reset before a load: for a guest in a run state that a load keeps, and that no `cont` ends.
+
+What is lost by it is what the load throws away in any case. Afterwards the guest is in run state prelaunch; it has run
+no instruction.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from pathlib import Path
+
+from qsnap.errors import PrecheckRefused
+from qsnap.model.qemu import Finding, RunState, Severity
+from qsnap.model.runstates import needs_reset
+from qsnap.monitor import Monitor
+
+#: Seconds that a reset may take; it takes some milliseconds.
+_RESET_S = 10.0
+_LOOK_S = 0.01
+
+_CURE = (
+    "by QMP, from QEMU 6.0 on: `set-action` with reboot=reset, then `system_reset`; then load. Or start QEMU anew with "
+    "-loadvm TAG"
+)
+
+
+def reset_findings(monitor: Monitor, runstate: RunState) -> Iterator[Finding]:
+    """What stands against resetting a guest that a load needs reset.
+
+    With -no-reboot, `system_reset` shuts the guest down: it does not leave run state shutdown then, and out of another
+    state QEMU ends (qemu_system_reset_request; seen on 5.2 to 11.1).
+    """
+    if not needs_reset(runstate, monitor.version):
+        return
+    message = f"the guest is {runstate}, and only a reset ends that"
+    match _reboots(monitor.pid):
+        case True:
+            return
+        case False:
+            yield Finding(
+                code="runstate",
+                severity=Severity.REFUSE,
+                message=f"{message}; but QEMU was started with -no-reboot, and shuts down instead",
+                cure=_CURE,
+            )
+        case None if runstate is not RunState.SHUTDOWN:
+            yield Finding(
+                code="runstate",
+                severity=Severity.REFUSE,
+                message=f"{message}; a reset would end QEMU if it was started with -no-reboot, which is not seen",
+                cure="if it was not: `system_reset` in its monitor, then load",
+            )
+
+
+async def reset(monitor: Monitor) -> None:
+    """Reset the guest, and wait until that is done.
+
+    :raise PrecheckRefused: it stays in its run state; nothing was loaded.
+    """
+    await monitor.reset()
+    deadline = asyncio.get_running_loop().time() + _RESET_S
+    while needs_reset(runstate := await monitor.runstate(), monitor.version):
+        if asyncio.get_running_loop().time() > deadline:
+            finding = Finding(
+                code="runstate",
+                severity=Severity.REFUSE,
+                message=f"the guest stays {runstate} after a reset: QEMU may have been started with -no-reboot",
+                cure=_CURE,
+            )
+            raise PrecheckRefused("nothing was loaded", [finding], "the guest is as it was before")
+        await asyncio.sleep(_LOOK_S)
+
+
+def _reboots(pid: int | None) -> bool | None:
+    """Whether QEMU resets a guest that asks for it, by its command line; None where that does not tell."""
+    try:
+        raw = Path(f"/proc/{pid}/cmdline").read_bytes() if pid is not None else b""
+    except OSError:
+        raw = b""
+    if not raw:
+        return None
+    words = [word.decode(errors="replace") for word in raw.split(b"\0")]
+    given = [
+        (word.removeprefix("-").removeprefix("-"), value)
+        for word, value in zip(words, [*words[1:], ""], strict=True)
+        if word.startswith("-")
+    ]
+    actions = ",".join(value for option, value in given if option == "action").split(",")
+    if any(option == "no-reboot" for option, _ in given) or "reboot=shutdown" in actions:
+        return False
+    # A file of options may say so too
+    return None if any(option in ("readconfig", "set") for option, _ in given) else True

@@ -1,0 +1,89 @@
+"""TCG's translated code, which must not outlive a load.
+
+Facts (QEMU's accel/tcg/tcg-all.c, system/cpus.c, system/runstate.c; seen on 11.1):
+
+* TCG keeps translation blocks (TBs) of the guest's code. A load writes RAM without TCG's notice, so the TBs of before
+  must go. Up to 10.0 every load flushes them (cpu_common_post_load).
+* Since 10.2 only a guest that stops *into* the run state "restore-vm" has them flushed. A load of a guest that is
+  already stopped keeps them: the guest then runs code that its RAM does not hold.
+* HMP's ``loadvm`` of a tag that does not exist stops a running guest into "restore-vm" and touches nothing else. It is
+  the one way to have the flush without a load, on every monitor.
+* "restore-vm" is not a state to leave a guest in: QEMU aborts when a migration, or a live save, begins there ("invalid
+  runstate transition"; seen on 7.2, 10.0 and 11.1). Only `cont` leads out of it.
+* ``info jit`` counts the TBs. With KVM there are none, and it says so.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import secrets
+
+from qsnap.errors import JobFailed
+from qsnap.model.qemu import QemuVersion, RunState
+from qsnap.model.runstates import is_live, is_own_stop
+from qsnap.monitor import Monitor
+
+#: From here on a load of a stopped guest keeps TBs: wrong in 11.1, right in 10.0, and the source has it in 10.2.
+_KEPT_SINCE = QemuVersion(10, 1, 0)
+#: Tries to have a guest paused that has executed nothing since the flush. About every second one does on two cores.
+_TRIES = 30
+
+_COUNT = re.compile(r"^TB count\s+(\d+)", re.MULTILINE)
+_NO_TCG = "only available with accel=tcg"
+
+
+async def flush_translations(monitor: Monitor, *, runs: bool) -> None:
+    """Have QEMU drop the translated code of a stopped guest whose RAM is about to be loaded.
+
+    The guest runs for some milliseconds, from which nothing is kept but what it does to devices that are not loaded.
+
+    :param runs: whether the guest is to run after the load. If not, it is paused again without having executed
+        anything since the flush, where that can be had: where not, it is left in "restore-vm", and
+        :func:`leave_restore_vm` is due after the load.
+    :raise JobFailed: QEMU keeps the code; a load would be wrong. Nothing was loaded.
+    """
+    if monitor.version < _KEPT_SINCE:
+        return
+    for _ in range(_TRIES):
+        if not await _has_translations(monitor):
+            return
+        await _pass(monitor, "cont", f"loadvm qsnap-none-{secrets.token_hex(8)}")
+        if runs:
+            break
+        await leave_restore_vm(monitor)
+    else:
+        await _pass(monitor, "cont", f"loadvm qsnap-none-{secrets.token_hex(8)}")
+    if await _has_translations(monitor):
+        reason = "QEMU keeps code that it has translated, and would run that in place of what RAM holds"
+        raise JobFailed("load", reason, "nothing was loaded: RAM and disks are as they were")
+
+
+async def leave_restore_vm(monitor: Monitor) -> None:
+    """Have a guest that is stopped in "restore-vm" paused, or one that runs: it runs for less than a millisecond."""
+    runstate = await monitor.runstate()
+    if runstate is RunState.RESTORE_VM or is_live(runstate):
+        await _pass(monitor, "cont", "stop")
+
+
+async def leave_own_stop(monitor: Monitor) -> None:
+    """Have a guest that has stopped by itself (it has panicked, ...) paused, as if by its user: a load keeps the state.
+
+    It runs for less than a millisecond; so this is due before a load, which throws away what it does in that.
+    """
+    if is_own_stop(await monitor.runstate()):
+        await _pass(monitor, "cont", "stop")
+
+
+async def _pass(monitor: Monitor, *lines: str) -> None:
+    """Give HMP *lines* as closely one after the other as the monitor can."""
+    await asyncio.gather(*(monitor.human_answer(line) for line in lines))
+
+
+async def _has_translations(monitor: Monitor) -> bool:
+    """Whether there is translated code; True where QEMU does not tell."""
+    text = await monitor.human_answer("info jit")
+    if _NO_TCG in text:
+        return False
+    match = _COUNT.search(text)
+    return match is None or int(match[1]) > 0

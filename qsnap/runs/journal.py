@@ -1,0 +1,399 @@
+"""The journal of a run: what a qsnap has under way on a VM, written down before it is done.
+
+It is a file in the user's runtime directory, mode 0600, of JSON texts a line, each adding to those before it: a last
+line that was cut short does no harm. It holds names, tags and process ids, and nothing secret. The run keeps it locked
+(flock), and so does the guard that inherits it; so a journal that nobody holds is that of a run that died, whatever
+has become of its process id. It is deleted when the run has ended and its guest has been seen to.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import re
+import secrets
+import stat
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from datetime import datetime
+from pathlib import Path
+from typing import Any, Protocol
+
+import msgspec
+
+from qsnap.errors import BadUsage, QsnapError
+from qsnap.host import files
+from qsnap.host.files import Identity
+from qsnap.host.processes import Process, process, this_process
+from qsnap.model.qemu import NodeSnapshot, Struct
+from qsnap.monitor.address import Address, TcpAddress, UnixAddress
+
+#: Seconds since 1970 and milliseconds of the VM's clock: a snapshot table's row, the same over every monitor.
+RowKey = tuple[int, int]
+
+_SUFFIX = ".journal"
+#: Of one that does not hold its record yet.
+_BEGINNING = ".beginning"
+_CURE = "set QSNAP_RUNTIME_DIR to a directory of your own"
+#: The names that qsnap gives, after the token of the run: what is called otherwise is somebody else's.
+_NAME = re.compile(rf"[0-9a-f]{{16}}({re.escape(_SUFFIX)}|{re.escape(_BEGINNING)})")
+#: Seconds after which one that is not whole is of a run that died. Until it is locked it cannot be told from that.
+_BEGINNING_S = 60.0
+
+#: Seconds that a resume and a clean-up may take. QEMU answers nobody while it writes, and after an interrupt
+#: the write has to end first: this bounds a save of several hundred GiB.
+AFTERMATH_TIMEOUT_S = 900.0
+
+
+class LiveRecord(Struct, frozen=True):
+    """How far a live save has come."""
+
+    disk_tag: str
+    """The tag that the devices have the new snapshot under."""
+    path: str
+    """Of the state file; and of what will be it, until it is complete."""
+    part: str
+    older: tuple[str, ...]
+    """The tags on the devices, and the state files, of what goes when the new snapshot is complete."""
+    older_files: tuple[str, ...]
+    made: Identity | None = None
+    """The file itself; None before it was made."""
+
+
+class Record(Struct, frozen=True):
+    """What a journal says: whose run it is, and how far it has come."""
+
+    token: str = ""
+    """What the mark of this run in QEMU holds too: a QEMU without it is another one."""
+    operation: str = ""
+    """"save", "load" or "delete"."""
+    tags: tuple[str, ...] = ()
+    began: str = ""
+    """ISO 8601, with the time zone."""
+    owner: Process | None = None
+    user: int = -1
+    address: tuple[str, ...] = ()
+    """The kind of address, and what it is made of: see :attr:`where`."""
+    place: tuple[str, ...] = ()
+    """The monitor's socket, the same under all its names: see :func:`place`."""
+    qemu: Process | None = None
+    is_human: bool = False
+    """The connection is to a human monitor."""
+
+    is_done: bool = False
+    """It has come to its end, and what it has made stays: nothing is left but the claim."""
+    stopped: bool = False
+    """The guest was running, and this run has it stopped or is about to stop it."""
+    devices: tuple[str, ...] = ()
+    """The nodes that a save takes a snapshot of, or a delete found the tag on."""
+    vmstate: str = ""
+    older: dict[str, tuple[RowKey, ...]] | None = None
+    """The rows that stood under the tag when their deletion began; None before."""
+    qemu_replaces: bool = False
+    """The deletion of the older rows is QEMU's own (HMP's savevm)."""
+    saving: bool = False
+    """QEMU may have been told to save under the tag."""
+    stand_in: str = ""
+    """The tag under which the same state stands until the new snapshot is there; "" without."""
+    settings: Mapping[str, int] = {}
+    """What a live save changes in QEMU, as it was before."""
+    forgetting: bool = False
+    """A stream of ours may be under way, which QEMU is to forget by that a migration has failed."""
+    live: LiveRecord | None = None
+    """Of a live save."""
+    disk_tags: tuple[str, ...] = ()
+    """Of a delete: the tags on the devices."""
+    files: tuple[str, ...] = ()
+    """State files that go with what is deleted, or replaced by an ordinary save."""
+    was_running: bool = False
+    """Of a load: the guest ran before it."""
+    loading: str = ""
+    """"flushing": translated code is being dropped, nothing is loaded yet; "begun": QEMU may have been told to load;
+    "failed": that went wrong; "" otherwise."""
+
+    @property
+    def where(self) -> Address:
+        """The monitor's address, as it was given to the run."""
+        kind, *parts = self.address
+        return UnixAddress(parts[0]) if kind == "unix" else TcpAddress(parts[0], int(parts[1]))
+
+    @property
+    def deed(self) -> str:
+        """What it is about, for people: ``save 'nightly'``."""
+        return f"{self.operation} {', '.join(map(repr, self.tags))}".rstrip()
+
+
+class Guard(Protocol):
+    """Who sees to the guest if the run is killed: see :class:`qsnap.supervision.guard.Guard`."""
+
+    pid: int
+
+    async def ready(self) -> None: ...
+
+
+class Journal:
+    """The journal of a run of ours.
+
+    One that was not given a file keeps the record alone: for a sequence that is run without a claim.
+
+    :ivar record: what it says.
+    :ivar path: where it lies; None without a file.
+    :ivar patience_s: how many seconds an interrupted run waits itself for QEMU to answer, before it leaves the guest to
+        its guard.
+    :ivar guard: the run's guard; None without one.
+    :ivar another_answers: another QEMU than that of the run was met at the monitor's address.
+    """
+
+    def __init__(self, record: Record | None = None, file: int | None = None, path: Path | None = None) -> None:
+        self.record = record or Record()
+        self.path = path
+        self.patience_s = AFTERMATH_TIMEOUT_S
+        self.guard: Guard | None = None
+        self.another_answers = False
+        self._file = file
+
+    async def armed(self) -> None:
+        """Return once it is certain that the guest is seen to if this process is killed.
+
+        :raise QsnapError: it cannot be made certain; nothing was done.
+        """
+        if self.guard is not None:
+            await self.guard.ready()
+
+    @property
+    def guard_pid(self) -> int | None:
+        """The process of its guard; None without one."""
+        return self.guard.pid if self.guard is not None else None
+
+    @classmethod
+    def create(cls, record: Record) -> Journal:
+        """Begin one; others see it when it is locked and *record* stands in it.
+
+        :raise QsnapError: the runtime directory cannot be used.
+        """
+        path = directory() / f"{record.token}{_SUFFIX}"
+        beginning = path.with_suffix(_BEGINNING)
+        try:
+            file = files.created(beginning)
+        except OSError as error:
+            raise QsnapError(f"no journal can be made in {path.parent}: {error.strerror}; nothing was done") from error
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            files.write(file, msgspec.json.encode(record) + b"\n")
+            beginning.rename(path)
+        except OSError as error:
+            os.close(file)
+            with suppress(OSError):
+                beginning.unlink()
+            raise QsnapError(f"the journal {path} cannot be written: {error.strerror}; nothing was done") from error
+        return cls(record, file, path)
+
+    def fileno(self) -> int | None:
+        """The locked file, for a guard to inherit."""
+        return self._file
+
+    def note(self, **facts: Any) -> None:  # noqa: ANN401 (fields of Record)
+        """Write down what is about to be done, or has been.
+
+        :raise QsnapError: it cannot be written, not all of it; then it must not be done.
+        """
+        if self._file is not None:
+            try:
+                # Should the line before be cut short, this one is not lost with it.
+                files.write(self._file, b"\n" + msgspec.json.encode(facts) + b"\n")
+            except OSError as error:
+                raise QsnapError(f"the journal {self.path} cannot be written: {error.strerror}") from error
+        self.record = msgspec.structs.replace(self.record, **facts)
+
+    def done(self, **facts: Any) -> None:  # noqa: ANN401 (fields of Record)
+        """The same of what has been done: if it cannot be written, it still holds here, and nobody is disturbed."""
+        with suppress(QsnapError):
+            self.note(**facts)
+        self.record = msgspec.structs.replace(self.record, **facts)
+
+    def close(self, *, remove: bool) -> None:
+        """Let go of it; *remove* it if nothing is left to do."""
+        if self._file is None:
+            return
+        if remove and self.path is not None:
+            with suppress(OSError):
+                self.path.unlink()
+        os.close(self._file)
+        self._file = None
+
+
+def taken_over(file: int, path: Path) -> Journal | None:
+    """The journal that an open, locked *file* is; None if it cannot be read."""
+    record = _read(file)
+    return Journal(record, file, path) if record else None
+
+
+class Found(Struct, frozen=True):
+    """A journal that lies in the runtime directory.
+
+    :ivar is_held: its run goes on, or its guard is at work.
+    """
+
+    path: Path
+    record: Record
+    is_held: bool
+
+    def take(self) -> Journal | None:
+        """Lock it, to do what is left to do; None if somebody else has it, or has been quicker."""
+        try:
+            file = files.opened(self.path, os.O_RDWR | os.O_APPEND)
+        except OSError:
+            return None
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.fstat(file).st_nlink and (journal := taken_over(file, self.path)):
+                return journal
+        except OSError:
+            pass
+        os.close(file)
+        return None
+
+
+def found() -> Iterator[Found]:
+    """All journals of this user. Those of runs whose QEMU has ended are deleted on the way.
+
+    :raise QsnapError: others may write the runtime directory, so that nothing in it can be believed.
+    """
+    place = _ours()
+    for path in sorted(path for path in place.iterdir() if _NAME.fullmatch(path.name)) if place else ():
+        try:
+            file = files.opened(path, os.O_RDWR)
+        except OSError:
+            continue
+        try:
+            info = os.fstat(file)
+            if path.suffix == _BEGINNING and time.time() - info.st_mtime < _BEGINNING_S:
+                continue
+            is_held = not _can_lock(file)
+            record = _read(file) if path.suffix == _SUFFIX else None
+            is_over = record is None or (record.qemu is not None and not record.qemu.is_alive)
+            if is_over and not is_held:
+                with suppress(OSError):
+                    path.unlink()
+            elif record:
+                yield Found(path, record, is_held)
+        finally:
+            os.close(file)
+
+
+def _can_lock(file: int) -> bool:
+    try:
+        # Shared: two that only look must not take each other for the holder.
+        fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    fcntl.flock(file, fcntl.LOCK_UN)
+    return True
+
+
+def _read(file: int) -> Record | None:
+    """The record in an open journal; None where there is none."""
+    facts: dict[str, Any] = {}
+    for line in os.pread(file, 1 << 22, 0).split(b"\n")[:-1]:
+        with suppress(msgspec.DecodeError):
+            facts |= msgspec.json.decode(line, type=dict[str, Any])
+    try:
+        return msgspec.convert(facts, Record) if facts else None
+    except msgspec.ValidationError:
+        return None
+
+
+def new_record(
+    operation: str, tags: tuple[str, ...], address: Address, qemu_pid: int | None, *, is_human: bool
+) -> Record:
+    """The record of a run that this process begins now."""
+    return Record(
+        token=secrets.token_hex(8),
+        operation=operation,
+        tags=tags,
+        began=datetime.now().astimezone().isoformat(timespec="seconds"),
+        owner=this_process(),
+        user=os.geteuid(),
+        address=("unix" if isinstance(address, UnixAddress) else "tcp", *map(str, address)),
+        place=place(address),
+        qemu=process(qemu_pid) if qemu_pid else None,
+        is_human=is_human,
+    )
+
+
+def place(address: Address) -> tuple[str, ...]:
+    """Where a monitor is, the same for all names of one socket; () where there is none."""
+    if not isinstance(address, UnixAddress):
+        host = "127.0.0.1" if address.host == "localhost" else address.host
+        return "tcp", host, str(address.port)
+    try:
+        info = os.stat(address.path)  # noqa: PTH116 (as in address.py)
+    except (OSError, ValueError):
+        return ()
+    return "unix", str(info.st_dev), str(info.st_ino)
+
+
+def row_keys(rows: tuple[NodeSnapshot, ...]) -> tuple[RowKey, ...]:
+    """What tells the rows of a snapshot table apart, over every monitor: HMP shows no more of them."""
+    return tuple((int(row.date.timestamp()), row.vm_clock_ns // 1_000_000) for row in rows)
+
+
+def _location() -> Path:
+    """The runtime directory: the same for a person, for cron and for a service of one user.
+
+    So it does not depend on the environment, but for ``QSNAP_RUNTIME_DIR``.
+    """
+    if given := os.environ.get("QSNAP_RUNTIME_DIR"):
+        if not given.startswith("/"):
+            raise BadUsage(f"QSNAP_RUNTIME_DIR must be an absolute path, not {given!r}")
+        return Path(given)
+    uid = os.geteuid()
+    parent = Path("/run") if uid == 0 else Path(f"/run/user/{uid}")
+    return parent / "qsnap" if os.access(parent, os.W_OK) else Path(f"/tmp/qsnap-{uid}")  # noqa: S108 (checked below)
+
+
+def _ours() -> Path | None:
+    """The real path of the runtime directory, which is this user's own and closed to all others; None where none is.
+
+    :raise QsnapError: it is not so.
+    """
+    path = _location()
+    try:
+        path = files.resolved(path.parent) / path.name
+        info = files.status(path)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise QsnapError(f"the runtime directory {path} cannot be used: {error.strerror}; {_CURE}") from error
+    problem = ""
+    if info.st_uid != os.geteuid():
+        problem = f"it was made by user {info.st_uid}, who could keep qsnap from work, or have it do the wrong"
+    elif not stat.S_ISDIR(info.st_mode):
+        problem = "it is not a directory"
+    elif info.st_mode & 0o077:
+        problem = f"it is open to other users (mode {stat.S_IMODE(info.st_mode):03o}): chmod 700 it, or"
+    if problem:
+        raise QsnapError(f"the runtime directory {path} cannot be used: {problem}; {_CURE}")
+    return path
+
+
+def directory() -> Path:
+    """The runtime directory, made if needed: this user's own, and closed to all others.
+
+    :raise QsnapError: it is not, and cannot be made so.
+    """
+    path = _location()
+    try:
+        with suppress(FileExistsError), files.directory(files.resolved(path.parent)) as where:
+            os.mkdir(path.name, 0o700, dir_fd=where)
+            made = os.open(path.name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=where)
+            try:
+                os.chmod(f"/proc/self/fd/{made}", 0o700)  # noqa: PTH101 (whatever the umask)
+            finally:
+                os.close(made)
+    except OSError as error:
+        raise QsnapError(f"the runtime directory {path} cannot be made: {error.strerror}; {_CURE}") from error
+    if (found := _ours()) is None:
+        raise QsnapError(f"the runtime directory {path} has gone; {_CURE}")
+    return found

@@ -1,0 +1,114 @@
+"""The mark of a claim: who is at work on a VM, written into QEMU itself, where every qsnap sees it.
+
+Whichever monitor it comes by, from whichever user, container or machine: the VM is the same. The mark alone does not
+tell whether that qsnap lives; on the same machine its process does, elsewhere nothing.
+"""
+
+from __future__ import annotations
+
+import base64
+import os
+import secrets
+import socket
+from pathlib import Path
+
+import msgspec
+
+from qsnap.host.processes import Process, this_process
+from qsnap.model.qemu import Struct
+from qsnap.monitor import Monitor
+from qsnap.runs.journal import Record
+
+#: The mark's name: an object of that id in QEMU.
+CLAIM = "qsnap-claim"
+#: The same of who recovers a dead run by its mark alone: of two who come upon it, one.
+RECOVERY = "qsnap-recovery"
+
+#: Characters of a tag that are told: HMP takes a line of about a thousand.
+_TAG_CHARS = 40
+
+
+class Holder(Struct, frozen=True):
+    """Who holds a VM, and what for."""
+
+    token: str
+    operation: str
+    tag: str
+    began: str
+    host: str
+    user: int
+    owner: Process
+    guard: Process | None
+    machine: str
+    """Where process ids mean the same: this boot of the machine, and the process-id namespace."""
+    was_running: bool
+    """The guest ran when the claim was made."""
+
+    def encode(self) -> str:
+        """As the text of a mark."""
+        return base64.urlsafe_b64encode(msgspec.json.encode(self)).decode().rstrip("=")
+
+    @property
+    def is_here(self) -> bool:
+        """Whether its process ids mean something to us."""
+        return self.machine == _machine()
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether it, or its guard, runs. Only of one that :attr:`is_here`."""
+        return self.owner.is_alive or (self.guard is not None and self.guard.is_alive)
+
+    def __str__(self) -> str:
+        where = "" if self.is_here else f" on {self.host}"
+        return f"process {self.owner.pid}{where} (user {self.user}), {self.operation} {self.tag!r} since {self.began}"
+
+
+def holder(record: Record, guard: Process | None, *, was_running: bool) -> Holder:
+    """The holder that the run of *record* is."""
+    assert record.owner is not None
+    return Holder(
+        token=record.token,
+        operation=record.operation,
+        tag=", ".join(record.tags)[:_TAG_CHARS],
+        began=record.began,
+        host=socket.gethostname()[:64],
+        user=record.user,
+        owner=record.owner,
+        guard=guard,
+        machine=_machine(),
+        was_running=was_running,
+    )
+
+
+def of_this_process(operation: str, tag: str) -> Holder:
+    """The holder that this process is, without a journal and a guard."""
+    record = Record(token=secrets.token_hex(8), operation=operation, tags=(tag,), owner=this_process())
+    return holder(record, None, was_running=False)
+
+
+def decode(text: str) -> Holder | None:
+    """The holder in a mark's *text*; None where it is not ours to read, as from another version of qsnap."""
+    try:
+        return msgspec.json.decode(base64.urlsafe_b64decode(text + "=" * (-len(text) % 4)), type=Holder)
+    except (ValueError, msgspec.DecodeError):
+        return None
+
+
+async def is_of(monitor: Monitor, name: str, token: str) -> bool:
+    """Whether the mark of that *name* is there, and is that of *token*."""
+    found = decode(await monitor.mark(name) or "")
+    return found is not None and found.token == token
+
+
+async def give_up(monitor: Monitor, name: str, token: str) -> None:
+    """Take a mark away, if it is that of *token*: nobody else's."""
+    if await is_of(monitor, name, token):
+        await monitor.clear_mark(name)
+
+
+def _machine() -> str:
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot} {os.readlink('/proc/self/ns/pid')}"  # noqa: PTH115 (a link that is no path)
+    except OSError:
+        return socket.gethostname()

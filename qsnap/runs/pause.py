@@ -1,0 +1,181 @@
+"""The one place that stops a guest and makes sure that it runs again."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import NoReturn
+
+from qsnap.errors import CommandFailed, GuestLeftStopped, MonitorBusy, MonitorError, MonitorLost, QsnapError
+from qsnap.model.qemu import QemuVersion, RunState
+from qsnap.model.runstates import HAS_ENDED, cure_of, is_live, takes_stop
+from qsnap.monitor import Monitor
+from qsnap.monitor.connection import AnotherAnswers
+from qsnap.runs.journal import Journal
+from qsnap.runs.mark import CLAIM, is_of
+from qsnap.runs.shield import undisturbed
+
+#: Seconds for a new connection, where the old one is lost: QEMU greets nobody either while it writes.
+RECONNECT_TIMEOUT_S = 120.0
+#: New connections that are tried, with a little time between them: what cut one may cut the next.
+RECONNECT_ATTEMPTS = 4
+
+
+class Pause:
+    """A stop of the guest.
+
+    :ivar was_running: whether the guest was running before, or slept (S3) where QEMU resumes it to that.
+    :ivar resume: whether it will run afterwards; the sequence may change its mind.
+    :ivar runstate: the guest's run state, before and, once the block is left, after it.
+    """
+
+    def __init__(self, runstate: RunState, version: QemuVersion, *, by_qemu: bool = False) -> None:
+        self.runstate = runstate
+        self._by_qemu = by_qemu
+        self.was_running = takes_stop(runstate, version)
+        self.resume = self.was_running
+        self._began: tuple[float | None, float] = (None, 0.0)
+        self._ended: tuple[float | None, float] = (None, 0.0)
+
+    @property
+    def pause_ms(self) -> float:
+        """Milliseconds that the guest stood still, once it runs again: by QEMU's STOP and RESUME time stamps,
+        by our own clock where they did not come; 0.0 if it was not stopped or does not run."""
+        (qemu_began, began), (qemu_ended, ended) = self._began, self._ended
+        if not ended or not began:
+            return 0.0
+        if qemu_began is not None and qemu_ended is not None:
+            return (qemu_ended - qemu_began) * 1000
+        return (ended - began) * 1000
+
+    def resumed_by_qemu(self, stamp: float | None) -> None:
+        """QEMU has resumed the guest by itself.
+
+        :param stamp: QEMU's time stamp of it.
+        """
+        self._by_qemu = True
+        self._ended = (stamp, time.monotonic())
+
+    async def _stop(self, monitor: Monitor) -> None:
+        began = time.monotonic()
+        self._began = (await monitor.stop(), began)
+
+    async def _resume(self, monitor: Monitor) -> None:
+        if not self._by_qemu or not is_live(await monitor.runstate()):
+            self._ended = (await monitor.cont(), time.monotonic())
+        self.runstate = await monitor.runstate()
+
+    def runs_no_more(self, runstate: RunState) -> QsnapError:
+        """The error of a guest that was to run, and has come into *runstate* by itself."""
+        kind, was = (GuestLeftStopped, "was running") if self.was_running else (QsnapError, "was to run")
+        return kind(f"the guest {was} and is {runstate}: {cure_of(runstate)}")
+
+
+@asynccontextmanager
+async def stopped(monitor: Monitor, journal: Journal, *, by_qemu: bool = False) -> AsyncIterator[Pause]:
+    """Keep the guest stopped for the duration of a block.
+
+    On leaving, however that comes about (an error, a cancellation, several of them), a guest that was running
+    runs again, and one that was paused stays paused: unless the block set ``pause.resume`` otherwise. If this
+    process is killed in the block, the guard of *journal* does that; it is there before the guest is stopped.
+
+    :param by_qemu: leave the stop to the command in the block, and see that the guest runs afterwards.
+    :raise GuestLeftStopped: the guest was running and could not be resumed; what happened first is the context.
+    :raise QsnapError: the same of a guest that was not running before, and was to run.
+    """
+    pause = Pause(await monitor.runstate(), monitor.version, by_qemu=by_qemu)
+    await journal.armed()
+    try:
+        if pause.was_running and not by_qemu:
+            journal.note(stopped=True)
+            await pause._stop(monitor)
+        yield pause
+        if not pause.resume:
+            pause.runstate = await monitor.runstate()
+            journal.done(stopped=False)
+    finally:
+        if pause.resume:
+            try:
+                await undisturbed(_resume(monitor, pause, journal), journal.patience_s)
+                journal.done(stopped=False)
+            except QsnapError as error:
+                await _explain_failed_resume(monitor, pause, journal, error)
+            if not is_live(pause.runstate):
+                raise pause.runs_no_more(pause.runstate)  # QEMU resumed it, and it has stopped by itself
+
+
+async def _resume(monitor: Monitor, pause: Pause, journal: Journal) -> None:
+    """Resume the guest; over a new connection, if the one that stopped it is lost."""
+    try:
+        await pause._resume(monitor)
+    except MonitorLost:
+        await reconnect(monitor, journal)
+        await pause._resume(monitor)
+    if pause.runstate is RunState.PAUSED and journal.record.live is not None:
+        # QEMU puts the "paused" of before back when its stream has begun, which may be after our `cont` (from 9.0 on,
+        # migration.c: bg_migration_vm_start_bh; seen on 11.1 after a live save that failed)
+        await pause._resume(monitor)
+
+
+async def reconnect(monitor: Monitor, journal: Journal) -> None:
+    """Make a new connection to the same QEMU: the one that has the mark of the run of *journal*.
+
+    Over TCP no process is to be seen, behind a proxy that of the proxy, and a number may be given to another process:
+    only the mark tells. What answers without it is left as it is, and :func:`has_ended` knows of that.
+
+    :raise AnotherAnswers: it is another QEMU.
+    :raise MonitorError: none of several tries came through.
+    """
+    for attempt in range(1, 1 + RECONNECT_ATTEMPTS):
+        try:
+            await monitor.reconnect(RECONNECT_TIMEOUT_S)
+            if journal.record.token and not await is_of(monitor, CLAIM, journal.record.token):
+                await monitor.aclose()
+                raise AnotherAnswers(journal.record.where)
+        except MonitorBusy:
+            raise
+        except AnotherAnswers:
+            journal.another_answers = True
+            raise
+        except MonitorError:
+            if attempt == RECONNECT_ATTEMPTS:
+                raise
+            await asyncio.sleep(0.2 * attempt)
+        else:
+            return
+
+
+async def _explain_failed_resume(monitor: Monitor, pause: Pause, journal: Journal, error: Exception) -> NoReturn:
+    if isinstance(error, MonitorError) and await has_ended(journal):
+        journal.done(stopped=False)
+        more = f", and {error}" if isinstance(error, AnotherAnswers) else ""
+        raise MonitorLost(f"QEMU has ended; there is no guest any more{more}") from error
+    if isinstance(error, CommandFailed) and (runstate := await monitor.runstate()) in HAS_ENDED:
+        journal.done(stopped=False)
+        raise pause.runs_no_more(runstate) from error
+    state = "was running and is stopped now" if pause.was_running else "is still stopped"
+    cure = "Connect again and send `cont`" if isinstance(error, MonitorError) else "Try `cont` in its monitor"
+    if pause.was_running and journal.guard_pid is not None:
+        cure = f"Process {journal.guard_pid}, its guard, goes on trying. If that is in vain: {cure}"
+    failure = GuestLeftStopped if pause.was_running else QsnapError
+    raise failure(f"the guest {state}, and resuming it failed: {error}. {cure}") from error
+
+
+async def has_ended(journal: Journal) -> bool:
+    """Whether the QEMU of a run is seen to end within a second: its sockets are closed a little before it is gone.
+
+    Where its own process cannot be seen, it has ended when another QEMU has taken its place.
+    """
+    qemu = journal.record.qemu
+    if qemu is not None:
+        for _ in range(20):
+            if not qemu.is_alive:
+                return True
+            await asyncio.sleep(0.05)
+    if not journal.another_answers:
+        return False
+    from qsnap.targets import is_qemu
+
+    return qemu is None or not is_qemu(qemu.pid)

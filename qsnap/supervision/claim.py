@@ -1,0 +1,282 @@
+"""The claim on a VM: one qsnap at a time, and each with somebody behind it who sees it through.
+
+A run that changes something makes, in this order: its journal, its guard, and its mark in QEMU. The mark is the claim:
+QEMU itself decides who has it, over whatever monitor. Before the claim of a dead run is taken, what that run had under
+way is recovered. Nobody waits with a monitor in hand: the holder, or its guard, may need just that one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager
+
+from qsnap.errors import MonitorBusy, MonitorError, MonitorLost, QsnapError, VMLocked
+from qsnap.host.processes import is_stopped, process
+from qsnap.model.qemu import Recovered, Unfinished
+from qsnap.model.runstates import takes_stop
+from qsnap.monitor import Monitor
+from qsnap.monitor.address import Address
+from qsnap.monitor.connection import AnotherAnswers, listener_pid
+from qsnap.runs import journal, mark
+from qsnap.runs.journal import Found, Journal
+from qsnap.runs.mark import CLAIM, Holder
+from qsnap.runs.pause import has_ended
+from qsnap.runs.shield import undisturbed
+from qsnap.supervision import guard
+
+#: Seconds between two looks at a claim.
+_LOOK_S = 0.1
+#: Seconds for giving a claim back; its guard does it otherwise.
+_RELEASE_TIMEOUT_S = 10.0
+
+
+@asynccontextmanager
+async def claimed(
+    monitor: Monitor,
+    address: Address,
+    operation: str,
+    tags: tuple[str, ...],
+    *,
+    wait_s: float,
+    patience_s: float = journal.AFTERMATH_TIMEOUT_S,
+    tell: Callable[[Recovered], None],
+) -> AsyncIterator[Journal]:
+    """Hold the claim on a VM for the duration of a block, and have its run guarded.
+
+    If the block leaves a guest stopped that it should have resumed, the guard goes on with that.
+
+    :param operation: "save", "load" or "delete", for others to see.
+    :param wait_s: seconds to wait for another qsnap; 0 refuses at once.
+    :param patience_s: see :class:`Journal`.
+    :param tell: is given what had to be done first about a run that had died.
+    :return: the journal, to be told what is about to be done.
+    :raise VMLocked: another qsnap is at work on this VM.
+    :raise QsnapError: no journal or guard can be made; nothing was done.
+    """
+    ours = await _acquired(monitor, address, operation, tags, wait_s, tell)
+    ours.patience_s = patience_s
+    try:
+        yield ours
+        ours.done(is_done=True)
+    finally:
+        await undisturbed(_release(monitor, ours), _RELEASE_TIMEOUT_S + 1)
+
+
+async def _acquired(
+    monitor: Monitor,
+    address: Address,
+    operation: str,
+    tags: tuple[str, ...],
+    wait_s: float,
+    tell: Callable[[Recovered], None],
+) -> Journal:
+    clock = asyncio.get_running_loop().time
+    deadline = clock() + wait_s
+    while True:
+        text = await monitor.mark(CLAIM)
+        if text is None:
+            if ours := await _claim(monitor, address, operation, tags):
+                return ours
+            continue
+        holder = mark.decode(text)
+        if recovered := await _recovered(monitor, text):
+            tell(recovered)
+            continue
+        if clock() >= deadline:
+            raise _locked(holder, wait_s)
+        pid = monitor.pid
+        await monitor.aclose()
+        await asyncio.sleep(_LOOK_S)
+        try:
+            await monitor.reconnect(max(_LOOK_S, deadline - clock()))
+        except MonitorBusy as busy:
+            raise _locked(holder, wait_s) from busy
+        if monitor.pid != pid:
+            raise AnotherAnswers(address)
+
+
+async def _claim(monitor: Monitor, address: Address, operation: str, tags: tuple[str, ...]) -> Journal | None:
+    """Make the claim; None if somebody was quicker."""
+    was_running = takes_stop(await monitor.runstate(), monitor.version)
+    record = journal.new_record(operation, tags, address, monitor.pid, is_human=monitor.transport == "hmp")
+    ours = Journal.create(record)
+    watching: guard.Guard | None = None
+    try:
+        ours.guard = watching = guard.start(ours, monitor.sock)
+        holder = mark.holder(record, process(watching.pid), was_running=was_running)
+        is_ours = await monitor.set_mark(CLAIM, holder.encode())
+    except (MonitorLost, asyncio.CancelledError):
+        # QEMU may have set it all the same: the guard will look
+        await _hand_over(monitor, ours, watching)
+        raise
+    except BaseException:
+        _drop(ours, watching)
+        raise
+    if not is_ours:
+        _drop(ours, watching)
+    return ours if is_ours else None
+
+
+async def _hand_over(monitor: Monitor, ours: Journal, watching: guard.Guard | None) -> None:
+    """Leave it all to the guard. It goes on with our connection, which two cannot use at once."""
+    await monitor.aclose()
+    ours.close(remove=watching is None)
+    if watching is not None:
+        watching.hand_over()
+
+
+def _drop(ours: Journal, watching: guard.Guard | None) -> None:
+    ours.close(remove=True)
+    if watching is not None:
+        watching.dismiss()
+
+
+async def _release(monitor: Monitor, ours: Journal) -> None:
+    """Give the claim back; or leave it all to the guard, where something is left to do that we cannot."""
+    watching = ours.guard
+    assert isinstance(watching, guard.Guard)
+    is_done = not ours.record.stopped and ours.record.live is None
+    if is_done:
+        try:
+            async with asyncio.timeout(_RELEASE_TIMEOUT_S):
+                await mark.give_up(monitor, CLAIM, ours.record.token)
+        except (QsnapError, TimeoutError) as error:
+            is_done = isinstance(error, MonitorError) and await has_ended(ours)
+    if is_done:
+        _drop(ours, watching)
+    else:
+        await _hand_over(monitor, ours, watching)
+
+
+def _locked(holder: Holder | None, waited_s: float) -> VMLocked:
+    if holder is None:
+        cure = "If none is at work: qsnap recover --force takes the claim away, and leaves the guest as it is"
+        return VMLocked(f"its claim (the object {CLAIM} in QEMU) is of another version, or damaged", waited_s, cure)
+    cure = _cure_of_stopped(holder.owner.pid) if holder.is_here else ""
+    if not holder.is_here:
+        cure = "It is on another machine or in another container. If it is dead: qsnap recover --force"
+    return VMLocked(str(holder), waited_s, cure, holder.owner.pid if holder.is_here else None)
+
+
+def _cure_of_stopped(pid: int) -> str:
+    """What to do about a holder that does nothing, as somebody has stopped it; "" for one that works."""
+    if not is_stopped(pid):
+        return ""
+    return f"It is stopped itself (SIGSTOP): kill -CONT {pid}; or kill -KILL {pid}, and its guard sees to the guest"
+
+
+async def _recovered(monitor: Monitor, text: str, *, force: bool = False) -> Recovered | None:
+    """Recover the run whose claim's mark has that *text*, if it is dead; None if it lives, or that cannot be told.
+
+    :param force: take it for dead where that cannot be told.
+    """
+    from qsnap.supervision import recovery
+
+    holder = mark.decode(text)
+    for other in journal.found():
+        if holder and other.record.token == holder.token:
+            return await _recover(monitor, other)
+    is_dead = not holder.is_alive if holder and holder.is_here else force
+    return await recovery.recover_by_mark(monitor, text, force=force) if is_dead else None
+
+
+async def _recover(monitor: Monitor, dead: Found) -> Recovered | None:
+    from qsnap.supervision import recovery
+
+    taken = dead.take()
+    if taken is None:
+        return None
+    try:
+        return await recovery.recover(monitor, taken)
+    finally:
+        taken.close(remove=False)
+
+
+async def recover_all(monitor: Monitor, address: Address, *, force: bool = False) -> list[Recovered]:
+    """Recover every run on this VM that died.
+
+    :param force: also one that cannot be told to be dead: it is of another machine or container, or its claim cannot be
+        read.
+    :raise VMLocked: a run lives.
+    """
+    done: list[Recovered | None] = []
+    if (text := await monitor.mark(CLAIM)) is not None:
+        recovered = await _recovered(monitor, text, force=force)
+        if recovered is None:
+            raise _locked(mark.decode(text), 0)
+        done.append(recovered)
+    # Journals without a mark: of a QEMU that is gone, or of a run that died before it began or after it had ended; one
+    # that is held is not to be had
+    done += [await _recover(monitor, other) for other in _journals(monitor, address)]
+    return [item for item in done if item and item.actions]
+
+
+async def run_of(monitor: Monitor) -> Unfinished | None:
+    """The run that has claimed this VM; None where there is none."""
+    text = await monitor.mark(CLAIM)
+    if text is None:
+        return None
+    holder = mark.decode(text)
+    if holder is None:
+        return Unfinished(operation="", tags=(), pid=0, began="", is_alive=None)
+    is_alive = next((other.is_held for other in journal.found() if other.record.token == holder.token), None)
+    if is_alive is None and holder.is_here:
+        is_alive = holder.is_alive
+    return Unfinished(
+        operation=holder.operation, tags=(holder.tag,), pid=holder.owner.pid, began=holder.began, is_alive=is_alive
+    )
+
+
+def has_journals(monitor: Monitor, address: Address) -> bool:
+    """Whether there are any of runs on this VM, dead or alive."""
+    return any(True for _ in _journals(monitor, address))
+
+
+def _journals(monitor: Monitor, address: Address) -> Iterator[Found]:
+    place = journal.place(address)
+    qemu = process(monitor.pid) if monitor.pid else None
+    for other in journal.found():
+        if other.record.place == place or (qemu and other.record.qemu == qemu):
+            yield other
+
+
+async def wait_for_monitor(address: Address, deadline: float, wait_s: float) -> bool:
+    """Wait until no qsnap of this user is at work on the VM at *address*.
+
+    While it writes, QEMU answers over no monitor; and each serves one client.
+
+    :return: whether one was.
+    :param deadline: by the loop's clock.
+    :raise VMLocked: one is, and the *wait_s* seconds to the deadline are over.
+    """
+    runs = [other.record for other in journal.found() if other.is_held]
+    place = journal.place(address)
+    # Asked once, and only if need be: each time QEMU has to take a connection for nothing
+    pid = listener_pid(address) if runs and not any(run.place == place for run in runs) else None
+
+    def run_there() -> journal.Record | None:
+        held = (other.record for other in journal.found() if other.is_held)
+        return next((run for run in held if _is_of(run, place, pid)), None)
+
+    if not any(_is_of(run, place, pid) for run in runs):
+        return False
+    clock = asyncio.get_running_loop().time
+    while record := run_there():
+        if clock() >= deadline:
+            owner = record.owner.pid if record.owner else 0
+            cure = _cure_of_stopped(owner)
+            raise VMLocked(f"process {owner}, {record.deed} since {record.began}", wait_s, cure, owner)
+        await asyncio.sleep(_LOOK_S)
+    return True
+
+
+def _is_of(run: journal.Record, place: tuple[str, ...], pid: int | None) -> bool:
+    """Whether a run is on the VM whose monitor is at that place, and its process that *pid*."""
+    if place and run.place == place:
+        return True
+    if pid is None or run.qemu is None or run.qemu.pid != pid:
+        return False
+    from qsnap.targets import is_qemu
+
+    return is_qemu(pid)  # and not a proxy that leads to several

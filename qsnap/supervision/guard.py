@@ -1,0 +1,118 @@
+"""The guard: a process that outlives a run which is killed, and then does what that run can do no more.
+
+It holds the other end of a socket, does nothing until that breaks, and then resumes the guest and clears up
+(``guard_process``, ``recovery``). It has the run's locked journal, so that nobody else begins meanwhile, and the run's
+own connection to QEMU: a monitor serves one client, and whoever waits for it would be served before a new connection.
+It is in a session of its own: what ends a process group or a terminal does not end it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+from qsnap.errors import QsnapError
+from qsnap.runs.journal import Journal
+
+#: Seconds for the guard to say that it is there; it takes some hundredths.
+_READY_S = 20.0
+
+_READY = b"r"
+
+#: Guards that were handed over and may still be at work: they are waited for when the next one is started.
+_left: list[subprocess.Popen[bytes]] = []
+
+#: Its own interpreter, without the time that ``site`` takes.
+_CODE = (
+    "import sys, json; sys.path[:] = json.loads(sys.argv[2]); "
+    "from qsnap.supervision.guard_process import main; main(sys.argv[3])"
+)
+
+
+#: What it needs of our environment, and may keep for hours: how names are spelt, what time a human monitor tells, where
+#: the interpreter's libraries are, and where journals are. No secrets of whoever has started us.
+_ENVIRONMENT = ("LANG", "LC_ALL", "LC_CTYPE", "TZ", "LD_LIBRARY_PATH", "PATH", "QSNAP_RUNTIME_DIR")
+
+
+class Guard:
+    """A guard that is there, or about to be.
+
+    :ivar pid: its process.
+    """
+
+    def __init__(self, process: subprocess.Popen[bytes], control: socket.socket) -> None:
+        self.pid = process.pid
+        self._process = process
+        self._control = control
+        self._is_ready = False
+
+    async def ready(self) -> None:
+        """Wait until it is there: before that, nothing may be done that would need it.
+
+        :raise QsnapError: it has not come.
+        """
+        if self._is_ready:
+            return
+        loop = asyncio.get_running_loop()
+        try:
+            async with asyncio.timeout(_READY_S):
+                word = await loop.sock_recv(self._control, 1)
+        except (OSError, TimeoutError) as error:
+            raise self._failure(str(error) or "it says nothing") from error
+        if word != _READY:
+            raise self._failure(f"it ended with {self._process.poll()}")
+        self._is_ready = True
+
+    def _failure(self, reason: str) -> QsnapError:
+        return QsnapError(
+            f"the guard, a Python process that resumes the guest should this one be killed, did not start: {reason}; "
+            f"nothing was done. Try: {sys.executable} -c pass"
+        )
+
+    def dismiss(self) -> None:
+        """End it: nothing is left for it to do."""
+        self._process.kill()
+        self._process.wait()
+        self._control.close()
+
+    def hand_over(self) -> None:
+        """Let it go to work, as if we had died."""
+        self._control.close()
+        _left.append(self._process)
+
+
+def start(journal: Journal, connection: socket.socket | None) -> Guard:
+    """Start a guard for the run of *journal*, and do not wait for it.
+
+    :param connection: the run's connection to QEMU, to go on with.
+    :raise QsnapError: no process can be started.
+    """
+    _left[:] = [process for process in _left if process.poll() is None]
+    try:
+        ours, theirs = socket.socketpair()
+    except OSError as error:
+        raise QsnapError(f"no guard can be started: {error.strerror}; nothing was done") from error
+    ours.setblocking(False)
+    files = {"control": theirs.fileno(), "journal": journal.fileno()}
+    if connection is not None and connection.fileno() >= 0:
+        files["monitor"] = connection.fileno()
+    path = [str(Path(__file__).absolute().parents[2]), *filter(None, map(os.path.abspath, filter(None, sys.path)))]
+    arguments = json.dumps({**files, "parent": os.getpid(), "path": str(journal.path)})
+    try:
+        process = subprocess.Popen(
+            [sys.executable, "-I", "-S", "-B", "-c", _CODE, "qsnap-guard", json.dumps(path), arguments],
+            stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+            env={name: os.environ[name] for name in _ENVIRONMENT if name in os.environ},
+            pass_fds=[number for number in files.values() if number is not None], start_new_session=True,
+        )  # fmt: skip
+    except OSError as error:
+        ours.close()
+        raise QsnapError(f"no guard can be started: {error.strerror}; nothing was done") from error
+    finally:
+        theirs.close()
+    return Guard(process, ours)

@@ -1,0 +1,236 @@
+"""What is done when a run has died: resume the guest that it had stopped, and clear up what it had under way.
+
+By its guard, at once; where that died too, by the next qsnap on the VM, from the journal. Where even the journal is not
+to be had (another user's, another machine's), the mark in QEMU tells who it was and what for, and the guest is resumed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+from contextlib import suppress
+
+from qsnap.errors import CommandFailed, ConnectError, GuestLeftStopped, MonitorError, QsnapError
+from qsnap.inventory import devices as rules
+from qsnap.inventory import snapshots
+from qsnap.model.qemu import Recovered, RunState
+from qsnap.model.runstates import HAS_ENDED, cure_of, is_live
+from qsnap.monitor import HALF_RESTORED, Monitor, adopt_monitor, open_monitor
+from qsnap.operations.delete import delete_all
+from qsnap.operations.live.save import LiveAttempt
+from qsnap.operations.load import outcome
+from qsnap.operations.save import Attempt
+from qsnap.operations.translation import leave_restore_vm
+from qsnap.runs import mark
+from qsnap.runs.journal import Journal
+from qsnap.runs.mark import CLAIM, decode
+
+#: Seconds between two tries to reach QEMU, or to have it resume the guest.
+_RETRY_S = 0.2
+#: Tries at a `cont` that QEMU refuses, as it does while it writes a dump.
+_CONT_TRIES = 300
+#: Seconds for QEMU's greeting; it sends none while it writes.
+_GREETING_S = 120.0
+#: Seconds for which nobody may listen at the monitor's address before the guard gives up; the journal stays.
+_UNREACHABLE_S = 10.0
+
+
+async def after_death(journal: Journal, connection: socket.socket | None) -> None:
+    """The guard's work: see the dead run's affairs through, however long QEMU takes to answer.
+
+    :param connection: the dead run's own; where it is broken, new ones are made as long as that QEMU is there.
+    """
+    monitor = await _inherited(journal, connection) if connection else None
+    while monitor is not None or (monitor := await _reached(journal)) is not None:
+        try:
+            done = await recover(monitor, journal)
+        except MonitorError:
+            monitor = None
+            continue
+        except QsnapError as error:
+            _report(f"the guest of a qsnap that died ({journal.record.deed}) could not be seen to: {error}")
+            return  # the journal stays, and so does the mark: the next qsnap will tell
+        finally:
+            if monitor is not None:
+                await monitor.aclose()
+        _report(f"a qsnap that died ({journal.record.deed}) was seen to: {'; '.join(done.actions) or 'nothing to do'}")
+        return
+    journal.close(remove=not _may_live(journal))
+
+
+async def recover(monitor: Monitor, journal: Journal) -> Recovered:
+    """Do what is left to do of the run that *journal* is of, and remove it and the run's mark.
+
+    The guest comes first. What the run had half made is removed, as by an interrupted run of our own.
+
+    :raise GuestLeftStopped: QEMU does not resume it.
+    """
+    record = journal.record
+    assert record.owner is not None
+    actions: list[str] = []
+    # Without its mark this is another QEMU, or the run had not begun, or was at its very end
+    if await mark.is_of(monitor, CLAIM, record.token):
+        await monitor.take_over(record.owner.pid)
+        if record.loading:
+            actions += await _end_load(monitor, journal)
+        if journal.record.stopped:
+            actions += await _resume(monitor)
+            journal.done(stopped=False)
+        await monitor.settle()
+        actions += await _clear_up(monitor, journal)
+        await monitor.dismiss(await monitor.leftover_jobs())
+        await mark.give_up(monitor, CLAIM, record.token)
+    journal.close(remove=True)
+    return Recovered(
+        operation=record.operation, tags=record.tags, pid=record.owner.pid, began=record.began, actions=tuple(actions)
+    )
+
+
+async def recover_by_mark(monitor: Monitor, text: str, *, force: bool = False) -> Recovered | None:
+    """The same where nothing but the *text* of the mark is to be had. None if somebody else is at it, or has been.
+
+    What a save has half made is not known then; it shows in the list of snapshots. A mark that cannot be read does not
+    even tell whether its run had stopped the guest: that stays as it is.
+
+    :param force: also where somebody else cannot be told to be dead.
+    """
+    holder = decode(text)
+    ours = mark.of_this_process("recover", holder.tag if holder else "")
+    if not await monitor.set_mark(mark.RECOVERY, ours.encode()):
+        other = decode(await monitor.mark(mark.RECOVERY) or "")
+        if not other.is_alive if other and other.is_here else force:
+            await monitor.clear_mark(mark.RECOVERY)  # and the next look at the claim will do
+        return None
+    try:
+        if await monitor.mark(CLAIM) != text:
+            return None
+        actions: tuple[str, ...] = ()
+        if holder is None:
+            runstate = await monitor.runstate()
+            cure = "" if is_live(runstate) else ": nothing tells what stopped it. If that was a save, `cont` it"
+            actions = (f"the claim was taken away, and the guest was left as it is, {runstate}{cure}",)
+        # No guest that a load has stopped is resumed blindly
+        elif holder.was_running and holder.operation == "save":
+            actions = tuple(await _resume(monitor))
+        await monitor.clear_mark(CLAIM)
+    finally:
+        await mark.give_up(monitor, mark.RECOVERY, ours.token)
+    if holder is None:
+        return Recovered(operation="", tags=(), pid=0, began="", actions=actions)
+    return Recovered(
+        operation=holder.operation, tags=(holder.tag,), pid=holder.owner.pid, began=holder.began, actions=actions
+    )
+
+
+async def _end_load(monitor: Monitor, journal: Journal) -> list[str]:
+    """How the load of the dead run ended: the guest may run on only if that was well."""
+    record = journal.record
+    failure: QsnapError | None
+    if record.loading == "flushing":
+        if not record.was_running:
+            await leave_restore_vm(monitor)
+        journal.done(loading="")
+        return []
+    if record.loading == "failed":
+        failure = QsnapError("QEMU reported an error")
+    else:
+        unseen = QsnapError("nobody has seen how the load ended")
+        failure = await outcome(unseen, monitor, was_running=record.was_running)
+    journal.done(loading="", stopped=record.stopped and failure is None)
+    if failure is None:
+        return []
+    await monitor.set_mark(HALF_RESTORED, "yes")
+    return [
+        f"the load of {', '.join(record.tags)} has failed midway ({failure}): RAM and disks may be half restored, and "
+        "the guest is left stopped on purpose; load a good snapshot"
+    ]
+
+
+async def _resume(monitor: Monitor) -> list[str]:
+    """Resume the guest, if it is still stopped.
+
+    :raise GuestLeftStopped: QEMU will not.
+    """
+    for attempt in range(_CONT_TRIES):
+        if is_live(runstate := await monitor.runstate()):
+            return []
+        try:
+            await monitor.cont()
+        except CommandFailed as error:
+            if runstate in HAS_ENDED:
+                return [f"the guest is {runstate}: {cure_of(runstate)}"]
+            refusal = error
+            await asyncio.sleep(_RETRY_S)
+            continue
+        if is_live(runstate := await monitor.runstate()):
+            return ["the guest was resumed"]
+        if runstate is RunState.PAUSED and attempt == 0:
+            continue  # as in qsnap.runs.pause: a live save's stream has just begun
+        return [f"the guest was resumed, and is {runstate}: {cure_of(runstate)}"]
+    raise GuestLeftStopped(f"the guest is stopped, and QEMU does not resume it: {refusal.reason}")
+
+
+async def _clear_up(monitor: Monitor, journal: Journal) -> list[str]:
+    record = journal.record
+    if record.is_done:
+        return []
+    graph = await monitor.block_graph()
+    devices = rules.survey(graph, chooses_devices=monitor.chooses_devices).devices
+    if record.live is not None:
+        return [await LiveAttempt(monitor, journal, devices).undo()]
+    if record.settings and monitor.background is not None:
+        if record.forgetting:
+            await monitor.background.end_stream()
+        await monitor.background.put_back(record.settings)
+    if record.operation == "save" and (record.older is not None or record.saving or record.stand_in):
+        _, sentence = await Attempt(monitor, journal, devices).undo(keeps_whole=True)
+        return [sentence]
+    if record.operation == "delete" and (record.disk_tags or record.files):
+        held = [snapshots.holders(graph, devices, tag) for tag in record.disk_tags]
+        files = [file for file in record.files if os.path.lexists(file)]  # noqa: ASYNC240 (no waiting)
+        has_begun = any(nodes != record.devices for nodes in held) or len(files) < len(record.files)
+        if has_begun and (any(held) or files):
+            await delete_all(monitor, devices, record.disk_tags, files)
+            return [f"the deletion of {', '.join(map(repr, record.tags))} was completed"]
+    if record.operation == "load" and monitor.background is not None:
+        await monitor.background.tidy()
+    return []
+
+
+async def _inherited(journal: Journal, connection: socket.socket) -> Monitor | None:
+    try:
+        return await adopt_monitor(connection, journal.record.where, is_human=journal.record.is_human)
+    except MonitorError:
+        connection.close()
+        return None
+
+
+async def _reached(journal: Journal) -> Monitor | None:
+    """A new connection to the same QEMU; None when that has ended, or nobody listens there any more."""
+    clock = asyncio.get_running_loop().time
+    deadline = clock() + _UNREACHABLE_S
+    while _may_live(journal):
+        try:
+            return await open_monitor(journal.record.where, timeout_s=_GREETING_S)
+        except ConnectError:
+            if clock() > deadline:
+                return None
+        except MonitorError:
+            deadline = clock() + _UNREACHABLE_S  # it is there, and busy
+        await asyncio.sleep(_RETRY_S)
+    return None
+
+
+def _may_live(journal: Journal) -> bool:
+    qemu = journal.record.qemu
+    return qemu is None or qemu.is_alive
+
+
+def _report(sentence: str) -> None:
+    """Nobody waits for a guard; the system's log is where such things are looked for."""
+    import syslog
+
+    with suppress(OSError):
+        syslog.openlog("qsnap", syslog.LOG_PID, syslog.LOG_USER)
+        syslog.syslog(syslog.LOG_WARNING, sentence.encode("unicode_escape").decode())

@@ -1,0 +1,262 @@
+"""Which VM is meant: by its monitor's address, by a name, or because there is no other.
+
+A VM is taken unasked only if it is the one of ours that has a monitor on a socket. One whose monitor is busy counts
+too: what is meant must not depend on who is connected at the moment.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from qsnap.errors import BadUsage, NoVM
+from qsnap.model.qemu import Struct
+from qsnap.monitor.address import Address, UnixAddress, parse_address
+
+if TYPE_CHECKING:
+    from qsnap.targets import MonitorPoint, RunningVM
+    from qsnap.targets.config import Config, Settings
+
+_START = "Start QEMU with -qmp unix:/run/vm.qmp,server=on,wait=off and use -m /run/vm.qmp; without a VM try: qsnap demo"
+
+
+class Target(NamedTuple):
+    """The VM that is meant.
+
+    :ivar pid: its process, where it was found by looking; whoever else answers at the address is not it.
+    :ivar settings: the defaults that the config file has for it.
+    :ivar title: what to call it in a sentence, where it was found by looking.
+    :ivar is_found: it was taken unasked.
+    :ivar word: what ``--vm`` takes for it; "" where it was named by its address.
+    """
+
+    address: Address
+    settings: Settings
+    pid: int | None = None
+    title: str = ""
+    is_found: bool = False
+    word: str = ""
+
+    @property
+    def name(self) -> str:
+        """What to call it in a table or a label: the same whenever it is chosen in that way."""
+        return self.word or str(self.address)
+
+
+class KnownVM(Struct, frozen=True):
+    """A VM that runs, or that the config file names."""
+
+    running: RunningVM | None
+    """None: it was not found running."""
+    config: str | None
+    """Its name in the config file."""
+    monitor: Address | None
+    """Where qsnap would connect; None where it cannot."""
+    word: str | None
+    """What ``--vm`` takes for it and for no other; None where ``-m`` alone does."""
+
+    @property
+    def name(self) -> str | None:
+        """Its -name, else that of the config file."""
+        return (self.running.name if self.running else None) or self.config
+
+    @property
+    def option(self) -> str:
+        """How to choose it, as typed in a shell; "" where it cannot be."""
+        import shlex
+
+        if self.monitor is None:
+            return ""
+        return shlex.join(["--vm", self.word] if self.word else ["-m", str(self.monitor)])
+
+    def to_json(self) -> dict[str, Any]:
+        facts = self.running.to_json() if self.running else {"pid": None, "uid": None, "user": None, "name": self.name,
+            "uuid": None, "memory": None, "disks": [], "monitors": [], "managed_by": None}  # fmt: skip
+        return {
+            **facts,
+            "is_ours": self.running.is_ours if self.running else None,
+            "config": self.config,
+            "monitor": str(self.monitor) if self.monitor else None,
+            "vm": self.word,
+        }
+
+
+class SeveralVMs(BadUsage):
+    """More than one running VM could be meant; nothing was tried.
+
+    :ivar vms: them, and how to name each.
+    """
+
+    def __init__(self, message: str, vms: Sequence[KnownVM]) -> None:
+        super().__init__(message)
+        self.vms = tuple(vms)
+
+    def details(self) -> Mapping[str, object]:
+        return {"vms": [vm.to_json() for vm in self.vms]}
+
+
+def choose(
+    config: Config, running: Callable[[], Sequence[RunningVM]], *, monitor: str | None = None, vm: str | None = None
+) -> Target:
+    """The VM that is meant.
+
+    :param monitor: its monitor's address, or
+    :param vm: its name in the config file, its ``-name``, pid or UUID; without both the config's default-vm, else the
+        only VM that runs.
+    :param running: looks at what runs; called if that is needed.
+    :raise BadUsage: both are given, or the address cannot be meant.
+    :raise SeveralVMs: it is not clear which.
+    :raise NoVM: it does not run, or has no monitor that could be used.
+    """
+    if monitor is not None and vm is not None:
+        raise BadUsage("a monitor and a VM are both named; give -m or --vm, not both")
+    if monitor is not None:
+        address = parse_address(monitor)
+        return Target(address, config.settings(_configured(config, address, None)))
+    wanted = vm if vm is not None else config.default_vm
+    if wanted is None:
+        return _only(known_vms(config, running()), config)
+    named = config.vms.get(wanted)
+    if named and named.monitor:
+        return Target(named.monitor, config.settings(wanted), word=wanted)
+    return _named(wanted, config, running())
+
+
+def choose_all(config: Config, running: Sequence[RunningVM]) -> list[Target]:
+    """Every VM of this user that runs and has a monitor for us; those that libvirt manages are not ours.
+
+    :raise NoVM: there is none.
+    """
+    known = known_vms(config, running)
+    reachable = [vm for vm in known if vm.running and vm.running.is_ours and vm.monitor]
+    if not reachable:
+        _only(known, config)  # says why
+    return [_target(vm, config) for vm in reachable]
+
+
+def known_vms(config: Config, running: Sequence[RunningVM]) -> list[KnownVM]:
+    """All that run, by pid, and then those that the config file alone names."""
+    found = [_known(vm, config, running) for vm in running]
+    shown = {vm.config for vm in found}
+    idle = [vm for vm in config.vms.values() if vm.name not in shown]
+    return found + [
+        KnownVM(running=None, config=vm.name, monitor=vm.monitor, word=vm.name if vm.monitor else None) for vm in idle
+    ]
+
+
+def reason(vm: RunningVM) -> str:
+    """Why qsnap can use none of its monitors, as a sentence."""
+    from qsnap.targets import MonitorState
+
+    if vm.managed_by:
+        return (
+            f"{vm.managed_by} manages it, and its monitor belongs to libvirtd: use virsh snapshot-create, or give it "
+            "a monitor for qsnap, by <qemu:commandline> in its XML"
+        )
+    if not vm.monitors:
+        return "it has no monitor; start it with -qmp unix:PATH,server=on,wait=off"
+    words = {MonitorState.GONE: "has lost its socket file", MonitorState.FORBIDDEN: "may not be opened by this user"}
+    return "; ".join(
+        f"its {point.protocol.upper()} monitor {f'at {point.address} ' if point.address else ''}"
+        f"{point.reason or words.get(point.state, 'cannot be used')}"
+        for point in vm.monitors
+    )
+
+
+def _known(vm: RunningVM, config: Config, running: Sequence[RunningVM]) -> KnownVM:
+    best = _best(vm)
+    address = best.address if best else None
+    configured = _configured(config, address, vm)
+    if configured and (given := config.vms[configured].monitor):
+        address = given
+    word = _word(vm, configured, config, running) if address else None
+    return KnownVM(running=vm, config=configured, monitor=address, word=word)
+
+
+def _word(vm: RunningVM, configured: str | None, config: Config, running: Sequence[RunningVM]) -> str | None:
+    from qsnap.targets import find
+
+    if configured and config.vms[configured].monitor:
+        return configured
+    for word in (vm.name, str(vm.pid), vm.uuid):
+        is_anothers = word in config.vms and word != configured
+        if word and not is_anothers and find(running, word) == (vm,):
+            return word
+    return None
+
+
+def _best(vm: RunningVM) -> MonitorPoint | None:
+    """The monitor to connect to. A busy one will do: its client may be about to leave."""
+    from qsnap.targets import MonitorState, usable
+
+    busy = sorted(
+        (point for point in vm.monitors if point.address and point.state is MonitorState.BUSY),
+        key=lambda point: point.protocol != "qmp",
+    )
+    return usable(vm) or next(iter(busy), None)
+
+
+def _configured(config: Config, address: Address | None, vm: RunningVM | None) -> str | None:
+    """The config file's name for the VM with a monitor at *address*, or for the running *vm*."""
+    from qsnap.targets import MonitorState
+
+    # At the address of one that is gone may be another's.
+    addresses = {
+        _resolved(point.address)
+        for point in (vm.monitors if vm else ())
+        if point.address and point.state is not MonitorState.GONE
+    }
+    if address:
+        addresses.add(_resolved(address))
+    for name, one in config.vms.items():
+        if _resolved(one.monitor) in addresses if one.monitor else vm is not None and vm.name == name:
+            return name
+    return None
+
+
+def _resolved(address: Address) -> Address:
+    return UnixAddress(os.path.realpath(address.path)) if isinstance(address, UnixAddress) else address
+
+
+def _named(wanted: str, config: Config, running: Sequence[RunningVM]) -> Target:
+    from qsnap.targets import find
+
+    found = [_known(vm, config, running) for vm in find(running, wanted)]
+    if not found:
+        names = ", ".join(vm.name for vm in known_vms(config, running) if vm.name)
+        raise NoVM(f"no VM {wanted!r} is running, by -name, pid or UUID{f' (there is: {names})' if names else ''}")
+    if len(found) > 1:
+        raise SeveralVMs(f"{len(found)} VMs are called {wanted!r}; choose one", found)
+    return _target(found[0], config, wanted if wanted in config.vms else None)
+
+
+def _only(known: Sequence[KnownVM], config: Config) -> Target:
+    runs = [vm for vm in known if vm.running]
+    ours = [vm for vm in runs if vm.running and vm.running.is_ours]
+    reachable = [vm for vm in ours if vm.monitor]
+    if len(reachable) == 1:
+        return _target(reachable[0], config)._replace(is_found=True)
+    if reachable:
+        raise SeveralVMs(f"{len(reachable)} VMs are running; choose one", reachable)
+    sentences = [f"no monitor is given, and no VM is running that qsnap could take by itself. {_START}"]
+    sentences += [f"{_title(vm.running)}: {reason(vm.running)}" for vm in ours if vm.running]
+    if others := [vm.option for vm in runs if vm not in ours and vm.monitor]:
+        sentences.append(f"VMs of other users are not taken unasked: {', '.join(others)}")
+    if idle := [vm.option for vm in known if not vm.running and vm.monitor]:
+        sentences.append(f"the config file names: {', '.join(idle)}")
+    raise NoVM("\n".join(sentences))
+
+
+def _target(known: KnownVM, config: Config, name: str | None = None) -> Target:
+    vm = known.running
+    assert vm is not None
+    if known.monitor is None:
+        raise NoVM(f"{_title(vm)} cannot be reached: {reason(vm)}")
+    return Target(
+        known.monitor, config.settings(name or known.config), vm.pid, _title(vm), word=name or known.word or ""
+    )
+
+
+def _title(vm: RunningVM) -> str:
+    return f"{vm.name} (process {vm.pid})" if vm.name else f"the VM of process {vm.pid}"

@@ -1,0 +1,129 @@
+"""A file of metrics for Prometheus' node exporter (its textfile collector): the last save, and what is there.
+
+A file holds the metrics of any number of VMs and series; what a run does not know stays as it was. It is replaced by
+renaming, so nobody reads half of it. One that holds anything but metrics of ours is left alone.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+from qsnap.errors import BadUsage, QsnapError
+from qsnap.host import files
+
+
+class Metric(NamedTuple):
+    """One kind of figure."""
+
+    name: str
+    type: str
+    help: str
+
+
+LAST_SUCCESS = Metric("qsnap_save_last_success_timestamp_seconds", "gauge", "When the last save ended well.")
+LAST_EXIT_CODE = Metric("qsnap_save_last_exit_code", "gauge", "What the last save exited with.")
+FAILURES = Metric("qsnap_save_failures_total", "counter", "Saves that have failed.")
+PAUSE = Metric("qsnap_save_pause_seconds", "gauge", "How long the guest stood still in the last save.")
+DURATION = Metric("qsnap_save_duration_seconds", "gauge", "How long the last save took.")
+COUNT = Metric("qsnap_snapshots", "gauge", "Snapshots that are there.")
+NEWEST = Metric("qsnap_snapshot_newest_timestamp_seconds", "gauge", "When the newest sound snapshot was made.")
+AGE = Metric("qsnap_snapshot_newest_age_seconds", "gauge", "Its age, when this was written.")
+SIZE = Metric("qsnap_snapshot_newest_size_bytes", "gauge", "The size of its VM state.")
+
+METRICS = (LAST_SUCCESS, LAST_EXIT_CODE, FAILURES, PAUSE, DURATION, COUNT, NEWEST, AGE, SIZE)
+
+#: A metric, and its labels as they are written.
+_Key = tuple[str, str]
+
+
+def check(path: Path) -> None:
+    """Refuse a place where metrics could not be written.
+
+    :raise BadUsage: there can be none, or a file that is not ours is there.
+    """
+    try:
+        place = files.resolved_file(path)
+        if not os.access(place.parent, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, "it cannot be written")
+    except OSError as error:
+        raise BadUsage(
+            f"no file of metrics can be made in {path.parent}: {error.strerror}; nothing was done"
+        ) from error
+    _read(place)
+
+
+def update(path: Path, labels: Mapping[str, str], values: Mapping[Metric, float], *, failed: bool = False) -> None:
+    """Write *values* of one VM and series into the file at *path*.
+
+    :param failed: count one failure more.
+    :raise QsnapError: it cannot be written.
+    :raise BadUsage: the file there is not ours.
+    """
+    written = ",".join(f'{name}="{_escaped(value)}"' for name, value in labels.items())
+    try:
+        place = files.resolved_file(path)
+        with _alone(place.parent):
+            figures = _read(place)
+            for metric, value in values.items():
+                figures[metric.name, written] = value
+            count = figures.get((FAILURES.name, written), 0)
+            if failed or LAST_EXIT_CODE in values:
+                figures[FAILURES.name, written] = count + failed
+            _write(place, figures)
+    except OSError as error:
+        raise QsnapError(f"the metrics {path} cannot be written: {error.strerror}") from error
+
+
+@contextmanager
+def _alone(directory: Path) -> Iterator[None]:
+    """Keep others of us from the files of a directory meanwhile."""
+    with files.directory(directory) as where:
+        lock = os.open(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=where)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(lock)
+
+
+def _escaped(text: str) -> str:
+    clean = text.encode(errors="replace").decode()
+    return clean.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
+
+
+def _read(path: Path) -> dict[_Key, float]:
+    try:
+        text = files.read(path).decode()
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise BadUsage(f"{path} cannot be read, so it is left alone: {reason}") from error
+    names = {metric.name for metric in METRICS}
+    figures: dict[_Key, float] = {}
+    for line in text.splitlines():
+        if not line or line.startswith("#"):
+            continue
+        found = re.fullmatch(r"(\w+)\{(.*)\} ([-+.\de]+|[-+]?Inf|NaN)", line)
+        if not found or found[1] not in names:
+            raise BadUsage(f"{path} holds what is no metric of qsnap ({line[:60]!r}), so it is left alone")
+        figures[found[1], found[2]] = float(found[3])
+    return figures
+
+
+def _write(path: Path, figures: Mapping[_Key, float]) -> None:
+    lines = []
+    for metric in METRICS:
+        own = [(labels, value) for (name, labels), value in figures.items() if name == metric.name]
+        if own:
+            lines += [f"# HELP {metric.name} {metric.help}", f"# TYPE {metric.name} {metric.type}"]
+            lines += [f"{metric.name}{{{labels}}} {value!r}" for labels, value in sorted(own)]
+    # The exporter is another user
+    files.replace(path, ("\n".join(lines) + "\n").encode(), mode=0o644)

@@ -1,0 +1,231 @@
+"""Which snapshots of a series to keep, and why. Pure: the clock and the time zone are arguments.
+
+The words, and what they mean, are those of ``restic forget``: each rule goes through the snapshots from the newest to
+the oldest and keeps the newest of each period that has one; a snapshot is kept if any rule keeps it. Periods are those
+of local time: hours, days, ISO weeks, months, years. While a rule has counts left, it keeps the oldest snapshot too, so
+that a history grows to its full length. ``within`` counts back from the newest snapshot, not from now: a series that
+has stopped does not vanish. (``scripts/compare-restic`` puts the same questions to both.)
+
+Four things are added, as here a snapshot may be all that there is:
+
+* One from the future (the host's clock was wrong) is kept, and takes no place that another could have.
+* Whole snapshots, and those that are not, are counted apart: a half-made one never takes the place of a whole one.
+* The newest whole one is kept, whatever the policy says; of none that is whole, the newest.
+* A protected one is kept. It counts like any other.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from datetime import UTC, datetime, timedelta, tzinfo
+from fnmatch import fnmatchcase
+from typing import NamedTuple
+
+from qsnap.errors import BadUsage
+from qsnap.inventory.snapshots import is_loadable
+from qsnap.model.qemu import Snapshot
+
+#: A count without an end, as restic writes it.
+UNLIMITED = "unlimited"
+_FOREVER = 1 << 62
+
+
+class Duration(NamedTuple):
+    """A length of time in the calendar's units: a month is as long as the month that it leads through."""
+
+    years: int = 0
+    months: int = 0
+    days: int = 0
+    hours: int = 0
+    minutes: int = 0
+
+    @classmethod
+    def parse(cls, text: str) -> Duration:
+        """``2y5m7d3h``, as restic writes it; ``w`` for weeks, ``mo`` for months and ``min`` for minutes too.
+
+        :raise BadUsage: it is none, or of no length.
+        """
+        counts = dict.fromkeys(("y", "m", "w", "d", "h", "min"), 0)
+        if re.fullmatch(r"([0-9]{1,6}(min|mo|[ymwdh]))+", text):
+            for number, unit in re.findall(r"(\d+)(min|mo|[ymwdh])", text):
+                counts["m" if unit == "mo" else unit] += int(number)
+        if not any(counts.values()):
+            raise BadUsage(f"{text!r} is no duration; a good one is 26h, 90min, 7d, 8w or 1y6m (m: months), but not 0h")
+        return cls(counts["y"], counts["m"], counts["d"] + 7 * counts["w"], counts["h"], counts["min"])
+
+    @classmethod
+    def parse_age(cls, text: str) -> Duration:
+        """An age, where an ``m`` alone is refused: 90m would be 90 months, and nobody would be told for years.
+
+        :raise BadUsage: as :meth:`parse`; or it has such an ``m``.
+        """
+        if re.search(r"[0-9]m(?![a-z])", text):
+            raise BadUsage(f"{text!r}: say min for minutes, or mo for months; m could mean either")
+        return cls.parse(text)
+
+    def __str__(self) -> str:
+        parts = zip(self, ("y", "m", "d", "h", "min"), strict=True)
+        return "".join(f"{number}{unit}" for number, unit in parts if number)
+
+    def before(self, moment: datetime, zone: tzinfo | None = None) -> datetime:
+        """The moment that much earlier, by the calendar and the clocks of a time zone.
+
+        A day that a month does not have is counted on into the next: a month before the 31st of March is the 3rd of
+        March, or the 2nd in a leap year. Hours and minutes are time that passes, whatever the clocks do.
+
+        :param zone: None is the system's.
+        """
+        local = moment.astimezone(zone)
+        months = (local.year - self.years) * 12 + local.month - 1 - self.months
+        if months < 12:
+            return datetime.min.replace(tzinfo=UTC)
+        try:
+            first = local.replace(year=months // 12, month=months % 12 + 1, day=1, tzinfo=None, fold=0)
+            naive = first + timedelta(days=local.day - 1 - self.days)
+            then = (naive.astimezone() if zone is None else naive.replace(tzinfo=zone)).astimezone(UTC)
+            return then - timedelta(hours=self.hours, minutes=self.minutes)
+        except (OverflowError, ValueError):  # before there was a calendar
+            return datetime.min.replace(tzinfo=UTC)
+
+
+class Period(NamedTuple):
+    """A kind of period, and which one a local time lies in."""
+
+    name: str
+    of: Callable[[datetime], object]
+
+
+#: By the names of the options, the finest first.
+PERIODS = (
+    Period("hourly", lambda local: (local.date(), local.hour)),
+    Period("daily", lambda local: local.date()),
+    Period("weekly", lambda local: local.isocalendar()[:2]),
+    Period("monthly", lambda local: (local.year, local.month)),
+    Period("yearly", lambda local: local.year),
+)
+
+
+class Policy(NamedTuple):
+    """What to keep: a snapshot is kept if any of these says so.
+
+    :ivar last: so many, the newest first.
+    :ivar counts: by the name of a period: of so many of them the newest each.
+    :ivar within: all that are no older than that, counted from the newest snapshot.
+    :ivar within_periods: by the name of a period: of all of them that reach into that time the newest each.
+    :ivar tags: those whose tag matches one of these shell patterns.
+    """
+
+    last: int = 0
+    counts: Mapping[str, int] = {}
+    within: Duration | None = None
+    within_periods: Mapping[str, Duration] = {}
+    tags: tuple[str, ...] = ()
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether it keeps nothing."""
+        return not (self.last or any(self.counts.values()) or self.within or self.within_periods or self.tags)
+
+
+class Decision(NamedTuple):
+    """What becomes of a snapshot.
+
+    :ivar reasons: why it is kept; none: it is not.
+    """
+
+    snapshot: Snapshot
+    reasons: tuple[str, ...]
+
+    @property
+    def is_kept(self) -> bool:
+        """Whether it stays."""
+        return bool(self.reasons)
+
+
+def parse_count(text: str) -> int:
+    """A number of periods: 0 or more, or ``unlimited``.
+
+    :raise BadUsage: it is none.
+    """
+    if text == UNLIMITED:
+        return _FOREVER
+    if not re.fullmatch(r"[0-9]{1,9}", text):
+        raise BadUsage(f"{text!r} is no number of snapshots to keep; it must be 0 or more, or {UNLIMITED!r}")
+    return int(text)
+
+
+def decide(
+    snapshots: Sequence[Snapshot],
+    policy: Policy,
+    now: datetime,
+    *,
+    zone: tzinfo | None = None,
+    protected: Collection[str] = (),
+    allow_remove_all: bool = False,
+) -> tuple[Decision, ...]:
+    """What becomes of each of the *snapshots* of one series, the newest first.
+
+    :param now: one that is later is from the future.
+    :param zone: the time zone of the periods; None is the system's.
+    :param protected: the tags of those that are protected.
+    :param allow_remove_all: keep none that neither the policy nor its protection keeps.
+    :raise BadUsage: the policy is empty, and not all may be removed.
+    """
+    if policy.is_empty and not allow_remove_all:
+        raise BadUsage(
+            "the policy is empty: it would keep nothing. Say what to keep, as in --keep-daily 7, or --allow-remove-all"
+        )
+    ordered = sorted(snapshots, key=lambda snapshot: (snapshot.date, snapshot.tag), reverse=True)
+    past = [snapshot for snapshot in ordered if snapshot.date <= now]
+    reasons: dict[str, list[str]] = {snapshot.tag: [] for snapshot in ordered}
+    for snapshot in ordered:
+        if snapshot.tag in protected:
+            reasons[snapshot.tag].append("protected")
+        if snapshot.date > now:
+            reasons[snapshot.tag].append("in the future")
+    for is_whole in (True, False):
+        group = [snapshot for snapshot in past if is_loadable(snapshot) is is_whole]
+        for snapshot, reason in _kept(group, policy, zone):
+            reasons[snapshot.tag].append(reason)
+    if not allow_remove_all and past:
+        newest = next(filter(is_loadable, past), past[0])
+        if not reasons[newest.tag]:
+            reasons[newest.tag].append("newest whole snapshot" if is_loadable(newest) else "newest snapshot")
+    return tuple(Decision(snapshot, tuple(reasons[snapshot.tag])) for snapshot in ordered)
+
+
+def _kept(group: Sequence[Snapshot], policy: Policy, zone: tzinfo | None) -> Iterator[tuple[Snapshot, str]]:
+    """What the policy keeps of snapshots, the newest first, and why; rule by rule."""
+    if not group:
+        return
+    for pattern in policy.tags:
+        yield from ((snapshot, f"tag {pattern}") for snapshot in group if fnmatchcase(snapshot.tag, pattern))
+    latest = group[0].date
+    if policy.within:
+        start = policy.within.before(latest, zone)
+        yield from ((snapshot, f"within {policy.within}") for snapshot in group if snapshot.date > start)
+    yield from _newest(group, "last snapshot", policy.last, [snapshot.tag for snapshot in group])
+    for period in PERIODS:
+        periods = [period.of(snapshot.date.astimezone(zone)) for snapshot in group]
+        yield from _newest(group, f"{period.name} snapshot", policy.counts.get(period.name, 0), periods)
+        if within := policy.within_periods.get(period.name):
+            start = within.before(latest, zone)
+            near = [snapshot for snapshot in group if snapshot.date > start]
+            reaches_all = len(near) == len(group)
+            yield from _newest(
+                near, f"{period.name} within {within}", _FOREVER, periods[: len(near)], keeps_oldest=reaches_all
+            )
+
+
+def _newest(
+    group: Sequence[Snapshot], reason: str, count: int, periods: Sequence[object], *, keeps_oldest: bool = True
+) -> Iterator[tuple[Snapshot, str]]:
+    """The newest of each of *count* periods; and the oldest of all, while there are counts left."""
+    last: object = None
+    for number, (snapshot, period) in enumerate(zip(group, periods, strict=True), start=1):
+        is_oldest = number == len(group) and keeps_oldest and period == last
+        if count and (period != last or is_oldest):
+            yield snapshot, f"oldest {reason}" if is_oldest else reason
+            last = period
+            count -= 1
