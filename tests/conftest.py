@@ -6,20 +6,17 @@ import os
 import shutil
 import signal
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 
-from guest import QEMU, Guest, blockdev, make_boot_disk, make_disk
-from machine import Machine
-from proxy import Proxy
 from qsnap.inventory import kept
-
-Launch = Callable[..., Guest]
-Intercept = Callable[..., Proxy]
+from support.fake_proc import Machine
+from support.guest import QEMU, Guest, Launch, blockdev, make_boot_disk, make_disk
+from support.proxy import Intercept, Proxy
 
 
 def pytest_sessionstart() -> None:

@@ -1,0 +1,117 @@
+"""Docs and code check each other: exit codes, commands, options, scripts, files."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import click
+import pytest
+
+import qsnap
+from qsnap.cli import cli
+from qsnap.cli.commands import job
+from qsnap.errors import EXIT_TABLE
+from qsnap.upkeep.retention import PERIODS
+from support.guest import cli as run_cli
+
+ROOT = Path(__file__).resolve().parents[2]
+README = (ROOT / "README.md").read_text()
+
+
+def test_the_exit_table_is_the_readme_s() -> None:
+    section = README.split("### Exit codes")[1].split("\n##")[0]
+    rows = [
+        tuple(cell.strip() for cell in line.strip("| ").split(" | ")) for line in section.splitlines() if "|" in line
+    ]
+    assert tuple(rows[2:]) == EXIT_TABLE
+
+
+def test_the_exit_table_is_in_the_help() -> None:
+    text = run_cli("--help").out
+    for code, meaning in EXIT_TABLE:
+        assert re.search(rf"^ *{re.escape(code)} +{re.escape(meaning.replace('**', '').replace('`', ''))}$", text, re.M)
+
+
+@pytest.mark.parametrize("name", sorted(cli.commands))
+def test_commands_are_in_the_readme(name: str) -> None:
+    assert f"qsnap {name}" in README
+
+
+def options_of(command: click.Command) -> set[str]:
+    return {
+        name
+        for item in command.params
+        if isinstance(item, click.Option) and not item.hidden
+        for name in (*item.opts, *item.secondary_opts)
+        if name.startswith("--")
+    }
+
+
+@pytest.mark.parametrize("name", sorted(cli.commands))
+def test_options_are_in_the_readme(name: str) -> None:
+    missing = {option for option in options_of(cli.commands[name]) if option not in README}
+    assert missing <= {"--qemu", "--help"}
+
+
+def test_options_in_the_readme_exist() -> None:
+    known = {option for command in cli.commands.values() for option in options_of(command)}
+    others = set(re.findall(r'"(--qsnap-[a-z-]+)"', (ROOT / "qsnap" / "pytest_plugin.py").read_text()))
+    others |= set(re.findall(r'"(--[a-z-]+)"', (ROOT / "scripts" / "prove-live").read_text()))
+    shown = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", README))
+    assert shown <= known | others | {"--now"}  # systemctl's
+
+
+@pytest.mark.parametrize("name", sorted(cli.commands))
+def test_which_commands_take_the_common_options(name: str) -> None:
+    of_output = {"--json", "--quiet", "--verbose", "--config"}
+    of_vm = {"--monitor", "--vm", "--timeout", "--lock-wait", "--state-dir", "--ignore-unseen", "--all", "--jobs"}
+    of_one = of_output | of_vm - {"--all", "--jobs"}
+    taken = {"vms": of_output, "completion": set(), "demo": set(), "run": of_one, "ensure": of_one}.get(
+        name, of_output | of_vm
+    )
+    assert options_of(cli.commands[name]) & (of_output | of_vm) == taken
+    table = README.split("### In scripts\n\n")[1].split("\n\n")[1]
+    assert set(re.findall(r"`(--[a-z-]+)", table)) == of_output | of_vm
+
+
+def test_files_that_the_readme_names_exist() -> None:
+    for name in re.findall(r"\((docs/[\w.]+)\)", README) + re.findall(r"scripts/[\w-]+", README):
+        assert (ROOT / name).exists(), name
+    laid_out = README.split("```\nqsnap/\n")[1].split("```")[0]
+    for name in re.findall(r"[\w/]+\.py|^  \w+/", laid_out, re.M):
+        assert (ROOT / "qsnap" / name.strip()).exists(), name
+
+
+def test_the_library_example_names_what_there_is() -> None:
+    example = README.split("## From Python")[1].split("```python")[1].split("```")[0]
+    for name in re.findall(r"qsnap\.(\w+)\(", example):
+        assert name in qsnap.__all__
+    for name in qsnap.__all__:
+        assert getattr(qsnap, name)
+
+
+def test_the_changelog_has_an_unreleased_block_on_top() -> None:
+    headings = re.findall(r"^## (.+)$", (ROOT / "CHANGELOG.md").read_text(), re.M)
+    assert headings[0] == "Unreleased"
+
+
+def test_the_jobs_exit_table_is_the_readme_s() -> None:
+    section = README.split("### In CI")[1].split("#### pytest")[0]
+    rows = [
+        tuple(cell.strip() for cell in line.strip("| ").split(" | "))
+        for line in section.splitlines()
+        if line[:1] == "|"
+    ]
+    assert tuple(rows[2:]) == job.EXIT_TABLE
+    assert {int(code) for code, _ in job.EXIT_TABLE[:5]} == {
+        job.FAILED_AFTER, job.TIMED_OUT, job.FAILED_BEFORE, job.NOT_EXECUTABLE, job.NOT_FOUND,
+    }  # fmt: skip
+
+
+def test_the_policy_options_are_the_periods() -> None:
+    names = {period.name for period in PERIODS}
+    found = {
+        option.removeprefix("--keep-within-") for option in options_of(cli.commands["prune"]) if "-within-" in option
+    }
+    assert found == names

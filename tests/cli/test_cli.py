@@ -1,0 +1,348 @@
+"""The command line as people and scripts meet it: output, progress, quiet, verbose, hostile names."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import pty
+import re
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+import qsnap
+from qsnap.cli.output.bar import make_bar, update
+from qsnap.host.processes import state_estimate
+from qsnap.operations.progress import Phase, Progress
+from support.guest import (
+    HAS_SNAPSHOT_JOBS,
+    Guest,
+    Launch,
+    blockdev,
+    cli,
+    finish,
+    make_boot_disk,
+    make_disk,
+    start_cli,
+    tags,
+)
+
+
+def test_version_and_help() -> None:
+    assert cli("--version").out == f"qsnap {qsnap.__version__}\n"
+    for command in ("save", "load", "list", "show", "delete", "check", "status", "vms", "completion", "demo"):
+        assert cli(command, "-h").out == cli(command, "--help").out != ""
+
+
+def test_usage_errors_are_one_line() -> None:
+    run = cli("completion", expect=2)
+    assert run.err == (
+        "qsnap: Missing argument '{bash|zsh|fish}'. Choose from: bash, zsh, fish (see qsnap completion --help)\n"
+    )
+
+
+def test_start_up_loads_nothing_heavy() -> None:
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", "-m", "qsnap", "--version"], capture_output=True, text=True, timeout=60
+    )
+    loaded = {line.rsplit("|", 1)[1].strip() for line in done.stderr.splitlines() if "|" in line}
+    assert not loaded & {"rich", "asyncio", "qemu.qmp", "msgspec"}
+
+
+def test_list_loads_no_rich_into_a_pipe(guest: Guest) -> None:
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", "-m", "qsnap", "list", "-m", guest.address],
+        capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert done.returncode == 0
+    assert not re.search(r"\| +rich", done.stderr)
+
+
+def test_quiet_is_silent(guest: Guest) -> None:
+    for arguments in (["save", "t"], ["load", "t"], ["show", "t"], ["check"], ["status"], ["delete", "t"], ["list"]):
+        run = cli(*arguments, "-q", monitor=guest.address)
+        assert (run.out, run.err) == ("", ""), arguments
+
+
+def test_the_monitor_option_wins_over_the_environment(guest: Guest) -> None:
+    cli("list", "-m", guest.address, monitor="/nowhere")
+    cli("list", "--monitor", f"-qmp unix:{guest.address},server=on,wait=off", monitor="/nowhere")
+
+
+def test_verbose_shows_the_dialogue_on_stderr(guest: Guest) -> None:
+    run = cli("save", "t\u202e", "-v", "--json", monitor=guest.address)
+    assert json.loads(run.out)["tag"] == "t\u202e"
+    command = (
+        '"snapshot-save"' if HAS_SNAPSHOT_JOBS else '"human-monitor-command", "arguments": {"command-line": "savevm '
+    )
+    assert f'-> {{"execute": {command}' in run.err
+    assert '<- {"timestamp"' in run.err
+    assert run.err.isascii()
+
+
+def test_json_errors_are_one_document(guest: Guest) -> None:
+    run = cli("load", "nope", "--json", monitor=guest.address, expect=7)
+    assert run.out == ""
+    assert run.error.keys() >= {"error", "exit_code", "message"}
+
+
+def test_json_keys(guest: Guest) -> None:
+    saved = cli("save", "t", "--json", monitor=guest.address).json
+    assert saved.keys() >= {
+        "tag", "replaced", "kind", "vmstate", "devices", "vm_state_size", "date", "vm_clock_ns", "pause_ms",
+        "duration_ms", "runstate",
+    }  # fmt: skip
+    (listed,) = cli("list", "--json", monitor=guest.address).json["snapshots"]
+    assert listed.keys() >= {"tag", "kind", "vm_state_size", "date", "vm_clock_ns", "vmstate", "devices"}
+    assert {key: listed[key] for key in ("tag", "kind", "vm_state_size", "date", "vm_clock_ns", "devices")} == {
+        key: saved[key] for key in ("tag", "kind", "vm_state_size", "date", "vm_clock_ns", "devices")
+    }
+    report = cli("check", "--json", monitor=guest.address).json
+    assert report.keys() >= {"ok", "runstate", "vmstate", "devices", "findings"}
+    assert report["devices"][0].keys() >= {"node", "device", "driver", "role", "verdict", "why", "cure"}
+
+
+def test_names_are_data(guest: Guest) -> None:
+    """A tag that others made may hold anything; a terminal must not obey it, and rich must not read it."""
+    evil = "\x1b]0;title\x07\x1b[31m[bold]\u202e\n"
+    guest.qmp("blockdev-snapshot-internal-sync", device="disk0", name=evil)
+    for verb in (["list"], ["list", "-q"], ["show", evil]):
+        run = cli(*verb, monitor=guest.address)
+        assert "\x1b" not in run.out
+        assert "\x07" not in run.out
+        assert "\\x1b]0;title\\x07" in run.out
+    # HMP, the way of a QEMU without snapshot jobs, takes no control characters.
+    deleted = cli("delete", evil, monitor=guest.address, expect=0 if HAS_SNAPSHOT_JOBS else 5)
+    assert guest.node_tags("disk0") == ([] if HAS_SNAPSHOT_JOBS else [evil])
+    missing = cli("load", evil, monitor=guest.address, expect=7)
+    for text in (deleted.out, deleted.err, missing.err):
+        assert "\x1b" not in text
+        assert "\x07" not in text
+
+
+def test_rich_markup_in_names_is_text(guest: Guest) -> None:
+    cli("save", "[red]x[/red]", monitor=guest.address)
+    assert "[red]x[/red]" in on_terminal("list", "-m", guest.address)
+
+
+def test_a_closed_pipe_is_no_error(guest: Guest) -> None:
+    script = f"{sys.executable} -m qsnap list -m {guest.address} | true; echo ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, timeout=60)
+    assert done.stdout.strip() == "0"
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("command", "code"),
+    [
+        ("save t >&-", 0),
+        ("save t 2>&-", 0),
+        ("save t >&- 2>&-", 0),
+        ("load nope 2>&-", 7),
+        ("load nope --json >&-", 7),
+        ("load nope 2>/dev/full", 7),
+        ("list >/dev/full", 1),
+        ("check >&-", 0),
+    ],
+)
+def test_closed_and_full_streams(guest: Guest, command: str, code: int) -> None:
+    """They change no exit code of what was done; only a result that is lost for want of room is an error."""
+    cli("save", "t", monitor=guest.address)
+    script = f"QSNAP_MONITOR={guest.address} {sys.executable} -m qsnap {command}"
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, "Traceback" in done.stderr) == (code, False), done.stderr
+
+
+def test_a_reader_that_has_gone_changes_no_exit_code(launch: Launch) -> None:
+    guest = launch(memory="16")
+    script = f"QSNAP_MONITOR={guest.address} {sys.executable} -m qsnap check | true; echo ${{PIPESTATUS[0]}}"
+    assert subprocess.run(["bash", "-c", script], capture_output=True, text=True, timeout=60).stdout == "6\n"
+    script = f"{{ {sys.executable} -m qsnap list -m /none; echo $? >&3; }} 3>&1 >/dev/null 2> >(true)"
+    assert subprocess.run(["bash", "-c", script], capture_output=True, text=True, timeout=60).stdout == "4\n"
+
+
+def test_names_that_the_terminal_cannot_show(guest: Guest) -> None:
+    run = cli("save", "snow\u2603", monitor=guest.address, env={"PYTHONIOENCODING": "ascii"})
+    assert run.out.startswith("saved snow\\u2603: ")
+
+
+@pytest.mark.parametrize(
+    "module", ["click", "qsnap.errors", "asyncio", "qsnap.model.qemu", "qsnap.vm", "qsnap.monitor.qmp.monitor"]
+)
+def test_an_early_interrupt(guest: Guest, module: str) -> None:
+    """Once qsnap has taken over from Python: no traceback, 130 or the signal itself, and the guest runs."""
+    process = start_cli("save", "t", monitor=guest.address, env={"PYTHONPROFILEIMPORTTIME": "1"})
+    assert process.stderr is not None
+    for line in process.stderr:  # Python tells of each import when it is done
+        if line.rpartition("|")[2].strip() == module:
+            break
+    process.send_signal(signal.SIGINT)
+    run = finish(process)
+    assert run.code in (130, -signal.SIGINT), run.err
+    assert "Traceback" not in run.err
+    guest.assert_running()
+    assert guest.jobs() == []
+
+
+#: Holds the process still at an import, until a signal comes.
+AT_AN_IMPORT = """
+import os
+import sys
+
+
+def hold(event, arguments):
+    if event == "import" and arguments[0] == os.environ["HELD_AT"] and "qsnap" in sys.modules:
+        os.write(1, b"held")
+        os.read(0, 1)
+
+
+sys.addaudithook(hold)
+"""
+
+
+@pytest.mark.parametrize("program", [[sys.executable, "-m", "qsnap"], [str(Path(sys.executable).with_name("qsnap"))]])
+@pytest.mark.parametrize("module", ["signal", "qsnap.cli"])
+def test_an_interrupt_in_our_first_imports(tmp_path: Path, program: list[str], module: str) -> None:
+    """Ctrl-C as soon as Python has come to qsnap: the process just ends by it, so that a shell says 130."""
+    (tmp_path / "sitecustomize.py").write_text(AT_AN_IMPORT)
+    process = subprocess.Popen(
+        [*program, "--version"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env={**os.environ, "PYTHONPATH": str(tmp_path), "HELD_AT": module},
+    )  # fmt: skip
+    assert process.stdout is not None
+    assert process.stdout.read(4) == "held"
+    process.send_signal(signal.SIGINT)
+    run = finish(process)
+    assert (run.code, run.err) == (-signal.SIGINT, "")
+
+
+@pytest.mark.parametrize("columns", [20, 60, 80, 100, 120])
+def test_a_narrow_terminal_loses_nothing(guest: Guest, columns: int) -> None:
+    snapshot = cli("save", "--json", monitor=guest.address).json
+    guest.qmp("blockdev-snapshot-delete-internal-sync", device="disk1", name=snapshot["tag"])
+    text = on_terminal("list", "-m", guest.address, columns=columns)
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", text)
+    for piece in (snapshot["tag"], "partial", "MiB", "AGE", "VM CLOCK", "VMSTATE", "(not", "disk1)"):
+        assert piece in plain
+    folded = re.sub(r"\x1b\[[0-9;]*m", "", on_terminal("check", "-m", guest.address, columns=columns))
+    assert "holds the VM" in folded
+
+
+def on_terminal(*args: str, columns: int = 200, env: dict[str, str] | None = None) -> str:
+    """What qsnap writes when both outputs are a terminal."""
+    master, slave = pty.openpty()
+    environment = {**os.environ, "TERM": "xterm-256color", "COLUMNS": str(columns), "LINES": "50", **(env or {})}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "qsnap", *args], stdin=subprocess.DEVNULL, stdout=slave, stderr=slave, env=environment
+    )
+    os.close(slave)
+    chunks = []
+    try:
+        while chunk := os.read(master, 65536):
+            chunks.append(chunk)
+    except OSError:
+        pass  # the other end is closed
+    finally:
+        os.close(master)
+        process.wait(60)
+    return b"".join(chunks).decode()
+
+
+def test_colours_on_a_terminal_only(guest: Guest) -> None:
+    assert "\x1b[" in on_terminal("check", "-m", guest.address)
+    assert "\x1b[3" not in on_terminal("check", "-m", guest.address, env={"NO_COLOR": "1"})
+    assert "\x1b" not in cli("check", monitor=guest.address).out
+
+
+def test_the_bar_moves_truthfully(launch: Launch, tmp_path: Path) -> None:
+    guest = launch(*blockdev("big", make_boot_disk(tmp_path / "big")), "-device", "virtio-blk,drive=big", memory="1024")
+    guest.wait_for_ticks()
+    text = on_terminal("save", "t", "-m", guest.address)
+    shown = [int(match) for match in re.findall(r"(\d+)%", text)]
+    assert shown == sorted(shown), "it never goes back"
+    assert len(set(shown)) >= 4, f"it moves: {shown}"
+    assert max(shown) < 100, "the end is told by the result, not by the bar"
+    assert "saved t" in text
+
+
+def test_the_bar_does_not_go_back_when_the_writing_goes_on() -> None:
+    """A standstill near the end is read as the flush; on a busy machine it may not have been."""
+    bar = make_bar(Console(file=io.StringIO()))
+    task = bar.add_task("saving", total=None)
+    looks = [(Phase.SAVING, 980), (Phase.FLUSHING, 995), (Phase.SAVING, 996), (Phase.SAVING, 1200)]
+    shown = []
+    for phase, written in looks:
+        update(bar, task, Progress(phase, 1.0, written, 1000))
+        shown.append(bar.tasks[0].completed)
+    assert shown == [980, 990, 990, 990]
+
+
+def test_no_bar_where_nobody_looks(guest: Guest) -> None:
+    run = cli("save", "t", monitor=guest.address)
+    assert run.err == ""
+    assert run.out.startswith("saved t: ")
+
+
+async def test_progress_and_its_expectation(launch: Launch, tmp_path: Path) -> None:
+    guest = launch(*blockdev("a", make_boot_disk(tmp_path / "a")), "-device", "virtio-blk,drive=a", memory="768")
+    guest.wait_for_ticks()
+    seen: list[Progress] = []
+    async with qsnap.connect(guest.address) as vm:
+        result = await vm.save("t", watch=seen.append)
+    written = [look.written or 0 for look in seen]
+    assert written == sorted(written)
+    assert written[-1] > result.vm_state_size * 0.3
+    assert seen[0].expected == pytest.approx(result.vm_state_size, rel=0.05)
+    assert {look.phase for look in seen} <= {Phase.SAVING, Phase.FLUSHING}
+
+
+async def test_progress_without_an_image_to_look_at(launch: Launch, tmp_path: Path) -> None:
+    """Over TCP nothing is known of the process: then only the time is shown, and no number is invented."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    guest = launch(
+        *blockdev("a", make_boot_disk(tmp_path / "a")), "-device", "virtio-blk,drive=a",
+        "-qmp", f"tcp:127.0.0.1:{port},server=on,wait=off", memory="512",
+    )  # fmt: skip
+    guest.wait_for_ticks()
+    seen: list[Progress] = []
+    async with qsnap.connect(f"tcp:127.0.0.1:{port}") as vm:
+        await vm.save("t", watch=seen.append)
+    assert seen
+    assert {(look.written, look.expected) for look in seen} == {(None, None)}
+    assert "QEMU does not answer meanwhile" in on_terminal("save", "u", "-m", f"tcp:127.0.0.1:{port}")
+    guest.assert_running()
+
+
+def test_the_estimate_knows_zero_pages(launch: Launch, tmp_path: Path) -> None:
+    """RAM that was written with zeroes takes memory of the host, and no room in a snapshot."""
+    empty = launch("-S", *blockdev("a", make_disk(tmp_path / "a")), "-object", "memory-backend-ram,id=m,size=256M,"
+                   "prealloc=on", machine="q35,accel=tcg,memory-backend=m", memory="256")  # fmt: skip
+    estimate = state_estimate(empty.pid, 256 << 20)
+    assert estimate is not None
+    assert estimate.expected < 4 << 20
+    assert estimate.at_least == 0
+    result = cli("save", "t", "--json", monitor=empty.address).json
+    assert result["vm_state_size"] < estimate.at_most
+    assert tags(tmp_path / "a") == ["t"]
+
+
+def test_status_of_a_named_guest(launch: Launch) -> None:
+    guest = launch("-name", "web [1],process=x", memory="16")
+    status = cli("status", "--json", monitor=guest.address).json
+    assert (status["name"], status["runstate"], status["transport"] in ("qmp", "qmp-hmp")) == (
+        "web [1]", "running", True,
+    )  # fmt: skip
+    assert "web [1], running" in cli("status", monitor=guest.address).out
+
+
+def test_a_monitor_that_others_can_reach_is_warned_of() -> None:
+    """A name that resolves nowhere: the warning comes before the connection."""
+    assert "has no password" in cli("list", "-m", "tcp:qsnap.invalid:4444", "--timeout", "3", expect=4).err
+    assert "has no password" not in cli("list", "-m", "tcp:127.0.0.1:1", expect=4).err

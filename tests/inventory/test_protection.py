@@ -1,0 +1,232 @@
+"""Protection and state files that cannot be seen from here: over TCP, as another user, with another directory."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+import qsnap
+from qsnap.errors import PrecheckRefused, QsnapError
+from qsnap.inventory import snapshots
+from qsnap.inventory.devices import survey
+from qsnap.inventory.notes import Notes
+from qsnap.inventory.state_file import Content
+from qsnap.inventory.state_store import Shelf
+from qsnap.model.qemu import NodeSnapshot
+from qsnap.operations.delete import do_delvm
+from qsnap.operations.plan import plan_load
+from support.fake_proc import IS_ROOT, NOBODY
+from support.graphs import graph as graph_of
+from support.graphs import node
+from support.guest import Guest, Launch, blockdev, cli, make_boot_disk, qemu_version, tags
+from support.state_files import DATE, written
+
+TCP = ("-qmp", "tcp:127.0.0.1:0,server=on,wait=off", "-monitor", "tcp:127.0.0.1:0,server=on,wait=off")
+
+
+@contextmanager
+def unprivileged() -> Iterator[None]:
+    """As a user for whom the permissions of files count."""
+    if IS_ROOT:
+        os.seteuid(NOBODY)
+    try:
+        yield
+    finally:
+        if IS_ROOT:
+            os.seteuid(0)
+
+
+@pytest.fixture
+def far(launch: Launch, tmp_path: Path) -> Guest:
+    """A guest on one disk whose monitors are on TCP too; from there nobody sees its images."""
+    make_boot_disk(tmp_path / "disk0.qcow2")
+    guest = launch(*blockdev("disk0", tmp_path / "disk0.qcow2"), "-device", "virtio-blk,drive=disk0,id=vd0", *TCP)
+    guest.wait_for_ticks(3)
+    return guest
+
+
+def addresses(guest: Guest) -> list[str]:
+    """Of the monitors on TCP: QMP, and the human one."""
+    found = [re.search(r"tcp:[^,]*", row["filename"]) for row in guest.qmp("query-chardev")]
+    return sorted((match[0] for match in found if match), key=lambda address: int(address.rpartition(":")[2]))
+
+
+def test_what_the_notes_protect_is_protected_over_every_monitor(far: Guest, tmp_path: Path) -> None:
+    """QEMU shows it to those who cannot read the notes; where it does not, nothing is done away with."""
+    disk = tmp_path / "disk0.qcow2"
+    names = ["gold", "nightly-20260101T000000", "nightly-20260102T000000"]
+    for tag in names:
+        cli("save", tag, monitor=far.address)
+    cli("protect", "gold", monitor=far.address)
+    qmp, human = addresses(far)
+    prune = ("prune", "--prefix", "nightly", "--keep-last", "1")
+    for monitor, *command in (qmp, "delete", "gold"), (qmp, "save", "gold"), (human, "delete", "gold"):
+        run = cli(*command, "--ignore-unseen", monitor=monitor, expect=6)
+        assert "snapshot 'gold' is protected" in run.err
+        listed = cli("list", "--json", monitor=monitor)
+        assert {one["tag"] for one in listed.json["snapshots"] if one["protected"]} == {"gold"}
+        assert "protected" not in listed.err
+
+    # As if QEMU was started anew, and nobody who sees the notes had come since
+    forget_marks(far)
+    for monitor, *command in (qmp, "delete", "gold"), (qmp, "save", "gold"), (qmp, *prune), (human, "delete", "gold"):
+        (finding,) = cli(*command, "--json", monitor=monitor, expect=6).error["findings"]
+        assert finding["code"] == "unseen-notes"
+        assert str(disk) in finding["message"]
+        assert "--ignore-unseen" in finding["cure"]
+    for look in ("list",), ("show", "gold"):
+        assert "cannot be seen from here which snapshots are protected" in cli(*look, monitor=qmp).err
+    assert tags(disk) == names
+    far.assert_running()
+    cli("save", "new", monitor=qmp)
+    config = tmp_path / "config.toml"
+    config.write_text("[defaults]\nignore-unseen = true\n")
+    assert "cannot be seen" not in cli(*prune, "--config", str(config), monitor=qmp).err
+    cli("delete", "new", "--ignore-unseen", monitor=qmp)
+    assert tags(disk) == [names[0], names[2]]
+
+    # Somebody comes who sees them
+    cli("recover", monitor=far.address)
+    for monitor in qmp, human:
+        assert "is protected" in cli("delete", "gold", monitor=monitor, expect=6).err
+    cli("unprotect", "gold", monitor=far.address)
+    cli("save", "gold", monitor=qmp)
+    cli("delete", "gold", monitor=human)
+    assert tags(disk) == [names[2]]
+
+
+def forget_marks(guest: Guest) -> None:
+    for item in guest.qmp("qom-list", path="/objects"):
+        if item["name"].startswith("qsnap-"):
+            guest.qmp("object-del", id=item["name"])
+
+
+def test_marks_go_by_the_notes(far: Guest, tmp_path: Path) -> None:
+    """Whoever removes the file takes the protection away, as soon as a qsnap comes that sees it."""
+    cli("save", "a", monitor=far.address)
+    notes = tmp_path / "disk0.qcow2.qsnap-notes"
+    cli("protect", "a", monitor=far.address)
+    notes.unlink()
+    cli("recover", monitor=far.address)
+    cli("delete", "a", monitor=addresses(far)[0])
+    assert tags(tmp_path / "disk0.qcow2") == []
+
+
+@pytest.fixture
+def open_directory() -> Iterator[Path]:
+    """A directory that every user may enter, as pytest's own are not."""
+    directory = Path(tempfile.mkdtemp(prefix="qs-"))
+    directory.chmod(0o755)
+    yield directory
+    directory.chmod(0o755)
+    shutil.rmtree(directory)
+
+
+def holding(directory: Path) -> tuple[list[str], list[str]]:
+    """The files in a directory, and the tags of the disk in it."""
+    return sorted(path.name for path in directory.iterdir()), tags(directory / "disk0.qcow2")
+
+
+async def test_what_another_user_may_not_see(launch: Launch, open_directory: Path) -> None:
+    """Neither the notes, nor a state file, nor the directory: nothing goes that may be protected or be part of it."""
+    directory = open_directory
+    disk = make_boot_disk(directory / "disk0.qcow2")
+    guest = launch(*blockdev("disk0", disk), "-device", "virtio-blk,drive=disk0,id=vd0")
+    guest.wait_for_ticks(3)
+    cli("save", "full", monitor=guest.address)
+    is_live = qemu_version() >= (6, 0)
+    cli("save", *(["--live"] if is_live else []), "ram", monitor=guest.address)
+    cli("describe", "full", "text", monitor=guest.address)
+    before = holding(directory)
+    forget_marks(guest)
+    notes, state = directory / "disk0.qcow2.qsnap-notes", directory / "disk0.qcow2.ram.qsnap"
+    async with qsnap.connect(guest.address) as vm:
+        for hidden, tag, code in (
+            (notes, "full", "unseen-notes"),
+            *([(state, "ram", "state-file-unreadable")] if is_live else []),
+            (directory, "ram", "unseen-notes"),
+        ):
+            mode = hidden.stat().st_mode & 0o777
+            hidden.chmod(0)
+            try:
+                with unprivileged(), pytest.raises(PrecheckRefused) as refused:
+                    await do_delvm(vm._monitor, [tag], shelf=Shelf(guest.pid))
+                assert refused.value.findings[0].code == code
+                graph = await vm._monitor.block_graph()
+                if hidden == notes:
+                    with unprivileged(), pytest.raises(QsnapError, match="Permission denied; a snapshot may be prot"):
+                        Notes(Shelf(guest.pid), graph, survey(graph).devices).write(notes, (), ())
+                if hidden == state:
+                    with unprivileged():
+                        devices = survey(graph).devices
+                        ram = snapshots.find(graph, devices, "ram", Shelf(guest.pid).files(graph, devices))
+                        assert ram is not None
+                        with pytest.raises(PrecheckRefused, match="may not be read by this user"):
+                            await plan_load(vm._monitor, "ram", shelf=Shelf(guest.pid))
+                    assert (ram.kind, ram.has_state) == ("live", True)
+                    assert ram.problems == (f"its state file {state} may not be read by this user",)
+            finally:
+                hidden.chmod(mode)
+        assert holding(directory) == before
+        guest.assert_running()
+        await vm.delete("full", "ram")
+    assert holding(directory) == (["disk0.qcow2"], [])
+
+
+@pytest.mark.skipif(qemu_version() < (6, 0), reason="QEMU before 6.0 has no background snapshots")
+def test_a_directory_that_this_call_does_not_know(far: Guest, tmp_path: Path) -> None:
+    """The notes tell where the RAM is, and protection holds under whatever name the disks have the snapshot."""
+    states = tmp_path / "states"
+    states.mkdir()
+    where = ("--state-dir", str(states))
+    for _ in range(2):
+        cli("save", "--live", "t", *where, monitor=far.address)
+    disk = tmp_path / "disk0.qcow2"
+    assert tags(disk) == ["t.qsnap-2"]
+    cli("save", "other", monitor=far.address)
+    for tag in ("t", "t.qsnap-2"):
+        (finding,) = cli("delete", tag, "--json", monitor=far.address, expect=6).error["findings"]
+        assert (finding["code"], str(states) in finding["cure"]) == ("unseen-state-file", True)
+    assert f"its state file was put into {states}" in cli("list", "--json", monitor=far.address).out
+    cli("protect", "t", *where, monitor=far.address)
+    cli("describe", "other", "text", monitor=far.address)
+    cli("delete", "other", monitor=far.address)
+    for command in (("delete", "t"), ("delete", "t.qsnap-2"), ("save", "t")):
+        for more in ((), ("--ignore-unseen",)):
+            assert "is protected" in cli(*command, *more, monitor=far.address, expect=6).err
+    assert (tags(disk), len(list(states.iterdir()))) == (["t.qsnap-2"], 1)
+    cli("unprotect", "t", *where, monitor=far.address)
+    cli("delete", "t", *where, monitor=far.address)
+    assert (tags(disk), list(states.iterdir())) == ([], [])
+    assert not (tmp_path / "disk0.qcow2.qsnap-notes").exists()
+
+
+def test_a_directory_that_may_not_be_listed(open_directory: Path) -> None:
+    """State files are found there by their names; where not even that is possible, they may be there."""
+    image = open_directory / "disk0"
+    path = written(open_directory / "disk0.t.qsnap", Content("t", str(image), 9, DATE, 7))
+    image.touch()
+    for file in image, path:
+        file.chmod(0o644)
+    row = NodeSnapshot(tag="t", id="1", vm_state_size=0, date=DATE, vm_clock_ns=7)
+    disk = node("a", snapshots=(row,), children=(("file", "below"),))
+    both = graph_of(disk, node("below", "file", filename=str(image)))
+    devices, shelf = survey(both).devices, Shelf(os.getpid())
+    with image.open("rb"):
+        for mode, seen in (0o755, ["t"]), (0o711, ["t"]), (0, []):
+            open_directory.chmod(mode)
+            with unprivileged():
+                assert [file.disk_tag for file in shelf.files(both, devices)] == seen, oct(mode)
+                assert bool(shelf.unseen(both, devices)) is not bool(seen)
+        open_directory.chmod(0o755)
+        # Through a link it would be somebody else's
+        path.rename(open_directory / "else")
+        path.symlink_to(open_directory / "else")
+        assert shelf.files(both, devices) == ()

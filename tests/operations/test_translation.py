@@ -1,0 +1,122 @@
+"""After a load the guest runs the code that its RAM holds, not what TCG had translated before."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+import qsnap.guest
+from support.guest import (
+    GUESTS,
+    HAS_SNAPSHOT_JOBS,
+    Guest,
+    Launch,
+    blockdev,
+    both_monitors,
+    cli,
+    qemu_version,
+    tool,
+    until,
+)
+from support.killed import Killer, marks, wait_for_the_guard
+from support.proxy import Intercept
+
+#: Where the guest's code has its letter.
+LETTER = 0x7C03
+
+#: A live snapshot is loaded by QMP alone.
+WAYS = [("qmp", []), ("hmp", []), *([("qmp", ["--live"])] if HAS_SNAPSHOT_JOBS else [])]
+
+
+class Modifier:
+    """The guest that changes its own code."""
+
+    def __init__(self, guest: Guest) -> None:
+        self.guest = guest
+        until("the guest to print", lambda: self.printed().endswith("a"))
+
+    def printed(self) -> str:
+        """All that it has printed."""
+        return self.guest.serial.read_text() if self.guest.serial.exists() else ""
+
+    @property
+    def letter(self) -> str:
+        """The letter in its code, in RAM."""
+        return chr(self.guest.word(LETTER) & 0xFF)
+
+    def change(self) -> str:
+        """Have it change its code, and execute that; the new letter."""
+        letter = chr(ord(self.letter) + 1)
+        self.guest.qmp("send-key", keys=[{"type": "qcode", "data": "x"}])
+        until("the new code", lambda: self.printed().endswith(letter))
+        return letter
+
+    def assert_runs(self, letter: str, *, since: int, before: str = "") -> None:
+        """It prints *letter*, and had printed nothing since then but what it may have in the time *before* a load."""
+        until(f"the guest to print {letter}", lambda: letter in self.printed()[since:], 10)
+        assert re.fullmatch(f"{before or letter}*{letter}+", self.printed()[since:])
+        assert self.letter == letter
+
+
+@pytest.fixture
+def modifier(launch: Launch, tmp_path: Path) -> Modifier:
+    sector = (GUESTS / "selfmod.bin").read_bytes()
+    qsnap.guest.make_disk(tmp_path / "a", qemu_img=tool("qemu-img"), sector=sector)
+    return Modifier(launch(*blockdev("a", tmp_path / "a"), "-device", "virtio-blk,drive=a"))
+
+
+@pytest.mark.parametrize(("transport", "how"), WAYS, indirect=["transport"])
+def test_a_running_guest(modifier: Modifier, how: list[str]) -> None:
+    cli("save", "t", *how, monitor=modifier.guest.address)
+    for _ in range(2):
+        changed = modifier.change()
+        seen = len(modifier.printed())
+        assert cli("load", "t", "--json", monitor=modifier.guest.address).json["runstate"] == "running"
+        modifier.assert_runs("a", since=seen, before=changed)
+
+
+@pytest.mark.parametrize(("transport", "how"), WAYS, indirect=["transport"])
+@pytest.mark.parametrize("paused_by", ["user", "load"])
+def test_a_paused_guest(modifier: Modifier, how: list[str], paused_by: str) -> None:
+    """By the user before the load, or by it: it stands still at the saved moment, in no run state but "paused"."""
+    guest = modifier.guest
+    cli("save", "t", *how, monitor=guest.address)
+    for _ in range(2):
+        modifier.change()
+        if paused_by == "user":
+            guest.qmp("stop")
+        option = ["--paused"] if paused_by == "load" else []
+        assert cli("load", "t", *option, "--json", monitor=guest.address).json["runstate"] == "paused"
+        assert (guest.runstate, modifier.letter) == ("paused", "a")
+        seen = len(modifier.printed())
+        guest.qmp("cont")
+        modifier.assert_runs("a", since=seen)
+
+
+@both_monitors
+def test_a_paused_guest_that_is_to_run(modifier: Modifier) -> None:
+    cli("save", "t", monitor=modifier.guest.address)
+    modifier.change()
+    modifier.guest.qmp("stop")
+    seen = len(modifier.printed())
+    assert cli("load", "t", "--running", "--json", monitor=modifier.guest.address).json["runstate"] == "running"
+    modifier.assert_runs("a", since=seen, before="b")
+
+
+@pytest.mark.skipif(qemu_version() < (10, 1), reason="before 10.2 QEMU itself drops translated code in every load")
+@pytest.mark.parametrize("command", ["flush", "stop"])
+@both_monitors
+def test_killed_while_translated_code_is_dropped(
+    modifier: Modifier, intercept: Intercept, runtime_directory: Path, command: str, transport: str
+) -> None:
+    """The guest that the user had paused is paused again, and not loaded."""
+    guest = modifier.guest
+    cli("save", "t", monitor=guest.address)
+    changed = modifier.change()
+    guest.qmp("stop")
+    killer = Killer(command)
+    killer.run("load", "t", monitor=intercept(guest, on_command=killer).address)
+    wait_for_the_guard(runtime_directory)
+    assert (guest.runstate, modifier.letter, marks(guest)) == ("paused", changed, [])

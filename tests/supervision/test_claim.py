@@ -1,0 +1,430 @@
+"""One qsnap at a time on a VM, by whatever monitor and name it is reached."""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import json
+import os
+import signal
+import subprocess
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+import qsnap
+from qsnap.errors import QsnapError, VMLocked
+from qsnap.host.processes import Process, is_alive, process, this_process
+from qsnap.model.qemu import SaveResult
+from qsnap.monitor.address import TcpAddress
+from qsnap.operations.save import do_savevm
+from qsnap.runs import mark
+from qsnap.runs.journal import Journal, Record, found, new_record
+from support.busy import big_guest, in_the_write
+from support.fake_monitor import FakeMonitor
+from support.guest import (
+    Guest,
+    Launch,
+    assert_nothing_left,
+    blockdev,
+    both_monitors,
+    cli,
+    deliver,
+    finish,
+    make_boot_disk,
+    start_cli,
+    tags,
+    until,
+    waits,
+)
+from support.killed import CLAIM, assert_all_is_well, journals, set_claim, wait_for_the_guard
+from support.killed import marks as marks_of
+from support.proxy import Intercept, Proxy, deed
+
+
+@pytest.fixture
+def busy(launch: Launch, tmp_path: Path) -> Iterator[tuple[Guest, Path, subprocess.Popen[str]]]:
+    """A guest that a qsnap is saving, held still in the middle of it; it goes on when the test ends."""
+    guest, image = big_guest(launch, tmp_path)
+    process = start_cli("save", "first", monitor=guest.address)
+    with in_the_write(guest, image):
+        yield guest, image, process
+    assert finish(process).code == 0
+    assert_nothing_left(guest, {image: ["first"]})
+
+
+@both_monitors
+@pytest.mark.parametrize("verb", [("save", "x"), ("load", "x"), ("delete", "x"), ("list",), ("recover",)])
+def test_the_second_is_refused_and_told_who_is_first(
+    busy: tuple[Guest, Path, subprocess.Popen[str]], verb: tuple[str, ...]
+) -> None:
+    guest, _, first = busy
+    error = cli(*verb, "--lock-wait", "0", "--json", monitor=guest.address, expect=11).error
+    assert (error["error"], error["holder_pid"]) == ("VMLocked", first.pid)
+    assert "save 'first' since" in error["holder"]
+
+
+def test_other_names_of_the_socket_are_the_same_vm(
+    busy: tuple[Guest, Path, subprocess.Popen[str]], tmp_path: Path
+) -> None:
+    guest, _, _ = busy
+    link, hard = tmp_path / "link", tmp_path / "hard"
+    link.symlink_to(guest.address)
+    os.link(guest.address, hard)
+    for name in (str(link), f"unix:{hard}", f"{guest.directory}/../{guest.directory.name}/qmp"):
+        cli("save", "x", "--lock-wait", "0", monitor=name, expect=11)
+
+
+@both_monitors
+def test_the_second_by_another_monitor_of_the_same_vm(guest: Guest, tmp_path: Path) -> None:
+    """QEMU has the claim. (While it writes it answers nobody, so the first is held between two commands.)"""
+    mine = mark.holder(_record(), None, was_running=True).encode()
+    guest.qmp("object-add", qom_type="authz-simple", id=CLAIM, identity=mine)
+    error = cli("save", "x", "--lock-wait", "0.3", "--json", monitor=guest.address, expect=11).error
+    assert error["holder_pid"] == os.getpid()
+    assert "after 0.3 s of waiting" in error["message"]
+    status = cli("status", "--json", monitor=guest.address).json["run"]
+    assert (status["pid"], status["is_alive"]) == (os.getpid(), True)
+    assert "at work:" in cli("status", monitor=guest.address).out
+    assert cli("list", monitor=guest.address).code == 0, "who only looks is not kept waiting"
+    guest.qmp("object-del", id=CLAIM)
+    assert_nothing_left(guest, {tmp_path / "disk0.qcow2": []})
+
+
+def _record(**changes: object) -> Record:
+    record = new_record("save", ("theirs",), TcpAddress("localhost", 1), None, is_human=False)
+    return msgspec.structs.replace(record, **changes)
+
+
+def test_the_second_by_another_monitor_while_qemu_answers_nobody(
+    busy: tuple[Guest, Path, subprocess.Popen[str]],
+) -> None:
+    guest, _, first = busy
+    for address in (guest.hmp_address, str(guest.directory / "test")):
+        error = cli("save", "x", "--lock-wait", "0", "--json", monitor=address, expect=11).error
+        assert error["holder_pid"] == first.pid
+
+
+def test_a_holder_that_is_stopped_itself(launch: Launch, tmp_path: Path) -> None:
+    guest, image = big_guest(launch, tmp_path)
+    first = start_cli("save", "first", monitor=guest.address)
+    with in_the_write(guest, image):
+        first.send_signal(signal.SIGSTOP)
+        run = cli("save", "x", "--lock-wait", "0", monitor=guest.address, expect=11)
+        assert f"kill -CONT {first.pid}" in run.err
+        first.send_signal(signal.SIGCONT)
+    assert finish(first).code == 0
+
+
+def test_of_two_who_come_upon_a_dead_claim_one_recovers(guest: Guest) -> None:
+    """Without the journal it is the mark of the recovery that keeps them apart."""
+    dead = Process(pid=os.getpid(), start=1)
+    set_claim(guest, mark.holder(_record(owner=dead), None, was_running=True))
+    guest.qmp("stop")
+    alive = mark.of_this_process("recover", "").encode()
+    guest.qmp("object-add", qom_type="authz-simple", id=mark.RECOVERY, identity=alive)
+    cli("save", "x", "--lock-wait", "0.3", monitor=guest.address, expect=11)
+    assert guest.runstate == "paused"
+    guest.qmp("object-del", id=mark.RECOVERY)
+    gone = mark.holder(_record(owner=dead), None, was_running=False).encode()
+    guest.qmp("object-add", qom_type="authz-simple", id=mark.RECOVERY, identity=gone)
+    cli("save", "x", monitor=guest.address)
+    guest.assert_running()
+    assert marks_of(guest) == []
+
+
+def test_nobody_gives_up_the_claim_of_another(guest: Guest, intercept: Intercept) -> None:
+    """Whoever took it by force, as by recover --force, keeps it."""
+    theirs = mark.holder(_record(), None, was_running=True).encode()
+
+    def usurp(message: dict[str, Any]) -> None:
+        if deed(message) == "cont":
+            guest.qmp("object-del", id=CLAIM)
+            guest.qmp("object-add", qom_type="authz-simple", id=CLAIM, identity=theirs)
+
+    cli("save", "x", monitor=intercept(guest, on_command=usurp).address)
+    assert guest.qmp("qom-get", path=f"/objects/{CLAIM}", property="identity") == theirs
+
+
+def test_the_claim_of_a_dead_process_does_not_block(guest: Guest) -> None:
+    """Its number may be another's by now: the time of its start tells."""
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    for owner in (Process(pid=ended.pid, start=1), Process(pid=os.getpid(), start=1)):
+        set_claim(guest, mark.holder(_record(owner=owner), None, was_running=True))
+        guest.qmp("stop")
+        run = cli("save", "x", "--lock-wait", "0", monitor=guest.address)
+        assert "recovered from a qsnap that died (save theirs" in run.err
+        guest.assert_running()
+        assert marks_of(guest) == []
+
+
+def test_a_living_guard_is_a_living_holder(guest: Guest) -> None:
+    """On this machine that can be told, so nobody can force it; the guest is as the holder has left it."""
+    dead = Process(pid=os.getpid(), start=1)
+    set_claim(guest, mark.holder(_record(owner=dead), this_process(), was_running=True))
+    guest.qmp("stop")
+    for verb in (("save", "x"), ("recover", "--force")):
+        cli(*verb, "--lock-wait", "0", monitor=guest.address, expect=11)
+    assert (guest.runstate, marks_of(guest)) == ("paused", [CLAIM])
+
+
+def test_a_holder_on_another_machine(guest: Guest, tmp_path: Path) -> None:
+    """Whether it lives cannot be told, even if its number is nobody's here; only a person can say so."""
+    not_here = Process(pid=os.getpid(), start=1)
+    holder = msgspec.structs.replace(
+        mark.holder(_record(owner=not_here), None, was_running=True), machine="another boot", host="far\x1b[1maway"
+    )
+    set_claim(guest, holder)
+    guest.qmp("stop")
+    run = cli("save", "x", "--lock-wait", "0", monitor=guest.address, expect=11)
+    assert "on far\\x1b[1maway" in run.err
+    assert "qsnap recover --force" in run.err
+    cli("recover", "--lock-wait", "0", monitor=guest.address, expect=11)
+    assert guest.runstate == "paused"
+    assert cli("status", "--json", monitor=guest.address).json["run"]["is_alive"] is None
+    assert "may be dead" in cli("status", monitor=guest.address).out
+    cli("recover", "--force", monitor=guest.address)
+    assert_nothing_left(guest, {tmp_path / "disk0.qcow2": []})
+    cli("save", "x", monitor=guest.address)
+
+
+@both_monitors
+@pytest.mark.parametrize(
+    "damage",
+    [{"qom_type": "authz-simple", "identity": "garbage"}, {"qom_type": "rng-builtin"}],
+    ids=["garbage", "no mark"],
+)
+def test_a_claim_that_cannot_be_read(guest: Guest, tmp_path: Path, damage: dict[str, str]) -> None:
+    """As of a later qsnap: it is respected, and the message names the way out. No guest is resumed blindly."""
+    guest.qmp("object-add", id=CLAIM, **damage)
+    guest.qmp("object-add", id=mark.RECOVERY, **damage)
+    guest.qmp("stop")
+    for verb in (("save", "x"), ("recover",)):
+        run = cli(*verb, "--lock-wait", "0", monitor=guest.address, expect=11)
+        assert "of another version, or damaged" in run.err
+        assert "qsnap recover --force" in run.err
+    assert "qsnap recover --force" in cli("status", monitor=guest.address).out
+    cli("recover", "--force", monitor=guest.address, expect=11)
+    run = cli("recover", "--force", monitor=guest.address)
+    assert "the guest was left as it is, paused" in run.out
+    assert marks_of(guest) == []
+    guest.qmp("cont")
+    cli("save", "x", monitor=guest.address)
+    assert_nothing_left(guest, {tmp_path / "disk0.qcow2": ["x"]})
+
+
+@both_monitors
+def test_the_second_waits_for_its_turn(launch: Launch, tmp_path: Path, runtime_directory: Path) -> None:
+    guest, image = big_guest(launch, tmp_path)
+    first = start_cli("save", "first", monitor=guest.address)
+    with in_the_write(guest, image):
+        second = start_cli("save", "second", "--lock-wait", "100", monitor=guest.address)
+    assert (finish(first).code, finish(second).code) == (0, 0)
+    assert_nothing_left(guest, {image: ["first", "second"]})
+    assert journals(runtime_directory) == []
+
+
+@pytest.mark.parametrize(
+    ("option", "verb", "way"),
+    [("-qmp", "save", "tcp"), ("-qmp", "save", "proxy"), ("-monitor", "save", "tcp"), ("-qmp", "load", "tcp")],
+)
+def test_another_qemu_in_the_place_of_the_first(
+    launch: Launch, tmp_path: Path, runtime_directory: Path, option: str, verb: str, way: str
+) -> None:
+    """No process of QEMU's can be seen there. It is sent nothing but the question whether it is the same."""
+    monitor = (option, f"unix:{tmp_path}/mon,server=on,wait=off")
+    first = launch(*blockdev("a", make_boot_disk(tmp_path / "a")), "-device", "virtio-blk,drive=a", *monitor)
+    first.wait_for_ticks()
+    cli("save", "old", monitor=first.address)
+
+    def replace(message: dict[str, Any]) -> None:
+        if deed(message) == f"snapshot-{verb}" and not second:
+            first.process.kill()
+            first.process.wait(30)
+            second.append(launch("-S", *monitor))
+
+    second: list[Guest] = []
+    proxy = Proxy(f"{tmp_path}/mon", None if way == "tcp" else tmp_path / "proxy", on_command=replace)
+    try:
+        run = cli(verb, "old", "--json", monitor=proxy.address, expect=None)
+    finally:
+        proxy.close()
+    assert (run.code, run.error["error"]) == (4, "MonitorLost"), run.err
+    assert "QEMU has ended" in run.error["message"]
+    wait_for_the_guard(runtime_directory)
+    (other,) = second
+    assert (other.runstate, marks_of(other)) == ("prelaunch", [])
+    sent = proxy.commands[proxy.commands.index(f"snapshot-{verb}") + 1 :]
+    assert set(sent) <= {"qmp_capabilities", "qom-list", "qom-get", "hmp"}, sent
+
+
+def test_a_journal_that_is_just_being_made_is_left_alone(runtime_directory: Path) -> None:
+    """It is not locked yet: who looks then must not take it for one of a run that died. That is removed."""
+    runtime_directory.mkdir(mode=0o700, exist_ok=True)
+    beginning = runtime_directory / f"{'a' * 16}.beginning"
+    beginning.touch()
+    assert list(found()) == []
+    assert beginning.exists()
+    os.utime(beginning, (0, 0))
+    assert list(found()) == []
+    assert not beginning.exists()
+
+
+def test_a_journal_that_is_held_is_not_removed(runtime_directory: Path) -> None:
+    """Not even if its QEMU has ended: its run, or its guard, is about to say so."""
+    ended = Process(pid=os.getpid(), start=1)
+    ours = Journal.create(_record(qemu=ended))
+    assert [other.is_held for other in found()] == [True]
+    assert len(journals(runtime_directory)) == 1
+    ours.close(remove=False)
+    assert (list(found()), journals(runtime_directory)) == ([], [])
+
+
+def test_of_two_who_take_one_journal_one_gets_it(monkeypatch: pytest.MonkeyPatch, runtime_directory: Path) -> None:
+    """The other has opened it, and before he locks it all is done and it is gone."""
+    Journal.create(_record()).close(remove=False)
+    (dead,) = found()
+    lock = fcntl.flock
+
+    def after_the_other(file: int, how: int) -> None:
+        monkeypatch.undo()
+        other = dead.take()
+        assert other is not None
+        other.close(remove=True)
+        lock(file, how)
+
+    monkeypatch.setattr(fcntl, "flock", after_the_other)
+    assert dead.take() is None
+
+
+@both_monitors
+def test_many_at_once_never_interleave(guest: Guest, tmp_path: Path, runtime_directory: Path, transport: str) -> None:
+    """By all monitors, saving and replacing under two names and deleting; whatever the order, all is whole."""
+    addresses = [guest.qmp_address, guest.hmp_address]
+    running = [
+        start_cli(verb, tag, "--lock-wait", "100", *more, monitor=addresses[number % 2])
+        for number in range(3)
+        for verb, tag, *more in (("save", "a"), ("delete", "a", "--missing-ok"), ("save", "b"))
+    ]
+    runs = [finish(process, 110) for process in running]
+    assert [(run.code, run.err) for run in runs if run.code] == []
+    wait_for_the_guard(runtime_directory)
+    for snapshot in cli("list", "--json", monitor=guest.address).json["snapshots"]:
+        assert (snapshot["kind"], snapshot["problems"]) == ("full", [])
+        cli("load", snapshot["tag"], monitor=guest.address)
+    held = sorted(tags(tmp_path / "disk0.qcow2"))
+    assert held in (["a", "b"], ["b"])
+    assert sorted(tags(tmp_path / "disk1.qcow2")) == held
+    guest.assert_running()
+
+
+async def test_calls_on_one_object_and_on_two_take_turns(guest: Guest, tmp_path: Path) -> None:
+    async with (
+        qsnap.connect(guest.address, lock_wait_s=30) as vm,
+        qsnap.connect(guest.hmp_address, lock_wait_s=30) as other,
+    ):
+        results = await asyncio.gather(vm.save("a"), vm.save("b"), other.save("c"), vm.delete("d", missing_ok=True))
+    assert [result.tag for result in results if isinstance(result, SaveResult)] == ["a", "b", "c"]
+    assert sorted(tags(tmp_path / "disk0.qcow2")) == ["a", "b", "c"]
+    guest.assert_running()
+
+
+async def test_a_library_that_is_refused_can_go_on(guest: Guest) -> None:
+    mine = mark.holder(_record(), None, was_running=True).encode()
+    async with qsnap.connect(guest.address, lock_wait_s=0.3) as vm:
+        guest.qmp("object-add", qom_type="authz-simple", id=CLAIM, identity=mine)
+        with pytest.raises(VMLocked):
+            await vm.save("a")
+        guest.qmp("object-del", id=CLAIM)
+        await vm.save("a")
+        assert [snapshot.tag for snapshot in await vm.list()] == ["a"]
+
+
+def test_an_interrupt_while_waiting(busy: tuple[Guest, Path, subprocess.Popen[str]]) -> None:
+    guest, _, _ = busy
+    tell = {"PYTHONPROFILEIMPORTTIME": "1"}
+    waiting = start_cli("save", "x", "--lock-wait", "1000", monitor=guest.address, env=tell)
+    assert waiting.stderr is not None
+    # Python tells of each import when it is done; this one comes when it looks who is there, and then it waits
+    for line in waiting.stderr:
+        if line.rpartition("|")[2].strip() == "qsnap.supervision.claim":
+            break
+    until("it to wait", lambda: waits(waiting.pid))
+    waiting.send_signal(signal.SIGTERM)
+    assert finish(waiting).code == 143
+
+
+@both_monitors
+def test_an_interrupt_while_the_claim_is_made(
+    guest: Guest, intercept: Intercept, tmp_path: Path, runtime_directory: Path, transport: str
+) -> None:
+    """QEMU has taken it, and its answer is held until the signal was taken too: it is given back."""
+    seen = threading.Event()
+
+    def interrupt(data: bytes) -> bytes:
+        if not seen.is_set() and marks_of(guest):
+            seen.set()
+            deliver(saving, signal.SIGTERM)
+        return data
+
+    saving = start_cli("save", "t", monitor=intercept(guest, on_data=interrupt).address)
+    assert finish(saving).code == 143
+    assert seen.is_set()
+    assert_all_is_well(guest, runtime_directory, {tmp_path / "disk0.qcow2": []})
+
+
+async def test_a_journal_that_cannot_be_written() -> None:
+    """Nothing is done that it could not tell of."""
+    monitor = FakeMonitor()
+    with pytest.raises(QsnapError, match="cannot be written: No space left on device"):
+        await do_savevm(monitor, "t", journal=Journal(_record(), os.open("/dev/full", os.O_WRONLY)))
+    assert monitor.calls == []
+
+
+async def test_a_journal_that_can_be_written_no_more() -> None:
+    """In the middle of a save: the guest runs, nothing half made is left."""
+    monitor = FakeMonitor()
+
+    class Full(Journal):
+        def note(self, **facts: Any) -> None:
+            if "saving" in facts:
+                raise QsnapError("the journal cannot be written: No space left on device")
+            super().note(**facts)
+
+    await do_savevm(monitor, "t")
+    with pytest.raises(QsnapError, match="had been deleted by then; the guest is running"):
+        await do_savevm(monitor, "t", journal=Full())
+    assert monitor.state == "running"
+
+
+def test_a_wait_that_cannot_be_meant(guest: Guest) -> None:
+    cli("save", "x", "--lock-wait", "-1", monitor=guest.address, expect=2)
+    cli("save", "x", "--lock-wait", "soon", monitor=guest.address, expect=2)
+    cli("save", "x", "--lock-wait", "nan", monitor=guest.address, expect=2)
+
+
+def test_holders_are_encoded_for_every_monitor() -> None:
+    """HMP takes a line of about a thousand characters, and a comma would end the text."""
+    holder = mark.holder(_record(tags=("ü,\x1b" * 80, "b" * 255)), this_process(), was_running=True)
+    text = holder.encode()
+    assert len(text) < 900
+    assert text.replace("-", "").replace("_", "").isalnum()
+    assert mark.decode(text) == holder
+    for broken in ("", "!", "e30", "bnVsbA", text[:-9], json.dumps({})):
+        assert mark.decode(broken) is None
+
+
+def test_processes() -> None:
+    assert this_process().is_alive
+    assert not Process(pid=os.getpid(), start=this_process().start + 1).is_alive
+    ended = subprocess.Popen(["true"])
+    until("a zombie", lambda: Path(f"/proc/{ended.pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z")
+    assert process(ended.pid) is None
+    assert not is_alive(ended.pid)
+    ended.wait()
+    assert not is_alive(ended.pid)

@@ -1,0 +1,572 @@
+"""A qsnap may be killed at any moment: the guest runs again, and nothing half made is left. By its guard, at once; or,
+where that dies too, by the next command."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import qsnap
+from qsnap.errors import GuestLeftStopped, QsnapError
+from qsnap.runs.mark import of_this_process
+from support.busy import big_guest, in_the_write
+from support.guest import (
+    HAS_SNAPSHOT_JOBS,
+    Guest,
+    Launch,
+    assert_sound,
+    blockdev,
+    both_monitors,
+    cli,
+    failing_disk,
+    finish,
+    make_boot_disk,
+    needs_snapshot_jobs,
+    qemu_img,
+    start_cli,
+    state_sizes,
+    tags,
+    until,
+    waits,
+)
+from support.killed import CLAIM, Killer, assert_all_is_well, guards, journals, kill_guard, marks, wait_for_the_guard
+from support.proxy import Intercept, deed
+
+
+@both_monitors
+def test_killed_in_the_write(launch: Launch, tmp_path: Path, runtime_directory: Path) -> None:
+    guest, image = big_guest(launch, tmp_path)
+    process = start_cli("save", "t", monitor=guest.address)
+    with in_the_write(guest, image):
+        (journal,) = journals(runtime_directory)
+        assert journal.stat().st_mode & 0o777 == 0o600
+        assert runtime_directory.stat().st_mode & 0o777 == 0o700
+        process.kill()
+        process.communicate()
+    assert_all_is_well(guest, runtime_directory, {image: []})
+
+
+def test_the_whole_process_group_is_killed(launch: Launch, tmp_path: Path, runtime_directory: Path) -> None:
+    """As a CI runner does, or a terminal that hangs up. Its files are gone by then too: the guard has read them."""
+    files = shutil.copytree(Path(qsnap.__file__).parent, tmp_path / "site" / "qsnap")
+    guest, image = big_guest(launch, tmp_path)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "qsnap", "save", "t", "-m", guest.address], cwd=files.parent,
+        stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
+    )  # fmt: skip
+    with in_the_write(guest, image):
+        (guard,) = guards(runtime_directory)
+        memory = Path(f"/proc/{guard}/maps")
+        until("the guard to have read all", lambda: "msgspec" in memory.read_text() and waits(guard))
+        shutil.rmtree(files)
+        for signum in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM):
+            os.kill(guard, signum)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    assert_all_is_well(guest, runtime_directory, {image: []})
+
+
+#: What a save does under a proxy's eyes, and what is there if it is killed just then: (command, which, kept).
+#: The older snapshot is gone once QEMU is told to delete it; what was to replace it is kept if it is complete.
+MOMENTS = [
+    ("query-migrate", 1, "old"),
+    ("stop", 1, "old"),
+    ("snapshot-save", 1, "new"),
+    ("cont", 1, "new"),
+    ("object-del", 1, "new"),
+]
+
+
+@pytest.mark.parametrize(("command", "nth", "kept"), [*MOMENTS, ("snapshot-delete", 1, "neither")])
+@pytest.mark.skipif(not HAS_SNAPSHOT_JOBS, reason="HMP's savevm deletes the older snapshot itself")
+def test_killed_at_each_step_of_a_replacement(
+    guest: Guest, intercept: Intercept, tmp_path: Path, runtime_directory: Path, command: str, nth: int, kept: str
+) -> None:
+    killed_replacement(guest, intercept, tmp_path, runtime_directory, Killer(command, nth), kept)
+
+
+@pytest.mark.parametrize("transport", ["hmp"], indirect=True)
+@pytest.mark.parametrize(
+    ("line", "kept"), [("info migrate", "old"), ("stop", "old"), ("savevm", "new"), ("cont", "new")]
+)
+def test_killed_at_each_step_of_a_replacement_over_hmp(
+    guest: Guest, intercept: Intercept, tmp_path: Path, runtime_directory: Path, line: str, kept: str
+) -> None:
+    words = {"savevm": "snapshot-save", "info migrate": "hmp"}
+    killed_replacement(guest, intercept, tmp_path, runtime_directory, Killer(words.get(line, line)), kept)
+
+
+def killed_replacement(
+    guest: Guest, intercept: Intercept, tmp_path: Path, runtime_directory: Path, killer: Killer, kept: str
+) -> None:
+    images = [tmp_path / "disk0.qcow2", tmp_path / "disk1.qcow2"]
+    cli("save", "t", monitor=guest.address)
+    before = guest.lines()[-1][0]
+    guest.wait_for_ticks(20)
+    killer.run("save", "t", monitor=intercept(guest, on_command=killer).address)
+    expected = [] if kept == "neither" else ["t"]
+    assert_all_is_well(guest, runtime_directory, dict.fromkeys(images, expected))
+    if kept == "neither":
+        return
+    # Contents: the counter that comes back tells whose state it is, and the guest checks its disks against it
+    cli("load", "t", "--paused", monitor=guest.address)
+    assert (guest.counter > before + 10) == (kept == "new")
+    cli("load", "t", "--running", monitor=guest.address)
+    guest.assert_running()
+
+
+def test_a_guest_that_the_user_paused_stays_paused(
+    guest: Guest, intercept: Intercept, tmp_path: Path, runtime_directory: Path
+) -> None:
+    guest.qmp("stop")
+    killer = Killer("snapshot-save")
+    killer.run("save", "t", monitor=intercept(guest, on_command=killer).address)
+    wait_for_the_guard(runtime_directory)
+    assert guest.runstate == "paused"
+    assert (tags(tmp_path / "disk0.qcow2"), guest.jobs(), marks(guest)) == ([], [], [])
+
+
+def test_another_client_in_the_queue_does_not_keep_the_guard_out(
+    launch: Launch, tmp_path: Path, runtime_directory: Path
+) -> None:
+    """A monitor serves one client. The guard goes on with the dead run's connection, and is served before others."""
+    guest, image = big_guest(launch, tmp_path)
+    process = start_cli("save", "t", monitor=guest.address)
+    with socket.socket(socket.AF_UNIX) as other, in_the_write(guest, image):
+        other.connect(guest.address)
+        process.kill()
+        process.communicate()
+        guest.process.send_signal(signal.SIGCONT)
+        assert_all_is_well(guest, runtime_directory, {image: []})
+
+
+@pytest.fixture
+def abandoned(launch: Launch, tmp_path: Path, runtime_directory: Path) -> tuple[Guest, Path]:
+    """A guest that a killed qsnap has stopped, and whose guard was killed too. Its save was not to replace anything."""
+    guest, image = big_guest(launch, tmp_path)
+    cli("save", "good", monitor=guest.address)
+    process = start_cli("save", "t", monitor=guest.address)
+    base = image.stat().st_blocks
+    until("the VM state to be written", lambda: image.stat().st_blocks > base + (64 << 20) // 512)
+    kill_guard(runtime_directory)
+    process.kill()
+    process.communicate()
+    until("the save to end", lambda: guest.runstate == "paused")
+    assert tags(image) == ["good", "t"]
+    return guest, image
+
+
+@both_monitors
+def test_the_next_command_sees_to_it(abandoned: tuple[Guest, Path], runtime_directory: Path) -> None:
+    guest, image = abandoned
+    status = cli("status", "--json", monitor=guest.address).json
+    assert (status["run"]["operation"], status["run"]["tags"], status["run"]["is_alive"]) == ("save", ["t"], False)
+    assert "which died: qsnap recover" in cli("status", monitor=guest.address).out
+    assert guest.runstate == "paused", "status only looks"
+    run = cli("list", "-m", guest.address)
+    assert "the guest was resumed; what this save made was removed from big" in run.err
+    assert [line.split()[0] for line in run.out.splitlines()] == ["TAG", "good"]
+    assert_all_is_well(guest, runtime_directory, {image: ["good"]})
+    assert cli("status", "--json", monitor=guest.address).json["run"] is None
+
+
+@pytest.mark.parametrize("verb", [("recover",), ("save", "next"), ("load", "good"), ("delete", "good"), ("check",)])
+def test_whichever_command_is_next(
+    abandoned: tuple[Guest, Path], runtime_directory: Path, verb: tuple[str, ...]
+) -> None:
+    guest, image = abandoned
+    cli(*verb, monitor=guest.address)
+    left = {"save": ["good", "next"], "delete": []}.get(verb[0], ["good"])
+    assert_all_is_well(guest, runtime_directory, {image: left})
+
+
+def test_what_recover_says(abandoned: tuple[Guest, Path]) -> None:
+    guest, _ = abandoned
+    (item,) = cli("recover", "--json", monitor=guest.address).json["recovered"]
+    assert (item["operation"], item["tags"]) == ("save", ["t"])
+    assert item["actions"] == ["the guest was resumed", "what this save made was removed from big"]
+    assert cli("recover", "--json", monitor=guest.address).json == {"recovered": []}
+    assert "nothing to recover" in cli("recover", monitor=guest.address).err
+
+
+def test_another_users_journal_is_not_needed(
+    abandoned: tuple[Guest, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The mark in QEMU tells enough to resume the guest."""
+    guest, _ = abandoned
+    monkeypatch.setenv("QSNAP_RUNTIME_DIR", str(tmp_path / "another"))
+    (item,) = cli("recover", "--json", monitor=guest.address).json["recovered"]
+    assert item["actions"] == ["the guest was resumed"]
+    guest.assert_running()
+    assert marks(guest) == []
+
+
+def test_a_qemu_that_was_restarted_is_another_one(launch: Launch, tmp_path: Path, runtime_directory: Path) -> None:
+    """Its guest waits for its user, and is not taken for the one that a killed qsnap had stopped."""
+    image = make_boot_disk(tmp_path / "a")
+    disk = [*blockdev("a", image), "-device", "virtio-blk,drive=a"]
+    address = tmp_path / "same"
+    first = launch(*disk, "-qmp", f"unix:{address},server=on,wait=off")
+    first.wait_for_ticks()
+    journal = leave_a_journal(first, str(address), runtime_directory)
+    first.kill()
+    second = launch("-S", *disk, "-qmp", f"unix:{address},server=on,wait=off")
+    assert journal.exists()
+    run = cli("list", monitor=str(address))
+    assert "recovered" not in run.err
+    assert second.runstate == "prelaunch"
+    assert not journal.exists()
+
+
+def leave_a_journal(guest: Guest, address: str, directory: Path) -> Path:
+    """Kill a save and its guard while the guest is stopped."""
+    process = start_cli("save", "t", monitor=address)
+    guest.qmp("query-status")
+    until("the stop", lambda: guest.qmp("query-status")["status"] != "running")
+    guest.process.send_signal(signal.SIGSTOP)
+    try:
+        kill_guard(directory)
+        process.kill()
+        process.communicate()
+    finally:
+        guest.process.send_signal(signal.SIGCONT)
+    (journal,) = journals(directory)
+    return journal
+
+
+def test_a_guest_that_another_run_has_taken_by_force_is_not_touched(
+    guest: Guest, intercept: Intercept, tmp_path: Path, runtime_directory: Path
+) -> None:
+    """As by recover --force on another machine, while the guard of the dead run did nothing: it comes too late."""
+
+    class KillerOfTheGuardToo(Killer):
+        def __call__(self, message: dict[str, Any]) -> None:
+            if deed(message) == self.command:
+                (guard,) = guards(runtime_directory)
+                os.kill(guard, signal.SIGSTOP)
+            super().__call__(message)
+
+    killer = KillerOfTheGuardToo("snapshot-save")
+    killer.run("save", "t", monitor=intercept(guest, on_command=killer).address)
+    until("the save to end", lambda: guest.node_tags("disk1") == ["t"])
+    theirs = of_this_process("save", "t").encode()
+    guest.qmp("object-del", id=CLAIM)
+    guest.qmp("object-add", qom_type="authz-simple", id=CLAIM, identity=theirs)
+    (guard,) = guards(runtime_directory)
+    os.kill(guard, signal.SIGCONT)
+    wait_for_the_guard(runtime_directory)
+    assert guest.runstate == "paused"
+    assert (tags(tmp_path / "disk0.qcow2"), tags(tmp_path / "disk1.qcow2")) == (["t"], ["t"])
+    assert guest.qmp("qom-get", path=f"/objects/{CLAIM}", property="identity") == theirs
+
+
+def test_the_journal_of_a_vm_that_is_gone_is_removed(guest: Guest, launch: Launch, runtime_directory: Path) -> None:
+    journal = leave_a_journal(guest, guest.address, runtime_directory)
+    text = journal.read_text()
+    guest.kill()
+    other = launch(memory="16")
+    cli("list", monitor=other.address)
+    assert journals(runtime_directory) == []
+    for line in filter(None, text.splitlines()):
+        assert isinstance(json.loads(line), dict)
+
+
+def test_a_broken_journal_does_no_harm(guest: Guest, runtime_directory: Path) -> None:
+    for name, text in (("a", b""), ("b", b"{"), ("c", b"[]\n"), ("d", b"\xff\n"), ("e", b'{"token": 1}\n')):
+        (runtime_directory / f"{name * 16}.journal").write_bytes(text)
+    (runtime_directory / f"{'f' * 16}.journal").mkdir()
+    os.mkfifo(runtime_directory / f"{'0' * 16}.journal")
+    (runtime_directory / f"{'1' * 16}.beginning").write_text("")
+    os.utime(runtime_directory / f"{'1' * 16}.beginning", (0, 0))
+    others = [runtime_directory / name for name in ("mine.journal", f"{'A' * 16}.journal", "backup.beginning")]
+    for path in others:
+        path.write_text("not qsnap's")
+        os.utime(path, (0, 0))
+    cli("save", "t", monitor=guest.address)
+    left = {runtime_directory / f"{name * 16}.journal" for name in "f0"}
+    assert set(runtime_directory.iterdir()) == {*left, *others}
+    guest.assert_running()
+
+
+def test_a_last_line_that_was_cut_short(abandoned: tuple[Guest, Path], runtime_directory: Path) -> None:
+    guest, image = abandoned
+    (journal,) = journals(runtime_directory)
+    with journal.open("ab") as file:
+        file.write(b'\n{"saving": tr\n{"is_human": false}\n')
+    cli("recover", monitor=guest.address)
+    assert_all_is_well(guest, runtime_directory, {image: ["good"]})
+
+
+@pytest.mark.parametrize("spoil", ["mode", "link", "file"])
+def test_a_runtime_directory_of_others_is_refused(
+    guest: Guest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spoil: str
+) -> None:
+    place = tmp_path / "run"
+    if spoil == "mode":
+        place.mkdir(mode=0o755)
+    elif spoil == "link":
+        (tmp_path / "real").mkdir(mode=0o700)
+        place.symlink_to(tmp_path / "real")
+    else:
+        place.write_text("")
+    monkeypatch.setenv("QSNAP_RUNTIME_DIR", str(place))
+    run = cli("save", "t", monitor=guest.address, expect=1)
+    assert "QSNAP_RUNTIME_DIR" in run.err
+    assert "STOP" not in [event["event"] for event in guest.qmp.events]
+    guest.assert_running()
+    assert marks(guest) == []
+
+
+async def test_without_a_guard_nothing_is_stopped_or_deleted(guest: Guest, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with qsnap.connect(guest.address) as vm:
+        await vm.save("kept")
+        guest.qmp("query-status")
+        guest.qmp.events.clear()
+        for program in ("/bin/false", "/nonexistent/python"):
+            monkeypatch.setattr(sys, "executable", program)
+            for begun in (vm.save("t"), vm.load("kept"), vm.delete("kept")):
+                with pytest.raises(QsnapError, match="guard"):
+                    await begun
+    guest.qmp("query-status")
+    assert "STOP" not in [event["event"] for event in guest.qmp.events]
+    assert (marks(guest), guest.node_tags("disk0")) == ([], ["kept"])
+    guest.assert_running()
+
+
+@both_monitors
+def test_killed_in_a_load(guest: Guest, intercept: Intercept, tmp_path: Path, runtime_directory: Path) -> None:
+    """QEMU completes it, and the guest runs on from there."""
+    cli("save", "t", monitor=guest.address)
+    saved = guest.lines()[-1][0]
+    guest.wait_for_ticks(60)
+    late = guest.lines()[-1][0]
+    killer = Killer("snapshot-load")
+    killer.run("load", "t", monitor=intercept(guest, on_command=killer).address)
+    assert_all_is_well(guest, runtime_directory, {tmp_path / "disk0.qcow2": ["t"], tmp_path / "disk1.qcow2": ["t"]})
+    counters = [count for count, _ in guest.lines()]
+    back = next(later for earlier, later in pairwise(counters) if later < earlier)
+    assert abs(back - saved) <= 5 < late - back
+
+
+@pytest.mark.parametrize(
+    ("transport", "command"),
+    [
+        ("qmp", "snapshot-load"),
+        ("hmp", "snapshot-load"),
+        # QEMU itself does not know any more then how the load ended
+        pytest.param("qmp", "job-dismiss", marks=needs_snapshot_jobs),
+    ],
+    indirect=["transport"],
+)
+def test_killed_in_a_load_that_fails(
+    launch: Launch, intercept: Intercept, tmp_path: Path, runtime_directory: Path, command: str
+) -> None:
+    """It is left stopped on purpose, and a save is refused, as after any load that failed midway."""
+    image = make_boot_disk(tmp_path / "a")
+    guest = launch(*failing_disk("a", image, "vmstate_load", 5), "-device", "virtio-blk,drive=a")
+    guest.wait_for_ticks()
+    cli("save", "t", monitor=guest.address)
+    killer = Killer(command)
+    killer.run("load", "t", monitor=intercept(guest, on_command=killer).address)
+    wait_for_the_guard(runtime_directory)
+    assert guest.runstate != "running"
+    assert (marks(guest), guest.jobs(), tags(image)) == (["qsnap-half-restored"], [], ["t"])
+    cli("save", "t", monitor=guest.address, expect=6)
+    cli("load", "t", "--running", monitor=guest.address)  # the fault comes once
+    guest.assert_running()
+
+
+@both_monitors
+@pytest.mark.parametrize("command", ["stop", "object-add"])
+def test_killed_before_a_load_began(
+    guest: Guest, intercept: Intercept, tmp_path: Path, runtime_directory: Path, command: str, transport: str
+) -> None:
+    if transport == "hmp":
+        command = "hmp"
+    elif command == "stop" and not HAS_SNAPSHOT_JOBS:
+        command = "query-migrate"  # loadvm stops the guest itself
+    cli("save", "t", monitor=guest.address)
+    killer = Killer(command)
+    killer.run("load", "t", monitor=intercept(guest, on_command=killer).address)
+    assert_all_is_well(guest, runtime_directory, {tmp_path / "disk0.qcow2": ["t"], tmp_path / "disk1.qcow2": ["t"]})
+
+
+def test_the_guard_makes_a_new_connection(
+    guest: Guest, intercept: Intercept, tmp_path: Path, runtime_directory: Path
+) -> None:
+    """The one that it has inherited breaks just when it resumes the guest."""
+    killer = Killer("snapshot-save")
+
+    def kill_and_cut(message: dict[str, Any]) -> None:
+        killer(message)
+        if deed(message) == "cont" and proxy.commands.count("cont") == 1:
+            proxy.cut()
+
+    proxy = intercept(guest, on_command=kill_and_cut)
+    killer.run("save", "t", monitor=proxy.address)
+    assert_all_is_well(guest, runtime_directory, {tmp_path / "disk0.qcow2": [], tmp_path / "disk1.qcow2": []})
+    assert proxy.commands.count("cont") == 2
+
+
+def test_a_claim_that_cannot_be_given_back_is_left_to_the_guard(
+    guest: Guest, intercept: Intercept, tmp_path: Path, runtime_directory: Path
+) -> None:
+    """The save is done, and only then the connection breaks."""
+
+    def cut(message: dict[str, Any]) -> None:
+        if deed(message) == "object-del" and proxy.commands.count("object-del") == 1:
+            proxy.cut()
+
+    proxy = intercept(guest, on_command=cut)
+    cli("save", "t", monitor=proxy.address)
+    assert_all_is_well(guest, runtime_directory, {tmp_path / "disk0.qcow2": ["t"], tmp_path / "disk1.qcow2": ["t"]})
+
+
+@both_monitors
+def test_killed_before_a_delete_began(
+    guest: Guest, intercept: Intercept, tmp_path: Path, runtime_directory: Path
+) -> None:
+    """QEMU was not told of it, as the connection breaks too: nobody completes it."""
+    cli("save", "t", monitor=guest.address)
+    killer = Killer("snapshot-delete")
+
+    def kill_and_cut(message: dict[str, Any]) -> None:
+        killer(message)
+        if deed(message) == "snapshot-delete" and killer.left == 0:
+            proxy.cut()
+
+    proxy = intercept(guest, on_command=kill_and_cut)
+    killer.run("delete", "t", monitor=proxy.address)
+    assert_all_is_well(guest, runtime_directory, {tmp_path / "disk0.qcow2": ["t"], tmp_path / "disk1.qcow2": ["t"]})
+
+
+@both_monitors
+def test_killed_in_a_delete(guest: Guest, intercept: Intercept, tmp_path: Path, runtime_directory: Path) -> None:
+    """It is completed. The job of another qsnap, which lives, is not the guard's."""
+    for tag in ("a", "b"):
+        cli("save", tag, monitor=guest.address)
+    theirs = f"qsnap-delete-{os.getpid()}-1"
+    if HAS_SNAPSHOT_JOBS:
+        guest.qmp("snapshot-delete", job_id=theirs, tag="nope", devices=["disk0"])
+    killer = Killer("snapshot-delete")
+    killer.run("delete", "a", "b", monitor=intercept(guest, on_command=killer).address)
+    wait_for_the_guard(runtime_directory)
+    if HAS_SNAPSHOT_JOBS:
+        assert guest.jobs() == [theirs]
+        guest.qmp("job-dismiss", id=theirs)
+    assert_all_is_well(guest, runtime_directory, {tmp_path / "disk0.qcow2": ["b"], tmp_path / "disk1.qcow2": ["b"]})
+    for image in ("disk0.qcow2", "disk1.qcow2"):
+        qemu_img("check", "-U", tmp_path / image)
+
+
+def test_a_qemu_that_does_not_answer_is_left_to_the_guard(
+    launch: Launch, tmp_path: Path, runtime_directory: Path
+) -> None:
+    """--timeout ends the command even then; the guest runs once QEMU answers."""
+    guest, image = big_guest(launch, tmp_path)
+    process = start_cli("save", "t", "--timeout", "1", "--json", monitor=guest.address)
+    with in_the_write(guest, image):
+        run = finish(process)
+        assert run.code == 20, run.err
+        (guard,) = guards(runtime_directory)
+        assert f"Process {guard}, its guard, goes on" in run.error["message"]
+        assert cli("list", "--lock-wait", "0", monitor=guest.address, expect=11).err
+    assert_all_is_well(guest, runtime_directory, {image: []})
+
+
+@needs_snapshot_jobs
+async def test_a_load_that_fails_while_qemu_does_not_answer(
+    launch: Launch, intercept: Intercept, tmp_path: Path, runtime_directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody tells it to go on before it is known how the load ended: what waits for QEMU would be done then."""
+    image = make_boot_disk(tmp_path / "a")
+    guest = launch(*failing_disk("a", image, "vmstate_load", errno.EIO), "-device", "virtio-blk,drive=a")
+    guest.wait_for_ticks()
+    cli("save", "t", monitor=guest.address)
+    is_frozen = threading.Event()
+
+    def freeze(message: dict[str, Any]) -> None:
+        if deed(message) == "snapshot-load":
+            guest.process.send_signal(signal.SIGSTOP)
+            is_frozen.set()
+
+    proxy = intercept(guest, on_command=freeze)
+    monkeypatch.setattr("qsnap.vm.TIMED_PATIENCE_S", 0.2)
+    async with qsnap.connect(proxy.address, timeout_s=60) as vm:
+        load = asyncio.create_task(vm.load("t"))
+        assert await asyncio.to_thread(is_frozen.wait, 30)
+        load.cancel()
+        with pytest.raises(GuestLeftStopped, match="its guard, resumes it if the load goes well"):
+            await load
+    guest.process.send_signal(signal.SIGCONT)
+    wait_for_the_guard(runtime_directory)
+    assert "cont" not in proxy.commands
+    assert guest.runstate != "running"
+    assert (marks(guest), guest.jobs(), tags(image)) == (["qsnap-half-restored"], [], ["t"])
+
+
+def test_a_guest_that_qemu_does_not_resume_is_left_to_the_guard(
+    guest: Guest, intercept: Intercept, tmp_path: Path, runtime_directory: Path
+) -> None:
+    """Another client dumps its memory: QEMU refuses every `cont` until that is done. The claim is kept as long."""
+    pipe = tmp_path / "dump"
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+
+    def dump(message: dict[str, Any]) -> None:
+        if deed(message) == "cont" and proxy.commands.count("cont") == 1:
+            guest.qmp("dump-guest-memory", paging=False, protocol=f"file:{pipe}", detach=True)
+
+    proxy = intercept(guest, on_command=dump)
+    try:
+        error = cli("save", "t", "--json", monitor=proxy.address, expect=20).error
+        (guard,) = guards(runtime_directory)
+        assert "There is a dump in process" in error["message"]
+        assert f"Process {guard}, its guard, goes on trying" in error["message"]
+        assert (guest.runstate, marks(guest)) == ("paused", [CLAIM])
+        cli("save", "x", "--lock-wait", "0", monitor=guest.hmp_address, expect=11)
+    finally:
+        os.close(reader)  # which ends the dump
+    assert_all_is_well(guest, runtime_directory, {tmp_path / "disk0.qcow2": [], tmp_path / "disk1.qcow2": []})
+
+
+def test_the_guest_dies_with_its_qsnap(launch: Launch, tmp_path: Path, runtime_directory: Path) -> None:
+    guest, image = big_guest(launch, tmp_path)
+    process = start_cli("save", "t", monitor=guest.address)
+    with in_the_write(guest, image):
+        process.kill()
+        process.communicate()
+        guest.process.kill()
+    wait_for_the_guard(runtime_directory)
+    guest.process.wait(30)
+    assert_sound(image)
+    assert tags(image) == []
+    assert state_sizes(image) == {}
+
+
+@both_monitors
+def test_nothing_is_left_of_a_run_that_ends_well(guest: Guest, runtime_directory: Path) -> None:
+    ends: list[Callable[[], object]] = [
+        lambda: cli("save", "t", monitor=guest.address),
+        lambda: cli("load", "t", monitor=guest.address),
+        lambda: cli("load", "nope", monitor=guest.address, expect=7),
+        lambda: cli("delete", "t", monitor=guest.address),
+        lambda: cli("save", "t", "--dry-run", monitor=guest.address),
+    ]
+    for end in ends:
+        end()
+        assert (journals(runtime_directory), guards(runtime_directory), marks(guest)) == ([], [], [])

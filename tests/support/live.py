@@ -1,0 +1,38 @@
+"""Guests for live saves, and whether what was loaded is of one moment."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import qsnap.guest
+from support.guest import (
+    GUESTS,
+    Guest,
+    blockdev,
+    make_disk,
+    tool,
+)
+
+#: A round of the guest's blocks of pages, and a little more.
+ROUND = 70
+
+
+def make_heavy_disk(path: Path) -> Path:
+    sector = (GUESTS / "heavy.bin").read_bytes()
+    qsnap.guest.make_disk(path, qemu_img=tool("qemu-img"), sector=sector)
+    return path
+
+
+def two_disks(d: Path) -> list[str]:
+    return [*blockdev("disk0", make_heavy_disk(d / "disk0")), "-device", "virtio-blk,drive=disk0",
+            *blockdev("disk1", make_disk(d / "disk1")), "-device", "virtio-blk,drive=disk1"]  # fmt: skip
+
+
+def state_files(directory: Path) -> list[str]:
+    return sorted(path.name for path in directory.iterdir() if ".qsnap" in path.name)
+
+
+def assert_in_order(guest: Guest) -> None:
+    """Over a whole round of its pages and disk slots the guest finds nothing of another moment."""
+    guest.wait_for_ticks(ROUND)
+    assert guest.lines()[-1][1] == 0, f"differences: {guest.lines()[-3:]}"
