@@ -32,7 +32,7 @@ from qsnap.errors import (
 )
 from qsnap.inventory import devices as rules
 from qsnap.inventory import snapshots
-from qsnap.inventory.state_store import Shelf
+from qsnap.inventory.state_store import StateStore
 from qsnap.model.qemu import (
     BlockGraph,
     CheckReport,
@@ -90,7 +90,7 @@ class VM:
         self.recovered: list[Recovered] = []
         self.remarks: list[str] = []
         self._is_timed = is_timed
-        self._shelf = Shelf(monitor.pid, state_dir, peer_user(monitor.sock), ignores_unseen=ignore_unseen)
+        self._store = StateStore(monitor.pid, state_dir, peer_user(monitor.sock), ignores_unseen=ignore_unseen)
         self._turn = asyncio.Lock()
 
     @property
@@ -143,7 +143,7 @@ class VM:
                 "replace": replace,
                 "dry_run": dry_run,
                 "watch": watch,
-                "shelf": self._shelf,
+                "store": self._store,
             }
             not_live = await self._why_not_live(live, tag, **choice)
             result = None
@@ -196,7 +196,7 @@ class VM:
             from qsnap.operations.live.save import plan_live
 
             try:
-                await plan_live(self._monitor, tag, shelf=self._shelf, **choice)
+                await plan_live(self._monitor, tag, store=self._store, **choice)
             except (NotSupported, PrecheckRefused, CommandFailed, JobFailed) as error:
                 why = str(error)
         return [_not_live(why)] if why else ()
@@ -214,7 +214,7 @@ class VM:
         async with self._claimed("load", (tag,)) as journal:
             self._warn_of_unseen_files_of((tag,), await self._tidied())
             return await do_loadvm(
-                self._monitor, tag, shelf=self._shelf, running=running, exclude=exclude, force=force, journal=journal
+                self._monitor, tag, store=self._store, running=running, exclude=exclude, force=force, journal=journal
             )
 
     async def delete(self, *tags: str, missing_ok: bool = False, ignore_unseen: bool = False) -> DeleteResult:
@@ -227,14 +227,14 @@ class VM:
         from qsnap.operations.delete import do_delvm
         from qsnap.operations.removal import Look
 
-        shelf = self._shelf.ignoring_unseen() if ignore_unseen else self._shelf
+        store = self._store.ignoring_unseen() if ignore_unseen else self._store
         async with self._claimed("delete", tags) as journal:
             graph = await self._tidied()
             self._warn_of_unseen_files_of(tags, graph)
-            look = Look(self._monitor, shelf, graph)
+            look = Look(self._monitor, store, graph)
             try:
                 return await do_delvm(
-                    self._monitor, tags, shelf=shelf, missing_ok=missing_ok, journal=journal, look=look
+                    self._monitor, tags, store=store, missing_ok=missing_ok, journal=journal, look=look
                 )
             finally:
                 await self._forget_notes()
@@ -262,7 +262,7 @@ class VM:
                     self._monitor,
                     prefix,
                     policy,
-                    shelf=self._shelf,
+                    store=self._store,
                     allow_remove_all=allow_remove_all,
                     dry_run=dry_run,
                     pending=pending,
@@ -296,11 +296,11 @@ class VM:
         async with self._claimed("note", tags):
             graph = await self._monitor.block_graph()
             devices = self._devices_of(graph)
-            found = snapshots.snapshots(graph, devices, self._shelf.files(graph, devices))
+            found = snapshots.snapshots(graph, devices, self._store.files(graph, devices))
             chosen = [one for one in found if one.tag in tags]
             if missing := [tag for tag in tags if tag not in {one.tag for one in chosen}]:
                 raise snapshots.not_found(graph, devices, missing[0])
-            notes = Notes(self._shelf, graph, devices)
+            notes = Notes(self._store, graph, devices)
             changes = {"protected": protected, "description": description}
             given = {name: value for name, value in changes.items() if value is not None}
             changed = [msgspec.structs.replace(notes.of(one), **given) for one in chosen]
@@ -320,8 +320,8 @@ class VM:
         with suppress(QsnapError):
             graph = await self._monitor.block_graph()
             devices = self._devices_of(graph)
-            notes = Notes(self._shelf, graph, devices)
-            notes.forget(snapshots.snapshots(graph, devices, self._shelf.files(graph, devices)))
+            notes = Notes(self._store, graph, devices)
+            notes.forget(snapshots.snapshots(graph, devices, self._store.files(graph, devices)))
             await mirror(self._monitor, notes, graph, devices)
 
     async def _place_of_notes(self) -> Path:
@@ -333,7 +333,7 @@ class VM:
         node = survey.vmstate or next((d.image for d in survey.devices if d.image), None)
         if node is None:
             raise NotSupported("no device of this VM can have snapshots, so there is no place for notes")
-        return place(self._shelf, graph, survey.devices, node)
+        return place(self._store, graph, survey.devices, node)
 
     async def _write_down_trouble(self, saved: SaveResult) -> None:
         """Note the run state of a guest that could not go on from what was just saved; a remark where that fails."""
@@ -360,13 +360,13 @@ class VM:
 
         graph = await self._monitor.block_graph()
         devices = self._devices_of(graph)
-        files = self._shelf.files(graph, devices)
+        files = self._store.files(graph, devices)
         found = snapshots.snapshots(graph, devices, files)
         saved = snapshots.find(graph, devices, tag, files)
         if saved is None:
             raise QsnapError(f"snapshot {tag!r} was saved, and deleted by another client at once")
         try:
-            notes = Notes(self._shelf, graph, devices)
+            notes = Notes(self._store, graph, devices)
             notes.write(place, [msgspec.structs.replace(notes.of(saved), **what)], found)
         except QsnapError as error:
             raise QsnapError(f"snapshot {tag!r} was saved, but not its {', '.join(what)}: {error}") from error
@@ -377,7 +377,7 @@ class VM:
         So that who does not know of the directory does not take it for a snapshot of disks alone. It is a help: where
         no notes can be made, it is left out.
         """
-        state_dir = self._shelf.state_dir
+        state_dir = self._store.state_dir
         if state_dir is None or saved.file is None:
             return
         with suppress(QsnapError):
@@ -406,7 +406,7 @@ class VM:
         graph = await self._monitor.block_graph()
         devices = self._devices_of(graph)
         found = await self._noted(
-            graph, devices, snapshots.snapshots(graph, devices, self._shelf.files(graph, devices))
+            graph, devices, snapshots.snapshots(graph, devices, self._store.files(graph, devices))
         )
         self._warn_of_files_left(graph, devices, found)
         self._warn_of_unseen_files(graph, devices, found)
@@ -421,7 +421,7 @@ class VM:
         await self._recover_if_seen()
         graph = await self._monitor.block_graph()
         devices = self._devices_of(graph)
-        snapshot = snapshots.find(graph, devices, tag, self._shelf.files(graph, devices))
+        snapshot = snapshots.find(graph, devices, tag, self._store.files(graph, devices))
         if snapshot is None:
             raise snapshots.not_found(graph, devices, tag)
         (snapshot,) = await self._noted(graph, devices, [snapshot])
@@ -454,7 +454,7 @@ class VM:
         from qsnap.operations.plan import plan_load
 
         await self._recover_if_seen()
-        return (await plan_load(self._monitor, tag, shelf=self._shelf, exclude=exclude)).snapshot
+        return (await plan_load(self._monitor, tag, store=self._store, exclude=exclude)).snapshot
 
     async def status(self) -> Status:
         """The guest, and what an earlier qsnap has left behind on it. Changes nothing."""
@@ -477,7 +477,7 @@ class VM:
             trouble=trouble_of(runstate, monitor.version),
             monitor=str(self.address),
             transport=monitor.transport,
-            snapshots=len(snapshots.snapshots(graph, survey.devices, self._shelf.files(graph, survey.devices))),
+            snapshots=len(snapshots.snapshots(graph, survey.devices, self._store.files(graph, survey.devices))),
             vmstate=survey.vmstate,
             devices=survey.devices,
             leftover_jobs=tuple(leftovers),
@@ -500,13 +500,13 @@ class VM:
     def _warn_of_files_left(self, graph: BlockGraph, devices: Sequence[Device], found: Iterable[Snapshot]) -> None:
         """Say so where what looks like disks alone has its RAM in a file beside the former name of an image."""
         for snapshot in found:
-            if snapshot.kind is Kind.DISK_ONLY and (left := self._shelf.left_behind(graph, devices, snapshot.disk_tag)):
+            if snapshot.kind is Kind.DISK_ONLY and (left := self._store.left_behind(graph, devices, snapshot.disk_tag)):
                 self.remarks.append(left.sentence(f"{snapshot.tag!r} is a live snapshot, and its state file"))
 
     def _warn_of_unseen_files(self, graph: BlockGraph, devices: Sequence[Device], found: Iterable[Snapshot]) -> None:
         """Say so where what looks like disks alone may have its RAM in a file that cannot be seen from here."""
         tags = [snapshot.tag for snapshot in found if snapshot.kind is Kind.DISK_ONLY]
-        if tags and not self._shelf.ignores_unseen and (places := self._shelf.unseen(graph, devices)):
+        if tags and not self._store.ignores_unseen and (places := self._store.unseen(graph, devices)):
             self.remarks.append(
                 f"it cannot be seen from here what lies at {', '.join(places)}: there may be the RAM of live snapshots "
                 f"({', '.join(tags)})"
@@ -515,7 +515,7 @@ class VM:
     def _warn_of_unseen_files_of(self, tags: Collection[str], graph: BlockGraph) -> None:
         """The same before something is done with these *tags*."""
         devices = self._devices_of(graph)
-        found = snapshots.snapshots(graph, devices, self._shelf.files(graph, devices))
+        found = snapshots.snapshots(graph, devices, self._store.files(graph, devices))
         self._warn_of_unseen_files(graph, devices, [snapshot for snapshot in found if snapshot.tag in tags])
 
     async def _noted(
@@ -529,13 +529,13 @@ class VM:
 
         marks = await kept(self._monitor)
         try:
-            notes = Notes(self._shelf, graph, devices)
+            notes = Notes(self._store, graph, devices)
             found = notes.added_to(found)
             self.remarks += (left.sentence("a file with notes") for left in notes.left)
             if (
                 notes.unseen
                 and not notes.left
-                and not self._shelf.ignores_unseen
+                and not self._store.ignores_unseen
                 and not marks.tells_all(graph, devices)
             ):
                 self.remarks.append(
@@ -599,7 +599,7 @@ class VM:
             await self._monitor.dismiss(await self._monitor.leftover_jobs())
             graph = await self._monitor.block_graph()
             devices = self._devices_of(graph)
-            self._shelf.remove_parts(graph, devices)
+            self._store.remove_parts(graph, devices)
             await self._mirror_notes(graph, devices)
             return graph
         return None
@@ -610,7 +610,7 @@ class VM:
         from qsnap.inventory.notes import Notes
 
         try:
-            notes = Notes(self._shelf, graph, devices)
+            notes = Notes(self._store, graph, devices)
         except QsnapError:
             return  # damaged: who is about to delete something is told
         await mirror(self._monitor, notes, graph, devices)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Sequence
 
-from qsnap.inventory.devices import BACKUP_FILTERS, path_to_image, spoken
+from qsnap.inventory.devices import BACKUP_FILTERS, displayed, path_to_image
 from qsnap.model.qemu import BlockGraph, BlockJob, Device, Finding, Severity, Verdict
 
 #: What becomes of it if the disk goes back under a job of that type.
@@ -199,7 +199,7 @@ def _ending(job: BlockJob) -> str:
 
 
 def _name(device: Device, devices: Sequence[Device]) -> str:
-    return spoken([device.image or device.node or ""], devices)[0]
+    return displayed([device.image or device.node or ""], devices)[0]
 
 
 def _finding(

@@ -86,13 +86,13 @@ def labels(devices: Iterable[Device]) -> Labels:
     return {name: device for name, device in nodes if name.startswith(_NOT_THE_USER_S)}
 
 
-def spoken(nodes: Iterable[str], devices: Iterable[Device]) -> list[str]:
+def displayed(nodes: Iterable[str], devices: Iterable[Device]) -> list[str]:
     """Node-names as a message says them and an option takes them: the device's name for a made-up one."""
     names = labels(devices)
     return [names.get(node, node) for node in nodes]
 
 
-def pasteable(node: str, device: str = "") -> str:
+def for_shell(node: str, device: str = "") -> str:
     """A device's name for a command line: ``#block123`` would begin a comment there."""
     return shlex.quote(device if node.startswith(_NOT_THE_USER_S) and device else node)
 
@@ -317,7 +317,7 @@ def _judge(
     if excluded:
         return device(Verdict.EXCLUDED, _LEFT_OUT)
 
-    name = pasteable(node.node_name, backend.label)
+    name = for_shell(node.node_name, backend.label)
     label = backend.label if node.node_name.startswith(_NOT_THE_USER_S) and backend.label else node.node_name
 
     def refused(why: str, cure: str) -> Device:
@@ -390,7 +390,7 @@ def _warnings(graph: BlockGraph, device: Device) -> Iterator[Finding]:
     if device.verdict is not Verdict.SAVED or device.image is None or device.node is None:
         return
     if graph.nodes[device.image].is_temporary:
-        (name,) = spoken([device.node], [device])
+        (name,) = displayed([device.node], [device])
         yield Finding(
             code="temporary-overlay",
             severity=Severity.WARN,
@@ -401,7 +401,7 @@ def _warnings(graph: BlockGraph, device: Device) -> Iterator[Finding]:
 
 
 def _choices(devices: Sequence[Device], *verdicts: Verdict) -> str:
-    return ", ".join(pasteable(d.node, d.device) for d in devices if d.node and d.verdict in verdicts) or "none"
+    return ", ".join(for_shell(d.node, d.device) for d in devices if d.node and d.verdict in verdicts) or "none"
 
 
 def _able(graph: BlockGraph, devices: Sequence[Device]) -> list[str]:
@@ -444,7 +444,7 @@ def _vmstate(
             severity=Severity.REFUSE,
             message=f"--vmstate {wanted}: "
             + ("this device cannot hold the VM state" if known else f"vmstate block device {wanted!r} does not exist"),
-            cure=f"devices that can: {', '.join(spoken(able, devices)) or 'none'}",
+            cure=f"devices that can: {', '.join(displayed(able, devices)) or 'none'}",
             node=node,
         ),
     )
@@ -459,7 +459,7 @@ def _removable(graph: BlockGraph, devices: Sequence[Device], chosen: str, choose
     }
     if chosen not in removable:
         return
-    name, *others = spoken([chosen, *_able(graph, devices)], devices)
+    name, *others = displayed([chosen, *_able(graph, devices)], devices)
     fixed = [other for other, node in zip(others, _able(graph, devices), strict=True) if node not in removable]
     choice = f"--vmstate {' or '.join(map(shlex.quote, fixed))}"
     if not fixed:
@@ -494,7 +494,7 @@ def _encrypted(
     """
     if not graph.nodes[wanted].encrypted:
         return
-    name, there = spoken([wanted, chosen], devices)
+    name, there = displayed([wanted, chosen], devices)
     if chosen != wanted:
         yield Finding(
             code="vmstate-not-encrypted",
@@ -505,7 +505,7 @@ def _encrypted(
             node=chosen,
         )
         return
-    elsewhere = f"--vmstate {' or '.join(map(shlex.quote, spoken(clear, devices)))}"
+    elsewhere = f"--vmstate {' or '.join(map(shlex.quote, displayed(clear, devices)))}"
     if not clear:
         elsewhere = "give the guest a qcow2 image that is not encrypted (of any size), and name it with --vmstate"
     yield Finding(

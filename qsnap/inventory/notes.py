@@ -24,7 +24,7 @@ import msgspec
 from qsnap.errors import BadUsage, QsnapError
 from qsnap.host import files
 from qsnap.inventory import snapshots
-from qsnap.inventory.state_store import Shelf
+from qsnap.inventory.state_store import StateStore
 from qsnap.model.qemu import BlockGraph, Device, Snapshot, Struct
 
 #: What the name of the file ends with.
@@ -103,9 +103,9 @@ class Notes:
     :raise QsnapError: what is there is damaged, or not a file.
     """
 
-    def __init__(self, shelf: Shelf, graph: BlockGraph, devices: Sequence[Device]) -> None:
+    def __init__(self, store: StateStore, graph: BlockGraph, devices: Sequence[Device]) -> None:
         self._graph = graph
-        self._paths = shelf.all_beside(graph, devices, SUFFIX)
+        self._paths = store.all_beside(graph, devices, SUFFIX)
         self.by_place: dict[Path, Sequence[Note]] = {}
         self._unread: dict[Path, str] = {}
         for path in self._paths:
@@ -117,9 +117,9 @@ class Notes:
                     raise _unreadable(path, why) from error
                 self._unread[path] = why
         clocks = {row.vm_clock_ns // 1_000_000 for d in devices if d.image for row in graph.nodes[d.image].snapshots}
-        self.left = tuple(left for left in shelf.left_beside(graph, devices, SUFFIX) if _is_about(left.path, clocks))
+        self.left = tuple(left for left in store.left_beside(graph, devices, SUFFIX) if _is_about(left.path, clocks))
         self.unseen = (
-            *shelf.unseen_images(graph, devices),
+            *store.unseen_images(graph, devices),
             *map(str, self._unread),
             *(str(left.path) for left in self.left),
         )
@@ -207,14 +207,14 @@ class Notes:
             self.write(self._paths[0], (), present)
 
 
-def place(shelf: Shelf, graph: BlockGraph, devices: Sequence[Device], node: str) -> Path:
+def place(store: StateStore, graph: BlockGraph, devices: Sequence[Device], node: str) -> Path:
     """The file for notes: beside the image of *node*, which would hold the VM state.
 
     :raise NotSupported: that cannot be seen from here, and no directory was chosen.
     :raise QsnapError: the directory cannot be written, or notes that are there cannot be read.
     """
-    path = shelf.beside(graph, node, "", SUFFIX, always=True)
-    Notes(shelf, graph, devices).refuse_unread()
+    path = store.beside(graph, node, "", SUFFIX, always=True)
+    Notes(store, graph, devices).refuse_unread()
     if not os.access(path.parent, os.W_OK | os.X_OK):
         raise QsnapError(f"no notes can be made in {path.parent}: it cannot be written; nothing was done")
     return path

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import msgspec
 
 from qsnap.errors import BadUsage, SnapshotNotFound
-from qsnap.inventory.devices import SNAPSHOT_DRIVERS, labels, spoken
+from qsnap.inventory.devices import SNAPSHOT_DRIVERS, displayed, labels
 from qsnap.model.qemu import (
     MAX_TAG_BYTES,
     BlockGraph,
@@ -188,7 +188,7 @@ def in_backing(graph: BlockGraph, devices: Sequence[Device]) -> tuple[InBacking,
     held = {row.tag for name in images for row in graph.nodes[name].snapshots}
     return tuple(
         InBacking(tag=tag, image=_file_name(node), device=label)
-        for name, label in zip(images, spoken(images, devices), strict=True)
+        for name, label in zip(images, displayed(images, devices), strict=True)
         for node in _chain_below(graph, name)
         for tag in dict.fromkeys(row.tag for row in node.snapshots)
         if tag not in held

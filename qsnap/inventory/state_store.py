@@ -67,7 +67,7 @@ class LeftBehind(NamedTuple):
         return f"{subject} {self.told}. {self.cure[0].upper()}{self.cure[1:]}"
 
 
-class Shelf:
+class StateStore:
     """Where the state files of one VM lie.
 
     :param pid: the QEMU process; None where it is not on this machine.
@@ -91,9 +91,9 @@ class Shelf:
         self.state_dir = None if state_dir is None else _real(state_dir)
         self.ignores_unseen = ignores_unseen
 
-    def ignoring_unseen(self) -> Shelf:
-        """This shelf, for whom what cannot be seen does not matter."""
-        return Shelf(self._pid, self.state_dir, self._listener, ignores_unseen=True)
+    def ignoring_unseen(self) -> StateStore:
+        """This store, for whom what cannot be seen does not matter."""
+        return StateStore(self._pid, self.state_dir, self._listener, ignores_unseen=True)
 
     def place(self, graph: BlockGraph, vmstate: str, disk_tag: str) -> Path:
         """The path of the state file of a snapshot that the disks have as *disk_tag*.
@@ -114,7 +114,7 @@ class Shelf:
             return image.with_name(_fitting(image.name + end, suffix))
         if self.state_dir is not None:
             return self.state_dir / _fitting(_unique(self.identity(graph, node)) + end, suffix)
-        (name,) = rules.spoken([node], rules.survey(graph).devices)
+        (name,) = rules.displayed([node], rules.survey(graph).devices)
         raise NotSupported(
             f"no file can be put beside the image of {name}: {self._unseen(graph, node)}; "
             "choose a directory: --state-dir DIR"
@@ -342,7 +342,7 @@ def _why_no_file(graph: BlockGraph, node: str) -> str:
 
 
 #: That of a VM without state files, or where nobody wants to know.
-NO_SHELF = Shelf(None, ignores_unseen=True)
+NO_STORE = StateStore(None, ignores_unseen=True)
 
 
 def _real(state_dir: Path) -> Path:

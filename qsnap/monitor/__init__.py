@@ -65,7 +65,7 @@ class Monitor(Protocol):
         """What a live save needs; None where this monitor has not: QMP has, over a UNIX socket, from QEMU 6.0 on."""
 
     @property
-    def limit(self) -> str:
+    def who(self) -> str:
         """Who it is that cannot do what HMP cannot, for messages."""
 
     def tag_obstacle(self, tag: str) -> str | None:

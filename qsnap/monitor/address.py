@@ -57,8 +57,8 @@ def obstacle(options: Mapping[str, str]) -> str:
         return NO_SOCKET["mon"]
     if is_on(options, "abstract"):
         return NO_SOCKET["abstract"]
-    spoken = next((word for word in ("tn3270", "websocket", "tls-creds") if is_on(options, word)), "")
-    return f"speaks {spoken.removesuffix('-creds')}" if spoken else ""
+    option = next((word for word in ("tn3270", "websocket", "tls-creds") if is_on(options, word)), "")
+    return f"speaks {option.removesuffix('-creds')}" if option else ""
 
 
 def is_on(options: Mapping[str, str], key: str) -> bool:

@@ -12,20 +12,20 @@ from qsnap.host import bulk_io
 from qsnap.inventory import block_jobs, snapshots
 from qsnap.inventory import devices as rules
 from qsnap.inventory.snapshots import Holding
-from qsnap.inventory.state_store import NO_SHELF, Shelf
+from qsnap.inventory.state_store import NO_STORE, StateStore
 from qsnap.model.qemu import DeleteResult, Device, SnapshotTables
 from qsnap.monitor import Monitor
 from qsnap.operations.plan import refuse_untransportable, runstate_findings
 from qsnap.operations.removal import Look
 from qsnap.runs.journal import Journal
-from qsnap.runs.shield import undisturbed
+from qsnap.runs.shield import shielded
 
 
 async def do_delvm(
     monitor: Monitor,
     tags: Sequence[str],
     *,
-    shelf: Shelf = NO_SHELF,
+    store: StateStore = NO_STORE,
     missing_ok: bool = False,
     journal: Journal | None = None,
     look: Look | None = None,
@@ -34,7 +34,7 @@ async def do_delvm(
 
     The guest keeps its run state; a running one stands still while QEMU deletes.
 
-    :param shelf: where the state files of live saves lie.
+    :param store: where the state files of live saves lie.
     :param tags: deleted one after another; an error with one does not keep the others from being deleted.
     :param missing_ok: a tag that no device holds is no error.
     :param journal: of the claim that this is done under; without one nobody sees it through if we are killed.
@@ -49,7 +49,7 @@ async def do_delvm(
     :raise VerifyFailed: QEMU reported success, and the tag is still there.
     :raise PartialFailure: some of several tags were deleted, and some not.
     """
-    look = look or Look(monitor, shelf, await monitor.block_graph())
+    look = look or Look(monitor, store, await monitor.block_graph())
     refusals = [
         *runstate_findings(await monitor.runstate()),
         *block_jobs.delete_findings(look.graph, look.devices, chooses_devices=monitor.chooses_devices),
@@ -91,7 +91,7 @@ async def _delete(monitor: Monitor, tag: str, look: Look, missing_ok: bool, jour
         await journal.armed()
         journal.note(tags=(tag,), devices=held.nodes, disk_tags=held.tags, files=held.files)
         # What QEMU has begun it finishes; an interrupt takes effect between two tags.
-        await undisturbed(_deleted(monitor, held, look), journal.patience_s)
+        await shielded(_deleted(monitor, held, look), journal.patience_s)
     return held
 
 

@@ -22,7 +22,7 @@ from qsnap.errors import (
     SnapshotNotFound,
 )
 from qsnap.inventory import state_file
-from qsnap.inventory.state_store import NO_SHELF, Shelf
+from qsnap.inventory.state_store import NO_STORE, StateStore
 from qsnap.model.qemu import Finding, LoadResult, RunState, Severity, Snapshot
 from qsnap.model.runstates import cure_of, is_live, needs_reset, runs_after_load
 from qsnap.monitor import HALF_RESTORED, STATE_NODE_PREFIX, Monitor
@@ -31,14 +31,14 @@ from qsnap.operations.reset import reset
 from qsnap.operations.translation import flush_translations, leave_own_stop, leave_restore_vm
 from qsnap.runs.journal import AFTERMATH_TIMEOUT_S, Journal
 from qsnap.runs.pause import Pause, has_ended, reconnect, stopped
-from qsnap.runs.shield import undisturbed
+from qsnap.runs.shield import shielded
 
 
 async def do_loadvm(
     monitor: Monitor,
     tag: str,
     *,
-    shelf: Shelf = NO_SHELF,
+    store: StateStore = NO_STORE,
     running: bool | None = None,
     exclude: Collection[str] = (),
     force: bool = False,
@@ -58,7 +58,7 @@ async def do_loadvm(
     The state file of a live snapshot becomes a node for the time of the load. QEMU writes to it: it counts the uses of
     its clusters, as in any image that it goes back to a snapshot of.
 
-    :param shelf: where the state files of live saves lie.
+    :param store: where the state files of live saves lie.
     :param running: True to run the guest afterwards, False to leave it paused. Default: paused if it was paused.
     :param exclude: devices that keep the contents they have now, as they did when the tag was saved.
     :param force: load also where a disk stands on other images than when the tag was saved.
@@ -73,7 +73,7 @@ async def do_loadvm(
     """
     began = time.monotonic()
     journal = journal or Journal()
-    plan = await plan_load(monitor, tag, shelf=shelf, exclude=exclude, force=force)
+    plan = await plan_load(monitor, tag, store=store, exclude=exclude, force=force)
     if plan.spoiled:
         await _forget_failure(monitor, tag, journal)
         plan = plan._replace(spoiled=False)
@@ -81,13 +81,13 @@ async def do_loadvm(
     by_qemu = not monitor.chooses_devices and running is not False
     was_reset = needs_reset(plan.runstate, monitor.version)
     async with AsyncExitStack() as stack:
-        vmstate, devices = await stack.enter_async_context(_source(monitor, plan, shelf))
+        vmstate, devices = await stack.enter_async_context(_source(monitor, plan, store))
         if was_reset:
             await reset(monitor)
         pause = await stack.enter_async_context(stopped(monitor, journal, by_qemu=by_qemu))
         # Nothing can change from here on, so look once more
         standing = _standing(was_reset=was_reset, was_stopped=pause.was_running and not by_qemu)
-        again = await plan_load(monitor, tag, shelf=shelf, exclude=exclude, force=force, standing=standing)
+        again = await plan_load(monitor, tag, store=store, exclude=exclude, force=force, standing=standing)
         if again._replace(runstate=plan.runstate) != plan:
             change = Finding(
                 code="snapshots-changed",
@@ -153,11 +153,11 @@ async def _flush(monitor: Monitor, pause: Pause, journal: Journal, *, runs: bool
     paused from now on, however it has come to stand still."""
     journal.note(loading="flushing", was_running=pause.was_running)
     try:
-        await undisturbed(flush_translations(monitor, runs=runs), journal.patience_s)
+        await shielded(flush_translations(monitor, runs=runs), journal.patience_s)
         if not runs:
-            await undisturbed(leave_own_stop(monitor), journal.patience_s)
+            await shielded(leave_own_stop(monitor), journal.patience_s)
     except BaseException:
-        await undisturbed(_settled(monitor, journal, runs=pause.was_running), journal.patience_s)
+        await shielded(_settled(monitor, journal, runs=pause.was_running), journal.patience_s)
         journal.done(loading="")
         raise
 
@@ -188,12 +188,12 @@ async def _forget_failure(monitor: Monitor, tag: str, journal: Journal) -> None:
         finding = spoiled_finding(await monitor.migration(), await monitor.runstate())
         raise PrecheckRefused(f"snapshot {tag!r} cannot be loaded now", [finding]) from error
     finally:
-        await undisturbed(background.put_back(journal.record.settings), journal.patience_s)
+        await shielded(background.put_back(journal.record.settings), journal.patience_s)
         journal.done(forgetting=False)
 
 
 @asynccontextmanager
-async def _source(monitor: Monitor, plan: LoadPlan, shelf: Shelf) -> AsyncIterator[tuple[str, Sequence[str]]]:
+async def _source(monitor: Monitor, plan: LoadPlan, store: StateStore) -> AsyncIterator[tuple[str, Sequence[str]]]:
     """Where QEMU is to find the VM state for the duration of a block, and all nodes that take part in the load.
 
     :raise PrecheckRefused: the state file is damaged, or is not to be opened for this QEMU; the guest was not touched.
@@ -205,7 +205,7 @@ async def _source(monitor: Monitor, plan: LoadPlan, shelf: Shelf) -> AsyncIterat
         return
     node = f"{STATE_NODE_PREFIX}-{secrets.token_hex(4)}"
     try:
-        file = shelf.opened(snapshot.file)
+        file = store.opened(snapshot.file)
     except PermissionError as error:
         finding = Finding(
             code="state-file-closed",
@@ -223,7 +223,7 @@ async def _source(monitor: Monitor, plan: LoadPlan, shelf: Shelf) -> AsyncIterat
     finally:
         os.close(file)
         with suppress(QsnapError):
-            await undisturbed(background.tidy(), AFTERMATH_TIMEOUT_S)
+            await shielded(background.tidy(), AFTERMATH_TIMEOUT_S)
 
 
 def _refuse_flawed(file: int, snapshot: Snapshot) -> None:
@@ -298,7 +298,7 @@ async def _awaited(ending: Coroutine[Any, Any, QsnapError | None], pause: Pause,
     :raise GuestLeftStopped: it does not for so long that this is left to the guard.
     """
     try:
-        return await undisturbed(ending, journal.patience_s)
+        return await shielded(ending, journal.patience_s)
     except OperationTimeout as error:
         # Nobody may resume it before the end is known
         pause.resume = False
@@ -314,7 +314,7 @@ async def _leave_stopped(
 ) -> NoReturn:
     """See :func:`_left_stopped`; nobody may disturb it."""
     pause.resume = False
-    await undisturbed(_left_stopped(monitor, pause, journal, plan, failure), journal.patience_s)
+    await shielded(_left_stopped(monitor, pause, journal, plan, failure), journal.patience_s)
 
 
 async def _left_stopped(

@@ -17,7 +17,7 @@ from qsnap.host import processes
 from qsnap.inventory import block_jobs, descriptors, snapshots
 from qsnap.inventory import devices as rules
 from qsnap.inventory.notes import Notes
-from qsnap.inventory.state_store import Shelf
+from qsnap.inventory.state_store import StateStore
 from qsnap.model.qemu import (
     MIGRATION_IDLE,
     BlockGraph,
@@ -171,14 +171,14 @@ async def plan_load(
     monitor: Monitor,
     tag: str,
     *,
-    shelf: Shelf,
+    store: StateStore,
     exclude: Collection[str] = (),
     force: bool = False,
     standing: str = UNTOUCHED,
 ) -> LoadPlan:
     """Find out whether *tag* can be loaded now, and how.
 
-    :param shelf: where the state files of live saves lie.
+    :param store: where the state files of live saves lie.
     :param exclude: devices whose contents are to stay as they are now.
     :param force: do not mind that a disk stands on other images than when the tag was saved.
     :param standing: what a refusal says of the guest.
@@ -194,9 +194,9 @@ async def plan_load(
     except CommandFailed as error:
         raise PrecheckRefused(f"snapshot {tag!r} cannot be loaded now", [_no_machine(error)], standing) from error
     if not monitor.chooses_devices and not rules.names_outside(graph).issuperset(exclude):
-        raise NotSupported(f"{monitor.limit} loads all devices or none: --exclude is beyond it")
+        raise NotSupported(f"{monitor.who} loads all devices or none: --exclude is beyond it")
     survey = rules.survey(graph, exclude=exclude, chooses_devices=monitor.chooses_devices)
-    files = shelf.files(graph, survey.devices)
+    files = store.files(graph, survey.devices)
     snapshot = snapshots.find(graph, survey.devices, tag, files)
     if snapshot is None:
         other = snapshots.find(graph, survey.devices, f"{tag}{snapshots.STAND_IN_SUFFIX}", files)
@@ -208,13 +208,13 @@ async def plan_load(
     left_to_exclude = dict.fromkeys((*missing, *unable))
     can_exclude = monitor.chooses_devices or rules.names_outside(graph).issuperset(left_to_exclude)
     exclude_all = " ".join(
-        f"--exclude {rules.pasteable(node, snapshot.labels.get(node, ''))}" for node in left_to_exclude
+        f"--exclude {rules.for_shell(node, snapshot.labels.get(node, ''))}" for node in left_to_exclude
     )
     loadable = snapshot.has_state and can_exclude
     if lacking := [node for node in missing if node not in unable]:
         raise SnapshotNotFound(
             tag,
-            f"snapshot {tag!r} is partial: {', '.join(rules.spoken(lacking, survey.devices))} lacks it; {standing}."
+            f"snapshot {tag!r} is partial: {', '.join(rules.displayed(lacking, survey.devices))} lacks it; {standing}."
             + (f" To load the rest and leave that as it is now: {exclude_all}" if loadable else ""),
         )
     devices = tuple(node for node in snapshot.devices if node not in left_out)
@@ -224,11 +224,11 @@ async def plan_load(
         *_background_findings(migration),
         *reset_findings(monitor, runstate),
         *_device_findings_for_load(survey, exclude_all if can_exclude else ""),
-        *_load_findings(graph, survey.devices, shelf, snapshot, devices),
+        *_load_findings(graph, survey.devices, store, snapshot, devices),
         *block_jobs.load_findings(graph, survey.devices, devices),
     ]
     if not force:
-        findings += _chain_findings(graph, survey.devices, shelf, snapshot, devices)
+        findings += _chain_findings(graph, survey.devices, store, snapshot, devices)
     spoiled = migration.spoils_loads(monitor.version)
     if spoiled and (monitor.background is None or runstate is RunState.RESTORE_VM):
         findings.append(spoiled_finding(migration, runstate))
@@ -236,17 +236,17 @@ async def plan_load(
         raise PrecheckRefused(f"snapshot {tag!r} cannot be loaded now", findings, standing)
     if snapshot.file is not None and monitor.background is None:
         raise NotSupported(
-            f"{tag!r} is a live snapshot, and {monitor.limit} cannot be given its state file: that takes QMP over a "
+            f"{tag!r} is a live snapshot, and {monitor.who} cannot be given its state file: that takes QMP over a "
             f"UNIX socket; {standing}"
         )
     if not monitor.chooses_devices and snapshot.vmstate != survey.vmstate:
         raise NotSupported(
-            f"the VM state of {tag!r} is on {snapshot.vmstate}, and {monitor.limit} looks for it on "
+            f"the VM state of {tag!r} is on {snapshot.vmstate}, and {monitor.who} looks for it on "
             f"{survey.vmstate} alone; {standing}"
         )
     if not monitor.chooses_devices and any(d.image not in (d.node, None) for d in survey.devices):
         raise NotSupported(
-            f"{monitor.limit} cannot load through the filters above a disk's image: the guest would "
+            f"{monitor.who} cannot load through the filters above a disk's image: the guest would "
             f"hang. With the guest off: qemu-img snapshot -a TAG IMAGE, on every disk; {standing}"
         )
     return LoadPlan(snapshot, snapshot.vmstate, devices, tuple(sorted(filter(None, left_out))), runstate, spoiled)
@@ -271,20 +271,20 @@ def refuse_untransportable(monitor: Monitor, tag: str | None) -> None:
     :raise NotSupported: it would; nothing has been done.
     """
     if tag is not None and tag_problem(tag) is None and (obstacle := monitor.tag_obstacle(tag)):
-        raise NotSupported(f"{monitor.limit} cannot be given the tag {tag!r}: {obstacle}. By QMP it can")
+        raise NotSupported(f"{monitor.who} cannot be given the tag {tag!r}: {obstacle}. By QMP it can")
 
 
 def _refuse_hmp_choices(monitor: Monitor, graph: BlockGraph, vmstate: str | None, exclude: Collection[str]) -> None:
     if monitor.chooses_devices:
         return
     if not rules.names_outside(graph).issuperset(exclude):
-        raise NotSupported(f"{monitor.limit} saves all devices or none: --exclude is beyond it")
+        raise NotSupported(f"{monitor.who} saves all devices or none: --exclude is beyond it")
     if vmstate is not None:
         chosen = rules.survey(graph, vmstate=vmstate, chooses_devices=False).vmstate
         default = rules.survey(graph, chooses_devices=False).vmstate
         if chosen is None or chosen != default:
             raise NotSupported(
-                f"{monitor.limit} chooses the vmstate device itself ({default}): --vmstate {vmstate} is beyond it"
+                f"{monitor.who} chooses the vmstate device itself ({default}): --vmstate {vmstate} is beyond it"
             )
 
 
@@ -464,7 +464,7 @@ def _room_findings(
         for_users, with_reserve = processes.free_bytes(image)
     except OSError:
         return
-    (name,) = rules.spoken([vmstate], survey.devices)
+    (name,) = rules.displayed([vmstate], survey.devices)
     # What replacing gives back can be taken again.
     freed = sum(row.vm_state_size for row in graph.nodes[vmstate].tagged(tag)) if tag else 0
     cure = "make room, or delete snapshots"
@@ -504,7 +504,7 @@ def _fixed_size_findings(
     in_states = sum(row.vm_state_size for row in image.snapshots)
     if file.virtual_size and file.virtual_size >= image.virtual_size + in_states + estimate.at_most:
         return
-    (name,) = rules.spoken([survey.vmstate], survey.devices)
+    (name,) = rules.displayed([survey.vmstate], survey.devices)
     size = f"{file.virtual_size:,} bytes" if file.virtual_size else "what it has"
     message = (
         f"{name} is stored by driver {file.driver}, where it cannot grow: {size} must hold its contents, its snapshots "
@@ -518,20 +518,20 @@ def _fixed_size_findings(
 
 
 def _chain_findings(
-    graph: BlockGraph, all_devices: Sequence[Device], shelf: Shelf, snapshot: Snapshot, devices: Collection[str]
+    graph: BlockGraph, all_devices: Sequence[Device], store: StateStore, snapshot: Snapshot, devices: Collection[str]
 ) -> Iterator[Finding]:
     """What has become of the images that the disks stood on when *snapshot* was saved, where that is written down."""
     try:
-        changes = Notes(shelf, graph, all_devices).changes_below(snapshot)
+        changes = Notes(store, graph, all_devices).changes_below(snapshot)
     except QsnapError:
         return
     for change in changes:
         if change.node not in devices:
             continue
-        (spoken,) = rules.spoken([change.node], all_devices)
+        (label,) = rules.displayed([change.node], all_devices)
         yield _refusal(
             "backing-changed",
-            f"{change.told(spoken)}: what {snapshot.tag!r} reads from there would be lost, or be other data",
+            f"{change.told(label)}: what {snapshot.tag!r} reads from there would be lost, or be other data",
             "with the guest off, put the old one back below: qemu-img rebase -u -F FORMAT -b FILE IMAGE; or, if what "
             "it stands on now holds the same (a renamed image, one that block-commit has merged): --force",
             change.node,
@@ -548,17 +548,17 @@ def unreadable_finding(tag: str, file: StateFile) -> Finding:
 
 
 def left_behind_finding(
-    shelf: Shelf, graph: BlockGraph, devices: Sequence[Device], snapshot: Snapshot
+    store: StateStore, graph: BlockGraph, devices: Sequence[Device], snapshot: Snapshot
 ) -> Finding | None:
     """What refuses to do anything with a live snapshot whose state file was not renamed with its image."""
-    if snapshot.has_state or (left := shelf.left_behind(graph, devices, snapshot.disk_tag)) is None:
+    if snapshot.has_state or (left := store.left_behind(graph, devices, snapshot.disk_tag)) is None:
         return None
     message = f"{snapshot.tag!r} is a live snapshot, and its state file {left.told}"
     return _refusal("state-file-left", message, left.cure)
 
 
 def _load_findings(
-    graph: BlockGraph, all_devices: Sequence[Device], shelf: Shelf, snapshot: Snapshot, devices: Collection[str]
+    graph: BlockGraph, all_devices: Sequence[Device], store: StateStore, snapshot: Snapshot, devices: Collection[str]
 ) -> Iterator[Finding]:
     if snapshot.kind is Kind.STATE_ONLY:
         yield _refusal(
@@ -567,7 +567,7 @@ def _load_findings(
             f"it cannot be loaded, only deleted: qsnap delete {snapshot.tag}",
         )
         return
-    if left := left_behind_finding(shelf, graph, all_devices, snapshot):
+    if left := left_behind_finding(store, graph, all_devices, snapshot):
         yield left
     elif not snapshot.has_state:
         yield _refusal(
@@ -576,7 +576,7 @@ def _load_findings(
             "with the guest off: qemu-img snapshot -a TAG IMAGE, on every disk",
         )
     elif snapshot.vmstate is not None and snapshot.vmstate not in devices:
-        (vmstate,) = rules.spoken([snapshot.vmstate], all_devices)
+        (vmstate,) = rules.displayed([snapshot.vmstate], all_devices)
         yield _refusal(
             "vmstate-excluded",
             f"{vmstate} holds the VM state and cannot be excluded",
@@ -599,12 +599,12 @@ def _load_findings(
             f"{snapshot.tag!r}: {problem}: loading it would mix different moments",
             "delete the tag, or sort it out with the guest off: qemu-img snapshot -l IMAGE",
         )
-    for name, spoken in zip(devices, rules.spoken(devices, all_devices), strict=True):
+    for name, label in zip(devices, rules.displayed(devices, all_devices), strict=True):
         # qcow2-snapshot.c: find_snapshot_by_id_or_name
         if other := next((r for r in graph.nodes[name].snapshots if r.id == snapshot.disk_tag != r.tag), None):
             yield _refusal(
                 "tag-is-an-id",
-                f"{spoken}: {snapshot.disk_tag!r} is the ID of snapshot {other.tag!r}, and QEMU looks for IDs first: "
+                f"{label}: {snapshot.disk_tag!r} is the ID of snapshot {other.tag!r}, and QEMU looks for IDs first: "
                 "it would bring back the disk of that one",
                 f"if you can do without {other.tag!r}, delete it: qsnap delete {shlex.quote(other.tag)}",
                 name,

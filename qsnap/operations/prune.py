@@ -7,7 +7,7 @@ from datetime import datetime
 
 from qsnap.errors import BadUsage, PrecheckRefused
 from qsnap.inventory import snapshots
-from qsnap.inventory.state_store import NO_SHELF, Shelf
+from qsnap.inventory.state_store import NO_STORE, StateStore
 from qsnap.model.qemu import (
     Kind,
     PruneDecision,
@@ -32,7 +32,7 @@ async def do_prune(
     prefix: str,
     policy: Policy,
     *,
-    shelf: Shelf = NO_SHELF,
+    store: StateStore = NO_STORE,
     allow_remove_all: bool = False,
     dry_run: bool = False,
     pending: SaveResult | None = None,
@@ -56,7 +56,7 @@ async def do_prune(
         :func:`qsnap.operations.delete.do_delvm`.
     """
     check_prefix(prefix)
-    look = Look(monitor, shelf, await monitor.block_graph())
+    look = Look(monitor, store, await monitor.block_graph())
     found = snapshots.snapshots(look.graph, look.devices, look.files)
     marks = await look.marks()
     series = [one for one in look.notes.added_to(found) if is_of_series(one.tag, prefix)]
@@ -74,7 +74,7 @@ async def do_prune(
         raise PrecheckRefused("nothing was pruned", refusals)
     if remove and not dry_run:
         oldest_first = [decision.snapshot.tag for decision in reversed(remove)]
-        await do_delvm(monitor, oldest_first, shelf=shelf, missing_ok=True, journal=journal, look=look)
+        await do_delvm(monitor, oldest_first, store=store, missing_ok=True, journal=journal, look=look)
     return PruneResult(
         prefix=prefix,
         keep=_told(decision for decision in decisions if decision.is_kept),

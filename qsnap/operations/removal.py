@@ -14,7 +14,7 @@ from qsnap.inventory import snapshots
 from qsnap.inventory.kept import Kept, kept
 from qsnap.inventory.notes import Notes
 from qsnap.inventory.snapshots import Holding
-from qsnap.inventory.state_store import Shelf
+from qsnap.inventory.state_store import StateStore
 from qsnap.model.qemu import BlockGraph, Device, Finding, Severity, Snapshot, SnapshotTables
 from qsnap.monitor import Monitor
 from qsnap.operations.plan import left_behind_finding, unreadable_finding
@@ -33,13 +33,13 @@ class Look:
     """
 
     def __init__(
-        self, monitor: Monitor, shelf: Shelf, graph: BlockGraph, devices: Sequence[Device] | None = None
+        self, monitor: Monitor, store: StateStore, graph: BlockGraph, devices: Sequence[Device] | None = None
     ) -> None:
         self.graph = graph
         self.devices = devices or rules.survey(graph, chooses_devices=monitor.chooses_devices).devices
-        self.files = shelf.files(graph, self.devices)
+        self.files = store.files(graph, self.devices)
         self._monitor = monitor
-        self._shelf = shelf
+        self._store = store
         self._marks: Kept | None = None
 
     @cached_property
@@ -48,7 +48,7 @@ class Look:
 
         :raise QsnapError: that is damaged.
         """
-        return Notes(self._shelf, self.graph, self.devices)
+        return Notes(self._store, self.graph, self.devices)
 
     async def marks(self) -> Kept:
         """What QEMU itself says is protected."""
@@ -71,7 +71,7 @@ class Look:
 
     async def unseen(self) -> Sequence[Finding]:
         """What refuses where there may be notes that can neither be read nor are told by QEMU's marks."""
-        if self._shelf.ignores_unseen:
+        if self._store.ignores_unseen:
             return ()
         return [*_unseen_notes(self.notes, await self.marks(), self.graph, self.devices)]
 
@@ -97,7 +97,7 @@ class Look:
                     message=f"snapshot {snapshot.tag!r} is protected",
                     cure=f"qsnap unprotect {shlex.quote(snapshot.tag)}",
                 )
-        if self._shelf.ignores_unseen:
+        if self._store.ignores_unseen:
             return
         for finding in await self.unseen():
             yield finding
@@ -105,7 +105,7 @@ class Look:
             if snapshot.file is not None and not snapshot.file.is_readable:
                 yield unreadable_finding(snapshot.tag, snapshot.file)
             elif not snapshot.has_state and snapshot.file is None:
-                for finding in _unseen_state(self._shelf, self.graph, self.devices, notes, snapshot):
+                for finding in _unseen_state(self._store, self.graph, self.devices, notes, snapshot):
                     yield finding
 
 
@@ -131,9 +131,9 @@ def _unseen_notes(notes: Notes, marks: Kept, graph: BlockGraph, devices: Sequenc
 
 
 def _unseen_state(
-    shelf: Shelf, graph: BlockGraph, devices: Sequence[Device], notes: Notes, snapshot: Snapshot
+    store: StateStore, graph: BlockGraph, devices: Sequence[Device], notes: Notes, snapshot: Snapshot
 ) -> Iterable[Finding]:
-    if left := left_behind_finding(shelf, graph, devices, snapshot):
+    if left := left_behind_finding(store, graph, devices, snapshot):
         yield msgspec.structs.replace(left, cure=f"{left.cure}; if the file does not matter: {_WORD}")
     elif state_dir := notes.of(snapshot).state_dir:
         yield Finding(
@@ -142,7 +142,7 @@ def _unseen_state(
             message=f"snapshot {snapshot.tag!r} is a live one, and its state file was put into {state_dir}",
             cure=f"--state-dir {shlex.quote(state_dir)}; if the file is gone: {_WORD}",
         )
-    elif places := shelf.unseen(graph, devices):
+    elif places := store.unseen(graph, devices):
         yield Finding(
             code="unseen-state-file",
             severity=Severity.REFUSE,

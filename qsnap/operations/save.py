@@ -21,7 +21,7 @@ from qsnap.errors import (
 )
 from qsnap.inventory import devices as rules
 from qsnap.inventory import snapshots
-from qsnap.inventory.state_store import NO_SHELF, Shelf, read
+from qsnap.inventory.state_store import NO_STORE, StateStore, read
 from qsnap.model.qemu import (
     BlockGraph,
     Device,
@@ -43,7 +43,7 @@ from qsnap.operations.progress import Watcher, watched
 from qsnap.operations.removal import Look
 from qsnap.runs.journal import Journal, Record, row_keys
 from qsnap.runs.pause import Pause, reconnect, stopped
-from qsnap.runs.shield import undisturbed
+from qsnap.runs.shield import shielded
 
 
 async def do_savevm(
@@ -58,7 +58,7 @@ async def do_savevm(
     watch: Watcher | None = None,
     safe_replace: bool = False,
     journal: Journal | None = None,
-    shelf: Shelf = NO_SHELF,
+    store: StateStore = NO_STORE,
     alive: bool = False,
 ) -> SaveResult:
     """Save RAM, device state and every writable disk under one tag.
@@ -83,7 +83,7 @@ async def do_savevm(
         stand-in deleted. The guest stands still for both writes.
     :param journal: of the claim that this is done under; without one nobody sees it through if we are killed.
     :param alive: refuse a guest that could not go on from the snapshot, as it has panicked or shut down. Default: warn.
-    :param shelf: where the state files of live saves lie: one of that tag is replaced too.
+    :param store: where the state files of live saves lie: one of that tag is replaced too.
     :return: the snapshot as read back from QEMU.
     :raise PrecheckRefused: before the guest is touched.
     :raise SnapshotExists: with ``replace=False``; nothing has changed.
@@ -105,15 +105,15 @@ async def do_savevm(
     assert state_node is not None  # or the plan had been refused
     name = tag if tag is not None else free_automatic_tag(plan.graph)
     stand_in = snapshots.stand_in_of(name) if safe_replace else ""
-    older = snapshots.holding(plan.graph, report.devices, name, shelf.files(plan.graph, report.devices))
+    older = snapshots.holding(plan.graph, report.devices, name, store.files(plan.graph, report.devices))
     if (older.tags or older.files) and not replace:
-        raise SnapshotExists(name, (*rules.spoken(older.nodes, report.devices), *older.files))
-    await Look(monitor, shelf, plan.graph, report.devices).refuse_removal(name, "saved")
+        raise SnapshotExists(name, (*rules.displayed(older.nodes, report.devices), *older.files))
+    await Look(monitor, store, plan.graph, report.devices).refuse_removal(name, "saved")
     if dry_run:
         return save_result(plan, name, bool(older.tags or older.files), began, dry_run=True)
 
     journal.note(tags=(name,), vmstate=state_node, devices=report.saved, files=older.files)
-    attempt = Attempt(monitor, journal, report.devices)
+    attempt = SaveAttempt(monitor, journal, report.devices)
     try:
         # saved_vm_running = runstate_is_running(); vm_stop(RUN_STATE_SAVE_VM)
         async with stopped(monitor, journal) as pause:
@@ -122,7 +122,7 @@ async def do_savevm(
             # Old snapshots of the same name, wherever they are: what is to be replaced gets a stand-in first
             replaced = snapshots.holders(graph, report.devices, name)
             if replaced and not replace:
-                raise SnapshotExists(name, rules.spoken(replaced, report.devices))
+                raise SnapshotExists(name, rules.displayed(replaced, report.devices))
             if stand_in:
                 await _stand_in(attempt, graph, stand_in)
 
@@ -143,10 +143,10 @@ async def do_savevm(
     except BaseException as failure:
         was_running = takes_stop(report.runstate, monitor.version)
         hint = next((finding.message for finding in report.findings if finding.code == "cannot-grow"), "")
-        await undisturbed(attempt.clear_up(failure, was_running=was_running, hint=hint), journal.patience_s)
+        await shielded(attempt.clear_up(failure, was_running=was_running, hint=hint), journal.patience_s)
         raise
     # What a live save of that tag had elsewhere
-    await undisturbed(
+    await shielded(
         delete_all(monitor, report.devices, [tag for tag in older.tags if tag != name], older.files),
         journal.patience_s,
     )
@@ -154,7 +154,7 @@ async def do_savevm(
     return save_result(plan, name, bool(replaced or older.tags or older.files), began, row=row, pause=pause)
 
 
-async def _stand_in(attempt: Attempt, graph: BlockGraph, stand_in: str) -> None:
+async def _stand_in(attempt: SaveAttempt, graph: BlockGraph, stand_in: str) -> None:
     """See that a whole snapshot stands while the tag is replaced: the new state, or an older one, under *stand_in*.
 
     One that an earlier save has left behind protects as well as a new one, if the tag itself cannot be loaded. If it
@@ -202,7 +202,7 @@ async def unchanged_graph(
     return graph
 
 
-class Attempt:
+class SaveAttempt:
     """How far a save has come, and how it is undone: by itself, or by whoever clears up after it.
 
     All that this takes is in the record of its journal.
@@ -339,7 +339,7 @@ class Attempt:
         return snapshots.holders(graph, self.devices, tag)
 
     def _spoken(self, nodes: Collection[str]) -> str:
-        return ", ".join(rules.spoken(nodes, self.devices))
+        return ", ".join(rules.displayed(nodes, self.devices))
 
     def _older_outcome(self, graph: BlockGraph) -> str:
         """What has become of the older snapshot, if its deletion had begun."""

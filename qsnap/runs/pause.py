@@ -15,7 +15,7 @@ from qsnap.monitor import Monitor
 from qsnap.monitor.connection import AnotherAnswers
 from qsnap.runs.journal import Journal
 from qsnap.runs.mark import CLAIM, is_of
-from qsnap.runs.shield import undisturbed
+from qsnap.runs.shield import shielded
 
 #: Seconds for a new connection, where the old one is lost: QEMU greets nobody either while it writes.
 RECONNECT_TIMEOUT_S = 120.0
@@ -98,7 +98,7 @@ async def stopped(monitor: Monitor, journal: Journal, *, by_qemu: bool = False) 
     finally:
         if pause.resume:
             try:
-                await undisturbed(_resume(monitor, pause, journal), journal.patience_s)
+                await shielded(_resume(monitor, pause, journal), journal.patience_s)
                 journal.done(stopped=False)
             except QsnapError as error:
                 await _explain_failed_resume(monitor, pause, journal, error)

@@ -11,7 +11,7 @@ from qsnap.errors import OperationTimeout
 _T = TypeVar("_T")
 
 
-async def undisturbed(work: Coroutine[Any, Any, _T], timeout_s: float) -> _T:
+async def shielded(work: Coroutine[Any, Any, _T], timeout_s: float) -> _T:
     """Run *work* to its end, whoever cancels the caller meanwhile; pass the cancellation on afterwards.
 
     :param timeout_s: seconds after which even this ends.

@@ -22,7 +22,7 @@ from qsnap.runs import journal, mark
 from qsnap.runs.journal import Found, Journal
 from qsnap.runs.mark import CLAIM, Holder
 from qsnap.runs.pause import has_ended
-from qsnap.runs.shield import undisturbed
+from qsnap.runs.shield import shielded
 from qsnap.supervision import guard
 
 #: Seconds between two looks at a claim.
@@ -60,7 +60,7 @@ async def claimed(
         yield ours
         ours.done(is_done=True)
     finally:
-        await undisturbed(_release(monitor, ours), _RELEASE_TIMEOUT_S + 1)
+        await shielded(_release(monitor, ours), _RELEASE_TIMEOUT_S + 1)
 
 
 async def _acquired(

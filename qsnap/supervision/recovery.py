@@ -18,9 +18,9 @@ from qsnap.model.qemu import Recovered, RunState
 from qsnap.model.runstates import HAS_ENDED, cure_of, is_live
 from qsnap.monitor import HALF_RESTORED, Monitor, adopt_monitor, open_monitor
 from qsnap.operations.delete import delete_all
-from qsnap.operations.live.save import LiveAttempt
+from qsnap.operations.live.save import LiveSaveAttempt
 from qsnap.operations.load import outcome
-from qsnap.operations.save import Attempt
+from qsnap.operations.save import SaveAttempt
 from qsnap.operations.translation import leave_restore_vm
 from qsnap.runs import mark
 from qsnap.runs.journal import Journal
@@ -178,13 +178,13 @@ async def _clear_up(monitor: Monitor, journal: Journal) -> list[str]:
     graph = await monitor.block_graph()
     devices = rules.survey(graph, chooses_devices=monitor.chooses_devices).devices
     if record.live is not None:
-        return [await LiveAttempt(monitor, journal, devices).undo()]
+        return [await LiveSaveAttempt(monitor, journal, devices).undo()]
     if record.settings and monitor.background is not None:
         if record.forgetting:
             await monitor.background.end_stream()
         await monitor.background.put_back(record.settings)
     if record.operation == "save" and (record.older is not None or record.saving or record.stand_in):
-        _, sentence = await Attempt(monitor, journal, devices).undo(keeps_whole=True)
+        _, sentence = await SaveAttempt(monitor, journal, devices).undo(keeps_whole=True)
         return [sentence]
     if record.operation == "delete" and (record.disk_tags or record.files):
         held = [snapshots.holders(graph, devices, tag) for tag in record.disk_tags]

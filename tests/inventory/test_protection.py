@@ -18,7 +18,7 @@ from qsnap.inventory import snapshots
 from qsnap.inventory.devices import survey
 from qsnap.inventory.notes import Notes
 from qsnap.inventory.state_file import Content
-from qsnap.inventory.state_store import Shelf
+from qsnap.inventory.state_store import StateStore
 from qsnap.model.qemu import NodeSnapshot
 from qsnap.operations.delete import do_delvm
 from qsnap.operations.plan import plan_load
@@ -157,19 +157,19 @@ async def test_what_another_user_may_not_see(launch: Launch, open_directory: Pat
             hidden.chmod(0)
             try:
                 with unprivileged(), pytest.raises(PrecheckRefused) as refused:
-                    await do_delvm(vm._monitor, [tag], shelf=Shelf(guest.pid))
+                    await do_delvm(vm._monitor, [tag], store=StateStore(guest.pid))
                 assert refused.value.findings[0].code == code
                 graph = await vm._monitor.block_graph()
                 if hidden == notes:
                     with unprivileged(), pytest.raises(QsnapError, match="Permission denied; a snapshot may be prot"):
-                        Notes(Shelf(guest.pid), graph, survey(graph).devices).write(notes, (), ())
+                        Notes(StateStore(guest.pid), graph, survey(graph).devices).write(notes, (), ())
                 if hidden == state:
                     with unprivileged():
                         devices = survey(graph).devices
-                        ram = snapshots.find(graph, devices, "ram", Shelf(guest.pid).files(graph, devices))
+                        ram = snapshots.find(graph, devices, "ram", StateStore(guest.pid).files(graph, devices))
                         assert ram is not None
                         with pytest.raises(PrecheckRefused, match="may not be read by this user"):
-                            await plan_load(vm._monitor, "ram", shelf=Shelf(guest.pid))
+                            await plan_load(vm._monitor, "ram", store=StateStore(guest.pid))
                     assert (ram.kind, ram.has_state) == ("live", True)
                     assert ram.problems == (f"its state file {state} may not be read by this user",)
             finally:
@@ -218,15 +218,15 @@ def test_a_directory_that_may_not_be_listed(open_directory: Path) -> None:
     row = NodeSnapshot(tag="t", id="1", vm_state_size=0, date=DATE, vm_clock_ns=7)
     disk = node("a", snapshots=(row,), children=(("file", "below"),))
     both = graph_of(disk, node("below", "file", filename=str(image)))
-    devices, shelf = survey(both).devices, Shelf(os.getpid())
+    devices, store = survey(both).devices, StateStore(os.getpid())
     with image.open("rb"):
         for mode, seen in (0o755, ["t"]), (0o711, ["t"]), (0, []):
             open_directory.chmod(mode)
             with unprivileged():
-                assert [file.disk_tag for file in shelf.files(both, devices)] == seen, oct(mode)
-                assert bool(shelf.unseen(both, devices)) is not bool(seen)
+                assert [file.disk_tag for file in store.files(both, devices)] == seen, oct(mode)
+                assert bool(store.unseen(both, devices)) is not bool(seen)
         open_directory.chmod(0o755)
         # Through a link it would be somebody else's
         path.rename(open_directory / "else")
         path.symlink_to(open_directory / "else")
-        assert shelf.files(both, devices) == ()
+        assert store.files(both, devices) == ()

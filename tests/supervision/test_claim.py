@@ -323,7 +323,7 @@ def test_many_at_once_never_interleave(guest: Guest, tmp_path: Path, runtime_dir
     guest.assert_running()
 
 
-async def test_calls_on_one_object_and_on_two_take_turns(guest: Guest, tmp_path: Path) -> None:
+async def test_calls_on_one_object_and_on_two_take_stop_resume_events(guest: Guest, tmp_path: Path) -> None:
     async with (
         qsnap.connect(guest.address, lock_wait_s=30) as vm,
         qsnap.connect(guest.hmp_address, lock_wait_s=30) as other,

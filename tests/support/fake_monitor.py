@@ -45,7 +45,7 @@ class FakeMonitor:
 
     version: QemuVersion = field(default=QemuVersion(11, 1, 0))
     transport: str = "fake"
-    limit: str = "the fake"
+    who: str = "the fake"
     chooses_devices: bool = True
     background: None = None
     pid: int | None = None

@@ -22,7 +22,7 @@ from qsnap.monitor.address import Address
 from qsnap.monitor.connection import AnotherAnswers, Connection, connection, hang_up, lost, peer_pid, understood
 from qsnap.monitor.hmp import tables as hmp_tables
 from qsnap.monitor.hmp import text as hmp_text
-from qsnap.monitor.hmp.snapshots import HumanSnapshots
+from qsnap.monitor.hmp.snapshots import HmpSnapshots
 
 _log = logging.getLogger("qsnap.hmp")
 
@@ -128,11 +128,11 @@ async def _greeted(link: Connection) -> tuple[_Line, QemuVersion]:
         raise
 
 
-class HmpMonitor(HumanSnapshots):
+class HmpMonitor(HmpSnapshots):
     """A QEMU reached by a human monitor's socket. See :class:`qsnap.monitor.Monitor`."""
 
     transport = "hmp"
-    limit = "the human monitor (HMP)"
+    who = "the human monitor (HMP)"
     background = None
 
     def __init__(self, line: _Line, version: QemuVersion, address: Address, link: Connection) -> None:

@@ -16,7 +16,7 @@ from qsnap.monitor import ignore
 from qsnap.monitor.hmp import text as hmp_text
 
 
-class HumanSnapshots(ABC):
+class HmpSnapshots(ABC):
     """The snapshot verbs of :class:`qsnap.monitor.Monitor`, for a monitor that can give HMP a line."""
 
     chooses_devices = False

@@ -172,7 +172,7 @@ class Background:
             uri = f"fd:{PREFIX}"
         else:
             uri = f"file:{await self._add_file(file)},offset={offset}"
-        self._monitor.forget_turns()
+        self._monitor.forget_stop_resume_events()
         try:
             await self._monitor.execute("migrate", {"uri": uri})
         except CommandFailed as error:
@@ -230,9 +230,9 @@ class Background:
                 os.close(file)
             await self.tidy()
 
-    def turns(self) -> Sequence[tuple[str, float]]:
+    def stop_resume_events(self) -> Sequence[tuple[str, float]]:
         """The STOP and RESUME events since the stream began, with their time stamps in seconds since 1970."""
-        return self._monitor.turns()
+        return self._monitor.stop_resume_events()
 
     async def add_state_node(self, file: int, node: str) -> None:
         """Make a node of an open state file. It has no backing file, whatever its header says.

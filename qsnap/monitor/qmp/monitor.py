@@ -46,7 +46,7 @@ from qsnap.monitor.connection import (
     peer_pid,
     understood,
 )
-from qsnap.monitor.hmp.snapshots import HumanSnapshots
+from qsnap.monitor.hmp.snapshots import HmpSnapshots
 from qsnap.monitor.qmp import replies
 
 if TYPE_CHECKING:
@@ -162,7 +162,7 @@ async def connect(link: Connection, address: Address, snapshot_jobs: bool | None
         await client.disconnect()
         raise
     jobs = version >= SNAPSHOT_JOBS_SINCE if snapshot_jobs is None else snapshot_jobs
-    return (QmpMonitor if jobs else HumanQmpMonitor)(client, version, address, link)
+    return (QmpMonitor if jobs else LegacyQmpMonitor)(client, version, address, link)
 
 
 async def adopt(sock: socket.socket, address: Address) -> QmpMonitor:
@@ -176,7 +176,7 @@ async def adopt(sock: socket.socket, address: Address) -> QmpMonitor:
     except (QMPError, OSError, EOFError, ValueError) as error:
         raise lost(command, error) from error
     link = Connection(sock, peer_pid(sock), is_human=False)
-    return (QmpMonitor if version >= SNAPSHOT_JOBS_SINCE else HumanQmpMonitor)(client, version, address, link)
+    return (QmpMonitor if version >= SNAPSHOT_JOBS_SINCE else LegacyQmpMonitor)(client, version, address, link)
 
 
 async def _synchronized(sock: socket.socket) -> QemuVersion:
@@ -254,7 +254,7 @@ class QmpMonitor:
     chooses_devices = True
 
     @property
-    def limit(self) -> str:
+    def who(self) -> str:
         return f"this QEMU ({self.version})"
 
     def __init__(self, client: _Client, version: QemuVersion, address: Address, link: Connection) -> None:
@@ -292,12 +292,12 @@ class QmpMonitor:
         with _mapped_errors("getfd", self._client):
             self._client.send_fd_scm(file)
 
-    def forget_turns(self) -> None:
+    def forget_stop_resume_events(self) -> None:
         """Begin anew to remember STOP and RESUME events."""
         self._seen.clear()
         self._past.clear()
 
-    def turns(self) -> Sequence[tuple[str, float]]:
+    def stop_resume_events(self) -> Sequence[tuple[str, float]]:
         """Those that have come since."""
         stamped = ((str(event["event"]), _stamp(event)) for event in self._seen.clear())
         self._past += ((name, stamp) for name, stamp in stamped if stamp is not None)
@@ -557,7 +557,7 @@ def _is_abandoned(job_id: str) -> bool:
     return int(match[1]) != os.getpid() and not is_alive(int(match[1]))
 
 
-class HumanQmpMonitor(HumanSnapshots, QmpMonitor):
+class LegacyQmpMonitor(HmpSnapshots, QmpMonitor):
     """A QEMU without snapshot jobs (before 6.0): savevm, loadvm and delvm by human-monitor-command."""
 
     transport = "qmp-hmp"

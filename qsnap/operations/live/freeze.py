@@ -31,11 +31,11 @@ from qsnap.host import bulk_io, files, hugepages
 from qsnap.host.hugepages import Layout
 from qsnap.monitor import Monitor
 from qsnap.monitor.qmp.background import Background
-from qsnap.operations.live.timing import Pace, SnapshotThread
+from qsnap.operations.live.timing import ReadTime, SnapshotThread
 from qsnap.operations.progress import INTERVAL_S, Phase, Progress, Watcher
 from qsnap.runs.journal import Journal
 from qsnap.runs.pause import Pause, stopped
-from qsnap.runs.shield import undisturbed
+from qsnap.runs.shield import shielded
 
 #: The mark that keeps QEMU's pace.
 PACE = "qsnap-pace"
@@ -64,7 +64,7 @@ _LOOK_S = 0.001
 _STATE_TIMEOUT_S = 120.0
 
 
-class Moment:
+class Freeze:
     """A live save, from its first stop to the end of its stream.
 
     :param file: the state file to be, open.
@@ -99,7 +99,7 @@ class Moment:
         self._forget_disks = forget_disks
         self._images = images
 
-    async def take(self) -> Pause:
+    async def freeze(self) -> Pause:
         """Take disks and device state, and leave the guest running, while QEMU writes its RAM.
 
         :raise JobFailed: QEMU reported an error. The guest runs; the stream may still be under way.
@@ -220,16 +220,16 @@ class Moment:
         async with stopped(self._monitor, self._journal) as pause:
             await self._snapshot_disks()
             # Events come before the answer to what came after them
-            was_in_time = self._turns() == ["STOP"]
+            was_in_time = self._stop_resume_events() == ["STOP"]
             spent = max(spent, await self._state_taken(pause, thread))
             if not self._background.resumes_by_itself:
                 # The answer to this comes after whatever else QEMU's main loop had to do
                 await self._monitor.runstate()
-                was_in_time = self._turns() == ["STOP"]
+                was_in_time = self._stop_resume_events() == ["STOP"]
         return (pause if was_in_time else None), spent
 
-    def _turns(self) -> list[str]:
-        return [event for event, _ in self._background.turns()]
+    def _stop_resume_events(self) -> list[str]:
+        return [event for event, _ in self._background.stop_resume_events()]
 
     async def _state_taken(self, pause: Pause, thread: SnapshotThread) -> int:
         """Wait until QEMU has the device state, and the guest may run; or runs, where QEMU resumes it by itself.
@@ -245,7 +245,7 @@ class Moment:
             if stream.status == "setup":
                 spent = before
             if self._background.resumes_by_itself:
-                if resumed := [stamp for event, stamp in self._background.turns() if event == "RESUME"]:
+                if resumed := [stamp for event, stamp in self._background.stop_resume_events() if event == "RESUME"]:
                     pause.resumed_by_qemu(resumed[-1])
                     return spent
             elif stream.pages or stream.status == "completed":
@@ -282,7 +282,7 @@ class Moment:
         """The processor time that QEMU's thread needed the last time that RAM was mapped so; 0 if that is not known."""
         if not self._keeps_pace(ram):
             return 0
-        pace = Pace.decode(await self._monitor.mark(PACE) or "")
+        pace = ReadTime.decode(await self._monitor.mark(PACE) or "")
         return pace.spent_ns if pace is not None and pace.is_of(ram) else 0
 
     async def _remember(self, spent_ns: int, known: int, ram: Layout) -> None:
@@ -293,9 +293,9 @@ class Moment:
             spent_ns = min(spent_ns, known)  # one attempt that fails takes as long as a whole save
         with suppress(QsnapError):
             await self._monitor.clear_mark(PACE)
-            await self._monitor.set_mark(PACE, Pace(spent_ns, ram.base).encode())
+            await self._monitor.set_mark(PACE, ReadTime(spent_ns, ram.base).encode())
 
-    async def written(self, watch: Watcher | None) -> None:
+    async def wait_until_written(self, watch: Watcher | None) -> None:
         """Wait for the end of the stream.
 
         :raise JobFailed: QEMU could not write it, or somebody cancelled it.
@@ -319,7 +319,7 @@ class Moment:
         size = self.stream_size
         work = asyncio.to_thread(bulk_io.write_back, self._file, self._offset + done, self._offset + size, INTERVAL_S)
         try:
-            return await undisturbed(work, _STATE_TIMEOUT_S) - self._offset
+            return await shielded(work, _STATE_TIMEOUT_S) - self._offset
         except OSError:
             return size  # what is wrong there is told when the file is completed
 

@@ -33,21 +33,21 @@ from qsnap.host import files, processes
 from qsnap.inventory import devices as rules
 from qsnap.inventory import snapshots, state_file
 from qsnap.inventory import state_part as parts
-from qsnap.inventory.state_store import PART_SUFFIX, Shelf, read
+from qsnap.inventory.state_store import PART_SUFFIX, StateStore, read
 from qsnap.model import outside
 from qsnap.model.qemu import BlockGraph, Device, Finding, RunState, SaveResult, Severity, StateFile
 from qsnap.model.runstates import cure_of, is_live
 from qsnap.monitor import Monitor
 from qsnap.monitor.qmp.background import Background
 from qsnap.operations.delete import delete_all, delete_everywhere
-from qsnap.operations.live.freeze import Moment
+from qsnap.operations.live.freeze import Freeze
 from qsnap.operations.plan import SavePlan, plan_save
 from qsnap.operations.progress import Watcher
 from qsnap.operations.removal import Look
 from qsnap.operations.save import free_automatic_tag, save_result, unchanged_graph
 from qsnap.runs.journal import Journal, LiveRecord
 from qsnap.runs.pause import has_ended, reconnect
-from qsnap.runs.shield import undisturbed
+from qsnap.runs.shield import shielded
 
 #: More than QEMU writes before there is any RAM in the stream: the names of devices and of blocks of RAM.
 _SETUP_BYTES = 1 << 20
@@ -90,7 +90,7 @@ async def plan_live(
     monitor: Monitor,
     tag: str | None,
     *,
-    shelf: Shelf,
+    store: StateStore,
     vmstate: str | None = None,
     exclude: Collection[str] = (),
     force: bool = False,
@@ -114,7 +114,7 @@ async def plan_live(
     assert report.vmstate is not None  # or the plan had been refused
     name = tag if tag is not None else free_automatic_tag(graph)
     second = snapshots.second_name(name)
-    found = shelf.files(graph, report.devices)
+    found = store.files(graph, report.devices)
     held = snapshots.holding(graph, report.devices, name, found)
     disk_tag = next((free for free in (name, second) if free not in held.tags), None)
     if disk_tag is None:
@@ -126,7 +126,7 @@ async def plan_live(
         nodes=held.nodes,
         files=tuple(path for path in held.files if disk_tag in held.tags and file_tags[path] == disk_tag),
     )
-    path = shelf.place(graph, report.vmstate, disk_tag)
+    path = store.place(graph, report.vmstate, disk_tag)
     taken = os.path.lexists(path) and str(path) not in file_tags  # noqa: ASYNC240
     findings = (*save.report.findings, *await _place_findings(monitor, path, force, is_taken=taken))
     if any(finding.refuses for finding in findings):
@@ -208,7 +208,7 @@ async def do_live_save(
     monitor: Monitor,
     tag: str | None,
     *,
-    shelf: Shelf,
+    store: StateStore,
     replace: bool = True,
     vmstate: str | None = None,
     exclude: Collection[str] = (),
@@ -224,7 +224,7 @@ async def do_live_save(
     bandwidth that this needs are put back as they were.
 
     :param tag: 1 to 247 bytes. Default: vm-%Y%m%d%H%M%S in local time.
-    :param shelf: where the state file goes.
+    :param store: where the state file goes.
     :param replace: False refuses where something of that tag is there.
     :param vmstate: the device beside whose image the state file goes. Default: the one that would hold the state.
     :param exclude: devices to leave out; the snapshot is not whole then.
@@ -243,12 +243,12 @@ async def do_live_save(
     """
     began = time.monotonic()
     journal = journal or Journal()
-    plan = await plan_live(monitor, tag, shelf=shelf, vmstate=vmstate, exclude=exclude, force=force, journal=journal)
+    plan = await plan_live(monitor, tag, store=store, vmstate=vmstate, exclude=exclude, force=force, journal=journal)
     report, background = plan.save.report, _background(monitor)
     assert report.vmstate is not None
     if plan.replaces and not replace:
-        raise SnapshotExists(plan.tag, (*rules.spoken(plan.older.nodes, report.devices), *plan.older.files))
-    await Look(monitor, shelf, plan.save.graph, report.devices).refuse_removal(plan.tag, "saved")
+        raise SnapshotExists(plan.tag, (*rules.displayed(plan.older.nodes, report.devices), *plan.older.files))
+    await Look(monitor, store, plan.save.graph, report.devices).refuse_removal(plan.tag, "saved")
     if dry_run:
         return save_result(plan.save, plan.tag, plan.replaces, began, dry_run=True, is_live=True)
 
@@ -264,7 +264,7 @@ async def do_live_save(
     )
     journal.note(tags=(plan.tag,), devices=report.saved, vmstate=report.vmstate, live=live)
     # Now, as they are known by their contents too: :mod:`qsnap.inventory.descriptors`
-    image, identity = shelf.image(plan.save.graph, report.vmstate), shelf.identity(plan.save.graph, report.vmstate)
+    image, identity = store.image(plan.save.graph, report.vmstate), store.identity(plan.save.graph, report.vmstate)
     try:
         file = _created(part, image, await _reserved(monitor, background))
     except QsnapError as error:
@@ -278,15 +278,15 @@ async def do_live_save(
         os.close(file)
         journal.done(live=None)
         raise
-    attempt = LiveAttempt(monitor, journal, report.devices, file)
-    images = [path for node in report.saved if (path := shelf.image(plan.save.graph, node))]
+    attempt = LiveSaveAttempt(monitor, journal, report.devices, file)
+    images = [path for node in report.saved if (path := store.image(plan.save.graph, node))]
 
     async def snapshot_disks() -> None:
         await background.snapshot_disks(plan.disk_tag, report.roots)
 
     try:
         with closing(
-            Moment(
+            Freeze(
                 monitor,
                 background,
                 journal,
@@ -296,17 +296,17 @@ async def do_live_save(
                 forget_disks=attempt.forget_disks,
                 images=images,
             )
-        ) as moment:
+        ) as freeze:
             await background.prepare()
-            pause = await moment.take()
+            pause = await freeze.freeze()
             # What had changed before is seen yet; and to look would take a part of the pause
             await unchanged_graph(monitor, plan.save, vmstate, exclude)
-            await moment.written(watch)
-            content = await attempt.content(moment.stream_size, identity)
-        await undisturbed(asyncio.to_thread(_complete, file, part, plan.path, content), journal.patience_s)
-        found = await undisturbed(attempt.conclude(), journal.patience_s)
+            await freeze.wait_until_written(watch)
+            content = await attempt.content(freeze.stream_size, identity)
+        await shielded(asyncio.to_thread(_complete, file, part, plan.path, content), journal.patience_s)
+        found = await shielded(attempt.conclude(), journal.patience_s)
     except BaseException as failure:
-        await undisturbed(attempt.clear_up(failure), journal.patience_s)
+        await shielded(attempt.clear_up(failure), journal.patience_s)
         raise
     finally:
         os.close(file)
@@ -348,7 +348,7 @@ def _complete(file: int, part: Path, path: Path, content: state_file.Content) ->
         raise JobFailed("write", f"the state file {path} cannot be written: {error.strerror}") from error
 
 
-class LiveAttempt:
+class LiveSaveAttempt:
     """How far a live save has come, and how it is undone or concluded: by itself, or by whoever clears up after it.
 
     All that this takes is in the record of its journal.

@@ -27,7 +27,7 @@ _LOOK_S = 0.001
 _PATIENCE_S = 60.0
 
 
-class Pace(NamedTuple):
+class ReadTime(NamedTuple):
     """How long QEMU took.
 
     :ivar spent_ns: processor time of its thread, before it took the device state.
@@ -38,7 +38,7 @@ class Pace(NamedTuple):
     base: int
 
     @classmethod
-    def decode(cls, text: str) -> Pace | None:
+    def decode(cls, text: str) -> ReadTime | None:
         """What :meth:`encode` has written; None if it has not."""
         fields = text.split(" ")
         return cls(*map(int, fields)) if len(fields) == len(cls._fields) and all(map(str.isdecimal, fields)) else None

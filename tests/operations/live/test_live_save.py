@@ -34,7 +34,7 @@ from qsnap.host.hugepages import Layout
 from qsnap.inventory import state_file
 from qsnap.inventory import state_part as parts
 from qsnap.operations.live import freeze
-from qsnap.operations.live.timing import Pace, SnapshotThread
+from qsnap.operations.live.timing import ReadTime, SnapshotThread
 from qsnap.runs.pause import stopped
 from support.guest import (
     Guest,
@@ -263,7 +263,7 @@ async def test_late_stops(heavy: Guest, monkeypatch: pytest.MonkeyPatch, pace: i
     """Whatever was known of QEMU's pace: where it was quicker than the stop, the attempt is repeated."""
     never_plain(monkeypatch, layout)
     if pace is not None:
-        text = Pace(pace, layout.base).encode()
+        text = ReadTime(pace, layout.base).encode()
         heavy.qmp("object-add", **{"qom-type": "authz-simple", "id": freeze.PACE, "identity": text})
     async with qsnap.connect(heavy.address) as vm:
         for tag in ("a", "b"):
@@ -277,7 +277,7 @@ async def test_late_stops(heavy: Guest, monkeypatch: pytest.MonkeyPatch, pace: i
             assert_in_order(heavy)
     found = [item["name"] for item in heavy.qmp("qom-list", path="/objects")]
     if pace is not None or freeze.PACE in found:  # where nothing was seen there is none
-        kept = Pace.decode(heavy.qmp("qom-get", path=f"/objects/{freeze.PACE}", property="identity"))
+        kept = ReadTime.decode(heavy.qmp("qom-get", path=f"/objects/{freeze.PACE}", property="identity"))
         assert kept is not None
         assert kept.is_of(layout)
     assert_settings_are_as_they_were(heavy)
@@ -303,8 +303,8 @@ async def test_rehearsals(
     async def rehearse(_: object) -> int:
         return left.pop(0)
 
-    monkeypatch.setattr(freeze.Moment, "_rehearse", rehearse)
-    taken = object.__new__(freeze.Moment)
+    monkeypatch.setattr(freeze.Freeze, "_rehearse", rehearse)
+    taken = object.__new__(freeze.Freeze)
     taken._background = SimpleNamespace(must_not_fail=False, resumes_by_itself=False)  # type: ignore[assignment]
     found = await taken._expected_pace(known * 1_000_000, LAYOUTS[layout])
     assert (found, left) == (pace * 1_000_000, [])
@@ -314,18 +314,18 @@ async def test_rehearsals(
 async def test_that_nothing_was_seen_is_not_remembered(guest: Guest) -> None:
     """What was known before stays, and where nothing was known no mark is left."""
     async with qsnap.connect(guest.address) as vm:
-        taken = object.__new__(freeze.Moment)
+        taken = object.__new__(freeze.Freeze)
         taken._monitor = vm._monitor
         taken._background = SimpleNamespace(must_not_fail=False)  # type: ignore[assignment]
         await taken._remember(0, 0, Layout(7, 0))
         assert await vm._monitor.mark(freeze.PACE) is None
         await taken._remember(5, 0, Layout(7, 0))
         await taken._remember(0, 5, Layout(7, 0))
-        assert await vm._monitor.mark(freeze.PACE) == Pace(5, 7).encode()
+        assert await vm._monitor.mark(freeze.PACE) == ReadTime(5, 7).encode()
         assert await taken._known_pace(Layout(7, 0)) == 5
         # RAM in huge pages is rehearsed anew every time, where that is possible
         await taken._remember(9, 0, Layout(0, 7))
-        assert await vm._monitor.mark(freeze.PACE) == Pace(5, 7).encode()
+        assert await vm._monitor.mark(freeze.PACE) == ReadTime(5, 7).encode()
         await taken._remember(9, 0, Layout(7, 0))
         assert await taken._known_pace(Layout(7, 6)) == 9
         assert await taken._known_pace(Layout(7, 8)) == 0
@@ -360,7 +360,7 @@ async def test_a_stop_that_comes_too_late_is_seen(
     for name, value in ("_DISKS_NS", 0), ("stopped", too_late):
         monkeypatch.setattr(freeze, name, value)
     monkeypatch.setattr(SnapshotThread, "until_it_has_spent", at_once)
-    monkeypatch.setattr(freeze.Moment, "_has_begun", not_yet)
+    monkeypatch.setattr(freeze.Freeze, "_has_begun", not_yet)
     heavy.qmp("object-add", **{"qom-type": "authz-simple", "id": freeze.PACE, "identity": f"100 {96 << 20}"})
     heavy.qmp.events.clear()
     async with qsnap.connect(heavy.address) as vm:

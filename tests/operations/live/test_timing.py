@@ -5,18 +5,18 @@ from __future__ import annotations
 import pytest
 
 from qsnap.host.hugepages import Layout
-from qsnap.operations.live.timing import Pace
+from qsnap.operations.live.timing import ReadTime
 
 
 @pytest.mark.parametrize("text", ["", "5", "5 6 7", "a 6", "5 -6", "5  6", "5.0 6"])
 def test_a_pace_that_is_none(text: str) -> None:
     """A mark that somebody else has made, or another version."""
-    assert Pace.decode(text) is None
+    assert ReadTime.decode(text) is None
 
 
 def test_a_pace_is_of_ram_that_is_mapped_alike() -> None:
-    pace = Pace(30, 1000)
-    assert Pace.decode(pace.encode()) == pace
+    pace = ReadTime(30, 1000)
+    assert ReadTime.decode(pace.encode()) == pace
     assert all(pace.is_of(Layout(base, 1600 - base)) for base in (900, 1000, 1100))
     assert not any(pace.is_of(Layout(base, 1600 - base)) for base in (0, 899, 1101))
-    assert not Pace(0, 1000).is_of(Layout(1000, 600)), "that nothing was seen is not a pace"
+    assert not ReadTime(0, 1000).is_of(Layout(1000, 600)), "that nothing was seen is not a pace"
