@@ -38,7 +38,6 @@ from qsnap.model.qemu import (
     Labels,
     Peripheral,
     Role,
-    Severity,
     Verdict,
 )
 
@@ -181,10 +180,9 @@ def survey(
         blocks.append(device)
         if device.verdict is Verdict.CARRIED and names.intersection(exclude):
             findings.append(
-                Finding(
-                    code="exclude-carried",
-                    severity=Severity.WARN,
-                    message=f"--exclude {device.device or node_name} changes nothing: {device.why}",
+                Finding.warning(
+                    "exclude-carried",
+                    f"--exclude {device.device or node_name} changes nothing: {device.why}",
                     node=node_name,
                 )
             )
@@ -193,23 +191,14 @@ def survey(
     devices = (*blocks, *others)
     for device in devices:
         if device.verdict is Verdict.REFUSED:
-            findings.append(
-                Finding(
-                    code="device-cannot-snapshot",
-                    severity=Severity.REFUSE,
-                    message=device.why,
-                    cure=device.cure,
-                    node=device.node,
-                )
-            )
+            findings.append(Finding.refusal("device-cannot-snapshot", device.why, device.cure, device.node))
         findings.extend(_warnings(graph, device))
     findings.extend(_passed_on(graph))
     findings.extend(
-        Finding(
-            code="exclude-unknown",
-            severity=Severity.REFUSE,
-            message=f"--exclude {name}: the guest has no such block device",
-            cure=f"its devices: {_choices(devices, Verdict.SAVED, Verdict.REFUSED)}",
+        Finding.refusal(
+            "exclude-unknown",
+            f"--exclude {name}: the guest has no such block device",
+            f"its devices: {_choices(devices, Verdict.SAVED, Verdict.REFUSED)}",
         )
         for name in sorted(set(exclude) - matched)
     )
@@ -261,13 +250,14 @@ def _passed_on(graph: BlockGraph) -> Iterator[Finding]:
     """Warnings of what may be a disk of the host's."""
     for peripheral in graph.peripherals:
         if outside.is_passed_on(peripheral.model):
-            yield Finding(
-                code="device-passed-on",
-                severity=Severity.WARN,
-                message=f"Device {peripheral.label!r} ({peripheral.model}) is the host's: if it is a disk, its "
-                "contents are not in the snapshot, and a load leaves them as they are then",
-                cure="if it is one, give it to the guest as a qcow2 image instead",
-                node=peripheral.path,
+            yield Finding.warning(
+                "device-passed-on",
+                (
+                    f"Device {peripheral.label!r} ({peripheral.model}) is the host's: if it is a disk, its "
+                    "contents are not in the snapshot, and a load leaves them as they are then"
+                ),
+                "if it is one, give it to the guest as a qcow2 image instead",
+                peripheral.path,
             )
 
 
@@ -391,12 +381,11 @@ def _warnings(graph: BlockGraph, device: Device) -> Iterator[Finding]:
         return
     if graph.nodes[device.image].is_temporary:
         (name,) = displayed([device.node], [device])
-        yield Finding(
-            code="temporary-overlay",
-            severity=Severity.WARN,
-            message=f"{name} was opened with snapshot=on: its snapshots vanish when QEMU ends",
-            cure="start QEMU without -snapshot and snapshot=on to keep them",
-            node=device.node,
+        yield Finding.warning(
+            "temporary-overlay",
+            f"{name} was opened with snapshot=on: its snapshots vanish when QEMU ends",
+            "start QEMU without -snapshot and snapshot=on to keep them",
+            device.node,
         )
 
 
@@ -423,11 +412,10 @@ def _vmstate(
         return chosen, tuple(_encrypted(graph, devices, able[0], chosen, clear, chooses_devices))
     if wanted is None:
         return None, (
-            Finding(
-                code="no-vmstate-device",
-                severity=Severity.REFUSE,
-                message="no block device can store vmstate for snapshot",
-                cure="the VM state needs a writable qcow2 image: give the guest one, of any size",
+            Finding.refusal(
+                "no-vmstate-device",
+                "no block device can store vmstate for snapshot",
+                "the VM state needs a writable qcow2 image: give the guest one, of any size",
             ),
         )
     names = {
@@ -439,13 +427,18 @@ def _vmstate(
         return node, tuple(_encrypted(graph, devices, node, node, clear, chooses_devices))
     known = wanted in names or wanted in graph.nodes
     return None, (
-        Finding(
-            code="vmstate-unable" if known else "vmstate-unknown",
-            severity=Severity.REFUSE,
-            message=f"--vmstate {wanted}: "
-            + ("this device cannot hold the VM state" if known else f"vmstate block device {wanted!r} does not exist"),
-            cure=f"devices that can: {', '.join(displayed(able, devices)) or 'none'}",
-            node=node,
+        Finding.refusal(
+            "vmstate-unable" if known else "vmstate-unknown",
+            (
+                f"--vmstate {wanted}: "
+                + (
+                    "this device cannot hold the VM state"
+                    if known
+                    else f"vmstate block device {wanted!r} does not exist"
+                )
+            ),
+            f"devices that can: {', '.join(displayed(able, devices)) or 'none'}",
+            node,
         ),
     )
 
@@ -464,13 +457,14 @@ def _removable(graph: BlockGraph, devices: Sequence[Device], chosen: str, choose
     choice = f"--vmstate {' or '.join(map(shlex.quote, fixed))}"
     if not fixed:
         choice = "give the guest a qcow2 disk (of any size), and name it with --vmstate"
-    yield Finding(
-        code="vmstate-removable",
-        severity=Severity.WARN,
-        message=f"QEMU's choice for the VM state is {name}, a removable medium: once that is ejected or unplugged, the "
-        "snapshot is of disks alone",
-        cure=choice if chooses_devices else f"over QMP: {choice}",
-        node=chosen,
+    yield Finding.warning(
+        "vmstate-removable",
+        (
+            f"QEMU's choice for the VM state is {name}, a removable medium: once that is ejected or unplugged, the "
+            "snapshot is of disks alone"
+        ),
+        choice if chooses_devices else f"over QMP: {choice}",
+        chosen,
     )
 
 
@@ -496,23 +490,23 @@ def _encrypted(
         return
     name, there = displayed([wanted, chosen], devices)
     if chosen != wanted:
-        yield Finding(
-            code="vmstate-not-encrypted",
-            severity=Severity.WARN,
-            message=f"{name}, QEMU's choice for the state, is encrypted, and QEMU crashes in that: the state goes to "
-            f"{there}, where the guest's RAM is in the clear; `loadvm` in a human monitor will not look there",
-            cure=f"--vmstate {shlex.quote(there)} says that this is meant",
-            node=chosen,
+        yield Finding.warning(
+            "vmstate-not-encrypted",
+            (
+                f"{name}, QEMU's choice for the state, is encrypted, and QEMU crashes in that: the state goes to "
+                f"{there}, where the guest's RAM is in the clear; `loadvm` in a human monitor will not look there"
+            ),
+            f"--vmstate {shlex.quote(there)} says that this is meant",
+            chosen,
         )
         return
     elsewhere = f"--vmstate {' or '.join(map(shlex.quote, displayed(clear, devices)))}"
     if not clear:
         elsewhere = "give the guest a qcow2 image that is not encrypted (of any size), and name it with --vmstate"
-    yield Finding(
-        code="vmstate-encrypted",
-        severity=Severity.REFUSE,
-        message=f"{name} is encrypted, and QEMU crashes when it writes the VM state into an encrypted image",
-        cure=("" if chooses_devices else "over QMP: ")
+    yield Finding.refusal(
+        "vmstate-encrypted",
+        f"{name} is encrypted, and QEMU crashes when it writes the VM state into an encrypted image",
+        ("" if chooses_devices else "over QMP: ")
         + f"{elsewhere}; or save with --live. The guest's RAM is then in the clear in that image, or in the state file",
-        node=wanted,
+        wanted,
     )

@@ -45,6 +45,18 @@ class Kept(NamedTuple):
         """Whether any notes protect it."""
         return any(name.startswith(_heads(snapshot)) for name in self.names)
 
+    def changes(
+        self, notes: Notes, graph: BlockGraph, devices: Iterable[Device]
+    ) -> tuple[frozenset[str], frozenset[str]]:
+        """The marks to add, and those to take away, so that QEMU has those of the notes that can be read."""
+        wanted = {_kept(note, path) for path, found in notes.by_place.items() for note in found if note.protected}
+        places = tuple(_digest(path) for path in notes.by_place)
+        stale = {name for name in self.names if name.startswith(_KEPT) and name.endswith(places)} - wanted
+        if not notes.unseen:
+            wanted.add(_noted(graph, devices))
+            stale |= {name for name in self.names if name.startswith(_NOTED)} - wanted
+        return frozenset(wanted - self.names), frozenset(stale)
+
     def tells_all(self, graph: BlockGraph, devices: Iterable[Device]) -> bool:
         """Whether what the notes beside the images protect is among it."""
         return _noted(graph, devices) in self.names
@@ -66,21 +78,6 @@ async def unprotect(monitor: Monitor, found: Iterable[Snapshot]) -> None:
     """Take the marks of snapshots away, whatever notes they are of."""
     marks = await kept(monitor)
     for name in sorted(name for one in found for name in marks.names if name.startswith(_heads(one))):
-        await monitor.clear_mark(name)
-
-
-async def mirror(monitor: Monitor, notes: Notes, graph: BlockGraph, devices: Collection[Device]) -> None:
-    """Set the marks right: those of the notes that can be read, no others of these places."""
-    names = (await kept(monitor)).names
-    wanted = {_kept(note, path) for path, found in notes.by_place.items() for note in found if note.protected}
-    places = tuple(_digest(path) for path in notes.by_place)
-    stale = {name for name in names if name.startswith(_KEPT) and name.endswith(places)} - wanted
-    if not notes.unseen:
-        wanted.add(_noted(graph, devices))
-        stale |= {name for name in names if name.startswith(_NOTED)} - wanted
-    for name in sorted(wanted - names):
-        await monitor.set_mark(name, "yes")
-    for name in sorted(stale):
         await monitor.clear_mark(name)
 
 

@@ -207,14 +207,16 @@ class Notes:
             self.write(self._paths[0], (), present)
 
 
-def place(store: StateStore, graph: BlockGraph, devices: Sequence[Device], node: str) -> Path:
+def notes_path(store: StateStore, graph: BlockGraph, notes: Notes, node: str) -> Path:
     """The file for notes: beside the image of *node*, which would hold the VM state.
+
+    :param notes: those that are there.
 
     :raise NotSupported: that cannot be seen from here, and no directory was chosen.
     :raise QsnapError: the directory cannot be written, or notes that are there cannot be read.
     """
     path = store.beside(graph, node, "", SUFFIX, always=True)
-    Notes(store, graph, devices).refuse_unread()
+    notes.refuse_unread()
     if not os.access(path.parent, os.W_OK | os.X_OK):
         raise QsnapError(f"no notes can be made in {path.parent}: it cannot be written; nothing was done")
     return path

@@ -176,10 +176,15 @@ def _clock(row: NodeSnapshot) -> object:
     return row.vm_clock_ns
 
 
-def find(graph: BlockGraph, devices: Sequence[Device], tag: str, files: Sequence[StateFile] = ()) -> Snapshot | None:
-    """The snapshot *tag*, or None. One that the devices hold goes before a file whose disks are gone."""
-    named = [found for found in snapshots(graph, devices, files) if found.tag == tag]
-    return next((found for found in named if found.devices), named[0] if named else None)
+def find(graph: BlockGraph, devices: Sequence[Device], tag: str) -> Snapshot | None:
+    """The snapshot *tag* as the devices alone have it, or None."""
+    return named(snapshots(graph, devices), tag)
+
+
+def named(found: Iterable[Snapshot], tag: str) -> Snapshot | None:
+    """The one of that tag, or None. One that the devices hold goes before a file whose disks are gone."""
+    candidates = [one for one in found if one.tag == tag]
+    return next((one for one in candidates if one.devices), candidates[0] if candidates else None)
 
 
 def in_backing(graph: BlockGraph, devices: Sequence[Device]) -> tuple[InBacking, ...]:
@@ -257,23 +262,28 @@ class Holding(NamedTuple):
     nodes: tuple[str, ...]
     files: tuple[str, ...]
 
+    @property
+    def exists(self) -> bool:
+        """Whether there is anything."""
+        return bool(self.tags or self.files)
 
-def meant(graph: BlockGraph, devices: Sequence[Device], tag: str, files: Sequence[StateFile]) -> tuple[Snapshot, ...]:
-    """The snapshots that *tag* means, whole or not: those that go when it is deleted or replaced."""
-    return tuple(found for found in snapshots(graph, devices, files) if tag in (found.tag, owner(found)))
+
+def meant(found: Iterable[Snapshot], tag: str) -> tuple[Snapshot, ...]:
+    """Those of the snapshots that *tag* means, whole or not: they go when it is deleted or replaced."""
+    return tuple(one for one in found if tag in (one.tag, owner(one)))
 
 
-def holding(graph: BlockGraph, devices: Sequence[Device], tag: str, files: Sequence[StateFile]) -> Holding:
+def holding(found: Iterable[Snapshot], devices: Sequence[Device], tag: str) -> Holding:
     """All that is there of *tag*, whole or not: what goes when it is deleted or replaced.
 
     Of a second name it is what is listed so; not the snapshot that has the tag itself.
     """
-    found_of_it = meant(graph, devices, tag, files)
-    held = {found.disk_tag: found.devices for found in found_of_it if found.devices}
+    of_it = meant(found, tag)
+    held = {one.disk_tag: one.devices for one in of_it if one.devices}
     return Holding(
         tags=tuple(sorted(held)),
         nodes=tuple(node for node in relevant_nodes(devices) if any(node in nodes for nodes in held.values())),
-        files=tuple(found.file.path for found in found_of_it if found.file is not None),
+        files=tuple(one.file.path for one in of_it if one.file is not None),
     )
 
 

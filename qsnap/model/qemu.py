@@ -305,6 +305,16 @@ class Finding(Struct, frozen=True):
     cure: str = ""
     node: str | None = None
 
+    @classmethod
+    def refusal(cls, code: str, message: str, cure: str = "", node: str | None = None) -> Finding:
+        """One that refuses the operation."""
+        return cls(code=code, severity=Severity.REFUSE, message=message, cure=cure, node=node)
+
+    @classmethod
+    def warning(cls, code: str, message: str, cure: str = "", node: str | None = None) -> Finding:
+        """One that only warns."""
+        return cls(code=code, severity=Severity.WARN, message=message, cure=cure, node=node)
+
     @property
     def refuses(self) -> bool:
         """Whether it stands in the way, rather than only warns."""

@@ -11,35 +11,26 @@ from qsnap.errors import JobFailed, PartialFailure, PrecheckRefused, QsnapError,
 from qsnap.host import bulk_io
 from qsnap.inventory import block_jobs, snapshots
 from qsnap.inventory import devices as rules
+from qsnap.inventory.inventory import Inventory
 from qsnap.inventory.snapshots import Holding
-from qsnap.inventory.state_store import NO_STORE, StateStore
 from qsnap.model.qemu import DeleteResult, Device, SnapshotTables
 from qsnap.monitor import Monitor
-from qsnap.operations.plan import refuse_untransportable, runstate_findings
-from qsnap.operations.removal import Look
-from qsnap.runs.journal import Journal
-from qsnap.runs.shield import shielded
+from qsnap.operations.findings import refuse_untransportable, runstate_findings
+from qsnap.operations.removal import refuse_removal
+from qsnap.runs.run import Run
 
 
 async def do_delvm(
-    monitor: Monitor,
-    tags: Sequence[str],
-    *,
-    store: StateStore = NO_STORE,
-    missing_ok: bool = False,
-    journal: Journal | None = None,
-    look: Look | None = None,
+    run: Run, tags: Sequence[str], *, missing_ok: bool = False, inventory: Inventory | None = None
 ) -> DeleteResult:
     """Delete snapshots from every device that holds them, those that are on some devices only too, and state files.
 
     The guest keeps its run state; a running one stands still while QEMU deletes.
 
-    :param store: where the state files of live saves lie.
     :param tags: deleted one after another; an error with one does not keep the others from being deleted.
     :param missing_ok: a tag that no device holds is no error.
-    :param journal: of the claim that this is done under; without one nobody sees it through if we are killed.
-    :param look: at the VM, taken under the same claim; without one it is taken here. What is read back after each
-        deletion is the look for the next.
+    :param inventory: of the VM, taken in the same run; without one it is taken here. What is read back after each
+        deletion goes into it.
     :return: for each tag the node-names that held it.
     :raise NotSupported: the tag cannot go through a human monitor.
     :raise SnapshotNotFound: no device holds the tag (with several tags: any of them).
@@ -49,10 +40,11 @@ async def do_delvm(
     :raise VerifyFailed: QEMU reported success, and the tag is still there.
     :raise PartialFailure: some of several tags were deleted, and some not.
     """
-    look = look or Look(monitor, store, await monitor.block_graph())
+    monitor = run.monitor
+    inventory = inventory or await run.look()
     refusals = [
         *runstate_findings(await monitor.runstate()),
-        *block_jobs.delete_findings(look.graph, look.devices, chooses_devices=monitor.chooses_devices),
+        *block_jobs.delete_findings(inventory.graph, inventory.devices, chooses_devices=monitor.chooses_devices),
     ]
     if any(finding.refuses for finding in refusals):
         raise PrecheckRefused("nothing can be deleted now", refusals)
@@ -61,18 +53,18 @@ async def do_delvm(
     failed: dict[str, QsnapError] = {}
     for tag in dict.fromkeys(tags):
         try:
-            held = await _delete(monitor, tag, look, missing_ok, journal or Journal())
+            held = await _delete(run, tag, inventory, missing_ok)
             deleted[tag] = held.nodes
             files |= {tag: held.files} if held.files else {}
         except QsnapError as error:
             failed[tag] = error
         except asyncio.CancelledError as cancelled:
             # The tag at which it came is gone too, if QEMU had begun with it
-            gone = [*deleted, *([] if any(look.holding(tag)) else [tag])]
+            gone = [*deleted, *([] if any(inventory.holding(tag)) else [tag])]
             cancelled.add_note(f"deleted by then: {', '.join(gone) or 'nothing'}")
             raise
     if not failed:
-        return DeleteResult(deleted=deleted, labels=rules.labels(look.devices), files=files)
+        return DeleteResult(deleted=deleted, labels=rules.labels(inventory.devices), files=files)
     if len(failed) == 1 and not deleted:
         raise next(iter(failed.values()))
     if not deleted and all(isinstance(error, SnapshotNotFound) for error in failed.values()):
@@ -81,29 +73,29 @@ async def do_delvm(
     raise PartialFailure(tuple(deleted), failed)
 
 
-async def _delete(monitor: Monitor, tag: str, look: Look, missing_ok: bool, journal: Journal) -> Holding:
-    refuse_untransportable(monitor, tag)
-    held = look.holding(tag)
+async def _delete(run: Run, tag: str, inventory: Inventory, missing_ok: bool) -> Holding:
+    refuse_untransportable(run.monitor, tag)
+    held = inventory.holding(tag)
     if not held.tags and not held.files and not missing_ok:
-        raise snapshots.not_found(look.graph, look.devices, tag)
-    await look.refuse_removal(tag, "deleted")
+        raise inventory.not_found(tag)
+    await refuse_removal(run.monitor, inventory, tag, "deleted")
     if held.tags or held.files:
-        await journal.armed()
-        journal.note(tags=(tag,), devices=held.nodes, disk_tags=held.tags, files=held.files)
+        await run.journal.armed()
+        run.journal.note(tags=(tag,), devices=held.nodes, disk_tags=held.tags, files=held.files)
         # What QEMU has begun it finishes; an interrupt takes effect between two tags.
-        await shielded(_deleted(monitor, held, look), journal.patience_s)
+        await run.shielded(_deleted(run.monitor, held, inventory))
     return held
 
 
-async def _deleted(monitor: Monitor, held: Holding, look: Look) -> None:
-    tables: SnapshotTables = {name: node.snapshots for name, node in look.graph.nodes.items()}
+async def _deleted(monitor: Monitor, held: Holding, inventory: Inventory) -> None:
+    tables: SnapshotTables = {name: node.snapshots for name, node in inventory.graph.nodes.items()}
     try:
-        tables = await delete_all(monitor, look.devices, held.tags, held.files, tables)
+        tables = await delete_all(monitor, inventory.devices, held.tags, held.files, tables)
     except JobFailed:
         # Some of it may be gone
-        look.without((), await monitor.snapshot_tables())
+        inventory.without((), await monitor.snapshot_tables())
         raise
-    look.without(held.files, tables)
+    inventory.without(held.files, tables)
 
 
 async def delete_all(

@@ -22,27 +22,21 @@ from qsnap.errors import (
     SnapshotNotFound,
 )
 from qsnap.inventory import state_file
-from qsnap.inventory.state_store import NO_STORE, StateStore
-from qsnap.model.qemu import Finding, LoadResult, RunState, Severity, Snapshot
+from qsnap.model.qemu import Finding, LoadResult, RunState, Snapshot
 from qsnap.model.runstates import cure_of, is_live, needs_reset, runs_after_load
 from qsnap.monitor import HALF_RESTORED, STATE_NODE_PREFIX, Monitor
-from qsnap.operations.plan import LoadPlan, plan_load, spoiled_finding
+from qsnap.operations.findings import spoiled_finding
+from qsnap.operations.plan import LoadPlan, plan_load
 from qsnap.operations.reset import reset
 from qsnap.operations.translation import flush_translations, leave_own_stop, leave_restore_vm
 from qsnap.runs.journal import AFTERMATH_TIMEOUT_S, Journal
 from qsnap.runs.pause import Pause, has_ended, reconnect, stopped
+from qsnap.runs.run import Run
 from qsnap.runs.shield import shielded
 
 
 async def do_loadvm(
-    monitor: Monitor,
-    tag: str,
-    *,
-    store: StateStore = NO_STORE,
-    running: bool | None = None,
-    exclude: Collection[str] = (),
-    force: bool = False,
-    journal: Journal | None = None,
+    run: Run, tag: str, *, running: bool | None = None, exclude: Collection[str] = (), force: bool = False
 ) -> LoadResult:
     """Put RAM, device state and disks back to what *tag* holds.
 
@@ -58,11 +52,9 @@ async def do_loadvm(
     The state file of a live snapshot becomes a node for the time of the load. QEMU writes to it: it counts the uses of
     its clusters, as in any image that it goes back to a snapshot of.
 
-    :param store: where the state files of live saves lie.
     :param running: True to run the guest afterwards, False to leave it paused. Default: paused if it was paused.
     :param exclude: devices that keep the contents they have now, as they did when the tag was saved.
     :param force: load also where a disk stands on other images than when the tag was saved.
-    :param journal: of the claim that this is done under; without one nobody sees it through if we are killed.
     :return: what was loaded.
     :raise SnapshotNotFound: no device holds the tag, or one lacks it; the guest was not touched.
     :raise PrecheckRefused: it would fail, or mix moments; the guest was not touched.
@@ -72,33 +64,32 @@ async def do_loadvm(
     :raise JobFailed: the same where the guest was not running.
     """
     began = time.monotonic()
-    journal = journal or Journal()
-    plan = await plan_load(monitor, tag, store=store, exclude=exclude, force=force)
+    monitor, journal = run.monitor, run.journal
+    plan = await plan_load(run, tag, exclude=exclude, force=force)
     if plan.spoiled:
-        await _forget_failure(monitor, tag, journal)
+        await _forget_failure(run, tag)
         plan = plan._replace(spoiled=False)
     # HMP has no job that tells how a load ended. But a guest that loadvm itself has stopped tells by its run state.
     by_qemu = not monitor.chooses_devices and running is not False
     was_reset = needs_reset(plan.runstate, monitor.version)
     async with AsyncExitStack() as stack:
-        vmstate, devices = await stack.enter_async_context(_source(monitor, plan, store))
+        vmstate, devices = await stack.enter_async_context(_source(run, plan))
         if was_reset:
             await reset(monitor)
         pause = await stack.enter_async_context(stopped(monitor, journal, by_qemu=by_qemu))
         # Nothing can change from here on, so look once more
         standing = _standing(was_reset=was_reset, was_stopped=pause.was_running and not by_qemu)
-        again = await plan_load(monitor, tag, store=store, exclude=exclude, force=force, standing=standing)
+        again = await plan_load(run, tag, exclude=exclude, force=force, standing=standing)
         if again._replace(runstate=plan.runstate) != plan:
-            change = Finding(
-                code="snapshots-changed",
-                severity=Severity.REFUSE,
-                message=f"snapshot {tag!r} or the block devices have changed between the check and the stop",
-                cure="try again",
+            change = Finding.refusal(
+                "snapshots-changed",
+                f"snapshot {tag!r} or the block devices have changed between the check and the stop",
+                "try again",
             )
             raise PrecheckRefused("nothing was loaded", [change], standing)
         runs = runs_after_load(plan.runstate) if running is None else running
         if not (by_qemu and pause.was_running):
-            await _flush(monitor, pause, journal, runs=runs)
+            await _flush(run, pause, runs=runs)
         journal.note(loading="begun", was_running=pause.was_running)
         try:
             disk_tag = plan.snapshot.disk_tag
@@ -148,16 +139,17 @@ def _standing(*, was_reset: bool, was_stopped: bool) -> str:
     return "the guest was stopped for a moment, and resumed" if was_stopped else UNTOUCHED
 
 
-async def _flush(monitor: Monitor, pause: Pause, journal: Journal, *, runs: bool) -> None:
+async def _flush(run: Run, pause: Pause, *, runs: bool) -> None:
     """Have QEMU drop the code that it has translated: see :func:`flush_translations`. A guest that is not to run is
     paused from now on, however it has come to stand still."""
+    monitor, journal = run.monitor, run.journal
     journal.note(loading="flushing", was_running=pause.was_running)
     try:
-        await shielded(flush_translations(monitor, runs=runs), journal.patience_s)
+        await run.shielded(flush_translations(monitor, runs=runs))
         if not runs:
-            await shielded(leave_own_stop(monitor), journal.patience_s)
+            await run.shielded(leave_own_stop(monitor))
     except BaseException:
-        await shielded(_settled(monitor, journal, runs=pause.was_running), journal.patience_s)
+        await run.shielded(_settled(monitor, journal, runs=pause.was_running))
         journal.done(loading="")
         raise
 
@@ -173,12 +165,12 @@ async def _settled(monitor: Monitor, journal: Journal, *, runs: bool) -> None:
         await leave_restore_vm(monitor)
 
 
-async def _forget_failure(monitor: Monitor, tag: str, journal: Journal) -> None:
+async def _forget_failure(run: Run, tag: str) -> None:
     """Have QEMU forget that a migration has failed, without which it would fail in the middle of the load.
 
     :raise PrecheckRefused: it does not; the guest was not touched.
     """
-    background = monitor.background
+    monitor, journal, background = run.monitor, run.journal, run.monitor.background
     assert background is not None  # or the plan had been refused
     await journal.armed()
     journal.note(settings=await background.settings(), forgetting=True)
@@ -188,30 +180,29 @@ async def _forget_failure(monitor: Monitor, tag: str, journal: Journal) -> None:
         finding = spoiled_finding(await monitor.migration(), await monitor.runstate())
         raise PrecheckRefused(f"snapshot {tag!r} cannot be loaded now", [finding]) from error
     finally:
-        await shielded(background.put_back(journal.record.settings), journal.patience_s)
+        await run.shielded(background.put_back(journal.record.settings))
         journal.done(forgetting=False)
 
 
 @asynccontextmanager
-async def _source(monitor: Monitor, plan: LoadPlan, store: StateStore) -> AsyncIterator[tuple[str, Sequence[str]]]:
+async def _source(run: Run, plan: LoadPlan) -> AsyncIterator[tuple[str, Sequence[str]]]:
     """Where QEMU is to find the VM state for the duration of a block, and all nodes that take part in the load.
 
     :raise PrecheckRefused: the state file is damaged, or is not to be opened for this QEMU; the guest was not touched.
     :raise JobFailed: QEMU cannot use the state file; the guest was not touched.
     """
-    snapshot, background = plan.snapshot, monitor.background
+    snapshot, background = plan.snapshot, run.monitor.background
     if snapshot.file is None or background is None:
         yield plan.vmstate or "", plan.devices
         return
     node = f"{STATE_NODE_PREFIX}-{secrets.token_hex(4)}"
     try:
-        file = store.opened(snapshot.file)
+        file = run.store.opened(snapshot.file)
     except PermissionError as error:
-        finding = Finding(
-            code="state-file-closed",
-            severity=Severity.REFUSE,
-            message=f"the state file {snapshot.file.path} is not handed to QEMU: {error.strerror}",
-            cure="if the file is that VM's: chown it to the image's owner; or load another snapshot",
+        finding = Finding.refusal(
+            "state-file-closed",
+            f"the state file {snapshot.file.path} is not handed to QEMU: {error.strerror}",
+            "if the file is that VM's: chown it to the image's owner; or load another snapshot",
         )
         raise PrecheckRefused(f"snapshot {snapshot.tag!r} cannot be loaded", [finding]) from error
     except OSError as error:
@@ -233,11 +224,10 @@ def _refuse_flawed(file: int, snapshot: Snapshot) -> None:
     """
     assert snapshot.file is not None
     if problem := state_file.flaw(lambda size, offset: os.pread(file, size, offset), os.fstat(file).st_size):
-        finding = Finding(
-            code="state-file-damaged",
-            severity=Severity.REFUSE,
-            message=f"the state file {snapshot.file.path} is damaged: {problem}",
-            cure="if there is a good copy of the file, put that in its place; or load another snapshot",
+        finding = Finding.refusal(
+            "state-file-damaged",
+            f"the state file {snapshot.file.path} is damaged: {problem}",
+            "if there is a good copy of the file, put that in its place; or load another snapshot",
         )
         raise PrecheckRefused(f"snapshot {snapshot.tag!r} cannot be loaded", [finding])
 

@@ -6,70 +6,45 @@ Each finding says what is wrong and how to cure it. All are collected; the first
 from __future__ import annotations
 
 import asyncio
-import re
-import shlex
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection
 from pathlib import Path
 from typing import NamedTuple
 
-from qsnap.errors import UNTOUCHED, CommandFailed, NotSupported, PrecheckRefused, QsnapError, SnapshotNotFound
+from qsnap.errors import UNTOUCHED, CommandFailed, NotSupported, PrecheckRefused, SnapshotNotFound
 from qsnap.host import processes
 from qsnap.inventory import block_jobs, descriptors, snapshots
 from qsnap.inventory import devices as rules
-from qsnap.inventory.notes import Notes
-from qsnap.inventory.state_store import StateStore
+from qsnap.inventory.inventory import Inventory
 from qsnap.model.qemu import (
-    MIGRATION_IDLE,
     BlockGraph,
     CheckReport,
-    Device,
-    Finding,
-    Job,
-    Kind,
-    Migration,
-    QemuVersion,
     RunState,
-    Severity,
     Snapshot,
-    StateFile,
     Verdict,
-    tag_problem,
 )
-from qsnap.model.runstates import trouble_of
-from qsnap.monitor import HALF_RESTORED, Monitor
+from qsnap.model.requests import SaveRequest
+from qsnap.monitor import HALF_RESTORED
+from qsnap.operations.findings import (
+    _OF_THE_VMSTATE_IMAGE,
+    _aftermath_findings,
+    _background_findings,
+    _chain_findings,
+    _device_findings_for_load,
+    _fixed_size_findings,
+    _load_findings,
+    _migration_findings,
+    _no_machine,
+    _nvme_findings,
+    _refuse_hmp_choices,
+    _room_findings,
+    _tag_findings,
+    _trouble_findings,
+    refuse_untransportable,
+    runstate_findings,
+    spoiled_finding,
+)
 from qsnap.operations.reset import reset_findings
-
-#: Run states in which QEMU refuses a save, or crashes in it (before 9.0: an assertion on inactive images).
-_RUNSTATES_REFUSED = {
-    RunState.INMIGRATE: ("it waits for an incoming migration", "wait for its end"),
-    RunState.POSTMIGRATE: ("it has been migrated away, and its images are inactive", "`cont` takes it back"),
-    RunState.FINISH_MIGRATE: ("a migration is about to end", "wait for its end, or `migrate_cancel`"),
-    RunState.PRECONFIG: ("its machine is not built yet (-preconfig)", "`x-exit-preconfig` builds it"),
-    RunState.COLO: ("it is one half of a COLO pair", "end that first"),
-    RunState.SAVE_VM: ("another save is under way", "wait for its end"),
-}
-#: What QEMU answers to most commands under -preconfig (qapi/qmp-dispatch.c), where query-status says "prelaunch";
-#: before 6.0 the other sentence, and query-status says "preconfig".
-_NO_MACHINE = ("permitted only after machine initialization", "isn't permitted in 'preconfig' state")
-#: Capabilities with which savevm fails or crashes QEMU, and the version from which they are harmless.
-#: multifd: seen to crash 7.2, refused since 10.2. mapped-ram: since 10.2 savevm can write it, but only a QEMU with it
-#: set loads that, and a QEMU that is started anew has it not; a live snapshot with it is never loaded (seen in 11.1).
-#: block: "Block migration and snapshots are incompatible"; it went in 9.1.
-_CAPABILITIES_REFUSED: dict[str, QemuVersion | None] = {
-    "multifd": None,
-    "mapped-ram": None,
-    "block": None,
-}
-
-
-#: From here on nvme can be saved; and QEMU crashes in it where a controller has no drive of its own (seen in 11.1).
-_NVME_IS_SAVED = QemuVersion(11, 0, 0)
-
-
-#: Protocol drivers of what has the size that it has (block/*.c: those without bdrv_co_truncate that makes it larger).
-_FIXED_SIZE = frozenset({"nbd", "host_device", "iscsi", "nvme", "nvme-io_uring", "virtio-blk-vhost-vdpa"})
-#: What is found of the image that is to hold the VM state, and does not matter where the state goes elsewhere.
-_OF_THE_VMSTATE_IMAGE = frozenset({"vmstate-encrypted", "vmstate-not-encrypted", "vmstate-removable"})
+from qsnap.runs.run import Run
 
 
 class SavePlan(NamedTuple):
@@ -79,10 +54,16 @@ class SavePlan(NamedTuple):
     :ivar estimate: how large the VM state will be, where that can be seen.
     """
 
+    inventory: Inventory
     report: CheckReport
-    graph: BlockGraph
     image: Path | None
     estimate: processes.StateEstimate | None
+
+    @property
+    def vmstate(self) -> str:
+        """The node that the VM state goes to; a plan without one is refused."""
+        assert self.report.vmstate is not None
+        return self.report.vmstate
 
     def refuse_if_needed(self) -> None:
         """:raise PrecheckRefused: if a finding stands in the way."""
@@ -106,29 +87,18 @@ class LoadPlan(NamedTuple):
     spoiled: bool
 
 
-async def plan_save(
-    monitor: Monitor,
-    tag: str | None,
-    *,
-    vmstate: str | None = None,
-    exclude: Collection[str] = (),
-    force: bool = False,
-    state_elsewhere: bool = False,
-    alive: bool = False,
-) -> SavePlan:
+async def plan_save(run: Run, request: SaveRequest, *, state_elsewhere: bool = False) -> SavePlan:
     """Find out whether the guest can be saved now, and how.
 
-    :param tag: the tag that is wanted; None leaves it unchecked.
-    :param force: let a lack of room only warn.
-    :param alive: refuse a guest that could not go on from the snapshot, and do not only warn.
     :param state_elsewhere: the VM state does not go into an image: no room is needed there.
-    :raise NotSupported: *tag*, *vmstate* or *exclude* go beyond what HMP can honour.
+    :raise NotSupported: the request goes beyond what HMP can honour.
     """
+    monitor, vmstate, exclude = run.monitor, request.vmstate, request.exclude
     try:
-        runstate, migration, graph, ram_bytes, half_restored, leftovers = await asyncio.gather(
+        runstate, migration, inventory, ram_bytes, half_restored, leftovers = await asyncio.gather(
             monitor.runstate(),
             monitor.migration(),
-            monitor.block_graph(),
+            run.look(vmstate=vmstate, exclude=exclude),
             monitor.memory_size(),
             monitor.mark(HALF_RESTORED),
             monitor.leftover_jobs(),
@@ -136,16 +106,16 @@ async def plan_save(
     except CommandFailed as error:
         refusal = _no_machine(error)
         report = CheckReport(ok=False, runstate=RunState.PRECONFIG, vmstate=None, devices=(), findings=(refusal,))
-        return SavePlan(report, BlockGraph(nodes={}, backends=()), None, None)
+        return SavePlan(Inventory(BlockGraph(nodes={}, backends=()), run.store), report, None, None)
+    graph, survey = inventory.graph, inventory.survey
     _refuse_hmp_choices(monitor, graph, vmstate, exclude)
-    refuse_untransportable(monitor, tag)
-    survey = rules.survey(graph, exclude=exclude, vmstate=vmstate, chooses_devices=monitor.chooses_devices)
+    refuse_untransportable(monitor, request.tag)
     image = descriptors.way(monitor.pid, graph, survey.vmstate) if survey.vmstate else None
     estimate = processes.state_estimate(monitor.pid, ram_bytes)
     findings = [
-        *_tag_findings(tag),
+        *_tag_findings(request.tag),
         *runstate_findings(runstate),
-        *_trouble_findings(runstate, monitor.version, alive=alive),
+        *_trouble_findings(runstate, monitor.version, alive=request.alive),
         *_aftermath_findings(runstate, half_restored is not None, leftovers),
         *_migration_findings(migration, monitor.version, graph, survey.devices),
         *_nvme_findings(graph, monitor.version),
@@ -155,8 +125,8 @@ async def plan_save(
     if state_elsewhere:
         findings = [finding for finding in findings if finding.code not in _OF_THE_VMSTATE_IMAGE]
     else:
-        findings += _room_findings(graph, survey, tag, image, estimate, force, monitor.chooses_devices)
-        findings += _fixed_size_findings(graph, survey, estimate, ram_bytes, force)
+        findings += _room_findings(graph, survey, request, image, estimate, monitor.chooses_devices)
+        findings += _fixed_size_findings(graph, survey, request, estimate, ram_bytes)
     report = CheckReport(
         ok=not any(finding.refuses for finding in findings),
         runstate=runstate,
@@ -164,21 +134,14 @@ async def plan_save(
         devices=survey.devices,
         findings=tuple(findings),
     )
-    return SavePlan(report, graph, image, estimate)
+    return SavePlan(inventory, report, image, estimate)
 
 
 async def plan_load(
-    monitor: Monitor,
-    tag: str,
-    *,
-    store: StateStore,
-    exclude: Collection[str] = (),
-    force: bool = False,
-    standing: str = UNTOUCHED,
+    run: Run, tag: str, *, exclude: Collection[str] = (), force: bool = False, standing: str = UNTOUCHED
 ) -> LoadPlan:
     """Find out whether *tag* can be loaded now, and how.
 
-    :param store: where the state files of live saves lie.
     :param exclude: devices whose contents are to stay as they are now.
     :param force: do not mind that a disk stands on other images than when the tag was saved.
     :param standing: what a refusal says of the guest.
@@ -186,22 +149,22 @@ async def plan_load(
     :raise PrecheckRefused: a load would fail, or mix disks of different moments.
     :raise NotSupported: HMP cannot load it in this way.
     """
+    monitor = run.monitor
     refuse_untransportable(monitor, tag)
     try:
-        runstate, migration, graph = await asyncio.gather(
-            monitor.runstate(), monitor.migration(), monitor.block_graph()
+        runstate, migration, inventory = await asyncio.gather(
+            monitor.runstate(), monitor.migration(), run.look(exclude=exclude)
         )
     except CommandFailed as error:
         raise PrecheckRefused(f"snapshot {tag!r} cannot be loaded now", [_no_machine(error)], standing) from error
+    graph, survey = inventory.graph, inventory.survey
     if not monitor.chooses_devices and not rules.names_outside(graph).issuperset(exclude):
         raise NotSupported(f"{monitor.who} loads all devices or none: --exclude is beyond it")
-    survey = rules.survey(graph, exclude=exclude, chooses_devices=monitor.chooses_devices)
-    files = store.files(graph, survey.devices)
-    snapshot = snapshots.find(graph, survey.devices, tag, files)
+    snapshot = inventory.find(tag)
     if snapshot is None:
-        other = snapshots.find(graph, survey.devices, f"{tag}{snapshots.STAND_IN_SUFFIX}", files)
+        other = inventory.find(f"{tag}{snapshots.STAND_IN_SUFFIX}")
         hint = f". Its stand-in, of a replacement that was not completed, can be loaded: {other.tag}" if other else ""
-        raise snapshots.not_found(graph, survey.devices, tag, f"; {standing}{hint}")
+        raise inventory.not_found(tag, f"; {standing}{hint}")
     left_out = {d.image or d.node for d in survey.devices if d.verdict is Verdict.EXCLUDED}
     missing = [node for node in snapshot.missing if node not in left_out]
     unable = [node for d in survey.devices if d.verdict is Verdict.REFUSED and (node := d.image or d.node)]
@@ -214,7 +177,7 @@ async def plan_load(
     if lacking := [node for node in missing if node not in unable]:
         raise SnapshotNotFound(
             tag,
-            f"snapshot {tag!r} is partial: {', '.join(rules.displayed(lacking, survey.devices))} lacks it; {standing}."
+            f"snapshot {tag!r} is partial: {', '.join(inventory.displayed(lacking))} lacks it; {standing}."
             + (f" To load the rest and leave that as it is now: {exclude_all}" if loadable else ""),
         )
     devices = tuple(node for node in snapshot.devices if node not in left_out)
@@ -224,11 +187,11 @@ async def plan_load(
         *_background_findings(migration),
         *reset_findings(monitor, runstate),
         *_device_findings_for_load(survey, exclude_all if can_exclude else ""),
-        *_load_findings(graph, survey.devices, store, snapshot, devices),
+        *_load_findings(inventory, snapshot, devices),
         *block_jobs.load_findings(graph, survey.devices, devices),
     ]
     if not force:
-        findings += _chain_findings(graph, survey.devices, store, snapshot, devices)
+        findings += _chain_findings(inventory, snapshot, devices)
     spoiled = migration.spoils_loads(monitor.version)
     if spoiled and (monitor.background is None or runstate is RunState.RESTORE_VM):
         findings.append(spoiled_finding(migration, runstate))
@@ -250,362 +213,3 @@ async def plan_load(
             f"hang. With the guest off: qemu-img snapshot -a TAG IMAGE, on every disk; {standing}"
         )
     return LoadPlan(snapshot, snapshot.vmstate, devices, tuple(sorted(filter(None, left_out))), runstate, spoiled)
-
-
-def _device_findings_for_load(survey: rules.Survey, exclude_all: str) -> Iterator[Finding]:
-    for finding in survey.findings:
-        if finding.code == "device-cannot-snapshot":
-            yield _refusal(
-                finding.code,
-                f"{finding.message}: it would keep the contents that it has now, while the rest goes back",
-                f"if that is meant: {exclude_all}" if exclude_all else "if the snapshot was made without it: unplug it",
-                finding.node,
-            )
-        elif finding.code == "exclude-unknown":
-            yield finding
-
-
-def refuse_untransportable(monitor: Monitor, tag: str | None) -> None:
-    """Refuse a tag that this monitor would make another one of.
-
-    :raise NotSupported: it would; nothing has been done.
-    """
-    if tag is not None and tag_problem(tag) is None and (obstacle := monitor.tag_obstacle(tag)):
-        raise NotSupported(f"{monitor.who} cannot be given the tag {tag!r}: {obstacle}. By QMP it can")
-
-
-def _refuse_hmp_choices(monitor: Monitor, graph: BlockGraph, vmstate: str | None, exclude: Collection[str]) -> None:
-    if monitor.chooses_devices:
-        return
-    if not rules.names_outside(graph).issuperset(exclude):
-        raise NotSupported(f"{monitor.who} saves all devices or none: --exclude is beyond it")
-    if vmstate is not None:
-        chosen = rules.survey(graph, vmstate=vmstate, chooses_devices=False).vmstate
-        default = rules.survey(graph, chooses_devices=False).vmstate
-        if chosen is None or chosen != default:
-            raise NotSupported(
-                f"{monitor.who} chooses the vmstate device itself ({default}): --vmstate {vmstate} is beyond it"
-            )
-
-
-def _refusal(code: str, message: str, cure: str = "", node: str | None = None) -> Finding:
-    return Finding(code=code, severity=Severity.REFUSE, message=message, cure=cure, node=node)
-
-
-def _warning(code: str, message: str, cure: str = "", node: str | None = None) -> Finding:
-    return Finding(code=code, severity=Severity.WARN, message=message, cure=cure, node=node)
-
-
-def _tag_findings(tag: str | None) -> Iterator[Finding]:
-    if tag is None:
-        return
-    if problem := tag_problem(tag):
-        yield _refusal("bad-tag", problem, "choose a tag of 1 to 255 bytes, without control characters")
-    elif snapshots.looks_like_id(tag):
-        yield _refusal(
-            "bad-tag",
-            f"the tag {tag!r} is a number: a load looks it up among the IDs that QEMU gives snapshots first, and would "
-            "bring back another one",
-            f"choose a tag with a letter: v{tag}",
-        )
-    elif suffix := next((end for end in snapshots.RESERVED_SUFFIXES if tag.endswith(end)), ""):
-        yield _refusal("bad-tag", f"tags that end with {suffix!r} are qsnap's own", "choose another tag")
-
-
-def runstate_findings(runstate: RunState) -> Iterator[Finding]:
-    """What a run state has against any change of snapshots."""
-    if runstate in _RUNSTATES_REFUSED:
-        reason, cure = _RUNSTATES_REFUSED[runstate]
-        yield _refusal("runstate", f"the guest is in run state {runstate}: {reason}", cure)
-    elif runstate is RunState.RESTORE_VM:
-        yield _warning(
-            "restore-vm",
-            "the guest is in run state restore-vm: a load has failed, and RAM and disks may be half restored",
-            "load a good snapshot first, or `cont` if you know that nothing was changed",
-        )
-
-
-def _trouble_findings(runstate: RunState, version: QemuVersion, *, alive: bool) -> Iterator[Finding]:
-    """That the guest has stopped by itself: whoever loads a snapshot of that gets a guest that does not go on."""
-    if trouble := trouble_of(runstate, version):
-        make = _refusal if alive else _warning
-        cure = "put it back first: qsnap load TAG" if runstate is not RunState.SUSPENDED else "`system_wakeup` wakes it"
-        yield make("not-alive", trouble, cure)
-
-
-def _no_machine(error: CommandFailed) -> Finding:
-    """What *error* means under -preconfig, where QEMU refuses to answer.
-
-    :raise CommandFailed: *error*, if it means something else.
-    """
-    if not any(sentence in error.reason for sentence in _NO_MACHINE):
-        raise error
-    return next(runstate_findings(RunState.PRECONFIG))
-
-
-def _aftermath_findings(runstate: RunState, half_restored: bool, leftovers: Sequence[Job]) -> Iterator[Finding]:
-    """What earlier qsnaps have left behind in the guest."""
-    if half_restored:
-        yield _refusal(
-            "half-restored",
-            "a load has failed midway: RAM and disks may be of different moments, and a save would keep that",
-            "load a good snapshot first: qsnap load TAG --running; or restart QEMU",
-        )
-    if leftovers and runstate is RunState.PAUSED:
-        yield _warning(
-            "killed-qsnap",
-            "an earlier qsnap was killed before it could resume the guest, which may be paused only for that",
-            "if nobody else has paused it: `cont` in its monitor",
-        )
-
-
-def _migration_findings(
-    migration: Migration, version: QemuVersion, graph: BlockGraph, devices: Sequence[Device]
-) -> Iterator[Finding]:
-    if migration.status not in MIGRATION_IDLE:
-        yield _refusal(
-            "migration-running",
-            f"There's a migration process in progress (status {migration.status})",
-            "wait for its end, or `migrate_cancel`",
-        )
-    for reason in migration.blocked_reasons:
-        yield _refusal("migration-blocker", *_blocker(reason, graph, devices))
-    for capability, harmless_since in _CAPABILITIES_REFUSED.items():
-        if capability not in migration.capabilities:
-            continue
-        if harmless_since is None or version < harmless_since:
-            yield _refusal(
-                "migration-capability",
-                f"the migration capability {capability} is set: with it a save fails, QEMU crashes, or the snapshot "
-                "cannot be loaded",
-                f"switch it off: migrate_set_capability {capability} off",
-            )
-    if "x-ignore-shared" in migration.capabilities:
-        yield _warning(
-            "migration-capability",
-            "the migration capability x-ignore-shared is set: RAM in shared memory will not be in the snapshot, and it "
-            "will be loaded only while that is set",
-            "switch it off: migrate_set_capability x-ignore-shared off",
-        )
-
-
-def _blocker(reason: str, graph: BlockGraph, devices: Sequence[Device]) -> tuple[str, str]:
-    """What QEMU says of a device whose state it cannot save, of that device's name; and what to do about it.
-
-    :param reason: QEMU's own words (5.2 to 11.1).
-    """
-    where = re.search(r"used by node '(.*)'", reason)
-    device = rules.device_above(graph, devices, where[1]) if where else None
-    if device is not None and where is not None and device.device and where[1].startswith("#"):
-        reason = reason.replace(where[1], device.device)
-    if "'peer mode'" in reason:  # hw/misc/ivshmem.c
-        return reason, "start the guest with master=on for that ivshmem device: its memory is then part of the VM state"
-    if where:
-        return reason, rules.cure_of(graph, device.node if device else where[1])
-    return reason, "unplug that device, or start the guest without it: its state cannot be saved"
-
-
-def spoiled_finding(migration: Migration, runstate: RunState) -> Finding:
-    """The refusal of a load where :meth:`Migration.spoils_loads`, and QEMU cannot be made to forget that.
-
-    In "restore-vm" QEMU aborts if any migration begins ("invalid runstate transition"; seen on 7.2, 10.0 and 11.1).
-    """
-    cure = "a save of any kind that goes well clears it: qsnap save TAG, under a tag that is free"
-    if runstate is RunState.RESTORE_VM:
-        cure = "the guest must leave run state restore-vm first: `cont` and at once `stop` in its monitor, then load"
-    if migration.error is None:
-        what = "was cancelled, and may have failed by that (this monitor does not tell)"
-    else:
-        what = f"has failed ({migration.error})"
-    return _refusal(
-        "migration-failed",
-        f"the last migration, or live save, {what}: QEMU would fail in the middle of any load after that",
-        cure,
-    )
-
-
-def _background_findings(migration: Migration) -> Iterator[Finding]:
-    if "background-snapshot" in migration.capabilities:
-        yield _refusal(
-            "migration-capability",
-            "the migration capability background-snapshot is set: with it QEMU loads no snapshot",
-            "switch it off: migrate_set_capability background-snapshot off",
-        )
-
-
-def _nvme_findings(graph: BlockGraph, version: QemuVersion) -> Iterator[Finding]:
-    """What crashes QEMU's savevm of NVMe. Older versions name the device as one that blocks a migration."""
-    if version < _NVME_IS_SAVED:
-        return
-    with_drive = {user.qdev for user in graph.backends}
-    for peripheral in graph.peripherals:
-        if peripheral.model == "nvme" and with_drive.isdisjoint({peripheral.path, peripheral.device_id}):
-            name = peripheral.path.rpartition("/")[2]
-            yield _refusal(
-                "nvme-without-drive",
-                f"the nvme controller {name} has no drive of its own, and QEMU crashes in a save of it",
-                "start the guest with drive= on the controller (-device nvme,serial=…,drive=ID), or without it",
-            )
-
-
-def _room_findings(
-    graph: BlockGraph,
-    survey: rules.Survey,
-    tag: str | None,
-    image: Path | None,
-    estimate: processes.StateEstimate | None,
-    force: bool,
-    chooses_devices: bool,
-) -> Iterator[Finding]:
-    vmstate = survey.vmstate
-    if vmstate is None or image is None or estimate is None:
-        return
-    try:
-        for_users, with_reserve = processes.free_bytes(image)
-    except OSError:
-        return
-    (name,) = rules.displayed([vmstate], survey.devices)
-    # What replacing gives back can be taken again.
-    freed = sum(row.vm_state_size for row in graph.nodes[vmstate].tagged(tag)) if tag else 0
-    cure = "make room, or delete snapshots"
-    if chooses_devices:
-        cure += ", or put the VM state on another disk: --vmstate NODE"
-    if with_reserve + freed < estimate.at_least:
-        message = (
-            f"{name}: no room: the VM state takes at least {estimate.at_least:,} bytes, about "
-            f"{estimate.expected:,}, and {with_reserve + freed:,} are free"
-        )
-        if force:
-            yield _warning("no-room", message, cure, vmstate)
-        else:
-            yield _refusal("no-room", message, f"{cure}; --force tries all the same", vmstate)
-    elif for_users + freed < estimate.at_most:
-        yield _warning(
-            "little-room",
-            f"{name}: little room: the VM state may take {estimate.at_most:,} bytes, about "
-            f"{estimate.expected:,}, and {for_users + freed:,} are free",
-            cure,
-            vmstate,
-        )
-
-
-def _fixed_size_findings(
-    graph: BlockGraph, survey: rules.Survey, estimate: processes.StateEstimate | None, ram_bytes: int, force: bool
-) -> Iterator[Finding]:
-    """What is to be said where the VM state goes into what cannot grow. A save that reaches its end fails with EIO.
-
-    How much of it is in use QEMU does not tell. So it warns where a disk that is written all over would leave no room.
-    """
-    file = rules.protocol(graph, survey.vmstate) if survey.vmstate else None
-    if survey.vmstate is None or file is None or file.driver not in _FIXED_SIZE:
-        return
-    image = graph.nodes[survey.vmstate]
-    estimate = estimate or processes.StateEstimate(0, ram_bytes, ram_bytes + processes.OVERHEAD_BYTES)
-    in_states = sum(row.vm_state_size for row in image.snapshots)
-    if file.virtual_size and file.virtual_size >= image.virtual_size + in_states + estimate.at_most:
-        return
-    (name,) = rules.displayed([survey.vmstate], survey.devices)
-    size = f"{file.virtual_size:,} bytes" if file.virtual_size else "what it has"
-    message = (
-        f"{name} is stored by driver {file.driver}, where it cannot grow: {size} must hold its contents, its snapshots "
-        f"and the VM state, of about {estimate.expected:,} bytes. Without room a save ends with an input/output error"
-    )
-    cure = "save with --live, put the VM state on another disk (--vmstate NODE), or make the export or device larger"
-    if 0 < file.virtual_size < estimate.at_least and not force:
-        yield _refusal("no-room", message, f"{cure}; --force tries all the same", survey.vmstate)
-    else:
-        yield _warning("cannot-grow", message, cure, survey.vmstate)
-
-
-def _chain_findings(
-    graph: BlockGraph, all_devices: Sequence[Device], store: StateStore, snapshot: Snapshot, devices: Collection[str]
-) -> Iterator[Finding]:
-    """What has become of the images that the disks stood on when *snapshot* was saved, where that is written down."""
-    try:
-        changes = Notes(store, graph, all_devices).changes_below(snapshot)
-    except QsnapError:
-        return
-    for change in changes:
-        if change.node not in devices:
-            continue
-        (label,) = rules.displayed([change.node], all_devices)
-        yield _refusal(
-            "backing-changed",
-            f"{change.told(label)}: what {snapshot.tag!r} reads from there would be lost, or be other data",
-            "with the guest off, put the old one back below: qemu-img rebase -u -F FORMAT -b FILE IMAGE; or, if what "
-            "it stands on now holds the same (a renamed image, one that block-commit has merged): --force",
-            change.node,
-        )
-
-
-def unreadable_finding(tag: str, file: StateFile) -> Finding:
-    """What refuses to do anything with a live snapshot whose state file this user may not read."""
-    return _refusal(
-        "state-file-unreadable",
-        f"{tag!r} is a live snapshot, and its state file {file.path} may not be read by this user",
-        "run qsnap as the user that the file belongs to, or as root",
-    )
-
-
-def left_behind_finding(
-    store: StateStore, graph: BlockGraph, devices: Sequence[Device], snapshot: Snapshot
-) -> Finding | None:
-    """What refuses to do anything with a live snapshot whose state file was not renamed with its image."""
-    if snapshot.has_state or (left := store.left_behind(graph, devices, snapshot.disk_tag)) is None:
-        return None
-    message = f"{snapshot.tag!r} is a live snapshot, and its state file {left.told}"
-    return _refusal("state-file-left", message, left.cure)
-
-
-def _load_findings(
-    graph: BlockGraph, all_devices: Sequence[Device], store: StateStore, snapshot: Snapshot, devices: Collection[str]
-) -> Iterator[Finding]:
-    if snapshot.kind is Kind.STATE_ONLY:
-        yield _refusal(
-            "state-only",
-            f"{snapshot.tag!r} is a state file without its disks: their snapshots of it are gone",
-            f"it cannot be loaded, only deleted: qsnap delete {snapshot.tag}",
-        )
-        return
-    if left := left_behind_finding(store, graph, all_devices, snapshot):
-        yield left
-    elif not snapshot.has_state:
-        yield _refusal(
-            "disk-only",
-            f"{snapshot.tag!r} is a disk-only snapshot: there is no RAM in it to go on from",
-            "with the guest off: qemu-img snapshot -a TAG IMAGE, on every disk",
-        )
-    elif snapshot.vmstate is not None and snapshot.vmstate not in devices:
-        (vmstate,) = rules.displayed([snapshot.vmstate], all_devices)
-        yield _refusal(
-            "vmstate-excluded",
-            f"{vmstate} holds the VM state and cannot be excluded",
-            "",
-            snapshot.vmstate,
-        )
-    if snapshot.file is not None and not snapshot.file.is_readable:
-        yield unreadable_finding(snapshot.tag, snapshot.file)
-        return
-    if snapshot.file is not None and not snapshot.file.is_whole:
-        yield _refusal(
-            "state-file",
-            f"{snapshot.tag!r}: its state file {snapshot.file.path} is cut short",
-            "restore it from a copy, or delete the snapshot",
-        )
-        return
-    for problem in snapshot.problems:
-        yield _refusal(
-            "mixed-snapshot",
-            f"{snapshot.tag!r}: {problem}: loading it would mix different moments",
-            "delete the tag, or sort it out with the guest off: qemu-img snapshot -l IMAGE",
-        )
-    for name, label in zip(devices, rules.displayed(devices, all_devices), strict=True):
-        # qcow2-snapshot.c: find_snapshot_by_id_or_name
-        if other := next((r for r in graph.nodes[name].snapshots if r.id == snapshot.disk_tag != r.tag), None):
-            yield _refusal(
-                "tag-is-an-id",
-                f"{label}: {snapshot.disk_tag!r} is the ID of snapshot {other.tag!r}, and QEMU looks for IDs first: "
-                "it would bring back the disk of that one",
-                f"if you can do without {other.tag!r}, delete it: qsnap delete {shlex.quote(other.tag)}",
-                name,
-            )

@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from datetime import datetime
 
-from qsnap.errors import BadUsage, PrecheckRefused
-from qsnap.inventory import snapshots
-from qsnap.inventory.state_store import NO_STORE, StateStore
+from qsnap.errors import PrecheckRefused
 from qsnap.model.qemu import (
     Kind,
     PruneDecision,
@@ -16,27 +14,23 @@ from qsnap.model.qemu import (
     Snapshot,
     is_of_series,
     series_of,
-    series_tag,
-    tag_problem,
 )
-from qsnap.monitor import Monitor
 from qsnap.operations.delete import do_delvm
-from qsnap.operations.removal import Look
-from qsnap.runs.journal import Journal
+from qsnap.operations.naming import check_prefix
+from qsnap.operations.removal import unseen_notes
+from qsnap.runs.run import Run
 from qsnap.upkeep import retention
 from qsnap.upkeep.retention import Decision, Policy
 
 
 async def do_prune(
-    monitor: Monitor,
+    run: Run,
     prefix: str,
     policy: Policy,
     *,
-    store: StateStore = NO_STORE,
     allow_remove_all: bool = False,
     dry_run: bool = False,
     pending: SaveResult | None = None,
-    journal: Journal | None = None,
 ) -> PruneResult:
     """Delete the snapshots of series *prefix* that *policy* does not keep, the oldest first; no others are looked at.
 
@@ -56,10 +50,9 @@ async def do_prune(
         :func:`qsnap.operations.delete.do_delvm`.
     """
     check_prefix(prefix)
-    look = Look(monitor, store, await monitor.block_graph())
-    found = snapshots.snapshots(look.graph, look.devices, look.files)
-    marks = await look.marks()
-    series = [one for one in look.notes.added_to(found) if is_of_series(one.tag, prefix)]
+    inventory = await run.look()
+    marks = await inventory.marks(run.monitor)
+    series = [one for one in inventory.notes.added_to(inventory.snapshots) if is_of_series(one.tag, prefix)]
     if pending is not None:
         series.append(_imagined(pending))
     decisions = retention.decide(
@@ -70,29 +63,18 @@ async def do_prune(
         allow_remove_all=allow_remove_all,
     )
     remove = [decision for decision in decisions if not decision.is_kept]
-    if remove and (refusals := await look.unseen()):
+    if remove and (refusals := await unseen_notes(run.monitor, inventory)):
         raise PrecheckRefused("nothing was pruned", refusals)
     if remove and not dry_run:
         oldest_first = [decision.snapshot.tag for decision in reversed(remove)]
-        await do_delvm(monitor, oldest_first, store=store, missing_ok=True, journal=journal, look=look)
+        await do_delvm(run, oldest_first, missing_ok=True, inventory=inventory)
     return PruneResult(
         prefix=prefix,
         keep=_told(decision for decision in decisions if decision.is_kept),
         remove=_told(remove),
         dry_run=dry_run,
-        other_series=() if series else tuple(sorted(filter(None, {series_of(one.tag) for one in found}))),
+        other_series=() if series else tuple(sorted(filter(None, {series_of(one.tag) for one in inventory.snapshots}))),
     )
-
-
-def check_prefix(prefix: str) -> None:
-    """Refuse what cannot begin the names of a series.
-
-    :raise BadUsage: it cannot.
-    """
-    if not prefix:
-        raise BadUsage("the prefix is empty")
-    if problem := tag_problem(series_tag(prefix, datetime(2000, 1, 1))):  # noqa: DTZ001 (any will do)
-        raise BadUsage(f"{prefix!r} is no prefix for tags: with the time behind it, {problem}")
 
 
 def _imagined(pending: SaveResult) -> Snapshot:

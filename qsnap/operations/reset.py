@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from qsnap.errors import PrecheckRefused
-from qsnap.model.qemu import Finding, RunState, Severity
+from qsnap.model.qemu import Finding, RunState
 from qsnap.model.runstates import needs_reset
 from qsnap.monitor import Monitor
 
@@ -38,18 +38,14 @@ def reset_findings(monitor: Monitor, runstate: RunState) -> Iterator[Finding]:
         case True:
             return
         case False:
-            yield Finding(
-                code="runstate",
-                severity=Severity.REFUSE,
-                message=f"{message}; but QEMU was started with -no-reboot, and shuts down instead",
-                cure=_CURE,
+            yield Finding.refusal(
+                "runstate", f"{message}; but QEMU was started with -no-reboot, and shuts down instead", _CURE
             )
         case None if runstate is not RunState.SHUTDOWN:
-            yield Finding(
-                code="runstate",
-                severity=Severity.REFUSE,
-                message=f"{message}; a reset would end QEMU if it was started with -no-reboot, which is not seen",
-                cure="if it was not: `system_reset` in its monitor, then load",
+            yield Finding.refusal(
+                "runstate",
+                f"{message}; a reset would end QEMU if it was started with -no-reboot, which is not seen",
+                "if it was not: `system_reset` in its monitor, then load",
             )
 
 
@@ -62,11 +58,10 @@ async def reset(monitor: Monitor) -> None:
     deadline = asyncio.get_running_loop().time() + _RESET_S
     while needs_reset(runstate := await monitor.runstate(), monitor.version):
         if asyncio.get_running_loop().time() > deadline:
-            finding = Finding(
-                code="runstate",
-                severity=Severity.REFUSE,
-                message=f"the guest stays {runstate} after a reset: QEMU may have been started with -no-reboot",
-                cure=_CURE,
+            finding = Finding.refusal(
+                "runstate",
+                f"the guest stays {runstate} after a reset: QEMU may have been started with -no-reboot",
+                _CURE,
             )
             raise PrecheckRefused("nothing was loaded", [finding], "the guest is as it was before")
         await asyncio.sleep(_LOOK_S)

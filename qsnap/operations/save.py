@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Collection, Sequence
-from datetime import datetime, timedelta
+from collections.abc import Collection, Sequence
+from datetime import datetime
 from pathlib import Path
 
 from qsnap.errors import (
-    BadUsage,
     GuestLeftStopped,
     JobFailed,
     MonitorError,
@@ -21,7 +20,8 @@ from qsnap.errors import (
 )
 from qsnap.inventory import devices as rules
 from qsnap.inventory import snapshots
-from qsnap.inventory.state_store import NO_STORE, StateStore, read
+from qsnap.inventory.inventory import Inventory
+from qsnap.inventory.state_store import read
 from qsnap.model.qemu import (
     BlockGraph,
     Device,
@@ -30,37 +30,23 @@ from qsnap.model.qemu import (
     NodeSnapshot,
     RunState,
     SaveResult,
-    Severity,
     StateFile,
     Verdict,
-    automatic_tag,
 )
+from qsnap.model.requests import OnExists, SaveRequest
 from qsnap.model.runstates import cure_of, is_live, takes_stop
 from qsnap.monitor import Monitor
 from qsnap.operations.delete import delete_all, delete_everywhere
+from qsnap.operations.naming import free_automatic_tag
 from qsnap.operations.plan import SavePlan, plan_save
 from qsnap.operations.progress import Watcher, watched
-from qsnap.operations.removal import Look
+from qsnap.operations.removal import refuse_removal
 from qsnap.runs.journal import Journal, Record, row_keys
 from qsnap.runs.pause import Pause, reconnect, stopped
-from qsnap.runs.shield import shielded
+from qsnap.runs.run import Run
 
 
-async def do_savevm(
-    monitor: Monitor,
-    tag: str | None = None,
-    *,
-    replace: bool = True,
-    vmstate: str | None = None,
-    exclude: Collection[str] = (),
-    force: bool = False,
-    dry_run: bool = False,
-    watch: Watcher | None = None,
-    safe_replace: bool = False,
-    journal: Journal | None = None,
-    store: StateStore = NO_STORE,
-    alive: bool = False,
-) -> SaveResult:
+async def do_savevm(run: Run, request: SaveRequest, watch: Watcher | None = None) -> SaveResult:
     """Save RAM, device state and every writable disk under one tag.
 
     The guest is stopped from the look-up to the read-back, and left as it was found: running again, or
@@ -70,88 +56,74 @@ async def do_savevm(
     stops the guest; here the stop comes first, so that nothing can change between the look-up and the save,
     and no vCPU or vhost device is at work when QEMU starts to write.
 
-    :param tag: 1 to 255 bytes. Default: vm-%Y%m%d%H%M%S in local time, as do_savevm names it.
-    :param replace: delete an older snapshot of that tag first, as do_savevm does. It is gone if the save then
-        fails. False refuses instead.
-    :param vmstate: the device that holds the VM state. Default: QEMU's own choice, which loadvm expects.
-    :param exclude: devices to leave out; the snapshot is not whole then.
-    :param force: let a lack of room only warn.
-    :param dry_run: decide everything and do nothing.
+    A safe replacement (:attr:`OnExists.SAFE`) writes the new state under TAG.qsnap-stand-in first; then the older
+    snapshot is deleted, the same state is written under TAG, and the stand-in deleted. The guest stands still for both
+    writes.
+
     :param watch: called every 0.1 s while QEMU writes.
-    :param safe_replace: never be without a whole snapshot: the new state is first written under
-        TAG.qsnap-stand-in, then the older snapshot is deleted, then the same state is written under TAG, and the
-        stand-in deleted. The guest stands still for both writes.
-    :param journal: of the claim that this is done under; without one nobody sees it through if we are killed.
-    :param alive: refuse a guest that could not go on from the snapshot, as it has panicked or shut down. Default: warn.
-    :param store: where the state files of live saves lie: one of that tag is replaced too.
     :return: the snapshot as read back from QEMU.
     :raise PrecheckRefused: before the guest is touched.
-    :raise SnapshotExists: with ``replace=False``; nothing has changed.
-    :raise NotSupported: HMP cannot honour *vmstate* or *exclude*; nothing has changed.
+    :raise SnapshotExists: it exists, and the request refuses that; nothing has changed.
+    :raise NotSupported: HMP cannot honour the request; nothing has changed.
     :raise JobFailed: the guest is resumed, and no part of the new snapshot is left. What it was to replace is
         gone if the message says so.
     :raise VerifyFailed: the same, where QEMU had left a half-made set behind.
     :raise GuestLeftStopped: the guest could not be resumed; the first error is the context.
     """
     began = time.monotonic()
-    journal = journal or Journal()
-    if safe_replace and not replace:
-        raise BadUsage("a safe replacement and no replacement exclude each other")
+    monitor, journal = run.monitor, run.journal
 
     # Verify that no writable device is unable to snapshot, and choose the one for the VM state
-    plan = await plan_save(monitor, tag, vmstate=vmstate, exclude=exclude, force=force, alive=alive)
+    plan = await plan_save(run, request)
     plan.refuse_if_needed()
-    report, state_node = plan.report, plan.report.vmstate
-    assert state_node is not None  # or the plan had been refused
-    name = tag if tag is not None else free_automatic_tag(plan.graph)
-    stand_in = snapshots.stand_in_of(name) if safe_replace else ""
-    older = snapshots.holding(plan.graph, report.devices, name, store.files(plan.graph, report.devices))
-    if (older.tags or older.files) and not replace:
-        raise SnapshotExists(name, (*rules.displayed(older.nodes, report.devices), *older.files))
-    await Look(monitor, store, plan.graph, report.devices).refuse_removal(name, "saved")
-    if dry_run:
-        return save_result(plan, name, bool(older.tags or older.files), began, dry_run=True)
+    inventory, report = plan.inventory, plan.report
+    tag = request.tag if request.tag is not None else free_automatic_tag(inventory.graph)
+    stand_in = snapshots.stand_in_of(tag) if request.on_exists is OnExists.SAFE else ""
+    older = inventory.holding(tag)
+    if older.exists and request.on_exists is OnExists.REFUSE:
+        raise SnapshotExists(tag, (*inventory.displayed(older.nodes), *older.files))
+    await refuse_removal(monitor, inventory, tag, "saved")
+    if request.dry_run:
+        return save_result(plan, tag, older.exists, began, dry_run=True)
 
-    journal.note(tags=(name,), vmstate=state_node, devices=report.saved, files=older.files)
+    journal.note(tags=(tag,), vmstate=plan.vmstate, devices=report.saved, files=older.files)
     attempt = SaveAttempt(monitor, journal, report.devices)
     try:
         # saved_vm_running = runstate_is_running(); vm_stop(RUN_STATE_SAVE_VM)
         async with stopped(monitor, journal) as pause:
-            graph = await unchanged_graph(monitor, plan, vmstate, exclude)
+            inventory = await unchanged(run, request, plan)
 
             # Old snapshots of the same name, wherever they are: what is to be replaced gets a stand-in first
-            replaced = snapshots.holders(graph, report.devices, name)
-            if replaced and not replace:
-                raise SnapshotExists(name, rules.displayed(replaced, report.devices))
+            replaced = inventory.holders(tag)
+            if replaced and request.on_exists is OnExists.REFUSE:
+                raise SnapshotExists(tag, inventory.displayed(replaced))
             if stand_in:
-                await _stand_in(attempt, graph, stand_in)
+                await _stand_in(attempt, inventory.graph, stand_in)
 
             # Delete them
-            if replaced and not attempt.begin_deletion(graph):
-                await delete_everywhere(monitor, report.devices, name)
+            if replaced and not attempt.begin_deletion(inventory.graph):
+                await delete_everywhere(monitor, report.devices, tag)
 
             # Save the VM state, and create the snapshots; an error on one device is not passed over
             journal.note(saving=True)
             async with watched(watch, plan.image, plan.estimate and plan.estimate.expected):
-                graph = await attempt.write(name)
+                graph = await attempt.write(tag)
             # Two saves of a paused guest in one second look the same in HMP's tables.
             if pause.was_running and not attempt.has_made_something(graph):
-                raise VerifyFailed(name, ["the older snapshot is still there, and no new one"])
+                raise VerifyFailed(tag, ["the older snapshot is still there, and no new one"])
             if stand_in:
                 await delete_everywhere(monitor, report.devices, stand_in)
         # the_end: if (saved_vm_running) vm_start(): done by leaving the block
     except BaseException as failure:
         was_running = takes_stop(report.runstate, monitor.version)
         hint = next((finding.message for finding in report.findings if finding.code == "cannot-grow"), "")
-        await shielded(attempt.clear_up(failure, was_running=was_running, hint=hint), journal.patience_s)
+        await run.shielded(attempt.clear_up(failure, was_running=was_running, hint=hint))
         raise
     # What a live save of that tag had elsewhere
-    await shielded(
-        delete_all(monitor, report.devices, [tag for tag in older.tags if tag != name], older.files),
-        journal.patience_s,
-    )
-    (row,) = graph.nodes[state_node].tagged(name)
-    return save_result(plan, name, bool(replaced or older.tags or older.files), began, row=row, pause=pause)
+    elsewhere = [other for other in older.tags if other != tag]
+    await run.shielded(delete_all(monitor, report.devices, elsewhere, older.files))
+    (row,) = graph.nodes[plan.vmstate].tagged(tag)
+    return save_result(plan, tag, bool(replaced) or older.exists, began, row=row, pause=pause)
 
 
 async def _stand_in(attempt: SaveAttempt, graph: BlockGraph, stand_in: str) -> None:
@@ -170,36 +142,18 @@ async def _stand_in(attempt: SaveAttempt, graph: BlockGraph, stand_in: str) -> N
         await attempt.write(stand_in)
 
 
-def free_automatic_tag(graph: BlockGraph, name: Callable[[datetime], str] = automatic_tag) -> str:
-    """The automatic tag; that of a later second where it is taken, as nobody asked to replace anything.
-
-    :param name: makes it of the local time.
-    """
-    taken = {row.tag for node in graph.nodes.values() for row in node.snapshots}
-    now = datetime.now().astimezone()
-    while (tag := name(now)) in taken:
-        now += timedelta(seconds=1)
-    return tag
-
-
-async def unchanged_graph(
-    monitor: Monitor, plan: SavePlan, vmstate: str | None, exclude: Collection[str]
-) -> BlockGraph:
-    """The block graph, if it still asks for the same decisions as before the guest was stopped.
+async def unchanged(run: Run, request: SaveRequest, plan: SavePlan) -> Inventory:
+    """A new look at the VM, if it still asks for the same decisions as before the guest was stopped.
 
     :raise PrecheckRefused: it does not.
     """
-    graph = await monitor.block_graph()
-    survey = rules.survey(graph, exclude=exclude, vmstate=vmstate, chooses_devices=monitor.chooses_devices)
-    if (survey.devices, survey.vmstate) != (plan.report.devices, plan.report.vmstate):
-        change = Finding(
-            code="devices-changed",
-            severity=Severity.REFUSE,
-            message="its block devices have changed between the check and the stop",
-            cure="try again",
+    inventory = await run.look(vmstate=request.vmstate, exclude=request.exclude)
+    if (inventory.devices, inventory.vmstate) != (plan.report.devices, plan.report.vmstate):
+        change = Finding.refusal(
+            "devices-changed", "its block devices have changed between the check and the stop", "try again"
         )
         raise PrecheckRefused("nothing was saved", [change], "the guest is as it was before")
-    return graph
+    return inventory
 
 
 class SaveAttempt:

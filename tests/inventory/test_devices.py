@@ -7,7 +7,7 @@ import pytest
 
 from qsnap.inventory import devices as rules
 from qsnap.model.qemu import BlockBackend, RunState
-from qsnap.operations.plan import runstate_findings
+from qsnap.operations.findings import runstate_findings
 from support.graphs import graph, node
 
 

@@ -14,14 +14,14 @@ import pytest
 
 import qsnap
 from qsnap.errors import PrecheckRefused, QsnapError
-from qsnap.inventory import snapshots
 from qsnap.inventory.devices import survey
-from qsnap.inventory.notes import Notes
+from qsnap.inventory.inventory import look
 from qsnap.inventory.state_file import Content
 from qsnap.inventory.state_store import StateStore
 from qsnap.model.qemu import NodeSnapshot
 from qsnap.operations.delete import do_delvm
 from qsnap.operations.plan import plan_load
+from qsnap.runs.run import Run
 from support.fake_proc import IS_ROOT, NOBODY
 from support.graphs import graph as graph_of
 from support.graphs import node
@@ -81,8 +81,8 @@ def test_what_the_notes_protect_is_protected_over_every_monitor(far: Guest, tmp_
         assert finding["code"] == "unseen-notes"
         assert str(disk) in finding["message"]
         assert "--ignore-unseen" in finding["cure"]
-    for look in ("list",), ("show", "gold"):
-        assert "cannot be seen from here which snapshots are protected" in cli(*look, monitor=qmp).err
+    for command in ("list",), ("show", "gold"):
+        assert "cannot be seen from here which snapshots are protected" in cli(*command, monitor=qmp).err
     assert tags(disk) == names
     far.assert_running()
     cli("save", "new", monitor=qmp)
@@ -157,19 +157,18 @@ async def test_what_another_user_may_not_see(launch: Launch, open_directory: Pat
             hidden.chmod(0)
             try:
                 with unprivileged(), pytest.raises(PrecheckRefused) as refused:
-                    await do_delvm(vm._monitor, [tag], store=StateStore(guest.pid))
+                    await do_delvm(Run(vm._monitor, StateStore(guest.pid)), [tag])
                 assert refused.value.findings[0].code == code
-                graph = await vm._monitor.block_graph()
+                inventory = await look(vm._monitor, StateStore(guest.pid))
                 if hidden == notes:
                     with unprivileged(), pytest.raises(QsnapError, match="Permission denied; a snapshot may be prot"):
-                        Notes(StateStore(guest.pid), graph, survey(graph).devices).write(notes, (), ())
+                        inventory.notes.write(notes, (), ())
                 if hidden == state:
                     with unprivileged():
-                        devices = survey(graph).devices
-                        ram = snapshots.find(graph, devices, "ram", StateStore(guest.pid).files(graph, devices))
+                        ram = inventory.find("ram")
                         assert ram is not None
                         with pytest.raises(PrecheckRefused, match="may not be read by this user"):
-                            await plan_load(vm._monitor, "ram", store=StateStore(guest.pid))
+                            await plan_load(Run(vm._monitor, StateStore(guest.pid)), "ram")
                     assert (ram.kind, ram.has_state) == ("live", True)
                     assert ram.problems == (f"its state file {state} may not be read by this user",)
             finally:

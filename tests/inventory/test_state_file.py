@@ -229,12 +229,13 @@ def test_which_disks_a_file_belongs_to() -> None:
     troubled = [s.tag for s in snapshots.snapshots(two, survey(two).devices, files) if s.devices and s.problems]
     assert troubled == ["short"]
 
-    meant = snapshots.find(two, survey(two).devices, "stale", files)
+    found_all = snapshots.snapshots(two, survey(two).devices, files)
+    meant = snapshots.named(found_all, "stale")
     assert meant is not None
     assert meant.devices == ("a", "b"), "what the disks hold goes before a file without them"
 
     def held(tag: str) -> snapshots.Holding:
-        return snapshots.holding(two, survey(two).devices, tag, files)
+        return snapshots.holding(found_all, survey(two).devices, tag)
 
     assert held("both") == (("both", "both.qsnap-2"), ("a", "b"), ("/vm/both", "/vm/both.qsnap-2"))
     assert held("both.qsnap-2") == (("both",), ("a", "b"), ("/vm/both",)), "what is listed so"

@@ -13,8 +13,10 @@ import qsnap.guest
 from qsnap.errors import PrecheckRefused
 from qsnap.model import runstates
 from qsnap.model.qemu import QemuVersion, RunState
+from qsnap.model.requests import SaveRequest
 from qsnap.operations.load import do_loadvm
 from qsnap.operations.save import do_savevm
+from qsnap.runs.run import Run
 from support.fake_monitor import FakeMonitor
 from support.guest import (
     GUESTS,
@@ -246,12 +248,12 @@ def test_what_a_guest_has_come_into_by_itself_is_no_pause(state: str) -> None:
 async def test_no_reset_where_it_is_not_seen_whether_it_would_end_qemu() -> None:
     """TCG has no internal-error; and over TCP nobody sees QEMU's command line."""
     monitor = FakeMonitor()
-    await do_savevm(monitor, "t")
+    await do_savevm(Run(monitor), SaveRequest(tag="t"))
     monitor.state = RunState.INTERNAL_ERROR
     monitor.calls.clear()
     with pytest.raises(PrecheckRefused, match="-no-reboot, which is not seen"):
-        await do_loadvm(monitor, "t")
+        await do_loadvm(Run(monitor), "t")
     monitor.state = RunState.SHUTDOWN  # QEMU has shown that it does not end at a shutdown
-    await do_loadvm(monitor, "t")
+    await do_loadvm(Run(monitor), "t")
     assert "reset" in monitor.calls
     assert monitor.state is RunState.RUNNING

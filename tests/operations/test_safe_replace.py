@@ -11,7 +11,9 @@ import pytest
 import qsnap
 from qsnap.errors import BadUsage, JobFailed
 from qsnap.inventory.snapshots import STAND_IN_SUFFIX
+from qsnap.model.requests import OnExists, SaveRequest
 from qsnap.operations.save import do_savevm
+from qsnap.runs.run import Run
 from support.fake_monitor import FakeMonitor
 from support.guest import (
     HAS_SNAPSHOT_JOBS,
@@ -179,7 +181,7 @@ def kill_in_the_write(guest: Guest, image: Path, base: int) -> None:
 async def test_the_second_write_fails() -> None:
     """The stand-in stays, and the error says so."""
     monitor = FakeMonitor()
-    await do_savevm(monitor, "t")
+    await do_savevm(Run(monitor), SaveRequest(tag="t"))
     save = monitor.snapshot_save
 
     async def fail(tag: str, vmstate: str, devices: Any) -> None:
@@ -189,7 +191,7 @@ async def test_the_second_write_fails() -> None:
 
     monitor.snapshot_save = fail  # type: ignore[method-assign]
     with pytest.raises(JobFailed) as failure:
-        await do_savevm(monitor, "t", safe_replace=True)
+        await do_savevm(Run(monitor), SaveRequest(tag="t", on_exists=OnExists.SAFE))
     assert failure.value.outcome == (
         "nothing of it is left; the older snapshot 't' had been deleted by then; the same state stands complete under "
         f"'{STAND_IN}', and can be loaded by that name; the guest is running"
@@ -285,6 +287,7 @@ def test_what_cannot_be_meant(guest: Guest) -> None:
     assert "STOP" not in [event["event"] for event in guest.qmp.events]
 
 
-async def test_what_cannot_be_meant_in_the_library() -> None:
-    with pytest.raises(BadUsage):
-        await do_savevm(FakeMonitor(), "t", safe_replace=True, replace=False)
+async def test_what_excludes_each_other_in_the_library(guest: Guest) -> None:
+    async with qsnap.connect(guest.address) as vm:
+        with pytest.raises(BadUsage):
+            await vm.save("t", safe_replace=True, replace=False)

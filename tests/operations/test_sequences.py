@@ -22,6 +22,7 @@ from qsnap.errors import (
 )
 from qsnap.inventory import devices as rules
 from qsnap.model.qemu import RunState
+from qsnap.model.requests import SaveRequest
 from qsnap.monitor import open_monitor
 from qsnap.monitor.address import UnixAddress
 from qsnap.operations.delete import do_delvm
@@ -29,6 +30,7 @@ from qsnap.operations.load import do_loadvm
 from qsnap.operations.save import do_savevm
 from qsnap.runs.journal import Journal, LiveRecord, Record
 from qsnap.runs.pause import stopped
+from qsnap.runs.run import Run
 from support.disks import disk, filters, one_disk, pflash_raw
 from support.fake_monitor import FakeMonitor
 from support.guest import (
@@ -279,14 +281,14 @@ async def test_hmp_says_what_it_cannot_carry_or_load(launch: Launch, tmp_path: P
 async def test_a_guest_that_cannot_be_resumed() -> None:
     monitor = FakeMonitor(cont_fails=True)
     with pytest.raises(GuestLeftStopped, match="dump in process"):
-        await do_savevm(monitor, "t")
+        await do_savevm(Run(monitor), SaveRequest(tag="t"))
     assert monitor.calls == ["stop", "save", "cont"]
     assert all(rows for rows in monitor.rows.values()), "a good snapshot is not thrown away for that"
 
 
 async def test_a_paused_guest_is_neither_stopped_nor_resumed() -> None:
     monitor = FakeMonitor(state=RunState.PAUSED)
-    result = await do_savevm(monitor, "t")
+    result = await do_savevm(Run(monitor), SaveRequest(tag="t"))
     assert monitor.calls == ["save"]
     assert (result.pause_ms, result.runstate) == (0.0, "paused")
 
@@ -301,7 +303,7 @@ async def test_a_guest_that_qemu_stops_again_at_once() -> None:
 
     monitor.cont = cont  # type: ignore[method-assign]
     with pytest.raises(GuestLeftStopped, match=r"io-error.*Make room"):
-        await do_savevm(monitor, "t")
+        await do_savevm(Run(monitor), SaveRequest(tag="t"))
 
 
 @pytest.mark.parametrize("is_live", [True, False])
@@ -327,7 +329,7 @@ async def test_a_guest_that_qemu_pauses_again_at_once(is_live: bool) -> None:
 async def test_half_a_set_is_removed() -> None:
     monitor = FakeMonitor(forgets=frozenset({"disk1"}))
     with pytest.raises(VerifyFailed, match="disk1 holds it 0 times") as failure:
-        await do_savevm(monitor, "t")
+        await do_savevm(Run(monitor), SaveRequest(tag="t"))
     assert "removed from disk0" in failure.value.outcome
     assert monitor.calls == ["stop", "save", "cont", "delete"], "the guest is resumed first"
     assert monitor.rows == {"disk0": [], "disk1": []}
@@ -336,17 +338,17 @@ async def test_half_a_set_is_removed() -> None:
 async def test_half_a_set_that_looks_like_the_older_one_is_removed() -> None:
     """Saved again within a second while the guest is paused: neither date nor clock tells them apart."""
     monitor = FakeMonitor(state=RunState.PAUSED, now=datetime(2026, 11, 24, tzinfo=UTC))
-    await do_savevm(monitor, "t")
+    await do_savevm(Run(monitor), SaveRequest(tag="t"))
     monitor.forgets = frozenset({"disk1"})
     with pytest.raises(VerifyFailed):
-        await do_savevm(monitor, "t")
+        await do_savevm(Run(monitor), SaveRequest(tag="t"))
     assert monitor.rows == {"disk0": [], "disk1": []}
 
 
 async def test_a_disk_plugged_between_check_and_stop() -> None:
     monitor = FakeMonitor(hot_plugs=True)
     with pytest.raises(PrecheckRefused, match="changed between"):
-        await do_savevm(monitor, "t")
+        await do_savevm(Run(monitor), SaveRequest(tag="t"))
     assert monitor.calls == ["stop", "cont"]
 
 
@@ -354,17 +356,17 @@ async def test_a_save_that_never_ends() -> None:
     monitor = FakeMonitor(save_hangs=True)
     with pytest.raises(TimeoutError):
         async with asyncio.timeout(0.1):
-            await do_savevm(monitor, "t")
+            await do_savevm(Run(monitor), SaveRequest(tag="t"))
     assert monitor.calls == ["stop", "save", "cont"]
     assert monitor.state is RunState.RUNNING
 
 
 async def test_a_delete_that_does_nothing() -> None:
     monitor = FakeMonitor()
-    await do_savevm(monitor, "t")
+    await do_savevm(Run(monitor), SaveRequest(tag="t"))
     monitor.delete_does_nothing = True
     with pytest.raises(VerifyFailed, match="still holds it"):
-        await do_delvm(monitor, ["t"])
+        await do_delvm(Run(monitor), ["t"])
 
 
 async def test_a_watcher_that_fails_does_not_fail_the_save(guest: Guest, tmp_path: Path) -> None:
@@ -397,14 +399,14 @@ async def test_an_interrupt_while_the_older_one_is_deleted(guest: Guest, tmp_pat
 async def test_the_older_one_cannot_be_deleted() -> None:
     """A failure there ends the save: nothing is written over it."""
     monitor = FakeMonitor()
-    await do_savevm(monitor, "t")
+    await do_savevm(Run(monitor), SaveRequest(tag="t"))
 
     async def refuse(tag: str, devices: Any) -> None:
         raise qsnap.errors.JobFailed("snapshot-delete", "Could not delete snapshot 't' on 'disk0': Input/output error")
 
     monitor.snapshot_delete = refuse  # type: ignore[method-assign]
     with pytest.raises(qsnap.errors.JobFailed, match="was to be deleted from disk0, disk1, and is on disk0, disk1"):
-        await do_savevm(monitor, "t")
+        await do_savevm(Run(monitor), SaveRequest(tag="t"))
     assert monitor.calls == ["stop", "save", "cont", "stop", "cont"]
     assert monitor.state is RunState.RUNNING
 
@@ -423,7 +425,7 @@ async def test_the_older_one_cannot_be_deleted() -> None:
 async def test_a_savevm_that_fails_before_it_writes(left: tuple[str, ...], outcome: str) -> None:
     """HMP's savevm replaces by itself; what it has not deleted of the older snapshot is not for us to delete."""
     monitor = FakeMonitor(chooses_devices=False)
-    await do_savevm(monitor, "t")
+    await do_savevm(Run(monitor), SaveRequest(tag="t"))
     monitor.calls.clear()
     older = {name: rows if name in left else [] for name, rows in monitor.rows.items()}
 
@@ -433,7 +435,7 @@ async def test_a_savevm_that_fails_before_it_writes(left: tuple[str, ...], outco
 
     monitor.snapshot_save = refuse  # type: ignore[method-assign]
     with pytest.raises(qsnap.errors.JobFailed) as failure:
-        await do_savevm(monitor, "t")
+        await do_savevm(Run(monitor), SaveRequest(tag="t"))
     assert failure.value.outcome == outcome
     assert monitor.calls == ["stop", "cont"]
     assert monitor.rows == older
@@ -464,21 +466,21 @@ async def test_a_paused_guest_is_saved_twice_within_a_second(guest: Guest, tmp_p
 
 async def test_a_savevm_that_says_nothing_and_does_nothing() -> None:
     monitor = FakeMonitor(chooses_devices=False)
-    await do_savevm(monitor, "t")
+    await do_savevm(Run(monitor), SaveRequest(tag="t"))
 
     async def idle(tag: str, vmstate: str, devices: Any) -> None:
         pass
 
     monitor.snapshot_save = idle  # type: ignore[method-assign]
     with pytest.raises(VerifyFailed, match="the older snapshot is still there, and no new one") as failure:
-        await do_savevm(monitor, "t")
+        await do_savevm(Run(monitor), SaveRequest(tag="t"))
     assert failure.value.outcome == "the older snapshot 't' is as it was; the guest is running"
     assert all(monitor.rows.values())
 
 
 async def test_several_cancellations_do_not_keep_the_guest_stopped() -> None:
     monitor = FakeMonitor(save_hangs=True)
-    task = asyncio.create_task(do_savevm(monitor, "t"))
+    task = asyncio.create_task(do_savevm(Run(monitor), SaveRequest(tag="t")))
     while "save" not in monitor.calls:
         await asyncio.sleep(0)
     for _ in range(3):
@@ -491,7 +493,7 @@ async def test_several_cancellations_do_not_keep_the_guest_stopped() -> None:
 
 async def test_a_failed_load_leaves_the_guest_stopped() -> None:
     monitor = FakeMonitor()
-    await do_savevm(monitor, "t")
+    await do_savevm(Run(monitor), SaveRequest(tag="t"))
     graph = await monitor.block_graph()
     assert rules.survey(graph).vmstate == "disk0"
     broken = FakeMonitor(rows=monitor.rows)
@@ -502,7 +504,7 @@ async def test_a_failed_load_leaves_the_guest_stopped() -> None:
 
     broken.snapshot_load = fail  # type: ignore[method-assign]
     with pytest.raises(GuestLeftStopped, match="left stopped on purpose"):
-        await do_loadvm(broken, "t")
+        await do_loadvm(Run(broken), "t")
     assert broken.state is RunState.PAUSED
 
 

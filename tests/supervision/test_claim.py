@@ -20,10 +20,12 @@ import qsnap
 from qsnap.errors import QsnapError, VMLocked
 from qsnap.host.processes import Process, is_alive, process, this_process
 from qsnap.model.qemu import SaveResult
+from qsnap.model.requests import SaveRequest
 from qsnap.monitor.address import TcpAddress
 from qsnap.operations.save import do_savevm
 from qsnap.runs import mark
 from qsnap.runs.journal import Journal, Record, found, new_record
+from qsnap.runs.run import Run
 from support.busy import big_guest, in_the_write
 from support.fake_monitor import FakeMonitor
 from support.guest import (
@@ -382,7 +384,9 @@ async def test_a_journal_that_cannot_be_written() -> None:
     """Nothing is done that it could not tell of."""
     monitor = FakeMonitor()
     with pytest.raises(QsnapError, match="cannot be written: No space left on device"):
-        await do_savevm(monitor, "t", journal=Journal(_record(), os.open("/dev/full", os.O_WRONLY)))
+        await do_savevm(
+            Run(monitor, journal=Journal(_record(), os.open("/dev/full", os.O_WRONLY))), SaveRequest(tag="t")
+        )
     assert monitor.calls == []
 
 
@@ -396,9 +400,9 @@ async def test_a_journal_that_can_be_written_no_more() -> None:
                 raise QsnapError("the journal cannot be written: No space left on device")
             super().note(**facts)
 
-    await do_savevm(monitor, "t")
+    await do_savevm(Run(monitor), SaveRequest(tag="t"))
     with pytest.raises(QsnapError, match="had been deleted by then; the guest is running"):
-        await do_savevm(monitor, "t", journal=Full())
+        await do_savevm(Run(monitor, journal=Full()), SaveRequest(tag="t"))
     assert monitor.state == "running"
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import NamedTuple
@@ -30,24 +30,25 @@ from qsnap.errors import (
     VerifyFailed,
 )
 from qsnap.host import files, processes
-from qsnap.inventory import devices as rules
 from qsnap.inventory import snapshots, state_file
 from qsnap.inventory import state_part as parts
-from qsnap.inventory.state_store import PART_SUFFIX, StateStore, read
+from qsnap.inventory.state_store import PART_SUFFIX, read
 from qsnap.model import outside
 from qsnap.model.qemu import BlockGraph, Device, Finding, RunState, SaveResult, Severity, StateFile
+from qsnap.model.requests import OnExists, SaveRequest
 from qsnap.model.runstates import cure_of, is_live
 from qsnap.monitor import Monitor
 from qsnap.monitor.qmp.background import Background
 from qsnap.operations.delete import delete_all, delete_everywhere
 from qsnap.operations.live.freeze import Freeze
+from qsnap.operations.naming import free_automatic_tag
 from qsnap.operations.plan import SavePlan, plan_save
 from qsnap.operations.progress import Watcher
-from qsnap.operations.removal import Look
-from qsnap.operations.save import free_automatic_tag, save_result, unchanged_graph
+from qsnap.operations.removal import refuse_removal
+from qsnap.operations.save import save_result, unchanged
 from qsnap.runs.journal import Journal, LiveRecord
 from qsnap.runs.pause import has_ended, reconnect
-from qsnap.runs.shield import shielded
+from qsnap.runs.run import Run
 
 #: More than QEMU writes before there is any RAM in the stream: the names of devices and of blocks of RAM.
 _SETUP_BYTES = 1 << 20
@@ -80,60 +81,45 @@ class LivePlan(NamedTuple):
     spare: snapshots.Holding
     older: snapshots.Holding
 
-    @property
-    def replaces(self) -> bool:
-        """Whether there is anything of that tag."""
-        return bool(self.older.tags or self.older.files)
 
-
-async def plan_live(
-    monitor: Monitor,
-    tag: str | None,
-    *,
-    store: StateStore,
-    vmstate: str | None = None,
-    exclude: Collection[str] = (),
-    force: bool = False,
-    journal: Journal | None = None,
-) -> LivePlan:
+async def plan_live(run: Run, request: SaveRequest) -> LivePlan:
     """Find out whether the guest can be saved live, and how. QEMU's capability is tried, and put back.
 
-    :param journal: where it is written down what was set before.
+    The journal holds what was set before.
+
     :raise NotSupported: this QEMU, its kernel, its memory or its monitor cannot do it.
     :raise PrecheckRefused: a save is not possible at all, or there is no place for the state file.
     """
-    background = _background(monitor)
-    save = await plan_save(monitor, tag, vmstate=vmstate, exclude=exclude, force=force, state_elsewhere=True)
+    background = _background(run.monitor)
+    save = await plan_save(run, request, state_elsewhere=True)
     save.refuse_if_needed()
-    (journal or Journal()).note(settings=await background.settings())
+    run.journal.note(settings=await background.settings())
     if reason := await background.refused():
         cure = next((cure for words, cure in _CURES.items() if words in reason), "")
         raise NotSupported(f"a live save is not possible: {reason}{'. To make it so: ' if cure else ''}{cure}")
-    report, graph = save.report, save.graph
-    await _refuse_other_writers(monitor, background, graph)
-    assert report.vmstate is not None  # or the plan had been refused
-    name = tag if tag is not None else free_automatic_tag(graph)
-    second = snapshots.second_name(name)
-    found = store.files(graph, report.devices)
-    held = snapshots.holding(graph, report.devices, name, found)
-    disk_tag = next((free for free in (name, second) if free not in held.tags), None)
+    inventory = save.inventory
+    await _refuse_other_writers(run.monitor, background, inventory.graph)
+    tag = request.tag if request.tag is not None else free_automatic_tag(inventory.graph)
+    second = snapshots.second_name(tag)
+    held = inventory.holding(tag)
+    disk_tag = next((free for free in (tag, second) if free not in held.tags), None)
     if disk_tag is None:
-        counts = snapshots.find(graph, report.devices, name, found)
-        disk_tag = name if counts is not None and counts.disk_tag == second else second
-    file_tags = {file.path: file.disk_tag for file in found}
+        counts = inventory.find(tag)
+        disk_tag = tag if counts is not None and counts.disk_tag == second else second
+    file_tags = {file.path: file.disk_tag for file in inventory.files}
     spare = snapshots.Holding(
         tags=tuple(other for other in held.tags if other == disk_tag),
         nodes=held.nodes,
         files=tuple(path for path in held.files if disk_tag in held.tags and file_tags[path] == disk_tag),
     )
-    path = store.place(graph, report.vmstate, disk_tag)
+    path = run.store.place(inventory.graph, save.vmstate, disk_tag)
     taken = os.path.lexists(path) and str(path) not in file_tags  # noqa: ASYNC240
-    findings = (*save.report.findings, *await _place_findings(monitor, path, force, is_taken=taken))
+    findings = (*save.report.findings, *await _place_findings(run.monitor, path, request.force, is_taken=taken))
     if any(finding.refuses for finding in findings):
         raise PrecheckRefused("the guest cannot be saved live now", findings)
     return LivePlan(
         save=save,
-        tag=name,
+        tag=tag,
         disk_tag=disk_tag,
         path=path,
         spare=spare,
@@ -188,11 +174,11 @@ async def _place_findings(monitor: Monitor, path: Path, force: bool, *, is_taken
     if is_taken:
         message = f"the state file would be {path}, and what is there is no state file of this VM"
         cure = f"choose another tag, or {_PLACE_CURE.removeprefix('choose ')}"
-        return [Finding(code="state-file-taken", severity=Severity.REFUSE, message=message, cure=cure)]
+        return [Finding.refusal("state-file-taken", message, cure)]
     if not os.access(directory, os.W_OK | os.X_OK):
         why = "cannot be written" if directory.is_dir() else "is not there"
         message = f"the state file cannot be put into {directory}: it {why}"
-        return [Finding(code="state-dir", severity=Severity.REFUSE, message=message, cure=cure)]
+        return [Finding.refusal("state-dir", message, cure)]
     needed = await monitor.memory_size() + processes.OVERHEAD_BYTES
     free, _ = processes.free_bytes(directory)
     if free >= needed:
@@ -204,53 +190,32 @@ async def _place_findings(monitor: Monitor, path: Path, force: bool, *, is_taken
     ]
 
 
-async def do_live_save(
-    monitor: Monitor,
-    tag: str | None,
-    *,
-    store: StateStore,
-    replace: bool = True,
-    vmstate: str | None = None,
-    exclude: Collection[str] = (),
-    force: bool = False,
-    dry_run: bool = False,
-    watch: Watcher | None = None,
-    journal: Journal | None = None,
-) -> SaveResult:
+async def do_live_save(run: Run, request: SaveRequest, plan: LivePlan, watch: Watcher | None = None) -> SaveResult:
     """Save a running guest under one tag, and stop it for some milliseconds only.
 
     RAM and device state go into a state file (:class:`qsnap.model.qemu.StateFile`), the disks' snapshots into their
     images. An older snapshot of that tag is deleted when the new one is complete. The migration capability and the
     bandwidth that this needs are put back as they were.
 
-    :param tag: 1 to 247 bytes. Default: vm-%Y%m%d%H%M%S in local time.
-    :param store: where the state file goes.
-    :param replace: False refuses where something of that tag is there.
-    :param vmstate: the device beside whose image the state file goes. Default: the one that would hold the state.
-    :param exclude: devices to leave out; the snapshot is not whole then.
-    :param force: let a lack of room only warn.
-    :param dry_run: decide everything and do nothing.
+    :param plan: made of this request, in the same run.
     :param watch: called every 0.1 s while QEMU writes, with the bytes of RAM that are done and all of them.
-    :param journal: of the claim that this is done under; without one nobody sees it through if we are killed.
     :return: the snapshot as read back.
-    :raise NotSupported: a live save is not possible here, and why; the guest was not touched.
-    :raise PrecheckRefused: a save is not possible, or the state file has no place; the guest was not touched.
-    :raise SnapshotExists: with ``replace=False``; nothing has changed.
+    :raise PrecheckRefused: the older snapshot is protected, or the state file cannot be made; the guest was not
+        touched.
+    :raise SnapshotExists: it exists, and the request refuses that; nothing has changed.
     :raise JobFailed: QEMU reported an error. The guest runs, nothing of the new snapshot is left, and the older one
         is as it was. So it is after an interrupt, too.
     :raise VerifyFailed: what is there afterwards is not what should be; the same.
     :raise GuestLeftStopped: the guest could not be resumed; the first error is the context.
     """
     began = time.monotonic()
-    journal = journal or Journal()
-    plan = await plan_live(monitor, tag, store=store, vmstate=vmstate, exclude=exclude, force=force, journal=journal)
-    report, background = plan.save.report, _background(monitor)
-    assert report.vmstate is not None
-    if plan.replaces and not replace:
-        raise SnapshotExists(plan.tag, (*rules.displayed(plan.older.nodes, report.devices), *plan.older.files))
-    await Look(monitor, store, plan.save.graph, report.devices).refuse_removal(plan.tag, "saved")
-    if dry_run:
-        return save_result(plan.save, plan.tag, plan.replaces, began, dry_run=True, is_live=True)
+    monitor, journal, background = run.monitor, run.journal, _background(run.monitor)
+    inventory, report, vmstate = plan.save.inventory, plan.save.report, plan.save.vmstate
+    if plan.older.exists and request.on_exists is OnExists.REFUSE:
+        raise SnapshotExists(plan.tag, (*inventory.displayed(plan.older.nodes), *plan.older.files))
+    await refuse_removal(monitor, inventory, plan.tag, "saved")
+    if request.dry_run:
+        return save_result(plan.save, plan.tag, plan.older.exists, began, dry_run=True, is_live=True)
 
     await delete_all(monitor, report.devices, plan.spare.tags, plan.spare.files)
     await journal.armed()
@@ -262,9 +227,9 @@ async def do_live_save(
         older=plan.older.tags,
         older_files=plan.older.files,
     )
-    journal.note(tags=(plan.tag,), devices=report.saved, vmstate=report.vmstate, live=live)
+    journal.note(tags=(plan.tag,), devices=report.saved, vmstate=vmstate, live=live)
     # Now, as they are known by their contents too: :mod:`qsnap.inventory.descriptors`
-    image, identity = store.image(plan.save.graph, report.vmstate), store.identity(plan.save.graph, report.vmstate)
+    image, identity = run.store.image(inventory.graph, vmstate), run.store.identity(inventory.graph, vmstate)
     try:
         file = _created(part, image, await _reserved(monitor, background))
     except QsnapError as error:
@@ -279,7 +244,7 @@ async def do_live_save(
         journal.done(live=None)
         raise
     attempt = LiveSaveAttempt(monitor, journal, report.devices, file)
-    images = [path for node in report.saved if (path := store.image(plan.save.graph, node))]
+    images = [path for node in report.saved if (path := run.store.image(inventory.graph, node))]
 
     async def snapshot_disks() -> None:
         await background.snapshot_disks(plan.disk_tag, report.roots)
@@ -300,17 +265,17 @@ async def do_live_save(
             await background.prepare()
             pause = await freeze.freeze()
             # What had changed before is seen yet; and to look would take a part of the pause
-            await unchanged_graph(monitor, plan.save, vmstate, exclude)
+            await unchanged(run, request, plan.save)
             await freeze.wait_until_written(watch)
             content = await attempt.content(freeze.stream_size, identity)
-        await shielded(asyncio.to_thread(_complete, file, part, plan.path, content), journal.patience_s)
-        found = await shielded(attempt.conclude(), journal.patience_s)
+        await run.shielded(asyncio.to_thread(_complete, file, part, plan.path, content))
+        found = await run.shielded(attempt.conclude())
     except BaseException as failure:
-        await shielded(attempt.clear_up(failure), journal.patience_s)
+        await run.shielded(attempt.clear_up(failure))
         raise
     finally:
         os.close(file)
-    return save_result(plan.save, plan.tag, plan.replaces, began, pause=pause, is_live=True, file=found)
+    return save_result(plan.save, plan.tag, plan.older.exists, began, pause=pause, is_live=True, file=found)
 
 
 async def _reserved(monitor: Monitor, background: Background) -> int:
@@ -331,7 +296,7 @@ def _created(part: Path, image: Path | None, reserved: int) -> int:
         return parts.create(part, image, reserved)
     except OSError as error:
         message = f"the state file {part} cannot be made: {error.strerror}"
-        finding = Finding(code="state-file", severity=Severity.REFUSE, message=message, cure=_PLACE_CURE)
+        finding = Finding.refusal("state-file", message, _PLACE_CURE)
         raise PrecheckRefused("the guest cannot be saved live now", [finding]) from error
 
 

@@ -1,0 +1,159 @@
+"""One look at a VM: its devices, its snapshots, their state files, and what is written down about them.
+
+An inventory answers all questions from what was read at one moment. Who wants to know how things are later looks again:
+a sequence does so after it has stopped the guest, and after QEMU has saved.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from functools import cached_property
+from pathlib import Path
+
+from qsnap.errors import NotSupported, SnapshotNotFound
+from qsnap.inventory import devices as rules
+from qsnap.inventory import snapshots
+from qsnap.inventory.kept import Kept, kept
+from qsnap.inventory.notes import Notes, notes_path
+from qsnap.inventory.snapshots import Holding
+from qsnap.inventory.state_store import LeftBehind, StateStore
+from qsnap.model.qemu import BlockGraph, Device, InBacking, Snapshot, SnapshotTables, StateFile
+from qsnap.monitor import Monitor
+
+
+async def look(
+    monitor: Monitor, store: StateStore, *, vmstate: str | None = None, exclude: Collection[str] = ()
+) -> Inventory:
+    """Ask QEMU for all block nodes, and look at them.
+
+    :param store: where the state files of live saves are.
+    :param vmstate: the device that the user wants the VM state on. Default: QEMU's own choice.
+    :param exclude: the devices that the user leaves out.
+    """
+    graph = await monitor.block_graph()
+    return Inventory(graph, store, vmstate=vmstate, exclude=exclude, chooses_devices=monitor.chooses_devices)
+
+
+class Inventory:
+    """What was there at one moment.
+
+    State files, notes and marks change under a claim alone, so who holds that reads them once. The snapshot tables
+    belong to QEMU: whoever deletes a snapshot hands in what it reads afterwards, by :meth:`without`.
+
+    :ivar graph: the block nodes, with their snapshot tables.
+    :ivar store: where state files and notes are.
+    :ivar survey: what a save would do with each device.
+    """
+
+    def __init__(
+        self,
+        graph: BlockGraph,
+        store: StateStore,
+        *,
+        vmstate: str | None = None,
+        exclude: Collection[str] = (),
+        chooses_devices: bool = True,
+    ) -> None:
+        self.graph = graph
+        self.store = store
+        self.survey = rules.survey(graph, vmstate=vmstate, exclude=exclude, chooses_devices=chooses_devices)
+        self._files: tuple[StateFile, ...] | None = None
+        self._snapshots: tuple[Snapshot, ...] | None = None
+        self._marks: Kept | None = None
+
+    @property
+    def devices(self) -> tuple[Device, ...]:
+        """All devices, in QEMU's order."""
+        return self.survey.devices
+
+    @property
+    def vmstate(self) -> str | None:
+        """The node-name of the device that the VM state goes to; None if none can hold it."""
+        return self.survey.vmstate
+
+    @property
+    def files(self) -> tuple[StateFile, ...]:
+        """The state files that are there."""
+        if self._files is None:
+            self._files = self.store.files(self.graph, self.devices)
+        return self._files
+
+    @property
+    def snapshots(self) -> tuple[Snapshot, ...]:
+        """All snapshots, oldest first, without what is written down about them."""
+        if self._snapshots is None:
+            self._snapshots = snapshots.snapshots(self.graph, self.devices, self.files)
+        return self._snapshots
+
+    @cached_property
+    def notes(self) -> Notes:
+        """What is written down about them.
+
+        :raise QsnapError: that is damaged.
+        """
+        return Notes(self.store, self.graph, self.devices)
+
+    async def marks(self, monitor: Monitor) -> Kept:
+        """What QEMU itself shows to be protected."""
+        if self._marks is None:
+            self._marks = await kept(monitor)
+        return self._marks
+
+    def find(self, tag: str) -> Snapshot | None:
+        """The snapshot *tag*, or None."""
+        return snapshots.named(self.snapshots, tag)
+
+    def meant(self, tag: str) -> tuple[Snapshot, ...]:
+        """The snapshots that go when *tag* is deleted or replaced."""
+        return snapshots.meant(self.snapshots, tag)
+
+    def holding(self, tag: str) -> Holding:
+        """All that is there of *tag*, whole or not."""
+        return snapshots.holding(self.snapshots, self.devices, tag)
+
+    def holders(self, tag: str) -> tuple[str, ...]:
+        """The node-names that hold *tag* in their snapshot tables, QEMU's first device first."""
+        return snapshots.holders(self.graph, self.devices, tag)
+
+    def not_found(self, tag: str, hint: str = "") -> SnapshotNotFound:
+        """The error that no device holds *tag*; it says so if an image below one does."""
+        return snapshots.not_found(self.graph, self.devices, tag, hint)
+
+    @property
+    def in_backing(self) -> tuple[InBacking, ...]:
+        """The tags that are out of reach below an overlay."""
+        return snapshots.in_backing(self.graph, self.devices)
+
+    def displayed(self, nodes: Collection[str]) -> list[str]:
+        """What people call the devices of these node-names."""
+        return rules.displayed(nodes, self.devices)
+
+    def left_behind(self, disk_tag: str) -> LeftBehind | None:
+        """The state file of a tag that is where it was before its image was renamed."""
+        return self.store.left_behind(self.graph, self.devices, disk_tag)
+
+    @cached_property
+    def unseen(self) -> Sequence[str]:
+        """Where state files of this VM may be that cannot be looked for."""
+        return self.store.unseen(self.graph, self.devices)
+
+    def notes_path(self) -> Path:
+        """The file for notes: beside the image that would hold the VM state.
+
+        :raise NotSupported: no device can have snapshots, or the image cannot be seen from here.
+        :raise QsnapError: the directory cannot be written, or notes that are there cannot be read.
+        """
+        node = self.vmstate or next((device.image for device in self.devices if device.image), None)
+        if node is None:
+            raise NotSupported("no device of this VM can have snapshots, so there is no place for notes")
+        return notes_path(self.store, self.graph, self.notes, node)
+
+    def without(self, files: Collection[str], tables: SnapshotTables) -> None:
+        """Take in that something was deleted.
+
+        :param files: the paths of the state files that are gone.
+        :param tables: the snapshot tables as they are now.
+        """
+        self._files = tuple(file for file in self.files if file.path not in files)
+        self._snapshots = None
+        self.graph = self.graph.with_tables(tables)

@@ -1,0 +1,37 @@
+"""What a user asks for, whole: it goes from the command line to the sequence as it is."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+from qsnap.model.qemu import Struct
+
+
+class OnExists(StrEnum):
+    """What a save does if a snapshot of its tag exists."""
+
+    REPLACE = "replace"
+    """Delete it first, as do_savevm does. It is gone if the save then fails."""
+    REFUSE = "refuse"
+    """Save nothing."""
+    SAFE = "safe"
+    """Replace it so that a whole snapshot exists at every moment."""
+
+
+class SaveRequest(Struct, frozen=True):
+    """A save that is asked for."""
+
+    tag: str | None = None
+    """1 to 255 bytes, 247 for a live save. Default: vm-%Y%m%d%H%M%S in local time, as do_savevm names it."""
+    on_exists: OnExists = OnExists.REPLACE
+    vmstate: str | None = None
+    """The device that holds the VM state. Default: QEMU's own choice, which loadvm expects. Of a live save: the one
+    beside whose image the state file goes."""
+    exclude: tuple[str, ...] = ()
+    """Devices to leave out; the snapshot is not whole then."""
+    force: bool = False
+    """Let a lack of room only warn."""
+    alive: bool = False
+    """Refuse a guest that could not go on from the snapshot, because it has panicked or shut down. Default: warn."""
+    dry_run: bool = False
+    """Decide everything and do nothing."""
