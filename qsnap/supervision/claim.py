@@ -12,7 +12,7 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 
 from qsnap.errors import MonitorBusy, MonitorError, MonitorLost, QsnapError, VMLocked
-from qsnap.host.processes import is_stopped, process
+from qsnap.host.processes import is_alive, is_stopped, process
 from qsnap.model.qemu import Recovered, Unfinished
 from qsnap.model.runstates import takes_stop
 from qsnap.monitor import Monitor
@@ -100,6 +100,9 @@ async def _claim(monitor: Monitor, address: Address, operation: str, tags: tuple
     """Make the claim; None if somebody was quicker."""
     was_running = takes_stop(await monitor.runstate(), monitor.version)
     record = journal.new_record(operation, tags, address, monitor.pid, is_human=monitor.transport == "hmp")
+    if monitor.pid is not None and not is_alive(monitor.pid):
+        # Nothing would tell later that the journal is of a QEMU that has ended
+        raise MonitorLost("QEMU has ended; nothing was done")
     ours = Journal.create(record)
     watching: guard.Guard | None = None
     try:

@@ -81,8 +81,8 @@ def test_what_the_notes_protect_is_protected_over_every_monitor(far: Guest, tmp_
         assert finding["code"] == "unseen-notes"
         assert str(disk) in finding["message"]
         assert "--ignore-unseen" in finding["cure"]
-    for command in ("list",), ("show", "gold"):
-        assert "cannot be seen from here which snapshots are protected" in cli(*command, monitor=qmp).err
+    for words in (["list"], ["show", "gold"]):
+        assert "cannot be seen from here which snapshots are protected" in cli(*words, monitor=qmp).err
     assert tags(disk) == names
     far.assert_running()
     cli("save", "new", monitor=qmp)

@@ -17,9 +17,9 @@ import msgspec
 import pytest
 
 import qsnap
-from qsnap.errors import QsnapError, VMLocked
+from qsnap.errors import MonitorLost, QsnapError, VMLocked
 from qsnap.host.processes import Process, is_alive, process, this_process
-from qsnap.model.qemu import SaveResult
+from qsnap.model.qemu import RunState, SaveResult
 from qsnap.model.requests import SaveRequest
 from qsnap.monitor.address import TcpAddress
 from qsnap.operations.save import do_savevm
@@ -120,6 +120,25 @@ def test_a_holder_that_is_stopped_itself(launch: Launch, tmp_path: Path) -> None
         assert f"kill -CONT {first.pid}" in run.err
         first.send_signal(signal.SIGCONT)
     assert finish(first).code == 0
+
+
+async def test_a_qemu_that_ends_as_a_run_begins(
+    guest: Guest, runtime_directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A journal that does not say of which QEMU it is would stay for ever."""
+    async with qsnap.connect(guest.address) as vm:
+        answer = vm._monitor.runstate
+
+        async def last_answer() -> RunState:
+            state = await answer()
+            guest.process.kill()
+            until("QEMU to be gone", lambda: not is_alive(guest.pid))
+            return state
+
+        monkeypatch.setattr(vm._monitor, "runstate", last_answer)
+        with pytest.raises(MonitorLost, match="QEMU has ended"):
+            await vm.save("t")
+    assert journals(runtime_directory) == []
 
 
 def test_of_two_who_come_upon_a_dead_claim_one_recovers(guest: Guest) -> None:
