@@ -6,7 +6,7 @@ Each finding says what is wrong and how to cure it. All are collected; the first
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -75,6 +75,7 @@ class LoadPlan(NamedTuple):
     """What a load will do: the snapshot, and the devices that it puts back.
 
     :ivar vmstate: the device that holds the VM state; None where it is in the snapshot's state file.
+    :ivar first: what QEMU calls the device that goes back before all others; "" if it is not certain which one that is.
     :ivar runstate: the guest's, before the load.
     :ivar spoiled: a migration has failed, and QEMU must forget that first: see :meth:`Migration.spoils_loads`.
     """
@@ -83,6 +84,7 @@ class LoadPlan(NamedTuple):
     vmstate: str | None
     devices: tuple[str, ...]
     excluded: tuple[str, ...]
+    first: str
     runstate: RunState
     spoiled: bool
 
@@ -212,4 +214,26 @@ async def plan_load(
             f"{monitor.who} cannot load through the filters above a disk's image: the guest would "
             f"hang. With the guest off: qemu-img snapshot -a TAG IMAGE, on every disk; {standing}"
         )
-    return LoadPlan(snapshot, snapshot.vmstate, devices, tuple(sorted(filter(None, left_out))), runstate, spoiled)
+    return LoadPlan(
+        snapshot=snapshot,
+        vmstate=snapshot.vmstate,
+        devices=devices,
+        excluded=tuple(sorted(filter(None, left_out))),
+        first=_first_to_go_back(graph, devices, snapshot.disk_tag, chooses_devices=monitor.chooses_devices),
+        runstate=runstate,
+        spoiled=spoiled,
+    )
+
+
+def _first_to_go_back(graph: BlockGraph, devices: Sequence[str], disk_tag: str, *, chooses_devices: bool) -> str:
+    """See :attr:`LoadPlan.first`. QEMU takes the devices in its own order, or in that in which they are named to it."""
+    if not chooses_devices:
+        roots = {user.root for user in graph.backends}.intersection(devices)
+        # What else holds the tag may belong to an export, which HMP does not show, and come before them
+        if any(
+            node.tagged(disk_tag) and not node.read_only for node in graph.nodes.values() if node.node_name not in roots
+        ):
+            return ""
+    first = next(iter(devices), "")
+    # block.c: bdrv_get_device_or_node_name
+    return next((user.name for user in graph.backends if user.root == first and user.name), first)

@@ -260,6 +260,46 @@ def test_dirty_bitmaps_block_a_load(launch: Launch, tmp_path: Path) -> None:
     guest.assert_running()
 
 
+def test_dirty_bitmaps_that_hmp_does_not_show(launch: Launch, tmp_path: Path) -> None:
+    """QEMU comes upon them in the middle of the load. On the first disk nothing has gone back by then."""
+    guest = launch(
+        "-drive", f"file={make_boot_disk(tmp_path / 'a')},format=qcow2,if=none,id=vdb",
+        "-device", "virtio-blk,drive=vdb",
+        *blockdev("second", make_disk(tmp_path / "b")), "-device", "virtio-blk,drive=second,id=first",
+    )  # fmt: skip
+    guest.wait_for_ticks()
+    cli("save", "t", monitor=guest.hmp_address)
+    guest.wait_for_ticks(3)
+    first = guest.qmp("query-block")[0]["inserted"]["node-name"]
+    guest.qmp("block-dirty-bitmap-add", node=first, name="tool")
+    for is_running in (True, False):
+        error = cli("load", "t", "--json", monitor=guest.hmp_address, expect=9).error
+        assert "on 'vdb': Device has active dirty bitmaps; nothing was loaded" in error["message"]
+        assert "Remove the dirty bitmaps of vdb by QMP" in error["message"]
+        assert guest.runstate == ("running" if is_running else "paused")
+        if is_running:
+            guest.wait_for_ticks(40)
+            guest.assert_running()
+            guest.qmp("stop")
+            counter = guest.counter
+    assert guest.counter == counter
+    guest.qmp("cont")
+    guest.assert_running()
+
+    guest.qmp("block-dirty-bitmap-remove", node=first, name="tool")
+    guest.qmp("block-dirty-bitmap-add", node="second", name="tool")
+    for code in (20, 9):
+        error = cli("load", "t", "--running", "--json", monitor=guest.hmp_address, expect=code).error
+        assert "RAM and disks may be half restored" in error["message"]
+        assert "Remove the dirty bitmaps of second by QMP" in error["message"]
+        assert "Then load 't' again, with --running" in error["message"]
+        assert guest.runstate != "running"
+    guest.qmp("block-dirty-bitmap-remove", node="second", name="tool")
+    cli("load", "t", "--running", monitor=guest.hmp_address)
+    guest.wait_for_ticks(40)
+    guest.assert_running()
+
+
 @pytest.mark.skipif(qemu_version() < (6, 2), reason="a copy-before-write filter cannot be put in before QEMU 6.2")
 @both_monitors
 def test_the_filter_of_a_backup_without_a_job(launch: Launch, tmp_path: Path, transport: str) -> None:
