@@ -177,7 +177,9 @@ class VM:
             inventory = await self._tidied(run)
             self._warn_of_unseen_files(inventory, tags)
             try:
-                return await do_delvm(run, tags, missing_ok=missing_ok, inventory=inventory)
+                result = await do_delvm(run, tags, missing_ok=missing_ok, inventory=inventory)
+                self._tell_of_backing(inventory, [tag for tag, nodes in result.deleted.items() if nodes])
+                return result
             finally:
                 await forget_notes(run)
 
@@ -326,10 +328,10 @@ class VM:
             in_backing=inventory.in_backing,
         )
 
-    def _tell_of_backing(self, inventory: Inventory) -> None:
-        """Say so where snapshots are out of reach below an overlay."""
+    def _tell_of_backing(self, inventory: Inventory, only: Collection[str] | None = None) -> None:
+        """Say so where snapshots, or their parts, are out of reach below an overlay; *only* those of some tags."""
         tags: dict[tuple[str, str], list[str]] = {}
-        for one in inventory.in_backing:
+        for one in inventory.in_backing if only is None else (one for one in inventory.in_backing if one.tag in only):
             tags.setdefault((one.image, one.device), []).append(one.tag)
         self.remarks += (
             f"the backing image {image} of {device} holds {', '.join(names)}: out of reach until the overlay is "

@@ -101,7 +101,7 @@ def owner(snapshot: Snapshot) -> str:
 def _file_of(tag: str, held: dict[str, list[NodeSnapshot]], files: Iterable[StateFile]) -> StateFile | None:
     """The state file of what the devices hold; None where the state is in an image, or nowhere.
 
-    Over HMP the clock has milliseconds. One that may not be read is taken for that of its tag.
+    Over HMP the clock has milliseconds. One whose clock cannot be read is taken for that of its tag.
     """
     first = [rows[0] for rows in held.values()]
     if any(row.vm_state_size for row in first):
@@ -112,7 +112,7 @@ def _file_of(tag: str, held: dict[str, list[NodeSnapshot]], files: Iterable[Stat
     for file in tagged:
         if (file.vm_clock_ns if exact else file.vm_clock_ns // 1_000_000 * 1_000_000) in clocks:
             return file
-    return next((file for file in tagged if not file.is_readable), None)
+    return next((file for file in tagged if not file.vm_clock_ns), None)
 
 
 def _gathered(
@@ -163,9 +163,7 @@ def _without_disks(file: StateFile, names: Labels) -> Snapshot:
 
 
 def _file_problem(file: StateFile) -> str:
-    if not file.is_readable:
-        return f"its state file {file.path} may not be read by this user"
-    return "" if file.is_whole else f"its state file {file.path} is cut short"
+    return f"its state file {file.path}{file.trouble.removeprefix('it')}" if file.trouble else ""
 
 
 def _moment(row: NodeSnapshot) -> object:
@@ -188,16 +186,21 @@ def named(found: Iterable[Snapshot], tag: str) -> Snapshot | None:
 
 
 def in_backing(graph: BlockGraph, devices: Sequence[Device]) -> tuple[InBacking, ...]:
-    """The tags that no device holds, but an image that one stands on. They are back when the overlay is committed."""
+    """The tags that a device does not hold, but an image that it stands on. They are back after a block-commit."""
     images = tuple(dict.fromkeys(device.image for device in devices if device.image))
-    held = {row.tag for name in images for row in graph.nodes[name].snapshots}
     return tuple(
         InBacking(tag=tag, image=_file_name(node), device=label)
         for name, label in zip(images, displayed(images, devices), strict=True)
         for node in _chain_below(graph, name)
         for tag in dict.fromkeys(row.tag for row in node.snapshots)
-        if tag not in held
+        if not graph.nodes[name].tagged(tag)
     )
+
+
+def unattached(devices: Iterable[Device], nodes: Iterable[str]) -> tuple[str, ...]:
+    """Those of the *nodes* that no device of the guest uses: a block job may have switched a device away from them."""
+    used = {device.image for device in devices if device.role is not Role.NODE}
+    return tuple(node for node in nodes if node not in used)
 
 
 def chains(graph: BlockGraph, images: Iterable[str]) -> dict[str, tuple[str, ...]]:

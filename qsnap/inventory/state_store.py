@@ -14,6 +14,7 @@ from __future__ import annotations
 import errno
 import os
 import shlex
+import stat
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
@@ -198,15 +199,24 @@ class StateStore:
         devices = tuple(devices)
         images = self._images(graph, devices)
         nodes = {device.image for device in devices if device.image}
-        tags = dict.fromkeys(row.tag for node in nodes for row in graph.nodes[node].snapshots)
+        rows = [row for node in nodes for row in graph.nodes[node].snapshots]
+        tags = dict.fromkeys(row.tag for row in rows)
+        stateless = tags.keys() - {row.tag for row in rows if row.vm_state_size}
         expected = {path: (image, tag) for image in images for tag in tags for path in self._expected(image, tag)}
         found = []
         for path in dict.fromkeys((*self._listed(images, SUFFIX), *sorted(self._unlisted(images, expected)))):
+            trouble = "it is not one, or has lost its end"
             try:
                 file = _looked_at(path)
             except OSError as error:
-                is_closed = error.errno in _MAY_NOT and path in expected
-                file = _unread(path, *expected[path]) if is_closed else None
+                file, trouble = None, _why_unread(path, error)
+            # Beside a snapshot with its state in the image it is somebody's own file, unless that cannot be told
+            if (
+                file is None
+                and path in expected
+                and (trouble == _CLOSED or (trouble and expected[path][1] in stateless))
+            ):
+                file = _unread(path, *expected[path], trouble)
             if file is not None and self._is_ours(file, images):
                 found.append(file)
         return tuple(found)
@@ -413,12 +423,25 @@ def _looked_at(path: Path) -> StateFile | None:
         vm_state_size=content.vm_state_size,
         date=content.date,
         vm_clock_ns=content.vm_clock_ns,
-        is_whole=info.st_size >= state_file.file_size(content.vm_state_size),
+        is_whole=(is_whole := info.st_size >= state_file.file_size(content.vm_state_size)),
+        trouble="" if is_whole else "it is cut short",
     )
 
 
-def _unread(path: Path, image: Path, disk_tag: str) -> StateFile | None:
-    """A state file that may not be read; None where there is none, or even that may not be known."""
+_CLOSED = "it may not be read by this user"
+
+
+def _why_unread(path: Path, error: OSError) -> str:
+    """Why what is there cannot be read, in words; "" where there is nothing, or even that may not be known."""
+    if not os.path.lexists(path):
+        return ""
+    if error.errno in _MAY_NOT:
+        return _CLOSED
+    return "it is a symbolic link" if path.is_symlink() else f"it cannot be read: {error.strerror}"
+
+
+def _unread(path: Path, image: Path, disk_tag: str, trouble: str) -> StateFile | None:
+    """A state file that says nothing; None where there is none, or even that may not be known."""
     try:
         info = path.lstat()
     except OSError:
@@ -431,7 +454,10 @@ def _unread(path: Path, image: Path, disk_tag: str) -> StateFile | None:
         vm_state_size=0,
         date=datetime.fromtimestamp(info.st_mtime, UTC),
         vm_clock_ns=0,
-        is_readable=False,
+        is_whole=trouble == _CLOSED,
+        is_readable=trouble != _CLOSED,
+        trouble="it is empty" if stat.S_ISREG(info.st_mode) and not info.st_size else trouble,
+        is_link=stat.S_ISLNK(info.st_mode),
     )
 
 
@@ -458,5 +484,6 @@ def _cut_short(path: Path, info: os.stat_result, image: str) -> StateFile | None
                 date=datetime.fromtimestamp(info.st_mtime, UTC),
                 vm_clock_ns=0,
                 is_whole=False,
+                trouble="it is cut short",
             )
     return None

@@ -353,6 +353,10 @@ class StateFile(Struct, frozen=True):
     """False: it is cut short. Where even what stands at its end is gone, size and clock are 0."""
     is_readable: bool = True
     """False: this user may not read it. It is known by its name alone; size and clock are 0."""
+    trouble: str = ""
+    """What is wrong with it, a clause that "it" begins: it is a symbolic link, empty, cut short. "" if it is whole."""
+    is_link: bool = False
+    """It is a symbolic link. That is not followed: it could lead to anything."""
 
 
 class InBacking(Struct, frozen=True):

@@ -21,9 +21,11 @@ from qsnap.model.qemu import (
     Kind,
     Migration,
     QemuVersion,
+    Role,
     RunState,
     Snapshot,
     StateFile,
+    Verdict,
     tag_problem,
 )
 from qsnap.model.requests import SaveRequest
@@ -61,10 +63,10 @@ _NVME_IS_SAVED = QemuVersion(11, 0, 0)
 _FIXED_SIZE = frozenset({"nbd", "host_device", "iscsi", "nvme", "nvme-io_uring", "virtio-blk-vhost-vdpa"})
 
 #: What is found of the image that is to hold the VM state, and does not matter where the state goes elsewhere.
-_OF_THE_VMSTATE_IMAGE = frozenset({"vmstate-encrypted", "vmstate-not-encrypted", "vmstate-removable"})
+OF_THE_VMSTATE_IMAGE = frozenset({"vmstate-encrypted", "vmstate-not-encrypted", "vmstate-removable"})
 
 
-def _device_findings_for_load(survey: rules.Survey, exclude_all: str) -> Iterator[Finding]:
+def device_findings_for_load(survey: rules.Survey, exclude_all: str) -> Iterator[Finding]:
     for finding in survey.findings:
         if finding.code == "device-cannot-snapshot":
             yield Finding.refusal(
@@ -86,7 +88,7 @@ def refuse_untransportable(monitor: Monitor, tag: str | None) -> None:
         raise NotSupported(f"{monitor.who} cannot be given the tag {tag!r}: {obstacle}. By QMP it can")
 
 
-def _refuse_hmp_choices(monitor: Monitor, graph: BlockGraph, vmstate: str | None, exclude: Collection[str]) -> None:
+def refuse_hmp_choices(monitor: Monitor, graph: BlockGraph, vmstate: str | None, exclude: Collection[str]) -> None:
     if monitor.chooses_devices:
         return
     if not rules.names_outside(graph).issuperset(exclude):
@@ -100,7 +102,7 @@ def _refuse_hmp_choices(monitor: Monitor, graph: BlockGraph, vmstate: str | None
             )
 
 
-def _tag_findings(tag: str | None) -> Iterator[Finding]:
+def tag_findings(tag: str | None) -> Iterator[Finding]:
     if tag is None:
         return
     if problem := tag_problem(tag):
@@ -129,7 +131,7 @@ def runstate_findings(runstate: RunState) -> Iterator[Finding]:
         )
 
 
-def _trouble_findings(runstate: RunState, version: QemuVersion, *, alive: bool) -> Iterator[Finding]:
+def trouble_findings(runstate: RunState, version: QemuVersion, *, alive: bool) -> Iterator[Finding]:
     """That the guest has stopped by itself: whoever loads a snapshot of that gets a guest that does not go on."""
     if trouble := trouble_of(runstate, version):
         make = Finding.refusal if alive else Finding.warning
@@ -137,7 +139,7 @@ def _trouble_findings(runstate: RunState, version: QemuVersion, *, alive: bool) 
         yield make("not-alive", trouble, cure)
 
 
-def _no_machine(error: CommandFailed) -> Finding:
+def no_machine(error: CommandFailed) -> Finding:
     """What *error* means under -preconfig, where QEMU refuses to answer.
 
     :raise CommandFailed: *error*, if it means something else.
@@ -147,7 +149,7 @@ def _no_machine(error: CommandFailed) -> Finding:
     return next(runstate_findings(RunState.PRECONFIG))
 
 
-def _aftermath_findings(runstate: RunState, half_restored: bool, leftovers: Sequence[Job]) -> Iterator[Finding]:
+def aftermath_findings(runstate: RunState, half_restored: bool, leftovers: Sequence[Job]) -> Iterator[Finding]:
     """What earlier qsnaps have left behind in the guest."""
     if half_restored:
         yield Finding.refusal(
@@ -163,7 +165,7 @@ def _aftermath_findings(runstate: RunState, half_restored: bool, leftovers: Sequ
         )
 
 
-def _migration_findings(
+def migration_findings(
     migration: Migration, version: QemuVersion, graph: BlockGraph, devices: Sequence[Device]
 ) -> Iterator[Finding]:
     if migration.status not in MIGRATION_IDLE:
@@ -228,7 +230,7 @@ def spoiled_finding(migration: Migration, runstate: RunState) -> Finding:
     )
 
 
-def _background_findings(migration: Migration) -> Iterator[Finding]:
+def background_findings(migration: Migration) -> Iterator[Finding]:
     if "background-snapshot" in migration.capabilities:
         yield Finding.refusal(
             "migration-capability",
@@ -237,7 +239,7 @@ def _background_findings(migration: Migration) -> Iterator[Finding]:
         )
 
 
-def _nvme_findings(graph: BlockGraph, version: QemuVersion) -> Iterator[Finding]:
+def nvme_findings(graph: BlockGraph, version: QemuVersion) -> Iterator[Finding]:
     """What crashes QEMU's savevm of NVMe. Older versions name the device as one that blocks a migration."""
     if version < _NVME_IS_SAVED:
         return
@@ -252,7 +254,7 @@ def _nvme_findings(graph: BlockGraph, version: QemuVersion) -> Iterator[Finding]
             )
 
 
-def _room_findings(
+def room_findings(
     graph: BlockGraph,
     survey: rules.Survey,
     request: SaveRequest,
@@ -292,7 +294,7 @@ def _room_findings(
         )
 
 
-def _fixed_size_findings(
+def fixed_size_findings(
     graph: BlockGraph,
     survey: rules.Survey,
     request: SaveRequest,
@@ -324,7 +326,7 @@ def _fixed_size_findings(
         yield Finding.warning("cannot-grow", message, cure, survey.vmstate)
 
 
-def _chain_findings(inventory: Inventory, snapshot: Snapshot, devices: Collection[str]) -> Iterator[Finding]:
+def chain_findings(inventory: Inventory, snapshot: Snapshot, devices: Collection[str]) -> Iterator[Finding]:
     """What has become of the images that the disks stood on when *snapshot* was saved, where that is written down."""
     try:
         changes = inventory.notes.changes_below(snapshot)
@@ -343,12 +345,69 @@ def _chain_findings(inventory: Inventory, snapshot: Snapshot, devices: Collectio
         )
 
 
+def elsewhere_findings(inventory: Inventory, snapshot: Snapshot) -> Iterator[Finding]:
+    """Where the part of a device is that lacks *snapshot*: to leave it as it is now would mix two moments."""
+    strays = snapshots.unattached(inventory.devices, snapshot.devices)
+    for node in snapshot.missing:
+        (name,) = inventory.displayed([node])
+        below = [one for one in inventory.in_backing if one.device == name and one.tag == snapshot.disk_tag]
+        if below:
+            yield Finding.refusal(
+                "in-backing",
+                f"the part of {name} is in its backing image {below[0].image}: an overlay was made above it",
+                "commit the overlay first (block-commit), if no other image stands on that one",
+                node,
+            )
+        elif strays:
+            yield Finding.refusal(
+                "left-its-image",
+                f"{name} lacks it, and {', '.join(inventory.displayed(strays))} holds it, which no device of the guest "
+                f"uses any more: a block job may have switched {name} from there",
+                f"start the guest with that image again. If {name} is a disk that was added later: --force --exclude "
+                f"{rules.for_shell(node, snapshot.labels.get(node, ''))}",
+                node,
+            )
+
+
+def no_device_findings(inventory: Inventory, snapshot: Snapshot, devices: Collection[str]) -> Iterator[Finding]:
+    """That RAM alone would go back."""
+    if snapshot.devices and len(snapshots.unattached(inventory.devices, devices)) == len(devices):
+        names = ", ".join(inventory.displayed(snapshot.devices))
+        yield Finding.refusal(
+            "no-device",
+            f"no device of the guest would go back: {snapshot.tag!r} is on {names}",
+            "load it without --exclude, or start the guest with that image",
+        )
+
+
+def unattached_findings(inventory: Inventory, snapshot: Snapshot) -> Iterator[Finding]:
+    """What QEMU's own loadvm stumbles over, before 10.0: nodes that no device uses, and that lack the snapshot."""
+    for device in inventory.devices:
+        if device.role is Role.NODE and device.verdict is Verdict.SAVED and device.image not in snapshot.devices:
+            yield Finding.refusal(
+                "unattached-node",
+                f"node {device.node}, which no device uses, lacks {snapshot.tag!r}, and QEMU before 10.0 looks for it "
+                "there, too",
+                f"take it out, by QMP: blockdev-del node-name={device.node}",
+                device.node,
+            )
+
+
 def unreadable_finding(tag: str, file: StateFile) -> Finding:
     """What refuses to do anything with a live snapshot whose state file this user may not read."""
     return Finding.refusal(
         "state-file-unreadable",
         f"{tag!r} is a live snapshot, and its state file {file.path} may not be read by this user",
         "run qsnap as the user that the file belongs to, or as root",
+    )
+
+
+def link_finding(tag: str, file: StateFile) -> Finding:
+    """What refuses to do anything with a live snapshot whose state file is a link."""
+    return Finding.refusal(
+        "state-file-link",
+        f"{tag!r} is a live snapshot, and its state file {file.path} is a symbolic link, which qsnap does not follow",
+        "put the file itself there; or choose its directory: --state-dir DIR",
     )
 
 
@@ -360,7 +419,7 @@ def left_behind_finding(inventory: Inventory, snapshot: Snapshot) -> Finding | N
     return Finding.refusal("state-file-left", message, left.cure)
 
 
-def _load_findings(inventory: Inventory, snapshot: Snapshot, devices: Collection[str]) -> Iterator[Finding]:
+def load_findings(inventory: Inventory, snapshot: Snapshot, devices: Collection[str]) -> Iterator[Finding]:
     if snapshot.kind is Kind.STATE_ONLY:
         yield Finding.refusal(
             "state-only",
@@ -387,10 +446,13 @@ def _load_findings(inventory: Inventory, snapshot: Snapshot, devices: Collection
     if snapshot.file is not None and not snapshot.file.is_readable:
         yield unreadable_finding(snapshot.tag, snapshot.file)
         return
+    if snapshot.file is not None and snapshot.file.is_link:
+        yield link_finding(snapshot.tag, snapshot.file)
+        return
     if snapshot.file is not None and not snapshot.file.is_whole:
         yield Finding.refusal(
             "state-file",
-            f"{snapshot.tag!r}: its state file {snapshot.file.path} is cut short",
+            f"{snapshot.tag!r}: its state file {snapshot.file.path}{snapshot.file.trouble.removeprefix('it')}",
             "restore it from a copy, or delete the snapshot",
         )
         return

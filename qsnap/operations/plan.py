@@ -18,33 +18,40 @@ from qsnap.inventory.inventory import Inventory
 from qsnap.model.qemu import (
     BlockGraph,
     CheckReport,
+    QemuVersion,
     RunState,
     Snapshot,
     Verdict,
 )
 from qsnap.model.requests import SaveRequest
-from qsnap.monitor import HALF_RESTORED
+from qsnap.monitor import HALF_RESTORED, Monitor
 from qsnap.operations.findings import (
-    _OF_THE_VMSTATE_IMAGE,
-    _aftermath_findings,
-    _background_findings,
-    _chain_findings,
-    _device_findings_for_load,
-    _fixed_size_findings,
-    _load_findings,
-    _migration_findings,
-    _no_machine,
-    _nvme_findings,
-    _refuse_hmp_choices,
-    _room_findings,
-    _tag_findings,
-    _trouble_findings,
+    OF_THE_VMSTATE_IMAGE,
+    aftermath_findings,
+    background_findings,
+    chain_findings,
+    device_findings_for_load,
+    elsewhere_findings,
+    fixed_size_findings,
+    load_findings,
+    migration_findings,
+    no_device_findings,
+    no_machine,
+    nvme_findings,
+    refuse_hmp_choices,
     refuse_untransportable,
+    room_findings,
     runstate_findings,
     spoiled_finding,
+    tag_findings,
+    trouble_findings,
+    unattached_findings,
 )
 from qsnap.operations.reset import reset_findings
 from qsnap.runs.run import Run
+
+#: From here on loadvm looks for a snapshot on those nodes only that a device uses (block/snapshot.c).
+_UNATTACHED_LEFT_OUT = QemuVersion(10, 0, 0)
 
 
 class SavePlan(NamedTuple):
@@ -106,29 +113,29 @@ async def plan_save(run: Run, request: SaveRequest, *, state_elsewhere: bool = F
             monitor.leftover_jobs(),
         )
     except CommandFailed as error:
-        refusal = _no_machine(error)
+        refusal = no_machine(error)
         report = CheckReport(ok=False, runstate=RunState.PRECONFIG, vmstate=None, devices=(), findings=(refusal,))
         return SavePlan(Inventory(BlockGraph(nodes={}, backends=()), run.store), report, None, None)
     graph, survey = inventory.graph, inventory.survey
-    _refuse_hmp_choices(monitor, graph, vmstate, exclude)
+    refuse_hmp_choices(monitor, graph, vmstate, exclude)
     refuse_untransportable(monitor, request.tag)
     image = descriptors.way(monitor.pid, graph, survey.vmstate) if survey.vmstate else None
     estimate = processes.state_estimate(monitor.pid, ram_bytes)
     findings = [
-        *_tag_findings(request.tag),
+        *tag_findings(request.tag),
         *runstate_findings(runstate),
-        *_trouble_findings(runstate, monitor.version, alive=request.alive),
-        *_aftermath_findings(runstate, half_restored is not None, leftovers),
-        *_migration_findings(migration, monitor.version, graph, survey.devices),
-        *_nvme_findings(graph, monitor.version),
+        *trouble_findings(runstate, monitor.version, alive=request.alive),
+        *aftermath_findings(runstate, half_restored is not None, leftovers),
+        *migration_findings(migration, monitor.version, graph, survey.devices),
+        *nvme_findings(graph, monitor.version),
         *survey.findings,
         *block_jobs.save_findings(graph, survey.devices, chooses_devices=monitor.chooses_devices),
     ]
     if state_elsewhere:
-        findings = [finding for finding in findings if finding.code not in _OF_THE_VMSTATE_IMAGE]
+        findings = [finding for finding in findings if finding.code not in OF_THE_VMSTATE_IMAGE]
     else:
-        findings += _room_findings(graph, survey, request, image, estimate, monitor.chooses_devices)
-        findings += _fixed_size_findings(graph, survey, request, estimate, ram_bytes)
+        findings += room_findings(graph, survey, request, image, estimate, monitor.chooses_devices)
+        findings += fixed_size_findings(graph, survey, request, estimate, ram_bytes)
     report = CheckReport(
         ok=not any(finding.refuses for finding in findings),
         runstate=runstate,
@@ -158,7 +165,7 @@ async def plan_load(
             monitor.runstate(), monitor.migration(), run.look(exclude=exclude)
         )
     except CommandFailed as error:
-        raise PrecheckRefused(f"snapshot {tag!r} cannot be loaded now", [_no_machine(error)], standing) from error
+        raise PrecheckRefused(f"snapshot {tag!r} cannot be loaded now", [no_machine(error)], standing) from error
     graph, survey = inventory.graph, inventory.survey
     if not monitor.chooses_devices and not rules.names_outside(graph).issuperset(exclude):
         raise NotSupported(f"{monitor.who} loads all devices or none: --exclude is beyond it")
@@ -175,6 +182,8 @@ async def plan_load(
     exclude_all = " ".join(
         f"--exclude {rules.for_shell(node, snapshot.labels.get(node, ''))}" for node in left_to_exclude
     )
+    if not force and (elsewhere := [*elsewhere_findings(inventory, snapshot)]):
+        raise PrecheckRefused(f"snapshot {tag!r} cannot be loaded now", elsewhere, standing)
     loadable = snapshot.has_state and can_exclude
     if lacking := [node for node in missing if node not in unable]:
         raise SnapshotNotFound(
@@ -184,21 +193,42 @@ async def plan_load(
         )
     devices = tuple(node for node in snapshot.devices if node not in left_out)
     findings = [
+        *no_device_findings(inventory, snapshot, devices),
         *runstate_findings(runstate),
-        *_migration_findings(migration, monitor.version, graph, survey.devices),
-        *_background_findings(migration),
+        *migration_findings(migration, monitor.version, graph, survey.devices),
+        *background_findings(migration),
         *reset_findings(monitor, runstate),
-        *_device_findings_for_load(survey, exclude_all if can_exclude else ""),
-        *_load_findings(inventory, snapshot, devices),
+        *device_findings_for_load(survey, exclude_all if can_exclude else ""),
+        *load_findings(inventory, snapshot, devices),
         *block_jobs.load_findings(graph, survey.devices, devices),
     ]
     if not force:
-        findings += _chain_findings(inventory, snapshot, devices)
+        findings += chain_findings(inventory, snapshot, devices)
+    if not monitor.chooses_devices and monitor.version < _UNATTACHED_LEFT_OUT:
+        findings += unattached_findings(inventory, snapshot)
     spoiled = migration.spoils_loads(monitor.version)
     if spoiled and (monitor.background is None or runstate is RunState.RESTORE_VM):
         findings.append(spoiled_finding(migration, runstate))
     if any(finding.refuses for finding in findings):
         raise PrecheckRefused(f"snapshot {tag!r} cannot be loaded now", findings, standing)
+    _refuse_unable(monitor, inventory, snapshot, standing)
+    return LoadPlan(
+        snapshot=snapshot,
+        vmstate=snapshot.vmstate,
+        devices=devices,
+        excluded=tuple(sorted(filter(None, left_out))),
+        first=_first_to_go_back(graph, devices, snapshot.disk_tag, chooses_devices=monitor.chooses_devices),
+        runstate=runstate,
+        spoiled=spoiled,
+    )
+
+
+def _refuse_unable(monitor: Monitor, inventory: Inventory, snapshot: Snapshot, standing: str) -> None:
+    """Refuse what this monitor cannot load.
+
+    :raise NotSupported: it cannot.
+    """
+    survey, tag = inventory.survey, snapshot.tag
     if snapshot.file is not None and monitor.background is None:
         raise NotSupported(
             f"{tag!r} is a live snapshot, and {monitor.who} cannot be given its state file: that takes QMP over a "
@@ -214,15 +244,6 @@ async def plan_load(
             f"{monitor.who} cannot load through the filters above a disk's image: the guest would "
             f"hang. With the guest off: qemu-img snapshot -a TAG IMAGE, on every disk; {standing}"
         )
-    return LoadPlan(
-        snapshot=snapshot,
-        vmstate=snapshot.vmstate,
-        devices=devices,
-        excluded=tuple(sorted(filter(None, left_out))),
-        first=_first_to_go_back(graph, devices, snapshot.disk_tag, chooses_devices=monitor.chooses_devices),
-        runstate=runstate,
-        spoiled=spoiled,
-    )
 
 
 def _first_to_go_back(graph: BlockGraph, devices: Sequence[str], disk_tag: str, *, chooses_devices: bool) -> str:

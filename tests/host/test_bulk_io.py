@@ -70,8 +70,8 @@ def test_no_signal_comes_of_those_who_look(tmp_path: Path) -> None:
     """The kernel tells the holder of a lease, by a signal that ends it, when somebody opens the file."""
     file = made(tmp_path / "file", 200)
     script = (
-        "import sys; from pathlib import Path; from qsnap import gentle; "
-        "gentle._DELETED_AT_ONCE = 1 << 20; gentle.remove(Path(sys.argv[1]))"
+        "import sys; from pathlib import Path; from qsnap.host import bulk_io; "
+        "bulk_io._DELETED_AT_ONCE = 1 << 20; bulk_io.remove(Path(sys.argv[1]))"
     )
     process = subprocess.Popen([sys.executable, "-c", script, str(file)])
     looks = 0

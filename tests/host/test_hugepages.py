@@ -229,7 +229,7 @@ def test_without_the_right_to(heavy: Guest) -> None:
     """It is saved all the same, and its RAM is left as it is."""
     cli("save", "--live", "a", monitor=heavy.address)
     without = ["setpriv", "--bounding-set=-sys_nice", "--inh-caps=-sys_nice", sys.executable]
-    code = f"import asyncio; from qsnap import hugepages; asyncio.run(hugepages.collapse({heavy.pid}, {RAM}))"
+    code = f"import asyncio; from qsnap.host import hugepages; asyncio.run(hugepages.collapse({heavy.pid}, {RAM}))"
     subprocess.run([*without, "-c", code], check=True, timeout=60)
     assert hugepages.layout(heavy.pid, RAM).base > RAM / 4
     process = subprocess.Popen(

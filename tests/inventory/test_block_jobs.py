@@ -232,6 +232,68 @@ def test_what_lies_below_an_external_overlay(overlaid: Guest, tmp_path: Path) ->
     overlaid.assert_running()
 
 
+def completed(guest: Guest) -> None:
+    """The job's copy takes the disk's place."""
+    until("the job to be ready", lambda: guest.qmp("query-jobs")[0]["status"] == "ready")
+    guest.qmp("job-complete", id="j")
+    until("the end of the job", lambda: not guest.jobs())
+
+
+@needs_snapshot_jobs
+@pytest.mark.parametrize("command", ["blockdev-mirror", "block-commit"])
+def test_a_device_that_has_left_its_image(launch: Launch, tmp_path: Path, command: str) -> None:
+    """With the disk as it is now the guest would find data of two moments: nothing offers that."""
+    base = make_boot_disk(tmp_path / "base")
+    qemu_img("create", "-q", "-f", "qcow2", "-b", base, "-F", "qcow2", tmp_path / "top")
+    make_disk(tmp_path / "other")
+    guest = launch(
+        *blockdev("hd", tmp_path / "top"), "-device", "virtio-blk,drive=hd,id=vd",
+        *blockdev("other", tmp_path / "other"), "-device", "virtio-blk,drive=other,id=vo",
+    )  # fmt: skip
+    guest.wait_for_ticks()
+    cli("save", "a", monitor=guest.address)
+    more: dict[str, object] = {}
+    if command == "blockdev-mirror":
+        copy = make_disk(tmp_path / "copy")
+        guest.qmp("blockdev-add", node_name="copy", driver="qcow2", file={"driver": "file", "filename": str(copy)})
+        more = {"target": "copy", "sync": "full"}
+    guest.qmp(command, job_id="j", device="hd", **more)
+    completed(guest)
+    guest.wait_for_ticks(36)
+    for options in ([], ["--exclude", "vd"]):
+        error = cli("load", "a", *options, "--json", monitor=guest.address, expect=6).error
+        (finding,) = error["findings"]
+        assert (finding["code"], "hd holds it" in finding["message"]) == ("left-its-image", True), finding
+        assert "the guest was not touched" in error["message"]
+        assert "leave that as it is now" not in error["message"]
+    error = cli("load", "a", "--exclude", "vd", "--exclude", "vo", "--force", "--json", monitor=guest.address, expect=6)
+    assert [finding["code"] for finding in error.error["findings"]] == ["no-device"]
+    guest.wait_for_ticks(36)
+    assert guest.lines()[-1][1] == 0, "RAM and disk are of one moment still"
+
+
+@needs_snapshot_jobs
+def test_one_of_two_disks_below_an_external_overlay(guest: Guest, tmp_path: Path) -> None:
+    cli("save", "good", monitor=guest.address)
+    cli("save", "live", "--live", monitor=guest.address)
+    guest.qmp(
+        "blockdev-snapshot-sync", node_name="disk1", snapshot_file=str(tmp_path / "ext"), snapshot_node_name="ext",
+        format="qcow2",
+    )  # fmt: skip
+    assert "the backing image disk1.qcow2 of ext holds good, live" in cli("list", monitor=guest.address).err
+    for tag in "good", "live":
+        for options in ([], ["--exclude", "vd1"]):
+            error = cli("load", tag, *options, "--json", monitor=guest.address, expect=6).error
+            (finding,) = error["findings"]
+            assert (finding["code"], "--exclude" in error["message"]) == ("in-backing", False), error
+    assert "the backing image disk1.qcow2 of ext holds good" in cli("delete", "good", monitor=guest.address).err
+    guest.qmp("block-commit", job_id="j", device="ext", base_node="disk1")
+    completed(guest)
+    cli("load", "live", monitor=guest.address)
+    guest.wait_for_ticks(36)
+    assert guest.lines()[-1][1] == 0
+
+
 @needs_snapshot_jobs
 def test_dirty_bitmaps_block_a_load(launch: Launch, tmp_path: Path) -> None:
     """On the image QEMU would refuse; on a filter above, the next backup would miss what has gone back.

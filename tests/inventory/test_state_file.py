@@ -193,7 +193,7 @@ def test_which_disks_a_file_belongs_to() -> None:
     def file(tag: str, clock: int, *, is_whole: bool = True) -> StateFile:
         return StateFile(
             path=f"/vm/{tag}", size=9, disk_tag=tag, image="/vm/a", vm_state_size=5, date=DATE, vm_clock_ns=clock,
-            is_whole=is_whole,
+            is_whole=is_whole, trouble="" if is_whole else "it is cut short",
         )  # fmt: skip
 
     rows = [

@@ -307,9 +307,9 @@ def test_a_qemu_that_ends_between_the_look_and_the_connection(machine: Machine) 
     (machine.proc / str(pid)).unlink()
     machine.start("-name", "other", *qmp("q"))
     code = (
-        "import sys\nfrom qsnap import choice\nfrom qsnap.__main__ import main\n"
+        "import sys\nfrom qsnap.targets import choose\nfrom qsnap.__main__ import main\n"
         "from qsnap.monitor.address import UnixAddress\nfrom qsnap.targets.config import Settings\n"
-        f"choice.choose = lambda *a, **k: choice.Target(UnixAddress('q'), Settings(), {pid}, 'web')\n"
+        f"choose.choose = lambda *a, **k: choose.Target(UnixAddress('q'), Settings(), {pid}, 'web')\n"
         "sys.argv = ['qsnap', 'status']\nmain()\n"
     )
     machine.program.write_text(f"#!{machine.program.read_text().splitlines()[0][2:]}\n{code}")

@@ -962,6 +962,42 @@ def test_a_state_file_that_is_cut_short(heavy: Guest, tmp_path: Path, clusters: 
 
 
 #: Bytes of the header, and what is put there: by docs/interop/qcow2.txt.
+@pytest.mark.parametrize("is_second", [False, True])
+@pytest.mark.parametrize("damage", ["link", "empty", "garbage", "half"])
+def test_a_state_file_that_is_no_longer_one(heavy: Guest, tmp_path: Path, damage: str, is_second: bool) -> None:
+    """It is told what is wrong with it, and not that the snapshot never had any RAM."""
+    for _ in range(1 + is_second):
+        cli("save", "t", "--live", monitor=heavy.address)
+    (name,) = state_files(tmp_path)
+    file = tmp_path / name
+    if damage == "link":
+        file.rename(tmp_path / "elsewhere")
+        file.symlink_to(tmp_path / "elsewhere")
+    elif damage == "half":
+        os.truncate(file, file.stat().st_size // 2)
+    else:
+        file.write_bytes(b"" if damage == "empty" else b"no image" * 9000)
+    what = {"link": "a symbolic link", "empty": "it is empty", "garbage": "lost its end", "half": "cut short"}[damage]
+    (row,) = cli("list", "--json", monitor=heavy.address).json["snapshots"]
+    assert (row["tag"], row["kind"]) == ("t", "live")
+    assert what in row["file"]["trouble"]
+    error = cli("load", "t", "--json", monitor=heavy.address, expect=6).error
+    assert [(str(file) in one["message"], what.removeprefix("it ") in one["message"]) for one in error["findings"]] == [
+        (True, True)
+    ]
+    heavy.assert_running()
+    if damage == "link":
+        for words in (["delete", "t"], ["save", "t"], ["save", "t", "--live"]):
+            assert what in cli(*words, monitor=heavy.address, expect=6).err
+        file.unlink()
+        (tmp_path / "elsewhere").rename(file)
+        cli("load", "t", monitor=heavy.address)
+        assert_in_order(heavy)
+    cli("delete", "t", monitor=heavy.address)
+    assert cli("list", "--json", monitor=heavy.address).json["snapshots"] == []
+    assert state_files(tmp_path) == []
+
+
 _HEADER_DAMAGE = {
     "a backing file": (8, struct.pack(">QI", 400, 7)),
     "another version": (4, struct.pack(">I", 2)),
