@@ -11,7 +11,7 @@ import asyncio
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 
-from qsnap.errors import MonitorBusy, MonitorError, MonitorLost, QsnapError, VMLocked
+from qsnap.errors import CommandFailed, MonitorBusy, MonitorError, MonitorLost, PrecheckRefused, QsnapError, VMLocked
 from qsnap.host.processes import is_alive, is_stopped, process
 from qsnap.model.qemu import Recovered, Unfinished
 from qsnap.model.runstates import takes_stop
@@ -113,6 +113,11 @@ async def _claim(monitor: Monitor, address: Address, operation: str, tags: tuple
         # QEMU may have set it all the same: the guard will look
         await _hand_over(monitor, ours, watching)
         raise
+    except CommandFailed as error:
+        from qsnap.operations.findings import no_machine
+
+        _drop(ours, watching)
+        raise PrecheckRefused("nothing can be done now", [no_machine(error)]) from error
     except BaseException:
         _drop(ours, watching)
         raise

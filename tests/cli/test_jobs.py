@@ -30,6 +30,7 @@ from support.guest import (
     failing_disk,
     finish,
     make_boot_disk,
+    needs_snapshot_jobs,
     start_cli,
     tags,
     until,
@@ -470,6 +471,7 @@ def test_ensure_saves_nothing_of_a_failure(guest: Guest, disk: Path) -> None:
     assert tags(disk) == []
 
 
+@needs_snapshot_jobs
 def test_ensure_makes_a_broken_one_anew(guest: Guest, disk: Path) -> None:
     cli("save", "warm", "--exclude", "disk1", monitor=guest.address)
     run = cli("ensure", "warm", "--", "true", monitor=guest.address)

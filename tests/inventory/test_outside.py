@@ -13,6 +13,7 @@ from qsnap.monitor.hmp import tables as hmp_tables
 from support.disks import disk
 from support.guest import (
     DEADLINE_S,
+    HAS_SNAPSHOT_JOBS,
     Guest,
     Launch,
     blockdev,
@@ -111,7 +112,8 @@ def test_it_is_seen_when_it_is_plugged(launch: Launch, backend: Backend, tmp_pat
     guest.qmp("chardev-add", id="c", backend=socket)
     guest.qmp("device_add", driver="vhost-user-blk-pci", id="vub", chardev="c", bus="hole")
     assert "--exclude vub" in cli("load", "t", monitor=guest.address, expect=6).err
-    cli("load", "t", "--exclude", "vub", monitor=guest.address)
+    if HAS_SNAPSHOT_JOBS:  # QEMU 5.2 itself fails where the port was empty
+        cli("load", "t", "--exclude", "vub", monitor=guest.address)
 
 
 @both_monitors

@@ -16,7 +16,7 @@ import pytest
 import qsnap
 from qsnap.model.qemu import CheckReport, Role, Verdict
 from support.disks import attached, disk
-from support.guest import Guest, Launch, blockdev, make_disk, qemu_img
+from support.guest import Guest, Launch, blockdev, make_disk, needs_snapshot_jobs, qemu_img
 
 Topology = Callable[[Path], list[str]]
 
@@ -179,6 +179,7 @@ def test_qemu_agrees_on_an_exported_backing_file(launch: Launch, tmp_path: Path)
     assert_agreement(guest)
 
 
+@needs_snapshot_jobs
 def test_qemu_agrees_during_a_mirror_job(launch: Launch, tmp_path: Path) -> None:
     target = blockdev("target", make_disk(tmp_path / "t", "1M"))
     guest = launch("-S", *qcow2(tmp_path), *target, memory="16")

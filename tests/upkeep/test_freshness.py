@@ -21,7 +21,7 @@ from qsnap.model.qemu import Kind, Snapshot
 from qsnap.upkeep import metrics
 from qsnap.upkeep.freshness import Level, judge
 from qsnap.upkeep.retention import Duration
-from support.guest import Guest, cli, finish, start_cli, tags, until
+from support.guest import Guest, cli, finish, needs_snapshot_jobs, start_cli, tags, until
 from support.series import snapshot
 
 NOW = datetime(2026, 11, 24, 12, tzinfo=UTC)
@@ -69,6 +69,7 @@ def test_the_line_is_a_plugin_s() -> None:
     assert [level.exit_code for level in Level] == [0, 1, 2, 3]
 
 
+@needs_snapshot_jobs
 def test_status_as_a_plugin(guest: Guest, tmp_path: Path) -> None:
     run = cli("status", "--max-age", "26h", monitor=guest.address, expect=2)
     assert run.out.startswith("QSNAP CRITICAL - no snapshot that can be loaded (none at all) | snapshots=0")
@@ -105,6 +106,7 @@ def figures(path: Path) -> dict[str, float]:
     return {name: float(value) for name, value in (line.rsplit(" ", 1) for line in lines)}
 
 
+@needs_snapshot_jobs
 def test_a_file_of_metrics(guest: Guest, tmp_path: Path) -> None:
     path = tmp_path / "qsnap.prom"
     label = f'{{vm="{guest.address}",prefix="nightly"}}'

@@ -138,6 +138,7 @@ def test_saved_but_not_pruned(guest: Guest, disk: Path) -> None:
     guest.assert_running()
 
 
+@needs_snapshot_jobs
 def test_half_made_ones_do_not_count(launch: Launch, tmp_path: Path) -> None:
     images = [make_boot_disk(tmp_path / "disk0.qcow2"), make_disk(tmp_path / "disk1.qcow2")]
     guest = launch(
