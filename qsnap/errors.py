@@ -44,20 +44,23 @@ UNTOUCHED = "the guest was not touched"
 class QsnapError(Exception):
     """Base class: whatever qsnap raises on purpose."""
 
-    exit_code: ClassVar[int] = 1
+    #: What a command that ends with this error exits with.
+    exit_code = 1
     #: What the code means, as the exit table prints it.
     meaning: ClassVar[str] = "any other failure"
     #: Of a live save that failed: it was undone. The guest runs, and nothing of it is left.
     undone = False
 
-    @property
-    def status(self) -> int:
-        """What a command that ends with this error exits with."""
-        return self.exit_code
+    def to_json(self) -> dict[str, object]:
+        """The document that ``--json`` shows: class, code and message, and :meth:`details`."""
+        return {**self._summary(), **self.details()}
 
     def details(self) -> Mapping[str, object]:
         """What ``--json`` adds to the error document beyond class, code and message."""
         return {}
+
+    def _summary(self) -> dict[str, object]:
+        return {"error": type(self).__name__, "exit_code": self.exit_code, "message": str(self)}
 
 
 class CommandFailed(QsnapError):
@@ -104,15 +107,7 @@ class PartialFailure(QsnapError):
     def details(self) -> Mapping[str, object]:
         return {
             "done": list(self.done),
-            "failed": [
-                {
-                    "tag": tag,
-                    "error": type(error).__name__,
-                    "exit_code": error.status,
-                    "message": str(error),
-                }
-                for tag, error in self.failed.items()
-            ],
+            "failed": [{"tag": tag, **error._summary()} for tag, error in self.failed.items()],
         }
 
 
@@ -310,10 +305,7 @@ class Interrupted(QsnapError):
         name = signal.Signals(signum).name
         super().__init__(f"interrupted by {name}; {outcome}" if outcome else f"interrupted by {name}")
         self.signum = signum
-
-    @property
-    def status(self) -> int:
-        return 128 + self.signum
+        self.exit_code = 128 + signum
 
 
 #: The exit table, code by code, in the order in which it is printed.

@@ -75,12 +75,11 @@ def _exit_code(arguments: list[str]) -> int:
 
 
 def _said(error: QsnapError, as_json: bool) -> int:
-    """The error's exit code, whether or not it can be told to anybody."""
-    from qsnap.cli.output.people import say_error
+    """The error's exit code, shown."""
+    from qsnap.cli.output.show import show_error
 
-    with suppress(OSError):
-        say_error(error, as_json=as_json)
-    return error.status
+    show_error(error, as_json=as_json)
+    return error.exit_code
 
 
 def _usage_message(error: click.ClickException) -> str:

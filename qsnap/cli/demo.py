@@ -17,7 +17,8 @@ from pathlib import Path
 
 import qsnap.guest
 from qsnap.cli.output.bar import save_bar
-from qsnap.cli.output.people import Renderer
+from qsnap.cli.output.results import Snapshots
+from qsnap.cli.output.show import show
 from qsnap.errors import ConnectError, NotSupported, QsnapError, VerifyFailed
 from qsnap.vm import VM, connect
 
@@ -52,24 +53,23 @@ async def demo(qemu: str) -> None:
 
 
 async def _walk_through(vm: VM, serial: Path, disk: Path, qemu_img: str) -> None:
-    show = Renderer()
     _command("check")
-    show.check(await vm.check())
+    show(await vm.check())
     _command("save before")
     before = _last(serial)
     with save_bar(quiet=False) as watch:
-        show.save(await vm.save("before", watch=watch))
+        show(await vm.save("before", watch=watch))
     after = await _watch(serial, 1, "The guest runs on")
     later = await _watch(serial, 40, "... and on")
     _command("list")
-    show.list(await vm.list())
+    show(Snapshots(snapshots=tuple(await vm.list())))
     _command("load before --paused")
-    show.load(await vm.load("before", running=False))
+    show(await vm.load("before", running=False))
     on_disk = await asyncio.to_thread(qsnap.guest.disk_counter, disk, qemu_img=qemu_img)
     _say(f"On the disk the count is {on_disk} again; it was {later} before the load.")
     _command("load before --running")
     seen = len(_counts(serial))
-    show.load(await vm.load("before", running=True))
+    show(await vm.load("before", running=True))
     back, bad = (await _lines(serial, seen + 1))[seen]
     _say(f"The guest goes on with {back}: it was saved between {before} and {after}.")
     _say(f"It has compared its RAM with its disk after every count: {bad} differences.")

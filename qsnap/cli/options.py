@@ -2,51 +2,29 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Awaitable, Callable
 from functools import wraps
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import click
-
-from qsnap.errors import QsnapError
 
 if TYPE_CHECKING:
     from click.shell_completion import CompletionItem
 
-    from qsnap.cli.output.people import Renderer
     from qsnap.cli.runner import Options
+    from qsnap.model.qemu import Struct
     from qsnap.targets.config import Settings
     from qsnap.vm import VM
-
-_T = TypeVar("_T")
 
 #: VMs that are worked on at once: they share disks.
 JOBS = 2
 
 
-def shown(show: Callable[[], object], exit_code: int = 0) -> int:
-    """Show a result; the exit code of what was done, also if nobody reads it any more.
+def work(options: Options, action: Callable[[VM, Settings], Awaitable[Struct]]) -> int:
+    """Do *action* with each VM that is meant, and show what comes of it; the exit code."""
+    from qsnap.cli.several import do
 
-    :raise QsnapError: the result cannot be written; what was asked for is done.
-    """
-    try:
-        show()
-        sys.stdout.flush()
-    except BrokenPipeError:
-        pass
-    except OSError as error:
-        raise QsnapError(f"done, but the result could not be written: {error.strerror}") from error
-    return exit_code
-
-
-def work(
-    options: Options, action: Callable[[VM, Settings], Awaitable[_T]], show: Callable[[Renderer, _T], object]
-) -> int:
-    """Do *action* with each VM that is meant, and show what comes of it: see :func:`qsnap.cli.several.work`."""
-    from qsnap.cli import several
-
-    return shown(*several.work(options, action, show))
+    return options.shown(do(options, action))
 
 
 def completes(kind: str) -> Callable[[click.Context, click.Parameter, str], list[CompletionItem[str]]]:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from urllib.parse import urlsplit, urlunsplit
 
-from qsnap.cli.output.text import printable
+from qsnap.cli.output.show import say
 from qsnap.errors import BadUsage
 
 #: Seconds that a call may take.
@@ -88,5 +87,4 @@ def _call(url: str, what: str, message: str) -> None:
 
 
 def _warn(url: str, why: str) -> None:
-    text = f"warning: the health check at {urlsplit(url).hostname} {why}"
-    sys.stderr.write(printable(text[:500]) + "\n")
+    say(f"warning: the health check at {urlsplit(url).hostname} {why}"[:500])

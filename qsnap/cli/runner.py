@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import itertools
 import logging
 import os
 import resource
@@ -12,20 +13,23 @@ import sys
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import cache
-from typing import TYPE_CHECKING, Generic, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, NamedTuple, TextIO, TypeAlias, TypeVar
 
 from qsnap.cli.options import JOBS
-from qsnap.cli.output.people import Renderer, renderer
-from qsnap.cli.output.text import printable
+from qsnap.cli.output.results import Outcome, exit_code_of
+from qsnap.cli.output.show import say, show
 from qsnap.errors import BadUsage, ConnectError, Interrupted, QsnapError
 from qsnap.monitor.address import Address, TcpAddress
 from qsnap.vm import LOCK_WAIT_S, VM, connect
 
 if TYPE_CHECKING:
+    from qsnap.model.qemu import Struct
     from qsnap.targets import RunningVM
     from qsnap.targets.choose import Target
     from qsnap.targets.config import Settings
 
+#: What a command does with each VM, given the defaults that the config file has for it.
+Action: TypeAlias = "Callable[[VM, Settings], Awaitable[Struct]]"
 _T = TypeVar("_T")
 _V = TypeVar("_V")
 
@@ -62,21 +66,10 @@ class Options(NamedTuple):
         """Whether more than one VM is asked for."""
         return self.all_vms or len(self.vms) > 1
 
-    @property
-    def renderer(self) -> Renderer:
-        """How results are shown."""
-        return renderer(as_json=self.as_json, quiet=self.quiet)
-
-
-class Outcome(NamedTuple, Generic[_T]):
-    """What became of one VM: a result, or an error.
-
-    :ivar title: what to call the VM.
-    """
-
-    title: str
-    result: _T | None = None
-    error: QsnapError | None = None
+    def shown(self, result: Struct, stream: TextIO | None = None) -> int:
+        """Show a result, and return the exit code for it: see :func:`qsnap.cli.output.show.show`."""
+        show(result, as_json=self.as_json, quiet=self.quiet, stream=stream)
+        return exit_code_of(result)
 
 
 def target(options: Options) -> Target:
@@ -166,9 +159,9 @@ def run_on(
 
 def run_each(
     options: Options,
-    action: Callable[[VM, Settings], Awaitable[_T]],
+    action: Action,
     interrupted: Callable[[str], object] = lambda _: None,
-) -> list[Outcome[_T]]:
+) -> list[Outcome]:
     """Do *action* with each VM that is meant, one or several, at ``options.jobs`` of them at once.
 
     :param action: is given the VM, and the defaults that the config file has for it.
@@ -185,15 +178,15 @@ def run_each(
     turns = asyncio.Semaphore(options.jobs)
     ended: list[tuple[str, str]] = []
 
-    async def one(title: str, meant: Target | QsnapError) -> Outcome[_T]:
+    async def one(title: str, meant: Target | QsnapError) -> Outcome:
         if isinstance(meant, QsnapError):
-            return Outcome(title, error=meant)
+            return Outcome(title, meant)
         try:
             async with turns:
-                outcome = Outcome(title, result=await _connected(options, meant, action))
+                outcome = Outcome(title, await _connected(options, meant, action))
             ended.append((title, "done"))
         except QsnapError as error:
-            outcome = Outcome(title, error=error)
+            outcome = Outcome(title, error)
             ended.append((title, str(error)))
         except asyncio.CancelledError as cancelled:
             ended.extend((title, note) for note in getattr(cancelled, "__notes__", ()))
@@ -201,7 +194,7 @@ def run_each(
             raise
         return outcome
 
-    async def each() -> list[Outcome[_T]]:
+    async def each() -> list[Outcome]:
         try:
             return await asyncio.gather(*(one(title, meant) for title, meant in targets))
         except asyncio.CancelledError:
@@ -217,9 +210,9 @@ def _say_which(options: Options, meant: Target) -> None:
     """Tell of a VM that was taken unasked, and warn of a monitor that anybody can reach."""
     address = meant.address
     if isinstance(address, TcpAddress) and not address.is_loopback:
-        sys.stderr.write(f"warning: {address}: a monitor has no password; whoever reaches it controls the VM\n")
+        say(f"warning: {address}: a monitor has no password; whoever reaches it controls the VM")
     if meant.is_found and not options.quiet and not options.as_json:
-        sys.stderr.write(printable(f"qsnap: using {meant.title} at {address}") + "\n")
+        say(f"qsnap: using {meant.title} at {address}")
 
 
 async def _connected(options: Options, meant: Target, action: Callable[[VM, Settings], Awaitable[_T]]) -> _T:
@@ -240,10 +233,13 @@ async def _connected(options: Options, meant: Target, action: Callable[[VM, Sett
         try:
             return await action(vm, meant.settings)
         finally:
-            if not options.quiet:
-                options.renderer.aftermath(vm.recovered)
+            if vm.recovered and not options.quiet and not options.as_json:
+                from qsnap.cli.output.people import lines_of
+
+                for line in itertools.chain(*map(lines_of, vm.recovered)):
+                    say(f"qsnap: {line}")
             for remark in vm.remarks:
-                sys.stderr.write(printable(f"warning: {remark}") + "\n")
+                say(f"warning: {remark}")
 
 
 def _first(*values: _V | None) -> _V | None:
@@ -286,11 +282,11 @@ def _signals_handled(task: asyncio.Future[_T], received: list[int], obeys: bool)
     def handle(signum: int) -> None:
         received.append(signum)
         if not obeys:
-            sys.stderr.write("qsnap: putting things in order first; Ctrl-\\ (SIGQUIT) ends qsnap at once\n")
+            say("qsnap: putting things in order first; Ctrl-\\ (SIGQUIT) ends qsnap at once")
         elif len(received) == 1:
             task.cancel()
         else:
-            sys.stderr.write("qsnap: waiting for QEMU to answer, so that the guest can be resumed\n")
+            say("qsnap: waiting for QEMU to answer, so that the guest can be resumed")
 
     # A stopped qsnap would keep the guest stopped: Ctrl-Z is not obeyed meanwhile.
     with suppress(OSError, ValueError):

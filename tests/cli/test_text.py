@@ -5,6 +5,7 @@ from __future__ import annotations
 from datetime import UTC, datetime, timedelta
 
 from qsnap.cli.output import text
+from qsnap.cli.output.lines import Column, Table
 
 
 def test_numbers_for_people() -> None:
@@ -24,4 +25,5 @@ def test_printable() -> None:
 
 
 def test_plain_table() -> None:
-    assert text.table(("A", "LONG"), [("1", "2"), ("333", "")]) == "A    LONG\n1    2\n333"
+    assert Table((Column("A"), Column("LONG")), [("1", "2"), ("333", "")]).plain() == "A    LONG\n1    2\n333"
+    assert Table((Column("A"), Column("B")), [("雪", "2"), ("e\u0301é", "3")]).plain() == "A   B\n雪  2\ne\u0301é  3"

@@ -11,8 +11,6 @@ import click
 
 from qsnap.cli import options as given
 from qsnap.cli.commands.series import (
-    Account,
-    judged,
     ping_option,
     policy_of,
     policy_options,
@@ -21,8 +19,8 @@ from qsnap.cli.commands.series import (
     textfile_option,
     wants_policy,
 )
-from qsnap.cli.options import common_options, completes, excluded, shown, takes, work
-from qsnap.errors import BadUsage, PrecheckRefused
+from qsnap.cli.options import common_options, completes, excluded, takes, work
+from qsnap.errors import BadUsage
 
 if TYPE_CHECKING:
     from qsnap.cli.runner import Options
@@ -91,9 +89,11 @@ def save(
     afterwards; with --live it runs meanwhile. A snapshot of that name is replaced, unless --no-replace is given.
     With --prefix it is the next one of a series; with a policy (--keep-…) the series is pruned when it is saved.
     """
-    from qsnap.cli import several
+    from qsnap.cli.monitoring import MetricsRecorder
     from qsnap.cli.output.bar import save_bar
+    from qsnap.cli.output.results import exit_code_of
     from qsnap.cli.ping import pinged
+    from qsnap.cli.several import do
 
     if tag is not None and prefix is not None:
         raise BadUsage("a tag and --prefix exclude each other: those of a series are named by the time")
@@ -122,20 +122,16 @@ def save(
 
         return msgspec.structs.replace(result, pruned=await prune_after(vm, prefix, policy, result))
 
-    account = Account(None if dry_run else textfile, prefix)
+    recorder = MetricsRecorder(None if dry_run else textfile, prefix)
     with (
         pinged(None if dry_run else ping) as report,
         save_bar(quiet=options.quiet or dry_run or options.is_of_several) as watch,
     ):
-        shows, code = several.work(
-            options,
-            account.of_save(action),
-            lambda renderer, result: renderer.save(result),
-            seen=account.entered,
-        )
-        code = account.closed(code)
+        result = do(options, recorder.around(action), recorder.record)
+        code = recorder.exit_code(exit_code_of(result))
         report(code)
-    return shown(shows, code)
+    options.shown(result)
+    return code
 
 
 def _liveness(live: bool | None, auto: bool, settings: Settings) -> bool | Literal["auto"]:
@@ -174,7 +170,6 @@ def load(options: Options, tag: str, paused: bool, running: bool, exclude: tuple
     return work(
         options,
         lambda vm, settings: vm.load(tag, running=wanted, exclude=excluded(exclude, settings), force=force),
-        lambda renderer, result: renderer.load(result),
     )
 
 
@@ -182,7 +177,12 @@ def load(options: Options, tag: str, paused: bool, running: bool, exclude: tuple
 @common_options
 def list_(options: Options) -> int:
     """List the snapshots, oldest first."""
-    return work(options, lambda vm, _: vm.list(), lambda renderer, snapshots: renderer.list(snapshots))
+    from qsnap.cli.output.results import Snapshots
+
+    async def found(vm: VM, _: Settings) -> Snapshots:
+        return Snapshots(snapshots=tuple(await vm.list()))
+
+    return work(options, found)
 
 
 @click.command()
@@ -190,7 +190,13 @@ def list_(options: Options) -> int:
 @common_options
 def show(options: Options, tag: str) -> int:
     """Show snapshot TAG, device by device."""
-    return work(options, lambda vm, _: vm.show(tag), lambda renderer, found: renderer.show(*found))
+    from qsnap.cli.output.results import Details
+
+    async def found(vm: VM, _: Settings) -> Details:
+        snapshot, rows = await vm.show(tag)
+        return Details(snapshot=snapshot, rows=rows)
+
+    return work(options, found)
 
 
 @click.command()
@@ -199,11 +205,7 @@ def show(options: Options, tag: str) -> int:
 @common_options
 def delete(options: Options, tags: tuple[str, ...], missing_ok: bool) -> int:
     """Delete snapshots, from every device that holds them."""
-    return work(
-        options,
-        lambda vm, _: vm.delete(*tags, missing_ok=missing_ok),
-        lambda renderer, result: renderer.delete(result),
-    )
+    return work(options, lambda vm, _: vm.delete(*tags, missing_ok=missing_ok))
 
 
 @click.command()
@@ -215,15 +217,10 @@ def check(options: Options, vmstate: str | None, exclude: tuple[str, ...]) -> in
 
     Exits with 0 or 6. The guest is not touched.
     """
-    from qsnap.cli import several
-
-    shows, code = several.work(
+    return work(
         options,
         lambda vm, settings: vm.check(vmstate=vmstate or settings.vmstate, exclude=excluded(exclude, settings)),
-        lambda renderer, report: renderer.check(report),
-        several.Manner(exit_code=lambda report: 0 if report.ok else PrecheckRefused.exit_code),
     )
-    return shown(shows, code)
 
 
 @click.command()
@@ -242,19 +239,15 @@ def status(
     """
     if max_age is None and (warn_age is not None or prefix is not None):
         raise BadUsage("--warn-age and --prefix go with --max-age DURATION")
-    from qsnap.cli import several
+    from qsnap.cli.monitoring import MetricsRecorder, plugin_answer
+    from qsnap.cli.several import do
 
-    account = Account(textfile, prefix)
+    recorder = MetricsRecorder(textfile, prefix)
     if max_age is not None:
-        shows, code = judged(options, account, prefix, max_age, warn_age)
+        result = plugin_answer(options, recorder, prefix, max_age, warn_age)
     else:
-        shows, code = several.work(
-            options,
-            account.of_status(lambda vm, _: vm.status()),
-            lambda renderer, result: renderer.status(result),
-            seen=account.entered,
-        )
-    return shown(shows, account.closed(code))
+        result = do(options, recorder.around(lambda vm, _: vm.status()), recorder.record)
+    return recorder.exit_code(options.shown(result))
 
 
 @click.command()
@@ -267,7 +260,12 @@ def recover(options: Options, force: bool) -> int:
 
     Its guard does that at once, and every other command but status before its own work. This does nothing else.
     """
-    return work(options, lambda vm, _: vm.recover(force=force), lambda renderer, result: renderer.recover(result))
+    from qsnap.cli.output.results import Recoveries
+
+    async def recovered(vm: VM, _: Settings) -> Recoveries:
+        return Recoveries(recovered=tuple(await vm.recover(force=force)))
+
+    return work(options, recovered)
 
 
 @click.command()
@@ -277,14 +275,14 @@ def vms(options: Options) -> int:
 
     Connects to none of them. Of a monitor that is busy it shows who holds it.
     """
+    from qsnap.cli.output.results import KnownVMs
     from qsnap.cli.runner import refuse_few_files
     from qsnap.targets import running_vms
     from qsnap.targets.choose import known_vms
     from qsnap.targets.config import load
 
     refuse_few_files()
-    found = known_vms(load(options.config), running_vms())
-    return shown(lambda: options.renderer.vms(found))
+    return options.shown(KnownVMs(vms=tuple(known_vms(load(options.config), running_vms()))))
 
 
 @click.command()
@@ -298,8 +296,11 @@ def completion(shell: str) -> int:
     fish  once:                    qsnap completion fish > ~/.config/fish/completions/qsnap.fish
     """
     from qsnap.cli.completion import script
+    from qsnap.cli.output.show import written
 
-    return shown(lambda: sys.stdout.write(script(click.get_current_context().find_root().command, shell)))
+    with written():
+        sys.stdout.write(script(click.get_current_context().find_root().command, shell))
+    return 0
 
 
 @click.command()

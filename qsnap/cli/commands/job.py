@@ -11,7 +11,7 @@ import signal
 import sys
 import time
 from collections.abc import Awaitable, Callable, Collection, Sequence
-from contextlib import redirect_stdout, suppress
+from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
@@ -20,7 +20,7 @@ import click
 
 from qsnap.cli import options as given
 from qsnap.cli.options import completes, excluded, one_vm_options
-from qsnap.cli.output.text import printable
+from qsnap.cli.output.show import say
 from qsnap.errors import BadUsage, Interrupted, QsnapError
 
 if TYPE_CHECKING:
@@ -213,8 +213,7 @@ class _Job:
 
         result = self.step(save)
         if not dry_run:
-            with redirect_stdout(sys.stderr):
-                self._options.renderer.save(result)
+            self._options.shown(result, sys.stderr)
 
     def save_to_revert(self, tag: str, runstate: RunState) -> None:
         """Save the guest under a tag of our own, and make sure that it can be put back; else nothing is left of it.
@@ -246,9 +245,7 @@ class _Job:
         async def load(vm: VM, settings: Settings) -> LoadResult:
             return await vm.load(tag, running=running, exclude=self.excluded(settings))
 
-        result = self.step(load)
-        with redirect_stdout(sys.stderr):
-            self._options.renderer.load(result)
+        self._options.shown(self.step(load), sys.stderr)
 
 
 def _is_live(runstate: RunState) -> bool:
@@ -277,11 +274,11 @@ async def _found(vm: VM, tag: str, left_out: Sequence[str]) -> tuple[Snapshot | 
 
 def _not_run(error: QsnapError) -> int:
     _say(f"the command was not run: {error}")
-    return error.status if isinstance(error, Interrupted) else FAILED_BEFORE
+    return error.exit_code if isinstance(error, Interrupted) else FAILED_BEFORE
 
 
 def _say(text: str) -> None:
-    sys.stderr.write(printable(f"qsnap: {text}", keep_newlines=True) + "\n")
+    say(f"qsnap: {text}", keep_newlines=True)
 
 
 def _executed(command: Sequence[str], timeout_s: float | None, noted: Sequence[int]) -> int | None:

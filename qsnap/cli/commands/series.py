@@ -2,30 +2,22 @@
 
 from __future__ import annotations
 
-import sys
-import time
-from collections.abc import Awaitable, Callable, Collection, Sequence
-from datetime import datetime
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from qsnap.cli import options as given
 from qsnap.cli.options import common_options, completes, work
-from qsnap.cli.output.text import printable
 from qsnap.errors import BadUsage, GuestLeftStopped, PartialFailure, QsnapError
 
 if TYPE_CHECKING:
-    from qsnap.cli.runner import Options, Outcome
-    from qsnap.model.qemu import PruneResult, SaveResult, Snapshot
+    from qsnap.cli.runner import Options
+    from qsnap.model.qemu import PruneResult, SaveResult
     from qsnap.targets.config import Settings
-    from qsnap.upkeep.metrics import Metric
     from qsnap.upkeep.retention import Policy
     from qsnap.vm import VM
-
-_T = TypeVar("_T")
-Action: TypeAlias = "Callable[[VM, Settings], Awaitable[_T]]"
 
 prefix_option = click.option(
     "--prefix", metavar="PREFIX", help="The series: snapshots named PREFIX-YYYYmmddTHHMMSS, and no others."
@@ -147,7 +139,6 @@ def prune(options: Options, prefix: str | None, allow_remove_all: bool, dry_run:
     return work(
         options,
         lambda vm, _: vm.prune(prefix, policy, allow_remove_all=allow_remove_all, dry_run=dry_run),
-        lambda renderer, result: renderer.prune(result),
     )
 
 
@@ -180,148 +171,9 @@ def describe(options: Options, tag: str, description: str) -> int:
 
 
 def _noted(options: Options, tags: tuple[str, ...], **changes: Any) -> int:  # noqa: ANN401 (of VM.note)
-    return work(options, lambda vm, _: vm.note(*tags, **changes), lambda renderer, snapshots: renderer.noted(snapshots))
+    from qsnap.cli.output.results import Notes
 
+    async def noted(vm: VM, _: Settings) -> Notes:
+        return Notes(snapshots=tuple(await vm.note(*tags, **changes)))
 
-class Account:
-    """What a command writes down about VMs for Prometheus; nothing without a file for it.
-
-    :raise BadUsage: the file could not be written.
-    """
-
-    def __init__(self, path: Path | None, prefix: str | None) -> None:
-        self._path = path
-        self._prefix = prefix
-        self._figures: dict[int, dict[Metric, float]] = {}
-        self._trouble = ""
-        if path is not None:
-            from qsnap.upkeep import metrics
-
-            metrics.check(path)
-
-    def of_save(self, action: Action[SaveResult]) -> Action[SaveResult]:
-        """A save that has its figures taken."""
-
-        async def save(vm: VM, settings: Settings) -> SaveResult:
-            result = await action(vm, settings)
-            if self._path is not None:
-                from qsnap.upkeep import metrics
-
-                figures = {
-                    metrics.LAST_SUCCESS: time.time(),
-                    metrics.PAUSE: result.pause_ms / 1000,
-                    metrics.DURATION: result.duration_ms / 1000,
-                }
-                self._figures[id(result)] = {**figures, **_figures(await vm.list(), self._prefix, result.excluded)}
-            return result
-
-        return save
-
-    def of_status(self, action: Action[_T]) -> Action[_T]:
-        """Another look at the VM, that has its figures taken."""
-
-        async def look(vm: VM, settings: Settings) -> _T:
-            result = await action(vm, settings)
-            if self._path is not None:
-                left_out = await _left_out(vm, settings)
-                self._figures[id(result)] = _figures(await vm.list(), self._prefix, left_out)
-            return result
-
-        return look
-
-    def entered(self, outcome: Outcome[_T]) -> Outcome[_T]:
-        """Write down what became of a VM."""
-        if self._path is None:
-            return outcome
-        from qsnap.upkeep import metrics
-
-        values = self._figures.get(id(outcome.result), {}) if outcome.error is None else {}
-        failed = outcome.error is not None
-        if failed or metrics.LAST_SUCCESS in values:
-            values = {**values, metrics.LAST_EXIT_CODE: outcome.error.status if outcome.error else 0}
-        try:
-            labels = {"vm": outcome.title, "prefix": self._prefix or ""}
-            metrics.update(self._path, labels, values, failed=failed)
-        except QsnapError as error:
-            self._trouble = str(error)
-        return outcome
-
-    def closed(self, code: int) -> int:
-        """The exit code of the command: *code*, if all that was to be written is."""
-        if self._trouble:
-            sys.stderr.write(printable(f"qsnap: {self._trouble}") + "\n")
-        return code or (QsnapError.exit_code if self._trouble else 0)
-
-
-def _figures(found: Sequence[Snapshot], prefix: str | None, left_out: Collection[str]) -> dict[Metric, float]:
-    """What there is to tell of the snapshots of a VM, or of a series."""
-    from qsnap.model.qemu import is_of_series
-    from qsnap.upkeep import metrics
-    from qsnap.upkeep.freshness import is_sound
-
-    series = [one for one in found if prefix is None or is_of_series(one.tag, prefix)]
-    figures: dict[Metric, float] = {metrics.COUNT: len(series)}
-    if newest := max((one for one in series if is_sound(one, left_out)), key=lambda one: one.date, default=None):
-        figures[metrics.NEWEST] = newest.date.timestamp()
-        figures[metrics.AGE] = time.time() - newest.date.timestamp()
-        figures[metrics.SIZE] = newest.vm_state_size
-    return figures
-
-
-async def _left_out(vm: VM, settings: Settings) -> Sequence[str]:
-    """The node-names that the config file leaves out of snapshots."""
-    if not settings.exclude:
-        return ()
-    return (await vm.check(exclude=settings.exclude)).excluded
-
-
-def judged(
-    options: Options, account: Account, prefix: str | None, max_age: str, warn_age: str | None
-) -> tuple[Callable[[], object], int]:
-    """Tell as a monitoring plugin does whether snapshots are fresh: what shows it, and the exit code."""
-    from qsnap.cli import several
-    from qsnap.upkeep.freshness import Health, Level, judge
-    from qsnap.upkeep.retention import Duration
-
-    async def look(vm: VM, settings: Settings) -> Health:
-        status = await vm.status()
-        troubles = [status.trouble] if status.trouble else []
-        if status.is_half_restored:
-            troubles.append("a load has failed midway: saves are refused until a good snapshot is loaded")
-        if status.run is not None and status.run.is_alive is False:
-            troubles.append("a qsnap has died and was not seen to: qsnap recover")
-        return judge(
-            await vm.list(),
-            datetime.now().astimezone(),
-            oldest,
-            warn_age=old,
-            prefix=prefix,
-            left_out=await _left_out(vm, settings),
-            troubles=troubles,
-            in_backing=status.in_backing,
-        )
-
-    def seen(outcome: Outcome[Health]) -> Outcome[Health]:
-        if outcome.error is None:
-            return account.entered(outcome)
-        return outcome._replace(result=Health(level=Level.UNKNOWN, message=str(outcome.error)), error=None)
-
-    def worst(codes: Sequence[int]) -> int:
-        return max(codes, key=(0, 1, 3, 2).index)
-
-    try:
-        oldest = Duration.parse_age(max_age)
-        old = Duration.parse_age(warn_age) if warn_age is not None else None
-        now = datetime.now().astimezone()
-        if old and old.before(now) <= oldest.before(now):
-            raise BadUsage(f"--warn-age {warn_age} must be shorter than --max-age {max_age}: it would never warn")
-        return several.work(
-            options,
-            account.of_status(look),
-            lambda renderer, health: renderer.health(health),
-            several.Manner(exit_code=lambda health: health.level.exit_code, overall=worst),
-            seen=seen,
-        )
-    except QsnapError as error:
-        unknown = Health(level=Level.UNKNOWN, message=str(error))
-        return lambda: options.renderer.health(unknown), unknown.level.exit_code
+    return work(options, noted)

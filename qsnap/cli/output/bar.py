@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from qsnap.cli.output.people import is_terminal
+from qsnap.cli.output.show import is_terminal
 from qsnap.operations.progress import Progress, Watcher
 
 if TYPE_CHECKING:

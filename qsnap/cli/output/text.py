@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Sequence
 from datetime import datetime, timedelta
 
 
@@ -69,8 +68,8 @@ def clock(nanoseconds: int) -> str:
     return f"{hours:04d}:{minute:02d}:{second:02d}.{rest // timedelta(milliseconds=1):03d}"
 
 
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Columns side by side, for a pipe or a file: nothing is cut or wrapped."""
-    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
-    lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in (head, *rows))
-    return "\n".join(line.rstrip() for line in lines)
+def width(text: str) -> int:
+    """How many columns of a terminal *text* takes: two for a wide character, none for one that combines."""
+    return sum(
+        0 if unicodedata.combining(char) else 1 + (unicodedata.east_asian_width(char) in ("W", "F")) for char in text
+    )

@@ -1,0 +1,108 @@
+"""What commands show, where the library's own result does not say by its type what it is. How a result looks, and what
+a command exits with, hang on the type alone; what it is in JSON is its ``to_json``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from qsnap.errors import GuestLeftStopped, PartialFailure, PrecheckRefused, QsnapError
+from qsnap.model.qemu import CheckReport, NodeSnapshot, Recovered, Snapshot, Struct
+
+if TYPE_CHECKING:
+    from qsnap.targets.choose import KnownVM
+    from qsnap.upkeep.freshness import Health
+
+
+class Snapshots(Struct, frozen=True):
+    """All that there are."""
+
+    snapshots: tuple[Snapshot, ...]
+
+
+class Notes(Struct, frozen=True):
+    """The snapshots whose notes have changed."""
+
+    snapshots: tuple[Snapshot, ...]
+
+
+class Details(Struct, frozen=True):
+    """A snapshot, and its rows in the tables of the devices."""
+
+    snapshot: Snapshot
+    rows: Mapping[str, tuple[NodeSnapshot, ...]]
+
+    def to_json(self) -> dict[str, Any]:
+        rows = {node: [row.to_json() for row in held] for node, held in self.rows.items()}
+        return {**self.snapshot.to_json(), "rows": rows}
+
+
+class Recoveries(Struct, frozen=True):
+    """What was done about runs that had died."""
+
+    recovered: tuple[Recovered, ...]
+
+
+class PluginAnswer(Struct, frozen=True):
+    """Whether snapshots are fresh, as a monitoring plugin answers."""
+
+    health: Health
+
+    def to_json(self) -> dict[str, Any]:
+        return {**self.health.to_json(), "exit_code": exit_code_of(self)}
+
+
+class KnownVMs(Struct, frozen=True):
+    """The VMs that run, and those that the config file names."""
+
+    vms: tuple[KnownVM, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        return {"vms": [vm.to_json() for vm in self.vms]}
+
+
+class Outcome(NamedTuple):
+    """What became of one VM.
+
+    :ivar title: what to call the VM.
+    """
+
+    title: str
+    result: Struct | QsnapError
+
+    def to_json(self) -> dict[str, Any]:
+        key = "error" if isinstance(self.result, QsnapError) else "result"
+        return {"vm": self.title, "exit_code": exit_code_of(self.result), key: self.result.to_json()}
+
+
+class Outcomes(Struct, frozen=True):
+    """What became of each of several VMs."""
+
+    vms: tuple[Outcome, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        return {"vms": [one.to_json() for one in self.vms]}
+
+
+def exit_code_of(result: object) -> int:
+    """What a command exits with that ends with *result*."""
+    match result:
+        case QsnapError():
+            return result.exit_code
+        case CheckReport():
+            return 0 if result.ok else PrecheckRefused.exit_code
+        case PluginAnswer():
+            return result.health.level.exit_code
+        case Outcomes():
+            return _common_exit_code([result for _, result in result.vms])
+    return 0
+
+
+def _common_exit_code(results: Sequence[object]) -> int:
+    """What all have in common; else the worst of plugins' answers, 20 if any guest is left stopped, or 3."""
+    codes = {exit_code_of(result) for result in results}
+    if all(isinstance(result, PluginAnswer) for result in results):
+        return max(codes, key=(0, 1, 3, 2).index)
+    if len(codes) == 1:
+        return codes.pop()
+    return GuestLeftStopped.exit_code if GuestLeftStopped.exit_code in codes else PartialFailure.exit_code

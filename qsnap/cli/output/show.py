@@ -1,0 +1,93 @@
+"""The one place that prints: results on standard output, what is said beside them on standard error."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from typing import TYPE_CHECKING, Any, TextIO
+
+from qsnap.cli.output.lines import Aside
+from qsnap.cli.output.text import printable
+from qsnap.errors import QsnapError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from qsnap.cli.output.lines import Lines
+    from qsnap.model.qemu import Struct
+
+
+def is_terminal(stream: TextIO) -> bool:
+    """Whether colours and bars belong there."""
+    return stream.isatty() and os.environ.get("TERM") != "dumb"
+
+
+def say(text: str, *, keep_newlines: bool = False) -> None:
+    """Write a line to standard error; it is no error if that cannot be written."""
+    with suppress(OSError):
+        sys.stderr.write(printable(text, keep_newlines=keep_newlines) + "\n")
+
+
+def show(result: Struct, *, as_json: bool = False, quiet: bool = False, stream: TextIO | None = None) -> None:
+    """Show what came of a command.
+
+    :param stream: instead of standard output.
+    :raise QsnapError: it cannot be written; what was asked for is done.
+    """
+    stream = stream or sys.stdout
+    with written(stream):
+        if as_json:
+            _write_document(result.to_json(), stream)
+        else:
+            from qsnap.cli.output.people import lines_of, quiet_lines_of
+
+            write(quiet_lines_of(result) if quiet else lines_of(result), stream)
+
+
+@contextmanager
+def written(stream: TextIO | None = None) -> Iterator[None]:
+    """Have all that is written reach its reader, if there is one still.
+
+    :raise QsnapError: it cannot be written; what was asked for is done.
+    """
+    try:
+        yield
+        (stream or sys.stdout).flush()
+    except BrokenPipeError:
+        pass
+    except OSError as error:
+        raise QsnapError(f"done, but the result could not be written: {error.strerror}") from error
+
+
+def show_error(error: QsnapError, *, as_json: bool) -> None:
+    """Show what went wrong, on standard error, whether or not it can be told to anybody."""
+    with suppress(OSError):
+        if as_json:
+            _write_document(error.to_json(), sys.stderr)
+            return
+        from qsnap.cli.output.people import lines_of
+
+        write(lines_of(error), sys.stderr)
+
+
+def write(lines: Lines, stream: TextIO, console: Console | None = None) -> None:
+    """Write lines for people; tables are drawn where the stream is a terminal, or on that console."""
+    for line in lines:
+        if isinstance(line, Aside):
+            say(line.text, keep_newlines=True)
+        elif isinstance(line, str):
+            stream.write(printable(line) + "\n")
+        elif console is None and not is_terminal(stream):
+            stream.write(line.plain() + "\n")
+        else:
+            from rich.console import Console
+
+            line.draw(console or Console(file=stream))
+
+
+def _write_document(document: Mapping[str, Any], stream: TextIO) -> None:
+    """One document, on one line, in ASCII."""
+    stream.write(json.dumps(document) + "\n")

@@ -1,0 +1,36 @@
+"""What commands show, by the type of the result."""
+
+from __future__ import annotations
+
+import inspect
+
+import pytest
+
+import qsnap
+from qsnap.cli.output import results
+from qsnap.cli.output.people import lines_of
+from qsnap.cli.output.show import show
+from qsnap.model.qemu import Struct
+
+
+def is_struct(member: object) -> bool:
+    return isinstance(member, type) and issubclass(member, Struct)
+
+
+def test_every_result_is_known() -> None:
+    """Those of the library, and those that the command line makes of them."""
+    own = {one for _, one in inspect.getmembers(results, is_struct) if one.__module__ == results.__name__}
+    named = {one for name in qsnap.__all__ if is_struct(one := getattr(qsnap, name)) and name.endswith("Result")}
+    assert len(own) > 5
+    assert len(named) > 2
+    assert own | named <= lines_of.registry.keys()
+
+
+def test_a_result_that_is_not_known_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:
+    class New(Struct, frozen=True):
+        number: int
+
+    with pytest.raises(NotImplementedError):
+        show(New(number=1))
+    show(New(number=1), as_json=True)
+    assert capsys.readouterr().out == '{"number": 1}\n'
