@@ -208,8 +208,8 @@ def _marked_tag(marker: pytest.Mark) -> str:
 
 def _target(config: pytest.Config) -> Target:
     from qsnap.targets import config as files
-    from qsnap.targets import running_vms
     from qsnap.targets.choose import choose
+    from qsnap.targets.running import running_vms
 
     monitor, vm = config.getoption("--qsnap-monitor"), config.getoption("--qsnap-vm")
     if not monitor and not vm:

@@ -454,7 +454,7 @@ async def _opened(where: Address, greeting_s: float, lock_wait_s: float, snapsho
         try:
             return await open_monitor(where, timeout_s=max(greeting_s, left_s), snapshot_jobs=snapshot_jobs)
         except MonitorBusy as busy:
-            from qsnap.targets import explained
+            from qsnap.targets.running import explained
 
             # Of two who began at once, the other may be another qsnap: by now that shows
             if not await wait_for_monitor(where, deadline, lock_wait_s):

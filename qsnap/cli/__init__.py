@@ -11,13 +11,12 @@ import os
 import signal
 import sys
 from contextlib import suppress
-from pathlib import Path
+from importlib import import_module
 from typing import NoReturn
 
 import click
 
 from qsnap import __version__
-from qsnap.cli.commands import everyday, job, series
 from qsnap.errors import EXIT_TABLE, BadUsage, Interrupted, QsnapError
 
 #: Set by the scripts of ``qsnap completion``: what they ask for.
@@ -49,7 +48,7 @@ def _prepare_streams() -> None:
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is None:
-            setattr(sys, name, Path(os.devnull).open("w"))  # noqa: SIM115 (for good)
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115, PTH123 (for good; pathlib is slow to load)
         elif hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
 
@@ -93,18 +92,40 @@ def _exit_table() -> str:
     return f"\b\nExit codes:\n{rows}"
 
 
-_HELP = {"help_option_names": ["-h", "--help"]}
+#: Under which heading of the help each command is, and its module in ``cli.commands``.
+_COMMANDS = {
+    "Snapshots": {
+        "check": "guest", "save": "save", "list": "snapshots", "show": "snapshots", "load": "snapshots",
+        "delete": "snapshots", "status": "guest", "recover": "guest",
+    },
+    "Series and notes": {"prune": "series", "protect": "notes", "unprotect": "notes", "describe": "notes"},
+    "Around a command": {"run": "job", "ensure": "job"},
+    "This machine": {"vms": "guest", "demo": "guest", "completion": "guest"},
+}  # fmt: skip
+_MODULES = {name: module for commands in _COMMANDS.values() for name, module in commands.items()}
 
 
-@click.group(context_settings=_HELP, epilog=_exit_table())
+class _Commands(click.Group):
+    """The commands; the module of one is loaded when it is asked for."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(_MODULES)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in _MODULES:
+            return None
+        module = import_module(f"qsnap.cli.commands.{_MODULES[cmd_name]}")
+        return next(one for one in vars(module).values() if isinstance(one, click.Command) and one.name == cmd_name)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        width = formatter.width - 6 - max(map(len, _MODULES))
+        for heading, names in _COMMANDS.items():
+            commands = [(name, self.get_command(ctx, name)) for name in names]
+            with formatter.section(heading):
+                formatter.write_dl([(name, command.get_short_help_str(width)) for name, command in commands if command])
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]}, epilog=_exit_table())
 @click.version_option(__version__, prog_name="qsnap", message="%(prog)s %(version)s")
 def cli() -> None:
     """Named, checked, restorable snapshots of running QEMU guests, from the monitor socket alone."""
-
-
-for _command in (
-    everyday.save, everyday.load, everyday.list_, everyday.show, everyday.delete, everyday.check, everyday.status,
-    everyday.recover, everyday.vms, everyday.completion, everyday.demo,
-    series.prune, series.protect, series.unprotect, series.describe, job.run, job.ensure,
-):  # fmt: skip
-    cli.add_command(_command)

@@ -24,7 +24,7 @@ from click.shell_completion import (
 )
 
 if TYPE_CHECKING:
-    from qsnap.cli.runner import Options
+    from qsnap.cli.common import Options
     from qsnap.vm import VM
 
 #: Seconds that a VM has for its answer; usually it takes some hundredths.
@@ -65,9 +65,9 @@ def offer(kind: str, options: Options, taken: Collection[str], incomplete: str) 
 
 
 def _vms(options: Options) -> Iterator[tuple[str, str]]:
-    from qsnap.targets import running_vms
     from qsnap.targets.choose import known_vms
     from qsnap.targets.config import load
+    from qsnap.targets.running import running_vms
 
     for vm in known_vms(load(options.config), running_vms()):
         if vm.word:
@@ -75,7 +75,7 @@ def _vms(options: Options) -> Iterator[tuple[str, str]]:
 
 
 def _of_vm(kind: str, options: Options) -> Iterable[tuple[str, str]]:
-    from qsnap.cli.runner import target
+    from qsnap.cli.pick import target
     from qsnap.vm import connect
 
     async def tags(vm: VM) -> list[tuple[str, str]]:

@@ -8,9 +8,9 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from qsnap.cli.common import Action, Options
 from qsnap.cli.output.results import Outcome, PluginAnswer, exit_code_of
 from qsnap.cli.output.show import say
-from qsnap.cli.runner import Action, Options
 from qsnap.cli.several import do
 from qsnap.errors import BadUsage, QsnapError
 from qsnap.model.qemu import SaveResult, Snapshot, Struct, is_of_series

@@ -1,30 +1,41 @@
-"""Options and arguments that commands share, and what a command does with them."""
+"""Options and arguments that commands share."""
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from functools import wraps
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from qsnap.cli.common import PARALLEL_VMS, Options
+
 if TYPE_CHECKING:
     from click.shell_completion import CompletionItem
 
-    from qsnap.cli.runner import Options
-    from qsnap.model.qemu import Struct
-    from qsnap.targets.config import Settings
-    from qsnap.vm import VM
 
-#: VMs that are worked on at once: they share disks.
-JOBS = 2
+class Command(click.Command):
+    """A command whose help has its options under headings."""
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Its own first, and then those that it shares with others."""
+        records: dict[str, list[tuple[str, str]]] = {"Options": [], "What to keep": [], "The VM": [], "Output": []}
+        for parameter in self.get_params(ctx):
+            if isinstance(parameter, click.Option) and (record := parameter.get_help_record(ctx)):
+                records[_heading(parameter.name or "")].append(record)
+        for heading, under_it in records.items():
+            if under_it:
+                with formatter.section(heading):
+                    formatter.write_dl(under_it)
 
 
-def work(options: Options, action: Callable[[VM, Settings], Awaitable[Struct]]) -> int:
-    """Do *action* with each VM that is meant, and show what comes of it; the exit code."""
-    from qsnap.cli.several import do
-
-    return options.shown(do(options, action))
+def _heading(name: str) -> str:
+    if name in ("as_json", "quiet", "verbose", "config"):
+        return "Output"
+    if name in Options._fields:
+        return "The VM"
+    return "What to keep" if name.startswith("keep_") else "Options"
 
 
 def completes(kind: str) -> Callable[[click.Context, click.Parameter, str], list[CompletionItem[str]]]:
@@ -104,9 +115,9 @@ _several_options = (
     click.option(
         "--jobs",
         type=click.IntRange(1, 64),
-        default=JOBS,
+        default=PARALLEL_VMS,
         metavar="N",
-        help=f"Of several VMs, work on so many at once. Default: {JOBS}, as they share disks.",
+        help=f"Of several VMs, work on so many at once. Default: {PARALLEL_VMS}, as they share disks.",
     ),
 )
 
@@ -117,8 +128,6 @@ def takes(*options: Callable[[Any], Any]) -> Callable[[Callable[..., Any]], Call
     def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
         @wraps(command)
         def wrapper(**given: Any) -> object:  # noqa: ANN401 (whatever click gives)
-            from qsnap.cli.runner import Options
-
             context = click.get_current_context()
             options = options_of(context)
             if context.obj is not None:
@@ -134,8 +143,6 @@ def takes(*options: Callable[[Any], Any]) -> Callable[[Callable[..., Any]], Call
 
 def options_of(context: click.Context) -> Options:
     """Those that every command takes, of a command line."""
-    from qsnap.cli.runner import Options
-
     common = {name: value for name, value in context.params.items() if name in Options._fields}
     if common.get("vms") or common.get("all_vms"):
         source = context.get_parameter_source("monitor")
@@ -149,22 +156,40 @@ common_options = takes(*_vm_options, *_several_options, *output_options)
 one_vm_options = takes(*_vm_options, *output_options)
 
 
-tag = click.argument("tag", shell_complete=completes("tags"))
-exclude = click.option(
+tag_argument = click.argument("tag", shell_complete=completes("tags"))
+tags_argument = click.argument("tags", metavar="TAG...", nargs=-1, required=True, shell_complete=completes("tags"))
+exclude_option = click.option(
     "--exclude",
     multiple=True,
     metavar="NODE",
     shell_complete=completes("nodes"),
     help="Leave this device out, knowingly. May be repeated; '' for none.",
 )
-vmstate = click.option(
+vmstate_option = click.option(
     "--vmstate",
     metavar="NODE",
     shell_complete=completes("nodes"),
     help="The device that holds the VM state. Default: QEMU's own choice.",
 )
+prefix_option = click.option(
+    "--prefix", metavar="PREFIX", help="The series: snapshots named PREFIX-YYYYmmddTHHMMSS, and no others."
+)
+textfile_option = click.option(
+    "--textfile",
+    type=click.Path(path_type=Path),
+    metavar="PATH",
+    shell_complete=completes("files"),
+    help="Write metrics for Prometheus' node exporter into that file (*.prom).",
+)
+ping_option = click.option(
+    "--ping",
+    metavar="URL",
+    callback=lambda _context, _parameter, url: _checked_url(url),
+    help="Call a health check: URL/start, and URL or URL/fail. It never fails the command.",
+)
 
 
-def excluded(given: tuple[str, ...], settings: Settings) -> tuple[str, ...]:
-    """What is left out: as the command line says, else as the config file does. "" is a word for nothing."""
-    return tuple(filter(None, given)) if given else settings.exclude or ()
+def _checked_url(url: str | None) -> str | None:
+    from qsnap.cli.ping import checked
+
+    return None if url is None else checked(url)

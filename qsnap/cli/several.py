@@ -2,28 +2,34 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from qsnap.cli.common import Action, Options
 from qsnap.cli.output.results import Outcome, Outcomes
-from qsnap.cli.runner import Options, run_each
+from qsnap.cli.pick import refuse_few_files, say_which, targets
+from qsnap.cli.runner import connected
+from qsnap.cli.signals import run_interruptibly
 from qsnap.errors import Interrupted, QsnapError
 
 if TYPE_CHECKING:
-    from qsnap.cli.runner import Action
     from qsnap.model.qemu import Struct
+    from qsnap.targets.choose import Target
 
 
 def do(options: Options, action: Action, seen: Callable[[Outcome], Outcome] = lambda outcome: outcome) -> Struct:
-    """Do *action* with each VM that is meant.
+    """Do *action* with each VM that is meant, at ``options.jobs`` of them at once.
 
     :param seen: is given what became of each, and may make something else of it.
     :return: what came of the one VM, or all that did of several.
-    :raise QsnapError: of a single VM, what went wrong with it.
+    :raise BadUsage: the options that choose the VMs contradict each other.
+    :raise Interrupted: by a signal; the guests were resumed.
+    :raise QsnapError: of a single VM, what went wrong with it; or too few files may be open for so many at once.
     """
     cut_off: list[str] = []
     try:
-        outcomes = [seen(outcome) for outcome in run_each(options, action, cut_off.append)]
+        outcomes = [seen(outcome) for outcome in _each(options, action, cut_off)]
     except Interrupted as interrupted:
         for title in cut_off:
             seen(Outcome(title, interrupted))
@@ -34,3 +40,40 @@ def do(options: Options, action: Action, seen: Callable[[Outcome], Outcome] = la
     if isinstance(result, QsnapError):
         raise result
     return result
+
+
+def _each(options: Options, action: Action, cut_off: list[str]) -> list[Outcome]:
+    """What became of each VM; *cut_off* gets the titles of those that an interrupt has kept from being done."""
+    refuse_few_files(options.jobs if options.is_of_several else 1)
+    meant = list(targets(options))
+    turns = asyncio.Semaphore(options.jobs)
+    ended: list[tuple[str, str]] = []
+
+    async def one(title: str, target: Target | QsnapError) -> Outcome:
+        if isinstance(target, QsnapError):
+            return Outcome(title, target)
+        if not options.is_of_several:
+            say_which(options, target)
+        try:
+            async with turns:
+                outcome = Outcome(title, await connected(options, target, action))
+            ended.append((title, "done"))
+        except QsnapError as error:
+            outcome = Outcome(title, error)
+            ended.append((title, str(error)))
+        except asyncio.CancelledError as cancelled:
+            ended.extend((title, note) for note in getattr(cancelled, "__notes__", ()))
+            cut_off.append(title)
+            raise
+        return outcome
+
+    async def each() -> list[Outcome]:
+        try:
+            return await asyncio.gather(*(one(*named) for named in meant))
+        except asyncio.CancelledError:
+            told = asyncio.CancelledError()
+            for title, note in ended:
+                told.add_note(f"{title}: {note}" if options.is_of_several else note)
+            raise told from None
+
+    return run_interruptibly(each())

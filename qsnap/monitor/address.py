@@ -103,7 +103,7 @@ def parse_address(text: str, *, relative_to: str = "") -> Address:
     address = _parse(text, relative_to)
     if not isinstance(address, UnixAddress):
         return address
-    path = _path(address.path, relative_to)
+    path = expanded(address.path, relative_to)
     if len(path.encode(errors="surrogateescape")) > MAX_UNIX_PATH_BYTES:
         raise BadUsage(
             f"the socket path {path!r} is longer than the {MAX_UNIX_PATH_BYTES} bytes that the system "
@@ -123,7 +123,7 @@ def _parse(text: str, relative_to: str) -> Address:
     if pasted.startswith("socket,"):
         return _chardev(pasted, given)
     # A plain path may look like anything; QEMU's words and options are seen only where no such file is.
-    if os.path.exists(_path(pasted, relative_to)):
+    if os.path.exists(expanded(pasted, relative_to)):
         return _unix(pasted, given)
     _refuse_what_is_no_socket(pasted, given)
     if "/" not in pasted and re.fullmatch(r"[\w.-]+:\d+", pasted):
@@ -166,7 +166,8 @@ def _unix(path: str, given: str) -> UnixAddress:
     return UnixAddress(path)
 
 
-def _path(path: str, relative_to: str) -> str:
+def expanded(path: str, relative_to: str = "") -> str:
+    """A path as a user writes it, with ``~`` as a shell has it (unlike Path.expanduser, also for an unknown user)."""
     return os.path.join(relative_to, os.path.expanduser(path))
 
 

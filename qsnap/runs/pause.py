@@ -176,6 +176,6 @@ async def has_ended(journal: Journal) -> bool:
             await asyncio.sleep(0.05)
     if not journal.another_answers:
         return False
-    from qsnap.targets import is_qemu
+    from qsnap.targets.running import is_qemu
 
     return qemu is None or not is_qemu(qemu.pid)

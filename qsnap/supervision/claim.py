@@ -285,6 +285,6 @@ def _is_of(run: journal.Record, place: tuple[str, ...], pid: int | None) -> bool
         return True
     if pid is None or run.qemu is None or run.qemu.pid != pid:
         return False
-    from qsnap.targets import is_qemu
+    from qsnap.targets.running import is_qemu
 
     return is_qemu(pid)  # and not a proxy that leads to several

@@ -13,11 +13,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from qsnap.errors import BadUsage, NoVM
 from qsnap.model.qemu import Struct
 from qsnap.monitor.address import Address, UnixAddress, parse_address
+from qsnap.targets.vms import MonitorPoint, MonitorState, RunningVM, find, usable
 
 if TYPE_CHECKING:
-    from qsnap.targets import MonitorPoint, RunningVM
     from qsnap.targets.config import Config, Settings
-
 _START = "Start QEMU with -qmp unix:/run/vm.qmp,server=on,wait=off and use -m /run/vm.qmp; without a VM try: qsnap demo"
 
 
@@ -147,8 +146,6 @@ def known_vms(config: Config, running: Sequence[RunningVM]) -> list[KnownVM]:
 
 def reason(vm: RunningVM) -> str:
     """Why qsnap can use none of its monitors, as a sentence."""
-    from qsnap.targets import MonitorState
-
     if vm.managed_by:
         return (
             f"{vm.managed_by} manages it, and its monitor belongs to libvirtd: use virsh snapshot-create, or give it "
@@ -175,8 +172,6 @@ def _known(vm: RunningVM, config: Config, running: Sequence[RunningVM]) -> Known
 
 
 def _word(vm: RunningVM, configured: str | None, config: Config, running: Sequence[RunningVM]) -> str | None:
-    from qsnap.targets import find
-
     if configured and config.vms[configured].monitor:
         return configured
     for word in (vm.name, str(vm.pid), vm.uuid):
@@ -188,8 +183,6 @@ def _word(vm: RunningVM, configured: str | None, config: Config, running: Sequen
 
 def _best(vm: RunningVM) -> MonitorPoint | None:
     """The monitor to connect to. A busy one will do: its client may be about to leave."""
-    from qsnap.targets import MonitorState, usable
-
     busy = sorted(
         (point for point in vm.monitors if point.address and point.state is MonitorState.BUSY),
         key=lambda point: point.protocol != "qmp",
@@ -199,8 +192,6 @@ def _best(vm: RunningVM) -> MonitorPoint | None:
 
 def _configured(config: Config, address: Address | None, vm: RunningVM | None) -> str | None:
     """The config file's name for the VM with a monitor at *address*, or for the running *vm*."""
-    from qsnap.targets import MonitorState
-
     # At the address of one that is gone may be another's.
     addresses = {
         _resolved(point.address)
@@ -220,8 +211,6 @@ def _resolved(address: Address) -> Address:
 
 
 def _named(wanted: str, config: Config, running: Sequence[RunningVM]) -> Target:
-    from qsnap.targets import find
-
     found = [_known(vm, config, running) for vm in find(running, wanted)]
     if not found:
         names = ", ".join(vm.name for vm in known_vms(config, running) if vm.name)

@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from qsnap.errors import BadUsage
-from qsnap.monitor.address import Address, parse_address
+from qsnap.monitor.address import Address, expanded, parse_address
 
 
 class Settings(NamedTuple):
@@ -77,9 +77,8 @@ class Config(NamedTuple):
 
 def default_path() -> Path:
     """Where the file is by default: ``~/.config/qsnap/config.toml``, or as XDG_CONFIG_HOME says."""
-    from platformdirs import user_config_path
-
-    return user_config_path("qsnap") / "config.toml"
+    home = os.environ.get("XDG_CONFIG_HOME", "").strip()
+    return Path(home or expanded("~/.config"), "qsnap", "config.toml")
 
 
 def load(path: str | Path | None = None) -> Config:
@@ -87,8 +86,7 @@ def load(path: str | Path | None = None) -> Config:
 
     :raise BadUsage: it cannot be read, or holds what is not known or cannot be meant.
     """
-    # Not Path.expanduser, which raises for a user that there is not.
-    where = Path(os.path.expanduser(path)) if path is not None else default_path()  # noqa: PTH111
+    where = Path(expanded(str(path))) if path is not None else default_path()
     try:
         text = where.read_text(encoding="utf-8")
     except (FileNotFoundError, NotADirectoryError) as error:
@@ -157,8 +155,7 @@ class _Reader:
                 raise self._error((*where, key), f"must be {meaning}")
             values[key.replace("-", "_")] = tuple(value) if isinstance(value, list) else value
         if values["state_dir"]:
-            given = os.path.expanduser(values["state_dir"])  # noqa: PTH111
-            values["state_dir"] = str(self._path.absolute().parent / given)
+            values["state_dir"] = expanded(values["state_dir"], str(self._path.absolute().parent))
         return Settings(**values)
 
     def _table(self, outer: Mapping[str, Any], where: tuple[str, ...]) -> Mapping[str, Any]:

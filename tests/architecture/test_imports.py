@@ -26,11 +26,11 @@ PACKAGE = Path(qsnap.__file__).parent
 HOMES = {
     "rich": ("cli/output/lines.py", "cli/output/show.py", "cli/output/bar.py"),
     "click": (
-        "cli/__init__.py", "cli/options.py", "cli/completion.py",
-        "cli/commands/everyday.py", "cli/commands/series.py", "cli/commands/job.py",
+        "cli/__init__.py", "cli/options.py", "cli/policy.py", "cli/completion.py",
+        *(f"cli/commands/{name}.py" for name in ("save", "snapshots", "series", "notes", "guest", "job")),
     ),
     "qemu": ("monitor/qmp/monitor.py",),
-    "psutil": ("targets/running.py", "cli/commands/job.py"),
+    "psutil": ("targets/running.py", "cli/child.py"),
     "pytest": ("pytest_plugin.py",),
 }  # fmt: skip
 #: From top to bottom; a package imports from itself and from the layers below.

@@ -17,7 +17,7 @@ from typing import Any
 import psutil
 import pytest
 
-from qsnap.cli.commands import job
+from qsnap.cli import child
 from qsnap.host.processes import is_alive
 from qsnap.pytest_plugin import tag_of
 from support.guest import (
@@ -310,10 +310,10 @@ def test_orphans_are_ended_with_the_command(guest: Guest, tmp_path: Path) -> Non
 def test_our_own_guards_are_not_the_command_s() -> None:
     """One may be at work still on what a step before the command has left to it."""
     with subprocess.Popen(["sleep", "1000"]) as guard:
-        ours = job._children()
+        ours = child._children()
         try:
             with subprocess.Popen(["sh", "-c", "sleep 1000 & wait"]) as command:
-                job._end(command, ours)
+                child._end(command, ours)
             assert command.returncode == -signal.SIGTERM
             assert guard.poll() is None
         finally:
@@ -323,13 +323,13 @@ def test_our_own_guards_are_not_the_command_s() -> None:
 def test_what_cannot_be_killed_is_left(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """As a process that hangs in the kernel, or another user's: it must not hang the job. (Here no signal is sent.)"""
     for name, value in (("GRACE_S", 0.1), ("KILL_S", 0.1)):
-        monkeypatch.setattr(job, name, value)
-    ours = job._children()
+        monkeypatch.setattr(child, name, value)
+    ours = child._children()
     with subprocess.Popen(["sleep", "1000"]) as process:
         try:
             for name in ("terminate", "kill"):
                 monkeypatch.setattr(psutil.Process, name, lambda _: None)
-            ended = threading.Thread(target=job._end, args=(process, ours), daemon=True)
+            ended = threading.Thread(target=child._end, args=(process, ours), daemon=True)
             ended.start()
             ended.join(30)
             assert not ended.is_alive()

@@ -15,7 +15,7 @@ from pathlib import Path
 from shutil import rmtree
 
 from qsnap.host.processes import is_alive
-from qsnap.targets import running_vms
+from qsnap.targets.running import running_vms
 from support.guest import DEADLINE_S, QEMU, Run, finish, until
 
 IS_ROOT = os.geteuid() == 0

@@ -11,9 +11,10 @@ import pytest
 
 from qsnap.errors import BadUsage, NoVM
 from qsnap.monitor.address import UnixAddress
-from qsnap.targets import MonitorPoint, MonitorState, RunningVM, running_vms
 from qsnap.targets.choose import SeveralVMs, Target, choose, known_vms, reason
 from qsnap.targets.config import Config, Settings, parse
+from qsnap.targets.running import running_vms
+from qsnap.targets.vms import MonitorPoint, MonitorState, RunningVM
 from support.fake_proc import BARE, IS_ROOT, NOBODY, Machine, qmp
 from support.guest import QEMU, make_disk, needs_snapshot_jobs, until
 

@@ -24,18 +24,9 @@ import pytest
 
 from qsnap.host import sockets
 from qsnap.monitor.address import TcpAddress, UnixAddress
-from qsnap.targets import (
-    Holder,
-    MonitorPoint,
-    MonitorState,
-    RunningVM,
-    find,
-    holder,
-    parse_arguments,
-    qemu_arguments,
-    running_vms,
-    usable,
-)
+from qsnap.targets.command_line import parse_arguments, qemu_arguments
+from qsnap.targets.running import holder, running_vms
+from qsnap.targets.vms import Holder, MonitorPoint, MonitorState, RunningVM, find, usable
 from support.fake_proc import BARE, IS_ROOT, NOBODY, Machine, qmp
 from support.guest import DEADLINE_S, QEMU, until
 
@@ -665,5 +656,5 @@ def test_on_the_real_proc(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_psutil_is_not_loaded_before_it_is_needed() -> None:
-    code = "import sys, qsnap.targets; sys.exit('psutil' in sys.modules)"
+    code = "import sys, qsnap.targets.running; sys.exit('psutil' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], timeout=DEADLINE_S).returncode == 0

@@ -7,28 +7,20 @@ xargs), and never takes the place of a failure of the command's.
 from __future__ import annotations
 
 import os
-import signal
 import sys
-import time
-from collections.abc import Awaitable, Callable, Collection, Sequence
-from contextlib import suppress
+from collections.abc import Awaitable, Callable, Sequence
 from datetime import datetime
-from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 import click
 
-from qsnap.cli import options as given
-from qsnap.cli.options import completes, excluded, one_vm_options
+from qsnap.cli.child import executed, note_signals
+from qsnap.cli.common import Options, excluded
+from qsnap.cli.options import Command, completes, exclude_option, one_vm_options, tag_argument
 from qsnap.cli.output.show import say
 from qsnap.errors import BadUsage, Interrupted, QsnapError
 
 if TYPE_CHECKING:
-    import subprocess
-
-    import psutil
-
-    from qsnap.cli.runner import Options
     from qsnap.model.qemu import LoadResult, RunState, SaveResult, Snapshot
     from qsnap.targets.choose import Target
     from qsnap.targets.config import Settings
@@ -38,13 +30,8 @@ _T = TypeVar("_T")
 
 #: The command succeeded, and what was to be done after it did not.
 FAILED_AFTER = 123
-#: --timeout ended the command.
-TIMED_OUT = 124
 #: What was to be done before the command failed; it was not run.
 FAILED_BEFORE = 125
-#: The command cannot be executed, or is not there.
-NOT_EXECUTABLE = 126
-NOT_FOUND = 127
 
 #: What these mean, as the help and the README say.
 EXIT_TABLE = (
@@ -59,16 +46,11 @@ _EXITS = "\b\nExit codes: the command's own, and\n" + "\n".join(
     f"  {code:<9} {meaning.replace('`', '')}" for code, meaning in EXIT_TABLE
 )
 
-#: Seconds that a command whose time is over has to end by itself.
-GRACE_S = 10.0
-#: Seconds that what was killed has to be gone. What is not (it hangs in the kernel, or is another user's) is left.
-KILL_S = 5.0
-_PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)
 
 _command = click.argument("command", metavar="-- COMMAND...", nargs=-1, required=True, type=click.UNPROCESSED)
 
 
-@click.command(context_settings={"allow_interspersed_args": False}, epilog=_EXITS)
+@click.command(cls=Command, context_settings={"allow_interspersed_args": False}, epilog=_EXITS)
 @click.option("--revert", is_flag=True, help="Put the guest back to where it was before the command.")
 @click.option(
     "--revert-to", metavar="TAG", shell_complete=completes("tags"), help="Put the guest back to that snapshot instead."
@@ -76,7 +58,7 @@ _command = click.argument("command", metavar="-- COMMAND...", nargs=-1, required
 @click.option(
     "--save-on-fail", metavar="TAG", help="If the command fails, save the guest as TAG, before it is put back."
 )
-@given.exclude
+@exclude_option
 @one_vm_options
 @_command
 def run(
@@ -97,7 +79,7 @@ def run(
         raise BadUsage("--revert and --revert-to exclude each other")
     job = _Job(options, exclude)
     tag = revert_to
-    noted = _note_signals()
+    noted = note_signals()
     try:
         runstate = job.step(_runstate)
         if revert_to is not None:
@@ -111,7 +93,7 @@ def run(
         return _not_run(error)
     troubles: list[QsnapError] = []
     job.obeys_signals = False  # what is to be done after the command is done whatever comes
-    code = _executed(command, options.timeout_s, noted)
+    code = executed(command, options.timeout_s, noted)
     if code is None:
         if revert:
             job.attempt(troubles, lambda: job.delete(tag or ""))
@@ -125,9 +107,9 @@ def run(
     return code or (FAILED_AFTER if troubles else 0)
 
 
-@click.command(epilog=_EXITS)
-@given.tag
-@given.exclude
+@click.command(cls=Command, epilog=_EXITS)
+@tag_argument
+@exclude_option
 @one_vm_options
 @_command
 def ensure(options: Options, tag: str, exclude: tuple[str, ...], command: tuple[str, ...]) -> int:
@@ -137,7 +119,7 @@ def ensure(options: Options, tag: str, exclude: tuple[str, ...], command: tuple[
     cannot be loaded, because it is not whole, is made anew.
     """
     job = _Job(options, exclude)
-    noted = _note_signals()
+    noted = note_signals()
     try:
         found, is_there = job.step(lambda vm, settings: _found(vm, tag, job.excluded(settings)))
         if found:
@@ -147,7 +129,7 @@ def ensure(options: Options, tag: str, exclude: tuple[str, ...], command: tuple[
     except QsnapError as error:
         return _not_run(error)
     job.obeys_signals = False
-    code = _executed(command, options.timeout_s, noted)
+    code = executed(command, options.timeout_s, noted)
     if code is None:
         return _not_run(Interrupted(noted[0]))
     if code:
@@ -177,7 +159,8 @@ class _Job:
 
         :raise QsnapError: it failed, or a signal has ended it.
         """
-        from qsnap.cli.runner import chosen, run_on
+        from qsnap.cli.pick import chosen
+        from qsnap.cli.runner import run_on
 
         if self._meant is None:
             self._meant = chosen(self._options)
@@ -279,108 +262,3 @@ def _not_run(error: QsnapError) -> int:
 
 def _say(text: str) -> None:
     say(f"qsnap: {text}", keep_newlines=True)
-
-
-def _executed(command: Sequence[str], timeout_s: float | None, noted: Sequence[int]) -> int | None:
-    """Run the command to its end, with our streams, and pass signals on to it; its exit code, as a shell has it.
-
-    Signals are held back and looked at one by one: what a terminal sends (Ctrl-C) reaches the command by itself.
-
-    :param noted: signals that came before; if there are any the command is not run.
-    :return: None if it was not run for that.
-    """
-    import subprocess
-
-    with suppress(OSError, ValueError):
-        signal.signal(signal.SIGTSTP, signal.SIG_DFL)  # what is ignored here would be there
-    passed_on = {signum for signum in _PASSED_ON if signal.getsignal(signum) is not signal.SIG_IGN}
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, passed_on | {signal.SIGCHLD})
-    _adopt_orphans()
-    ours = _children()
-    deadline = None if timeout_s is None else time.monotonic() + timeout_s
-    try:
-        if noted:
-            return None
-        process = subprocess.Popen(command, preexec_fn=lambda: signal.pthread_sigmask(signal.SIG_SETMASK, before))
-        while (code := process.poll()) is None:
-            left_s = 3600.0 if deadline is None else deadline - time.monotonic()
-            if left_s <= 0:
-                _say(f"the command was not done within {timeout_s:g} s; it is ended")
-                _end(process, ours)
-                return TIMED_OUT
-            came = signal.sigtimedwait(passed_on | {signal.SIGCHLD}, left_s)
-            # sigaction(2): si_code is above 0 for what the kernel sends
-            if came is not None and came.si_signo != signal.SIGCHLD and came.si_code <= 0:
-                process.send_signal(came.si_signo)
-    except FileNotFoundError:
-        _say(f"{command[0]}: not found")
-        return NOT_FOUND
-    except (OSError, ValueError, subprocess.SubprocessError) as error:
-        _say(f"{command[0]}: {getattr(error, 'strerror', None) or error}")
-        return NOT_EXECUTABLE
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-    return code if code >= 0 else 128 - code
-
-
-def _adopt_orphans() -> None:
-    """Become the parent of what the command starts and leaves behind, so that it can be ended with it (prctl(2))."""
-    import ctypes
-
-    set_child_subreaper = 36
-    with suppress(OSError, AttributeError):
-        ctypes.CDLL(None).prctl(set_child_subreaper, 1, 0, 0, 0)
-
-
-def _children() -> set[int]:
-    """Our own processes that are there before the command is: guards that have not ended yet."""
-    with suppress(OSError, ValueError):
-        return set(map(int, Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()))
-    return set()
-
-
-def _end(process: subprocess.Popen[bytes], ours: Collection[int]) -> None:
-    """End a command and all that it has started: by SIGTERM, and what is left after a while by SIGKILL.
-
-    :param ours: processes that are not the command's.
-    """
-    import psutil
-
-    ourselves = psutil.Process()
-    deadline = time.monotonic() + GRACE_S
-    told: set[int] = set()
-    while True:
-        # Looked at again and again: what is ended may start something, or leave it behind
-        found = [one for one in ourselves.children(recursive=True) if one.pid not in ours and not _is_zombie(one)]
-        if process.poll() is not None and not found:
-            return
-        if time.monotonic() > deadline + KILL_S:
-            _say(f"left behind, as it cannot be killed: process {', '.join(str(one.pid) for one in found)}")
-            return
-        is_over = time.monotonic() > deadline
-        for one in found:
-            with suppress(psutil.Error):
-                if is_over:
-                    one.kill()
-                elif one.pid not in told:
-                    one.terminate()
-            told.add(one.pid)
-        time.sleep(0.02)  # a poll with a deadline
-
-
-def _is_zombie(process: psutil.Process) -> bool:
-    import psutil
-
-    try:
-        return bool(process.status() == psutil.STATUS_ZOMBIE)
-    except psutil.Error:
-        return True
-
-
-def _note_signals() -> list[int]:
-    """See that no signal ends us from now on, whatever is done; it is noted in what is returned."""
-    noted: list[int] = []
-    for signum in _PASSED_ON[:3]:
-        if signal.getsignal(signum) is not signal.SIG_IGN:
-            signal.signal(signum, lambda received, _: noted.append(received))
-    return noted

@@ -1,0 +1,139 @@
+"""The guest and this machine: check, status and recover a VM, list the VMs, completion for a shell, and the demo."""
+
+from __future__ import annotations
+
+import sys
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from qsnap.cli.common import Options, excluded, work
+from qsnap.cli.options import (
+    Command,
+    common_options,
+    exclude_option,
+    output_options,
+    prefix_option,
+    takes,
+    textfile_option,
+    vmstate_option,
+)
+from qsnap.errors import BadUsage
+
+if TYPE_CHECKING:
+    from qsnap.cli.output.results import Recoveries
+    from qsnap.targets.config import Settings
+    from qsnap.vm import VM
+
+
+@click.command(cls=Command)
+@vmstate_option
+@exclude_option
+@common_options
+def check(options: Options, vmstate: str | None, exclude: tuple[str, ...]) -> int:
+    """Tell whether the guest can be saved now; if not, why and what to do.
+
+    Exits with 0 or 6. The guest is not touched.
+    """
+    return work(
+        options,
+        lambda vm, settings: vm.check(vmstate=vmstate or settings.vmstate, exclude=excluded(exclude, settings)),
+    )
+
+
+@click.command(cls=Command)
+@click.option("--max-age", metavar="DURATION", help="Tell as a monitoring plugin does whether there is one that young.")
+@click.option("--warn-age", metavar="DURATION", help="With --max-age: warn if the newest is older than that.")
+@prefix_option
+@textfile_option
+@common_options
+def status(
+    options: Options, max_age: str | None, warn_age: str | None, prefix: str | None, textfile: Path | None
+) -> int:
+    """Show the guest's run state and devices, and what of an earlier qsnap is left behind.
+
+    With --max-age 26h it answers as a monitoring plugin: one line, and 0 (OK), 1 (WARNING), 2 (CRITICAL: the newest
+    snapshot that can be loaded is older, or there is none) or 3 (UNKNOWN: nobody answers).
+    """
+    if max_age is None and (warn_age is not None or prefix is not None):
+        raise BadUsage("--warn-age and --prefix go with --max-age DURATION")
+    from qsnap.cli.monitoring import MetricsRecorder, plugin_answer
+    from qsnap.cli.several import do
+
+    recorder = MetricsRecorder(textfile, prefix)
+    if max_age is not None:
+        result = plugin_answer(options, recorder, prefix, max_age, warn_age)
+    else:
+        result = do(options, recorder.around(lambda vm, _: vm.status()), recorder.record)
+    return recorder.exit_code(options.shown(result))
+
+
+@click.command(cls=Command)
+@click.option(
+    "--force", is_flag=True, help="Also where it cannot be told whether that qsnap is dead: on another machine."
+)
+@common_options
+def recover(options: Options, force: bool) -> int:
+    """See to what a qsnap that died has left behind: resume the guest, remove what is half made.
+
+    Its guard does that at once, and every other command but status before its own work. This does nothing else.
+    """
+    from qsnap.cli.output.results import Recoveries
+
+    async def recovered(vm: VM, _: Settings) -> Recoveries:
+        return Recoveries(recovered=tuple(await vm.recover(force=force)))
+
+    return work(options, recovered)
+
+
+@click.command(cls=Command)
+@takes(*output_options)
+def vms(options: Options) -> int:
+    """List the VMs of this machine, and how to choose each.
+
+    Connects to none of them. Of a monitor that is busy it shows who holds it.
+    """
+    from qsnap.cli.output.results import KnownVMs
+    from qsnap.cli.pick import refuse_few_files
+    from qsnap.targets.choose import known_vms
+    from qsnap.targets.config import load
+    from qsnap.targets.running import running_vms
+
+    refuse_few_files()
+    return options.shown(KnownVMs(vms=tuple(known_vms(load(options.config), running_vms()))))
+
+
+@click.command(cls=Command)
+@click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
+def completion(shell: str) -> int:
+    """Print the script that completes commands, options, VMs and tags in a shell.
+
+    \b
+    bash  in ~/.bashrc:            eval "$(qsnap completion bash)"
+    zsh   in ~/.zshrc, at its end: eval "$(qsnap completion zsh)"
+    fish  once:                    qsnap completion fish > ~/.config/fish/completions/qsnap.fish
+    """
+    from qsnap.cli.completion import script
+    from qsnap.cli.output.show import written
+
+    with written():
+        sys.stdout.write(script(click.get_current_context().find_root().command, shell))
+    return 0
+
+
+@click.command(cls=Command)
+@click.option("--qemu", metavar="PROGRAM", envvar="QSNAP_QEMU", show_envvar=True, help="The QEMU to run.")
+def demo(qemu: str | None) -> None:
+    """Boot a tiny guest of qsnap's own and walk through save, list and load.
+
+    Needs no VM: only qemu-system-x86_64 and qemu-img. Nothing is left behind.
+    """
+    from qsnap.cli.demo import demo as walk_through
+    from qsnap.cli.pick import refuse_few_files
+    from qsnap.cli.signals import run_interruptibly
+
+    refuse_few_files()
+    with suppress(BrokenPipeError):
+        run_interruptibly(walk_through(qemu or "qemu-system-x86_64"))

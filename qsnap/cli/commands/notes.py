@@ -1,0 +1,49 @@
+"""Notes on snapshots: what each is, and whether it is protected."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from qsnap.cli.common import Options, work
+from qsnap.cli.options import Command, common_options, tag_argument, tags_argument
+
+if TYPE_CHECKING:
+    from qsnap.cli.output.results import Notes
+    from qsnap.targets.config import Settings
+    from qsnap.vm import VM
+
+
+@click.command(cls=Command)
+@tags_argument
+@common_options
+def protect(options: Options, tags: tuple[str, ...]) -> int:
+    """Protect snapshots: none is replaced, deleted or pruned until it is unprotected."""
+    return _noted(options, tags, protected=True)
+
+
+@click.command(cls=Command)
+@tags_argument
+@common_options
+def unprotect(options: Options, tags: tuple[str, ...]) -> int:
+    """Take the protection of snapshots away."""
+    return _noted(options, tags, protected=False)
+
+
+@click.command(cls=Command)
+@tag_argument
+@click.argument("description")
+@common_options
+def describe(options: Options, tag: str, description: str) -> int:
+    """Describe snapshot TAG in one line, which list and show tell; '' for no description."""
+    return _noted(options, (tag,), description=description)
+
+
+def _noted(options: Options, tags: tuple[str, ...], **changes: Any) -> int:  # noqa: ANN401 (of VM.note)
+    from qsnap.cli.output.results import Notes
+
+    async def noted(vm: VM, _: Settings) -> Notes:
+        return Notes(snapshots=tuple(await vm.note(*tags, **changes)))
+
+    return work(options, noted)

@@ -1,0 +1,164 @@
+"""save: by hand, or as the next of a series with its policy, metrics and health check."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import click
+
+from qsnap.cli.common import Options, excluded
+from qsnap.cli.options import (
+    Command,
+    common_options,
+    exclude_option,
+    ping_option,
+    prefix_option,
+    textfile_option,
+    vmstate_option,
+)
+from qsnap.cli.policy import policy_of, policy_options, wants_policy
+from qsnap.errors import BadUsage, GuestLeftStopped, PartialFailure, QsnapError
+
+if TYPE_CHECKING:
+    from qsnap.model.qemu import PruneResult, SaveResult
+    from qsnap.targets.config import Settings
+    from qsnap.upkeep.retention import Policy
+    from qsnap.vm import VM
+
+
+class _SaveCommand(Command):
+    """A command whose option --live is a flag, and can have a value all the same: --live=auto."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        end = args.index("--") if "--" in args else len(args)
+        given = ["--live-auto" if argument == "--live=auto" else argument for argument in args[:end]]
+        return super().parse_args(ctx, given + args[end:])
+
+
+@click.command(cls=_SaveCommand)
+@click.argument("tag", required=False)
+@prefix_option
+@click.option(
+    "--live/--no-live",
+    default=None,
+    help="Save while the guest runs: it pauses for some milliseconds. --live=auto: where that is possible.",
+)
+@click.option("--live-auto", is_flag=True, hidden=True)
+@click.option(
+    "--replace/--no-replace",
+    default=None,
+    help="What to do if the snapshot exists: replace it (the default), or refuse.",
+)
+@click.option(
+    "--safe-replace/--no-safe-replace",
+    default=None,
+    help="Replace it so that a whole snapshot stands at every instant: the state is written twice.",
+)
+@vmstate_option
+@exclude_option
+@click.option("--description", metavar="TEXT", default="", help="A line about it, which list and show tell.")
+@policy_options
+@textfile_option
+@ping_option
+@click.option("--force", is_flag=True, help="Try even if there seems to be no room. Overrides nothing else.")
+@click.option("-n", "--dry-run", is_flag=True, help="Check and decide everything, and do nothing.")
+@common_options
+def save(
+    options: Options,
+    tag: str | None,
+    prefix: str | None,
+    live: bool | None,
+    live_auto: bool,
+    replace: bool | None,
+    safe_replace: bool | None,
+    vmstate: str | None,
+    exclude: tuple[str, ...],
+    description: str,
+    textfile: Path | None,
+    ping: str | None,
+    force: bool,
+    dry_run: bool,
+    **keep: Any,  # noqa: ANN401 (of policy_options)
+) -> int:
+    """Save RAM, device state and all disks as snapshot TAG.
+
+    Without TAG it is named vm-YYYYmmddHHMMSS. The guest is paused while QEMU writes, and runs again
+    afterwards; with --live it runs meanwhile. A snapshot of that name is replaced, unless --no-replace is given.
+    With --prefix it is the next one of a series; with a policy (--keep-…) the series is pruned when it is saved.
+    """
+    from qsnap.cli.monitoring import MetricsRecorder
+    from qsnap.cli.output.bar import save_bar
+    from qsnap.cli.output.results import exit_code_of
+    from qsnap.cli.ping import pinged
+    from qsnap.cli.several import do
+
+    if tag is not None and prefix is not None:
+        raise BadUsage("a tag and --prefix exclude each other: those of a series are named by the time")
+    policy = policy_of(keep) if wants_policy(keep) else None
+    if policy is not None and prefix is None:
+        raise BadUsage("a policy (--keep-…) is of a series: say which, with --prefix PREFIX")
+    if policy is not None and policy.is_empty:
+        raise BadUsage("the policy is empty: it would keep nothing. Say what to keep, as in --keep-daily 7")
+
+    async def action(vm: VM, settings: Settings) -> SaveResult:
+        result = await vm.save(
+            tag,
+            prefix=prefix,
+            description=description,
+            vmstate=vmstate or settings.vmstate,
+            exclude=excluded(exclude, settings),
+            force=force,
+            dry_run=dry_run,
+            watch=watch,
+            live=_liveness(live, live_auto, settings),
+            **_replacement(replace, safe_replace, settings),
+        )
+        if policy is None or prefix is None:
+            return result
+        import msgspec
+
+        return msgspec.structs.replace(result, pruned=await _prune_after(vm, prefix, policy, result))
+
+    recorder = MetricsRecorder(None if dry_run else textfile, prefix)
+    with (
+        pinged(None if dry_run else ping) as report,
+        save_bar(quiet=options.quiet or dry_run or options.is_of_several) as watch,
+    ):
+        result = do(options, recorder.around(action), recorder.record)
+        code = recorder.exit_code(exit_code_of(result))
+        report(code)
+    options.shown(result)
+    return code
+
+
+def _liveness(live: bool | None, auto: bool, settings: Settings) -> bool | Literal["auto"]:
+    """Whether to save live, by the options, and where they say nothing by the config file."""
+    if auto:
+        return "auto"
+    return live if live is not None else settings.live or False
+
+
+def _replacement(replace: bool | None, safely: bool | None, settings: Settings) -> dict[str, Any]:
+    """What the options say of a snapshot that exists, and where they say nothing the config file."""
+    if replace is None:
+        replace = bool(safely) or not settings.no_replace
+    if safely is None:
+        safely = replace and bool(settings.safe_replace)
+    return {"replace": replace, "safe_replace": safely}
+
+
+async def _prune_after(vm: VM, prefix: str, policy: Policy, saved: SaveResult) -> PruneResult:
+    """Prune the series that a save has added to; of a dry run, as if it had.
+
+    :raise PartialFailure: the save is done, and that failed.
+    :raise GuestLeftStopped: by that.
+    """
+    try:
+        return await vm.prune(prefix, policy, dry_run=saved.dry_run, pending=saved if saved.dry_run else None)
+    except GuestLeftStopped:
+        raise
+    except QsnapError as error:
+        if saved.dry_run:
+            raise
+        raise PartialFailure((saved.tag,), {f"prune --prefix {prefix}": error}) from error

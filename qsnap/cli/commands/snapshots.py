@@ -1,0 +1,74 @@
+"""Snapshots that are there: load, list, show and delete them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import click
+
+from qsnap.cli.common import Options, excluded, work
+from qsnap.cli.options import Command, common_options, exclude_option, tag_argument, tags_argument
+from qsnap.errors import BadUsage
+
+if TYPE_CHECKING:
+    from qsnap.cli.output.results import Details, Snapshots
+    from qsnap.targets.config import Settings
+    from qsnap.vm import VM
+
+
+@click.command(cls=Command)
+@tag_argument
+@click.option("--paused", is_flag=True, help="Leave the guest paused.")
+@click.option("--running", is_flag=True, help="Run the guest, even if it was paused.")
+@exclude_option
+@click.option(
+    "--force", is_flag=True, help="Load also if a disk stands on other images than at the save. Overrides nothing else."
+)
+@common_options
+def load(options: Options, tag: str, paused: bool, running: bool, exclude: tuple[str, ...], force: bool) -> int:
+    """Put the guest back to snapshot TAG: RAM, device state and all disks.
+
+    What the guest has done since is lost. It is left in the run state that it had, running or paused.
+    """
+    if paused and running:
+        raise BadUsage("--paused and --running exclude each other")
+    wanted = running if paused or running else None
+    return work(
+        options,
+        lambda vm, settings: vm.load(tag, running=wanted, exclude=excluded(exclude, settings), force=force),
+    )
+
+
+@click.command("list", cls=Command)
+@common_options
+def list_(options: Options) -> int:
+    """List the snapshots, oldest first."""
+    from qsnap.cli.output.results import Snapshots
+
+    async def found(vm: VM, _: Settings) -> Snapshots:
+        return Snapshots(snapshots=tuple(await vm.list()))
+
+    return work(options, found)
+
+
+@click.command(cls=Command)
+@tag_argument
+@common_options
+def show(options: Options, tag: str) -> int:
+    """Show snapshot TAG, device by device."""
+    from qsnap.cli.output.results import Details
+
+    async def found(vm: VM, _: Settings) -> Details:
+        snapshot, rows = await vm.show(tag)
+        return Details(snapshot=snapshot, rows=rows)
+
+    return work(options, found)
+
+
+@click.command(cls=Command)
+@tags_argument
+@click.option("--missing-ok", is_flag=True, help="A snapshot that does not exist is no error.")
+@common_options
+def delete(options: Options, tags: tuple[str, ...], missing_ok: bool) -> int:
+    """Delete snapshots, from every device that holds them."""
+    return work(options, lambda vm, _: vm.delete(*tags, missing_ok=missing_ok))

@@ -1,0 +1,67 @@
+"""What all commands have in common: their options, and how the work is done and shown. Light: no click, no asyncio."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING, NamedTuple, TextIO, TypeAlias
+
+if TYPE_CHECKING:
+    from qsnap.model.qemu import Struct
+    from qsnap.targets.config import Settings
+    from qsnap.vm import VM
+
+#: What a command does with each VM, given the defaults that the config file has for it.
+Action: TypeAlias = "Callable[[VM, Settings], Awaitable[Struct]]"
+
+#: VMs that are worked on at once by default: they share disks.
+PARALLEL_VMS = 2
+
+
+class Options(NamedTuple):
+    """The options that every command takes; those that choose a VM only if it is about VMs.
+
+    Each is named as the parameter that click makes of its option: see :func:`qsnap.cli.options.takes`.
+
+    :ivar monitor: None where the command line and the environment name none.
+    :ivar vms: the names after ``--vm``.
+    :ivar all_vms: every VM of this user that runs.
+    :ivar jobs: at so many VMs the work is done at once.
+    """
+
+    as_json: bool
+    quiet: bool
+    verbose: bool
+    config: str | None
+    monitor: str | None = None
+    vms: tuple[str, ...] = ()
+    all_vms: bool = False
+    jobs: int = PARALLEL_VMS
+    timeout_s: float | None = None
+    lock_wait_s: float | None = None
+    state_dir: str | None = None
+    ignore_unseen: bool | None = None
+
+    @property
+    def is_of_several(self) -> bool:
+        """Whether more than one VM is asked for."""
+        return self.all_vms or len(self.vms) > 1
+
+    def shown(self, result: Struct, stream: TextIO | None = None) -> int:
+        """Show a result, and return the exit code for it: see :func:`qsnap.cli.output.show.show`."""
+        from qsnap.cli.output.results import exit_code_of
+        from qsnap.cli.output.show import show
+
+        show(result, as_json=self.as_json, quiet=self.quiet, stream=stream)
+        return exit_code_of(result)
+
+
+def work(options: Options, action: Action) -> int:
+    """Do *action* with each VM that is meant, and show what comes of it; the exit code."""
+    from qsnap.cli.several import do
+
+    return options.shown(do(options, action))
+
+
+def excluded(given: tuple[str, ...], settings: Settings) -> tuple[str, ...]:
+    """What is left out: as the command line says, else as the config file does. "" is a word for nothing."""
+    return tuple(filter(None, given)) if given else settings.exclude or ()

@@ -1,0 +1,97 @@
+"""Which VMs the options mean."""
+
+from __future__ import annotations
+
+import resource
+from collections.abc import Iterator, Sequence
+from functools import cache
+from typing import TYPE_CHECKING
+
+from qsnap.cli.common import Options
+from qsnap.cli.output.show import say
+from qsnap.errors import BadUsage, QsnapError
+from qsnap.monitor.address import Address, TcpAddress
+from qsnap.targets.choose import Target, choose, choose_all
+from qsnap.targets.config import load
+
+if TYPE_CHECKING:
+    from qsnap.targets.vms import RunningVM
+
+#: Open files that a command needs, and that each VM adds. With one VM 14 were enough; notes and modules may take more.
+_FILES, _FILES_OF_A_VM = 16, 16
+
+
+def target(options: Options) -> Target:
+    """The VM that the options mean: see :func:`qsnap.targets.choose.choose`."""
+    refuse_few_files()
+    if options.is_of_several:
+        raise BadUsage("this is done with one VM at a time; name one, with --vm or -m")
+    vm = options.vms[0] if options.vms else None
+    return choose(load(options.config), _running_vms, monitor=options.monitor, vm=vm)
+
+
+def targets(options: Options) -> Iterator[tuple[str, Target | QsnapError]]:
+    """The VMs that the options mean, and what to call each; an error for one that cannot be had."""
+    if not options.is_of_several:
+        title = next(iter(options.vms), options.monitor) or ""
+        try:
+            meant = target(options)
+            yield title or meant.name, meant
+        except QsnapError as error:
+            yield title, error
+        return
+    if options.monitor is not None or (options.vms and options.all_vms):
+        raise BadUsage("-m, --vm and --all exclude each other")
+    config = load(options.config)
+    if options.all_vms:
+        yield from ((meant.name, meant) for meant in choose_all(config, _running_vms()))
+        return
+    running = cache(_running_vms)
+    seen: set[Address] = set()
+    for name in dict.fromkeys(options.vms):
+        try:
+            meant = choose(config, running, vm=name)
+        except QsnapError as error:
+            yield name, error
+            continue
+        if meant.address not in seen:
+            yield name, meant
+        seen.add(meant.address)
+
+
+def refuse_few_files(at_once: int = 1) -> None:
+    """Refuse to begin where this process may have so few files open that it would fail in the middle.
+
+    :param at_once: VMs.
+    :raise QsnapError: it may not have enough; nothing was done.
+    """
+    needed = _FILES + at_once * _FILES_OF_A_VM
+    allowed, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if allowed != resource.RLIM_INFINITY and allowed < needed:
+        raise QsnapError(f"qsnap may have only {allowed} files open, and needs {needed}: `ulimit -n {needed}`")
+
+
+def _running_vms() -> Sequence[RunningVM]:
+    from qsnap.targets.running import running_vms
+
+    return running_vms()
+
+
+def chosen(options: Options) -> Target:
+    """The VM that is meant, said on standard error if it was taken unasked.
+
+    :raise BadUsage: a monitor was named that cannot be meant; or none, and several VMs run; or several were named.
+    :raise NoVM: no such VM runs, or none at all.
+    """
+    meant = target(options)
+    say_which(options, meant)
+    return meant
+
+
+def say_which(options: Options, meant: Target) -> None:
+    """Tell of a VM that was taken unasked, and warn of a monitor that anybody can reach."""
+    address = meant.address
+    if isinstance(address, TcpAddress) and not address.is_loopback:
+        say(f"warning: {address}: a monitor has no password; whoever reaches it controls the VM")
+    if meant.is_found and not options.quiet and not options.as_json:
+        say(f"qsnap: using {meant.title} at {address}")
