@@ -5,7 +5,7 @@
     QsnapError                  1   anything without a code of its own
     ├── CommandFailed           1   QEMU refused a monitor command
     ├── OperationTimeout        1   --timeout has passed; the guest was resumed
-    ├── BadUsage                2   an address, name or option that cannot be meant
+    ├── BadUsage                2   an address, name or option that is not valid
     │   └── choice.SeveralVMs   2   it is not said which of them is meant
     ├── PartialFailure          3   of several tags, some were done and some not
     ├── MonitorError            4   the monitor: anything without a class of its own
@@ -19,7 +19,7 @@
     ├── SnapshotExists          8   the tag is taken, and replacing it was ruled out
     ├── JobFailed               9   QEMU began the work and reported an error
     ├── VerifyFailed           10   QEMU reported success, and what is there says otherwise
-    ├── VMLocked               11   another qsnap is at work on this VM
+    ├── VMLocked               11   another qsnap is using this VM
     ├── GuestLeftStopped       20   the guest was running and is stopped now: alert on this one
     └── Interrupted      128 + n   signal n ended the command; the guest was resumed
 
@@ -81,7 +81,7 @@ class OperationTimeout(QsnapError):
 
 
 class BadUsage(QsnapError):
-    """What was asked for cannot be meant; nothing was tried."""
+    """What was asked for is not valid; nothing was tried."""
 
     exit_code = 2
     meaning = "usage"
@@ -261,20 +261,18 @@ class VerifyFailed(QsnapError):
 
 
 class VMLocked(QsnapError):
-    """Another qsnap is at work on this VM; nothing was changed.
+    """Another qsnap is using this VM; nothing was changed.
 
     :ivar holder: who that is, in words.
     :ivar pid: its process, where it is known and on this machine.
     """
 
     exit_code = 11
-    meaning = "another qsnap holds this VM"
+    meaning = "another qsnap is using this VM"
 
     def __init__(self, holder: str, waited_s: float, cure: str = "", pid: int | None = None) -> None:
         waited = f" after {waited_s:g} s of waiting" if waited_s else ""
-        super().__init__(
-            f"another qsnap is at work on this VM{waited}: {holder}. {cure or 'Try again when it is done'}"
-        )
+        super().__init__(f"another qsnap is using this VM{waited}: {holder}. {cure or 'Try again when it is done'}")
         self.holder = holder
         self.pid = pid
 

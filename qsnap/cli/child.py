@@ -54,7 +54,7 @@ def executed(command: Sequence[str], timeout_s: float | None, noted: Sequence[in
         while (code := process.poll()) is None:
             left_s = 3600.0 if deadline is None else deadline - time.monotonic()
             if left_s <= 0:
-                say(f"qsnap: the command was not done within {timeout_s:g} s; it is ended")
+                say(f"qsnap: the command did not finish within {timeout_s:g} s; it is ended")
                 _end(process, ours)
                 return TIMED_OUT
             came = signal.sigtimedwait(passed_on | {signal.SIGCHLD}, left_s)
@@ -104,7 +104,7 @@ def _end(process: subprocess.Popen[bytes], ours: Collection[int]) -> None:
         if process.poll() is not None and not found:
             return
         if time.monotonic() > deadline + KILL_S:
-            say(f"qsnap: left behind, as it cannot be killed: process {', '.join(str(one.pid) for one in found)}")
+            say(f"qsnap: left behind, because it cannot be killed: process {', '.join(str(one.pid) for one in found)}")
             return
         is_over = time.monotonic() > deadline
         for one in found:

@@ -115,9 +115,9 @@ def plugin_answer(
         status = await vm.status()
         troubles = [status.trouble] if status.trouble else []
         if status.is_half_restored:
-            troubles.append("a load has failed midway: saves are refused until a good snapshot is loaded")
+            troubles.append("a load failed midway: saves are refused until a good snapshot is loaded")
         if status.run is not None and status.run.is_alive is False:
-            troubles.append("a qsnap has died and was not seen to: qsnap recover")
+            troubles.append("a qsnap died and has not been cleaned up after: qsnap recover")
         health = judge(
             await vm.list(),
             datetime.now().astimezone(),

@@ -50,8 +50,8 @@ def completes(kind: str) -> Callable[[click.Context, click.Parameter, str], list
 
 
 output_options = (
-    click.option("--json", "as_json", is_flag=True, help="One JSON document on standard output."),
-    click.option("-q", "--quiet", is_flag=True, help="Say nothing on success (list, vms: the names alone)."),
+    click.option("--json", "as_json", is_flag=True, help="Print one JSON document."),
+    click.option("-q", "--quiet", is_flag=True, help="Print nothing on success (list and vms: only the names)."),
     click.option("-v", "--verbose", is_flag=True, help="Show the dialogue with QEMU on standard error."),
     click.option(
         "--config",
@@ -78,46 +78,46 @@ _vm_options = (
         metavar="NAME",
         multiple=True,
         shell_complete=completes("vms"),
-        help="The VM: a name of the config file, QEMU's -name, its pid or UUID. See: qsnap vms. "
-        "Without -m and --vm: the only VM that runs. May be repeated.",
+        help="The VM: its name in the config file, its QEMU -name, pid or UUID (see: qsnap vms). "
+        "Default, without -m: the only running VM. Repeatable.",
     ),
     click.option(
         "--timeout",
         "timeout_s",
         type=float,
         metavar="SECONDS",
-        help="End the command after that time, as an interrupt does. Default: none.",
+        help="Interrupt the command after that time. Default: never.",
     ),
     click.option(
         "--lock-wait",
         "lock_wait_s",
         type=float,
         metavar="SECONDS",
-        help="Wait so long for another qsnap that is at work on the VM; 0 refuses at once. Default: 5.",
+        help="How long to wait for another qsnap that is using the VM; 0: fail at once. Default: 5.",
     ),
     click.option(
         "--state-dir",
         metavar="DIR",
         shell_complete=completes("directories"),
-        help="Where the state files of live saves lie. Default: beside the images.",
+        help="Where the state files of live saves are. Default: beside the images.",
     ),
     click.option(
         "--ignore-unseen",
         is_flag=True,
         default=None,
-        help="Delete, prune and replace also where it cannot be seen from here what is protected (over TCP, say).",
+        help="Delete, prune and replace even if qsnap cannot see what is protected (over TCP, for example).",
     ),
 )
 
 
 _several_options = (
-    click.option("--all", "all_vms", is_flag=True, help="All VMs of yours that run and have a monitor."),
+    click.option("--all", "all_vms", is_flag=True, help="All your running VMs that have a monitor."),
     click.option(
         "--jobs",
         type=click.IntRange(1, 64),
         default=PARALLEL_VMS,
         metavar="N",
-        help=f"Of several VMs, work on so many at once. Default: {PARALLEL_VMS}, as they share disks.",
+        help=f"Work on up to N VMs at a time. Default: {PARALLEL_VMS}, because they share disks.",
     ),
 )
 
@@ -163,29 +163,29 @@ exclude_option = click.option(
     multiple=True,
     metavar="NODE",
     shell_complete=completes("nodes"),
-    help="Leave this device out, knowingly. May be repeated; '' for none.",
+    help="Leave this device out. Repeatable; '' for none.",
 )
 vmstate_option = click.option(
     "--vmstate",
     metavar="NODE",
     shell_complete=completes("nodes"),
-    help="The device that holds the VM state. Default: QEMU's own choice.",
+    help="The device that holds the VM state. Default: the one that QEMU chooses.",
 )
 prefix_option = click.option(
-    "--prefix", metavar="PREFIX", help="The series: snapshots named PREFIX-YYYYmmddTHHMMSS, and no others."
+    "--prefix", metavar="PREFIX", help="The series: the snapshots named PREFIX-YYYYmmddTHHMMSS."
 )
 textfile_option = click.option(
     "--textfile",
     type=click.Path(path_type=Path),
     metavar="PATH",
     shell_complete=completes("files"),
-    help="Write metrics for Prometheus' node exporter into that file (*.prom).",
+    help="Write metrics for Prometheus' node exporter to that file (*.prom).",
 )
 ping_option = click.option(
     "--ping",
     metavar="URL",
     callback=lambda _context, _parameter, url: _checked_url(url),
-    help="Call a health check: URL/start, and URL or URL/fail. It never fails the command.",
+    help="Call a health check: URL/start, then URL or URL/fail. It never fails the command.",
 )
 
 

@@ -25,7 +25,7 @@ def target(options: Options) -> Target:
     """The VM that the options mean: see :func:`qsnap.targets.choose.choose`."""
     refuse_few_files()
     if options.is_of_several:
-        raise BadUsage("this is done with one VM at a time; name one, with --vm or -m")
+        raise BadUsage("this command works on one VM at a time; name it with --vm or -m")
     vm = options.vms[0] if options.vms else None
     return choose(load(options.config), _running_vms, monitor=options.monitor, vm=vm)
 
@@ -41,7 +41,7 @@ def targets(options: Options) -> Iterator[tuple[str, Target | QsnapError]]:
             yield title, error
         return
     if options.monitor is not None or (options.vms and options.all_vms):
-        raise BadUsage("-m, --vm and --all exclude each other")
+        raise BadUsage("use only one of -m, --vm and --all")
     config = load(options.config)
     if options.all_vms:
         yield from ((meant.name, meant) for meant in choose_all(config, _running_vms()))
@@ -68,7 +68,7 @@ def refuse_few_files(at_once: int = 1) -> None:
     needed = _FILES + at_once * _FILES_OF_A_VM
     allowed, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     if allowed != resource.RLIM_INFINITY and allowed < needed:
-        raise QsnapError(f"qsnap may have only {allowed} files open, and needs {needed}: `ulimit -n {needed}`")
+        raise QsnapError(f"qsnap may open only {allowed} files, but needs {needed}: `ulimit -n {needed}`")
 
 
 def _running_vms() -> Sequence[RunningVM]:
@@ -80,7 +80,7 @@ def _running_vms() -> Sequence[RunningVM]:
 def chosen(options: Options) -> Target:
     """The VM that is meant, said on standard error if it was taken unasked.
 
-    :raise BadUsage: a monitor was named that cannot be meant; or none, and several VMs run; or several were named.
+    :raise BadUsage: a monitor was named that is not valid; or none, and several VMs run; or several were named.
     :raise NoVM: no such VM runs, or none at all.
     """
     meant = target(options)

@@ -23,11 +23,13 @@ def checked(url: str) -> str:
     """
     try:
         parts = urlsplit(url)
-        parts.port  # noqa: B018 (raises for one that is no number)
+        parts.port  # noqa: B018 (raises for one that is not a number)
     except ValueError as error:
-        raise BadUsage(f"{url!r} is no URL: {error}") from error
+        raise BadUsage(f"{url!r} is not a URL: {error}") from error
     if parts.scheme not in ("http", "https") or not parts.hostname or not url.isprintable() or " " in url:
-        raise BadUsage(f"{url!r} is no URL to call; a good one begins with https:// or http:// and a host")
+        raise BadUsage(
+            f"{url!r} is not a URL that can be called; a good one begins with https:// or http:// and a host"
+        )
     return url
 
 
@@ -65,7 +67,7 @@ def _ended(start: threading.Thread, url: str, what: str, message: str) -> None:
     # A name server, or one that answers a byte at a time, holds it up longer than its own limit
     end.join(TIMEOUT_S + 1)
     if end.is_alive():
-        _warn(url, "has not answered in time")
+        _warn(url, "did not answer in time")
 
 
 def _call(url: str, what: str, message: str) -> None:
@@ -83,7 +85,7 @@ def _call(url: str, what: str, message: str) -> None:
         answer.close()
         _warn(url, f"answered {answer.code} {answer.reason}".rstrip())
     except Exception as error:  # noqa: BLE001 (whatever a library makes of whatever a server sends)
-        _warn(url, f"was not reached: {error or type(error).__name__}")
+        _warn(url, f"could not be reached: {error or type(error).__name__}")
 
 
 def _warn(url: str, why: str) -> None:

@@ -24,13 +24,19 @@ def policy_options(command: Callable[..., Any]) -> Callable[..., Any]:
             click.option(f"--keep-{name}", metavar="N", help=f"Keep the newest of each of N {unit}s.")
             for name, unit in _UNITS.items()
         ),
-        click.option("--keep-within", metavar="DURATION", help="Keep those within DURATION of the newest: 2y5m7d3h."),
+        click.option(
+            "--keep-within", metavar="DURATION", help="Keep all within DURATION of the newest snapshot: 2y5m7d3h."
+        ),
         *(
-            click.option(f"--keep-within-{name}", metavar="DURATION", help=f"Of those keep the newest of each {unit}.")
+            click.option(
+                f"--keep-within-{name}",
+                metavar="DURATION",
+                help=f"Within DURATION of the newest snapshot, keep the newest of each {unit}.",
+            )
             for name, unit in _UNITS.items()
         ),
         click.option(
-            "--keep-tag", multiple=True, metavar="PATTERN", help="Keep those with a tag like that. Repeatable."
+            "--keep-tag", multiple=True, metavar="PATTERN", help="Keep those whose tag matches PATTERN. Repeatable."
         ),
     ]
     for option in reversed(made):
@@ -38,10 +44,10 @@ def policy_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return command
 
 
-def policy_of(options: dict[str, Any]) -> Policy:
+def policy_of(options: dict[str, Any], *, may_be_empty: bool = False) -> Policy:
     """The policy that the options of :func:`policy_options` mean.
 
-    :raise BadUsage: a number or a duration is none.
+    :raise BadUsage: a number or a duration is not valid, or the policy keeps nothing.
     """
     from qsnap.upkeep import retention
 
@@ -52,14 +58,17 @@ def policy_of(options: dict[str, Any]) -> Policy:
         if (text := options[f"keep_within_{name}"]) is not None:
             within[name] = retention.Duration.parse(text)
     if not all(options["keep_tag"]):
-        raise BadUsage("--keep-tag '' is no pattern: no tag is empty")
-    return retention.Policy(
+        raise BadUsage("--keep-tag '' is not a pattern: no tag is empty")
+    policy = retention.Policy(
         last=retention.parse_count(options["keep_last"] or "0"),
         counts=counts,
         within=retention.Duration.parse(options["keep_within"]) if options["keep_within"] is not None else None,
         within_periods=within,
         tags=options["keep_tag"],
     )
+    if policy.is_empty and not may_be_empty:
+        raise BadUsage(retention.EMPTY_POLICY)
+    return policy
 
 
 def wants_policy(options: dict[str, Any]) -> bool:

@@ -54,7 +54,7 @@ def _signals_handled(task: asyncio.Future[_T], received: list[int], obeys: bool)
     def handle(signum: int) -> None:
         received.append(signum)
         if not obeys:
-            say("qsnap: putting things in order first; Ctrl-\\ (SIGQUIT) ends qsnap at once")
+            say("qsnap: cleaning up first; Ctrl-\\ (SIGQUIT) ends qsnap at once")
         elif len(received) == 1:
             task.cancel()
         else:

@@ -51,7 +51,7 @@ async def claimed(
     :param patience_s: see :class:`Journal`.
     :param tell: is given what had to be done first about a run that had died.
     :return: the journal, to be told what is about to be done.
-    :raise VMLocked: another qsnap is at work on this VM.
+    :raise VMLocked: another qsnap is using this VM.
     :raise QsnapError: no journal or guard can be made; nothing was done.
     """
     ours = await _acquired(monitor, address, operation, tags, wait_s, tell)

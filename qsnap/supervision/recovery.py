@@ -49,12 +49,13 @@ async def after_death(journal: Journal, connection: socket.socket | None) -> Non
             monitor = None
             continue
         except QsnapError as error:
-            _report(f"the guest of a qsnap that died ({journal.record.deed}) could not be seen to: {error}")
+            _report(f"the guest of a qsnap that died ({journal.record.deed}) could not be cleaned up after: {error}")
             return  # the journal stays, and so does the mark: the next qsnap will tell
         finally:
             if monitor is not None:
                 await monitor.aclose()
-        _report(f"a qsnap that died ({journal.record.deed}) was seen to: {'; '.join(done.actions) or 'nothing to do'}")
+        deeds = "; ".join(done.actions) or "nothing to do"
+        _report(f"cleaned up after a qsnap that died ({journal.record.deed}): {deeds}")
         return
     journal.close(remove=not _may_live(journal))
 

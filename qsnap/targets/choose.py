@@ -104,7 +104,7 @@ def choose(
     :param vm: its name in the config file, its ``-name``, pid or UUID; without both the config's default-vm, else the
         only VM that runs.
     :param running: looks at what runs; called if that is needed.
-    :raise BadUsage: both are given, or the address cannot be meant.
+    :raise BadUsage: both are given, or the address is not valid.
     :raise SeveralVMs: it is not clear which.
     :raise NoVM: it does not run, or has no monitor that could be used.
     """
@@ -214,7 +214,7 @@ def _named(wanted: str, config: Config, running: Sequence[RunningVM]) -> Target:
     found = [_known(vm, config, running) for vm in find(running, wanted)]
     if not found:
         names = ", ".join(vm.name for vm in known_vms(config, running) if vm.name)
-        raise NoVM(f"no VM {wanted!r} is running, by -name, pid or UUID{f' (there is: {names})' if names else ''}")
+        raise NoVM(f"no VM {wanted!r} is running, by -name, pid or UUID{f' (known: {names})' if names else ''}")
     if len(found) > 1:
         raise SeveralVMs(f"{len(found)} VMs are called {wanted!r}; choose one", found)
     return _target(found[0], config, wanted if wanted in config.vms else None)
@@ -228,10 +228,10 @@ def _only(known: Sequence[KnownVM], config: Config) -> Target:
         return _target(reachable[0], config)._replace(is_found=True)
     if reachable:
         raise SeveralVMs(f"{len(reachable)} VMs are running; choose one", reachable)
-    sentences = [f"no monitor is given, and no VM is running that qsnap could take by itself. {_START}"]
+    sentences = [f"no monitor is given, and qsnap finds no running VM that it could use. {_START}"]
     sentences += [f"{_title(vm.running)}: {reason(vm.running)}" for vm in ours if vm.running]
     if others := [vm.option for vm in runs if vm not in ours and vm.monitor]:
-        sentences.append(f"VMs of other users are not taken unasked: {', '.join(others)}")
+        sentences.append(f"qsnap never picks another user's VM on its own: {', '.join(others)}")
     if idle := [vm.option for vm in known if not vm.running and vm.monitor]:
         sentences.append(f"the config file names: {', '.join(idle)}")
     raise NoVM("\n".join(sentences))

@@ -84,7 +84,7 @@ def default_path() -> Path:
 def load(path: str | Path | None = None) -> Config:
     """Read the file at *path*; None is the default one, which need not exist.
 
-    :raise BadUsage: it cannot be read, or holds what is not known or cannot be meant.
+    :raise BadUsage: it cannot be read, or holds what is not known or not valid.
     """
     where = Path(expanded(str(path))) if path is not None else default_path()
     try:
@@ -143,7 +143,7 @@ class _Reader:
         try:
             address = parse_address(monitor, relative_to=str(self._path.absolute().parent))
         except BadUsage as error:
-            raise self._error((*where, "monitor"), f"cannot be meant: {error}") from error
+            raise self._error((*where, "monitor"), f"is not valid: {error}") from error
         return ConfiguredVM(name, address, settings)
 
     def _settings(self, table: Mapping[str, Any], where: tuple[str, ...], known: Iterable[str]) -> Settings:

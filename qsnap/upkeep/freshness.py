@@ -114,7 +114,7 @@ def judge(
     elif warn_age and newest.date < warn_age.before(now):
         level, message = Level.WARNING, f"the newest {of_what}, {newest.tag}, is {_aged(age_s)} (limit {warn_age})"
     elif age_s < 0:
-        level, message = Level.WARNING, f"{newest.tag} is of the future: the clock was or is wrong"
+        level, message = Level.WARNING, f"{newest.tag} is dated in the future: the clock is or was wrong"
     elif warnings:
         level = Level.WARNING
     return Health(

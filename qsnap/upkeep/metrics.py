@@ -27,15 +27,17 @@ class Metric(NamedTuple):
     help: str
 
 
-LAST_SUCCESS = Metric("qsnap_save_last_success_timestamp_seconds", "gauge", "When the last save ended well.")
-LAST_EXIT_CODE = Metric("qsnap_save_last_exit_code", "gauge", "What the last save exited with.")
-FAILURES = Metric("qsnap_save_failures_total", "counter", "Saves that have failed.")
-PAUSE = Metric("qsnap_save_pause_seconds", "gauge", "How long the guest stood still in the last save.")
+LAST_SUCCESS = Metric("qsnap_save_last_success_timestamp_seconds", "gauge", "When the last save succeeded.")
+LAST_EXIT_CODE = Metric("qsnap_save_last_exit_code", "gauge", "Exit code of the last save.")
+FAILURES = Metric("qsnap_save_failures_total", "counter", "Number of failed saves.")
+PAUSE = Metric("qsnap_save_pause_seconds", "gauge", "How long the last save paused the guest.")
 DURATION = Metric("qsnap_save_duration_seconds", "gauge", "How long the last save took.")
-COUNT = Metric("qsnap_snapshots", "gauge", "Snapshots that are there.")
-NEWEST = Metric("qsnap_snapshot_newest_timestamp_seconds", "gauge", "When the newest sound snapshot was made.")
-AGE = Metric("qsnap_snapshot_newest_age_seconds", "gauge", "Its age, when this was written.")
-SIZE = Metric("qsnap_snapshot_newest_size_bytes", "gauge", "The size of its VM state.")
+COUNT = Metric("qsnap_snapshots", "gauge", "Number of snapshots.")
+NEWEST = Metric(
+    "qsnap_snapshot_newest_timestamp_seconds", "gauge", "When the newest snapshot that can be loaded was made."
+)
+AGE = Metric("qsnap_snapshot_newest_age_seconds", "gauge", "Age of that snapshot when this was written.")
+SIZE = Metric("qsnap_snapshot_newest_size_bytes", "gauge", "Size of its VM state.")
 
 METRICS = (LAST_SUCCESS, LAST_EXIT_CODE, FAILURES, PAUSE, DURATION, COUNT, NEWEST, AGE, SIZE)
 
@@ -54,7 +56,7 @@ def check(path: Path) -> None:
             raise PermissionError(errno.EACCES, "it cannot be written")
     except OSError as error:
         raise BadUsage(
-            f"no file of metrics can be made in {path.parent}: {error.strerror}; nothing was done"
+            f"a metrics file cannot be created in {path.parent}: {error.strerror}; nothing was done"
         ) from error
     _read(place)
 
@@ -78,7 +80,7 @@ def update(path: Path, labels: Mapping[str, str], values: Mapping[Metric, float]
                 figures[FAILURES.name, written] = count + failed
             _write(place, figures)
     except OSError as error:
-        raise QsnapError(f"the metrics {path} cannot be written: {error.strerror}") from error
+        raise QsnapError(f"the metrics file {path} cannot be written: {error.strerror}") from error
 
 
 @contextmanager
@@ -113,7 +115,7 @@ def _read(path: Path) -> dict[_Key, float]:
             continue
         found = re.fullmatch(r"(\w+)\{(.*)\} ([-+.\de]+|[-+]?Inf|NaN)", line)
         if not found or found[1] not in names:
-            raise BadUsage(f"{path} holds what is no metric of qsnap ({line[:60]!r}), so it is left alone")
+            raise BadUsage(f"{path} contains what is not a metric of qsnap ({line[:60]!r}), so it is left alone")
         figures[found[1], found[2]] = float(found[3])
     return figures
 

@@ -28,6 +28,10 @@ from qsnap.model.qemu import Snapshot
 
 #: A count without an end, as restic writes it.
 UNLIMITED = "unlimited"
+EMPTY_POLICY = (
+    "the policy is empty: it would keep nothing. Say what to keep, for example --keep-daily 7 "
+    "(prune --allow-remove-all removes all)"
+)
 _FOREVER = 1 << 62
 
 
@@ -51,7 +55,9 @@ class Duration(NamedTuple):
             for number, unit in re.findall(r"(\d+)(min|mo|[ymwdh])", text):
                 counts["m" if unit == "mo" else unit] += int(number)
         if not any(counts.values()):
-            raise BadUsage(f"{text!r} is no duration; a good one is 26h, 90min, 7d, 8w or 1y6m (m: months), but not 0h")
+            raise BadUsage(
+                f"{text!r} is not a duration; a good one is 26h, 90min, 7d, 8w or 1y6m (m: months), but not 0h"
+            )
         return cls(counts["y"], counts["m"], counts["d"] + 7 * counts["w"], counts["h"], counts["min"])
 
     @classmethod
@@ -151,7 +157,7 @@ def parse_count(text: str) -> int:
     if text == UNLIMITED:
         return _FOREVER
     if not re.fullmatch(r"[0-9]{1,9}", text):
-        raise BadUsage(f"{text!r} is no number of snapshots to keep; it must be 0 or more, or {UNLIMITED!r}")
+        raise BadUsage(f"{text!r} is not a number of snapshots to keep; it must be 0 or more, or {UNLIMITED!r}")
     return int(text)
 
 
@@ -173,9 +179,7 @@ def decide(
     :raise BadUsage: the policy is empty, and not all may be removed.
     """
     if policy.is_empty and not allow_remove_all:
-        raise BadUsage(
-            "the policy is empty: it would keep nothing. Say what to keep, as in --keep-daily 7, or --allow-remove-all"
-        )
+        raise BadUsage(EMPTY_POLICY)
     ordered = sorted(snapshots, key=lambda snapshot: (snapshot.date, snapshot.tag), reverse=True)
     past = [snapshot for snapshot in ordered if snapshot.date <= now]
     reasons: dict[str, list[str]] = {snapshot.tag: [] for snapshot in ordered}

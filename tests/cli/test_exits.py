@@ -81,7 +81,7 @@ def assert_refused_with(guest: Guest, allowed: int, *arguments: str, expect: int
     run = subprocess.run(limited, env=environment, capture_output=True, text=True, timeout=60)
     assert run.returncode == expect, run.stderr
     (line,) = run.stderr.splitlines()
-    assert f"qsnap may have only {allowed} files open, and needs 32: `ulimit -n 32`" in line
+    assert f"qsnap may open only {allowed} files, but needs 32: `ulimit -n 32`" in line
 
 
 def test_2_usage(guest: Guest, disks: dict[Path, list[str]]) -> None:

@@ -333,7 +333,7 @@ def test_what_cannot_be_killed_is_left(monkeypatch: pytest.MonkeyPatch, capsys: 
             ended.start()
             ended.join(30)
             assert not ended.is_alive()
-            assert f"left behind, as it cannot be killed: process {process.pid}" in capsys.readouterr().err
+            assert f"left behind, because it cannot be killed: process {process.pid}" in capsys.readouterr().err
         finally:
             process.kill()
 

@@ -91,7 +91,7 @@ def test_the_second_by_another_monitor_of_the_same_vm(guest: Guest, tmp_path: Pa
     assert "after 0.3 s of waiting" in error["message"]
     status = cli("status", "--json", monitor=guest.address).json["run"]
     assert (status["pid"], status["is_alive"]) == (os.getpid(), True)
-    assert "at work:" in cli("status", monitor=guest.address).out
+    assert "in use by:" in cli("status", monitor=guest.address).out
     assert cli("list", monitor=guest.address).code == 0, "who only looks is not kept waiting"
     guest.qmp("object-del", id=CLAIM)
     assert_nothing_left(guest, {tmp_path / "disk0.qcow2": []})
@@ -179,7 +179,7 @@ def test_the_claim_of_a_dead_process_does_not_block(guest: Guest) -> None:
         set_claim(guest, mark.holder(_record(owner=owner), None, was_running=True))
         guest.qmp("stop")
         run = cli("save", "x", "--lock-wait", "0", monitor=guest.address)
-        assert "recovered from a qsnap that died (save theirs" in run.err
+        assert "cleaned up after a qsnap that died (save theirs" in run.err
         guest.assert_running()
         assert marks_of(guest) == []
 

@@ -66,7 +66,7 @@ def test_by_name_pid_and_uuid() -> None:
     other = msgspec.structs.replace(DB, uuid="AB-1")
     for wanted in ("db", "8", "ab-1"):
         assert chosen(WEB, other, wanted=wanted) == ("unix:/db", 8, False)
-    with pytest.raises(NoVM, match=r"no VM 'x' is running, by -name, pid or UUID \(there is: web, db\)"):
+    with pytest.raises(NoVM, match=r"no VM 'x' is running, by -name, pid or UUID \(known: web, db\)"):
         chosen(WEB, DB, wanted="x")
     with pytest.raises(SeveralVMs) as error:
         chosen(WEB, vm(9, "web", at("/other")), DB, wanted="web")
@@ -92,7 +92,7 @@ def test_none_at_all() -> None:
     assert str(error.value).splitlines()[1:] == [
         "mute (process 10): it has no monitor; start it with -qmp unix:PATH,server=on,wait=off",
         "the VM of process 11: its QMP monitor at unix:/gone has lost its socket file",
-        "VMs of other users are not taken unasked: --vm other",
+        "qsnap never picks another user's VM on its own: --vm other",
         "the config file names: --vm x",
     ]
 
@@ -157,7 +157,7 @@ def test_reasons(running: RunningVM, words: str) -> None:
 
 def test_none_is_running(machine: Machine) -> None:
     run = machine.qsnap("list", expect=4)
-    assert "no monitor is given, and no VM is running" in run.err
+    assert "no monitor is given, and qsnap finds no running VM" in run.err
     assert "qsnap demo" in run.err
     assert machine.qsnap("list", "--json", expect=4).error["error"] == "NoVM"
     run = machine.qsnap("vms")
@@ -217,7 +217,7 @@ def test_choosing(machine: Machine) -> None:
     assert ("guest:       two, " in run.out, run.err) == (True, ""), "--vm wins over the environment"
     assert "guest:       -x, " in machine.qsnap("status", env={"QSNAP_MONITOR": "one"}).out
     assert "give -m or --vm, not both" in machine.qsnap("status", "--vm", "two", "-m", "one", expect=2).err
-    assert "there is: -x, two" in machine.qsnap("status", "--vm", "three", expect=4).err
+    assert "known: -x, two" in machine.qsnap("status", "--vm", "three", expect=4).err
     assert "no VM '' is running" in machine.qsnap("status", "--vm", "", expect=4).err
 
 
@@ -320,7 +320,7 @@ def test_a_qemu_that_ends_between_the_look_and_the_connection(machine: Machine) 
 @pytest.mark.skipif(not IS_ROOT, reason="only root may start a QEMU as another user")
 def test_all(machine: Machine) -> None:
     """All that run, of this user, with a monitor; neither libvirt's, nor one that is not running, nor one without."""
-    assert "no VM is running" in machine.qsnap("status", "--all", expect=4).err
+    assert "no running VM" in machine.qsnap("status", "--all", expect=4).err
     machine.start("-name", "one", *qmp("one"))
     machine.start("-name", "none", "-monitor", "none")
     assert machine.qsnap("status", "--all").out.startswith("one:\nguest:       one, running\n")
@@ -339,7 +339,7 @@ def test_all(machine: Machine) -> None:
 
 def test_another_user_s(machine: Machine) -> None:
     theirs = machine.start("-name", "theirs", *qmp("theirs"), user=NOBODY, group=NOBODY, extra_groups=[])
-    assert "not taken unasked: --vm theirs" in machine.qsnap("status", expect=4).err
+    assert "another user's VM on its own: --vm theirs" in machine.qsnap("status", expect=4).err
     assert "guest:       theirs, " in machine.qsnap("status", "--vm", "theirs").out
     ours = machine.start("-name", "ours", *qmp("ours"))
     assert f"using ours (process {ours})" in machine.qsnap("status").err

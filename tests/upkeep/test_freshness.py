@@ -49,7 +49,7 @@ def made(hours_ago: float, kind: Kind = Kind.FULL, tag: str | None = None, missi
             "the newest, n-20261124T110000, is partial",
         ),
         ([made(3), made(1, Kind.PARTIAL, missing=("scratch",))], Level.OK, "60 min old"),
-        ([made(-2)], Level.WARNING, "of the future"),
+        ([made(-2)], Level.WARNING, "in the future"),
         ([made(3, tag="by-hand"), made(27)], Level.CRITICAL, "27 h old"),
         ([made(3, Kind.LIVE)], Level.OK, "3 h old"),
         ([msgspec.structs.replace(made(3), runstate="shutdown")], Level.WARNING, "of a guest that was shutdown"),

@@ -33,9 +33,9 @@ if TYPE_CHECKING:
 @exclude_option
 @common_options
 def check(options: Options, vmstate: str | None, exclude: tuple[str, ...]) -> int:
-    """Tell whether the guest can be saved now; if not, why and what to do.
+    """Check whether the guest can be saved now.
 
-    Exits with 0 or 6. The guest is not touched.
+    If not, says why and what to do. Exits with 0 or 6. The guest is not touched.
     """
     return work(
         options,
@@ -44,18 +44,20 @@ def check(options: Options, vmstate: str | None, exclude: tuple[str, ...]) -> in
 
 
 @click.command(cls=Command)
-@click.option("--max-age", metavar="DURATION", help="Tell as a monitoring plugin does whether there is one that young.")
-@click.option("--warn-age", metavar="DURATION", help="With --max-age: warn if the newest is older than that.")
+@click.option(
+    "--max-age", metavar="DURATION", help="Act as a monitoring plugin: is the newest snapshot younger than DURATION?"
+)
+@click.option("--warn-age", metavar="DURATION", help="With --max-age: warn if the newest snapshot is older than that.")
 @prefix_option
 @textfile_option
 @common_options
 def status(
     options: Options, max_age: str | None, warn_age: str | None, prefix: str | None, textfile: Path | None
 ) -> int:
-    """Show the guest's run state and devices, and what of an earlier qsnap is left behind.
+    """Show the guest's state and devices, and what was left behind.
 
-    With --max-age 26h it answers as a monitoring plugin: one line, and 0 (OK), 1 (WARNING), 2 (CRITICAL: the newest
-    snapshot that can be loaded is older, or there is none) or 3 (UNKNOWN: nobody answers).
+    With --max-age 26h it answers as a monitoring plugin: one line, and exit code 0 (OK), 1 (WARNING), 2 (CRITICAL: the
+    newest snapshot that can be loaded is older, or there is none) or 3 (UNKNOWN: nobody answers).
     """
     if max_age is None and (warn_age is not None or prefix is not None):
         raise BadUsage("--warn-age and --prefix go with --max-age DURATION")
@@ -72,13 +74,14 @@ def status(
 
 @click.command(cls=Command)
 @click.option(
-    "--force", is_flag=True, help="Also where it cannot be told whether that qsnap is dead: on another machine."
+    "--force", is_flag=True, help="Even if qsnap cannot tell whether that process is dead: it ran on another machine."
 )
 @common_options
 def recover(options: Options, force: bool) -> int:
-    """See to what a qsnap that died has left behind: resume the guest, remove what is half made.
+    """Clean up after a qsnap that died.
 
-    Its guard does that at once, and every other command but status before its own work. This does nothing else.
+    Resumes the guest and removes what is half made. The guard of that qsnap does so at once, and every other command
+    except status does so before its own work. This command does nothing else.
     """
     from qsnap.cli.output.results import Recoveries
 
@@ -93,7 +96,7 @@ def recover(options: Options, force: bool) -> int:
 def vms(options: Options) -> int:
     """List the VMs of this machine, and how to choose each.
 
-    Connects to none of them. Of a monitor that is busy it shows who holds it.
+    Connects to none of them. A busy monitor is shown with the process that holds it.
     """
     from qsnap.cli.output.results import KnownVMs
     from qsnap.cli.pick import refuse_few_files
@@ -108,7 +111,7 @@ def vms(options: Options) -> int:
 @click.command(cls=Command)
 @click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
 def completion(shell: str) -> int:
-    """Print the script that completes commands, options, VMs and tags in a shell.
+    """Print the script that completes qsnap's words in a shell.
 
     \b
     bash  in ~/.bashrc:            eval "$(qsnap completion bash)"
@@ -126,9 +129,9 @@ def completion(shell: str) -> int:
 @click.command(cls=Command)
 @click.option("--qemu", metavar="PROGRAM", envvar="QSNAP_QEMU", show_envvar=True, help="The QEMU to run.")
 def demo(qemu: str | None) -> None:
-    """Boot a tiny guest of qsnap's own and walk through save, list and load.
+    """Boot a tiny guest, and walk through save, list and load.
 
-    Needs no VM: only qemu-system-x86_64 and qemu-img. Nothing is left behind.
+    Needs no VM, only qemu-system-x86_64 and qemu-img. Leaves nothing behind.
     """
     from qsnap.cli.demo import demo as walk_through
     from qsnap.cli.pick import refuse_few_files

@@ -35,12 +35,12 @@ FAILED_BEFORE = 125
 
 #: What these mean, as the help and the README say.
 EXIT_TABLE = (
-    ("123", "the command succeeded, and what was to be done after it failed"),
-    ("124", "`--timeout` has ended the command"),
-    ("125", "what was to be done before the command failed; it was not run"),
+    ("123", "the command succeeded, but the work after it failed"),
+    ("124", "`--timeout` ended the command"),
+    ("125", "the work before the command failed, so it was not run"),
     ("126", "the command cannot be executed"),
     ("127", "the command was not found"),
-    ("128 + n", "signal n has ended the command"),
+    ("128 + n", "signal n ended the command"),
 )
 _EXITS = "\b\nExit codes: the command's own, and\n" + "\n".join(
     f"  {code:<9} {meaning.replace('`', '')}" for code, meaning in EXIT_TABLE
@@ -51,12 +51,12 @@ _command = click.argument("command", metavar="-- COMMAND...", nargs=-1, required
 
 
 @click.command(cls=Command, context_settings={"allow_interspersed_args": False}, epilog=_EXITS)
-@click.option("--revert", is_flag=True, help="Put the guest back to where it was before the command.")
+@click.option("--revert", is_flag=True, help="Restore the guest to where it was before the command.")
 @click.option(
-    "--revert-to", metavar="TAG", shell_complete=completes("tags"), help="Put the guest back to that snapshot instead."
+    "--revert-to", metavar="TAG", shell_complete=completes("tags"), help="Restore the guest to that snapshot instead."
 )
 @click.option(
-    "--save-on-fail", metavar="TAG", help="If the command fails, save the guest as TAG, before it is put back."
+    "--save-on-fail", metavar="TAG", help="If the command fails, save the guest as TAG before it is restored."
 )
 @exclude_option
 @one_vm_options
@@ -69,14 +69,14 @@ def run(
     exclude: tuple[str, ...],
     command: tuple[str, ...],
 ) -> int:
-    """Run a command, and put the guest back afterwards.
+    """Run a command, and restore the guest afterwards.
 
-    The monitor is free while the command runs: it may use qsnap itself. For --revert the guest is saved under a tag of
-    its own (qsnap-run-…), which is deleted when the guest is back. --timeout bounds the command, and each step of ours
-    before and after it.
+    The monitor is free while the command runs, so the command may use qsnap itself. For --revert, the guest is saved
+    under a tag of its own (qsnap-run-…), which is deleted when the guest is restored. --timeout limits the command, and
+    each step of qsnap's before and after it.
     """
     if revert and revert_to is not None:
-        raise BadUsage("--revert and --revert-to exclude each other")
+        raise BadUsage("--revert and --revert-to cannot be used together")
     job = _Job(options, exclude)
     tag = revert_to
     noted = note_signals()
@@ -113,10 +113,10 @@ def run(
 @one_vm_options
 @_command
 def ensure(options: Options, tag: str, exclude: tuple[str, ...], command: tuple[str, ...]) -> int:
-    """Load snapshot TAG; if there is none, run a command that provisions the guest, and save TAG.
+    """Load snapshot TAG, or run a command and then save TAG.
 
-    So the second job of a machine begins where the first had got to. If the command fails, nothing is saved. A TAG that
-    cannot be loaded, because it is not whole, is made anew.
+    If there is no TAG, the command provisions the guest; if it succeeds, TAG is saved. So the second job of a machine
+    starts where the first had got to. A TAG that cannot be loaded, because it is not complete, is made anew.
     """
     job = _Job(options, exclude)
     noted = note_signals()

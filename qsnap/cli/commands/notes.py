@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 @tags_argument
 @common_options
 def protect(options: Options, tags: tuple[str, ...]) -> int:
-    """Protect snapshots: none is replaced, deleted or pruned until it is unprotected."""
+    """Protect snapshots from being replaced, deleted or pruned."""
     return _noted(options, tags, protected=True)
 
 
@@ -27,7 +27,7 @@ def protect(options: Options, tags: tuple[str, ...]) -> int:
 @tags_argument
 @common_options
 def unprotect(options: Options, tags: tuple[str, ...]) -> int:
-    """Take the protection of snapshots away."""
+    """Remove the protection of snapshots."""
     return _noted(options, tags, protected=False)
 
 
@@ -36,7 +36,10 @@ def unprotect(options: Options, tags: tuple[str, ...]) -> int:
 @click.argument("description")
 @common_options
 def describe(options: Options, tag: str, description: str) -> int:
-    """Describe snapshot TAG in one line, which list and show tell; '' for no description."""
+    """Describe snapshot TAG in one line.
+
+    list and show print it; '' removes it.
+    """
     return _noted(options, (tag,), description=description)
 
 

@@ -42,27 +42,27 @@ class _SaveCommand(Command):
 @click.option(
     "--live/--no-live",
     default=None,
-    help="Save while the guest runs: it pauses for some milliseconds. --live=auto: where that is possible.",
+    help="Save while the guest runs; it pauses only for milliseconds. --live=auto: if that is possible.",
 )
 @click.option("--live-auto", is_flag=True, hidden=True)
 @click.option(
     "--replace/--no-replace",
     default=None,
-    help="What to do if the snapshot exists: replace it (the default), or refuse.",
+    help="If the snapshot exists: replace it (the default), or refuse.",
 )
 @click.option(
     "--safe-replace/--no-safe-replace",
     default=None,
-    help="Replace it so that a whole snapshot stands at every instant: the state is written twice.",
+    help="Replace it so that a complete snapshot exists at every moment: the state is written twice.",
 )
 @vmstate_option
 @exclude_option
-@click.option("--description", metavar="TEXT", default="", help="A line about it, which list and show tell.")
+@click.option("--description", metavar="TEXT", default="", help="One-line description, shown by list and show.")
 @policy_options
 @textfile_option
 @ping_option
-@click.option("--force", is_flag=True, help="Try even if there seems to be no room. Overrides nothing else.")
-@click.option("-n", "--dry-run", is_flag=True, help="Check and decide everything, and do nothing.")
+@click.option("--force", is_flag=True, help="Try even if there seems to be too little room. Overrides nothing else.")
+@click.option("-n", "--dry-run", is_flag=True, help="Check and decide everything, but do nothing.")
 @common_options
 def save(
     options: Options,
@@ -83,9 +83,9 @@ def save(
 ) -> int:
     """Save RAM, device state and all disks as snapshot TAG.
 
-    Without TAG it is named vm-YYYYmmddHHMMSS. The guest is paused while QEMU writes, and runs again
-    afterwards; with --live it runs meanwhile. A snapshot of that name is replaced, unless --no-replace is given.
-    With --prefix it is the next one of a series; with a policy (--keep-…) the series is pruned when it is saved.
+    Without TAG, it is named vm-YYYYmmddHHMMSS. The guest is paused while QEMU writes, and then runs again; with --live
+    it runs meanwhile. A snapshot of that name is replaced, unless --no-replace is given. With --prefix it is the next
+    one of a series; with a policy (--keep-…) the series is pruned after the save.
     """
     from qsnap.cli.monitoring import MetricsRecorder
     from qsnap.cli.output.bar import save_bar
@@ -94,12 +94,10 @@ def save(
     from qsnap.cli.several import do
 
     if tag is not None and prefix is not None:
-        raise BadUsage("a tag and --prefix exclude each other: those of a series are named by the time")
+        raise BadUsage("a tag and --prefix cannot be used together: snapshots of a series are named by the time")
     policy = policy_of(keep) if wants_policy(keep) else None
     if policy is not None and prefix is None:
-        raise BadUsage("a policy (--keep-…) is of a series: say which, with --prefix PREFIX")
-    if policy is not None and policy.is_empty:
-        raise BadUsage("the policy is empty: it would keep nothing. Say what to keep, as in --keep-daily 7")
+        raise BadUsage("a policy (--keep-…) needs a series: name it with --prefix PREFIX")
 
     async def action(vm: VM, settings: Settings) -> SaveResult:
         result = await vm.save(

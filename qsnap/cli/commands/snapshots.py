@@ -22,16 +22,18 @@ if TYPE_CHECKING:
 @click.option("--running", is_flag=True, help="Run the guest, even if it was paused.")
 @exclude_option
 @click.option(
-    "--force", is_flag=True, help="Load also if a disk stands on other images than at the save. Overrides nothing else."
+    "--force",
+    is_flag=True,
+    help="Load even if a disk has other backing images than at the save. Overrides nothing else.",
 )
 @common_options
 def load(options: Options, tag: str, paused: bool, running: bool, exclude: tuple[str, ...], force: bool) -> int:
-    """Put the guest back to snapshot TAG: RAM, device state and all disks.
+    """Restore RAM, device state and all disks from snapshot TAG.
 
     What the guest has done since is lost. It is left in the run state that it had, running or paused.
     """
     if paused and running:
-        raise BadUsage("--paused and --running exclude each other")
+        raise BadUsage("--paused and --running cannot be used together")
     wanted = running if paused or running else None
     return work(
         options,
@@ -67,8 +69,8 @@ def show(options: Options, tag: str) -> int:
 
 @click.command(cls=Command)
 @tags_argument
-@click.option("--missing-ok", is_flag=True, help="A snapshot that does not exist is no error.")
+@click.option("--missing-ok", is_flag=True, help="It is not an error if a snapshot does not exist.")
 @common_options
 def delete(options: Options, tags: tuple[str, ...], missing_ok: bool) -> int:
-    """Delete snapshots, from every device that holds them."""
+    """Delete snapshots from every device that holds them."""
     return work(options, lambda vm, _: vm.delete(*tags, missing_ok=missing_ok))

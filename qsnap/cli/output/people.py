@@ -225,7 +225,7 @@ def _(status: Status) -> Lines:
         ("QEMU", status.version),
         ("monitor", f"{status.monitor} ({status.transport})"),
         ("snapshots", str(status.snapshots) + _below_overlays(status)),
-        ("at work", _at_work(status)),
+        ("in use by", _in_use_by(status)),
         ("left behind", "; ".join(_left_behind(status)) or "nothing"),
     )
     yield _device_table(status.devices, status.vmstate)
@@ -240,7 +240,7 @@ def _(answer: PluginAnswer) -> Lines:
 def _(item: Recovered) -> Lines:
     deed = f"{item.operation} {', '.join(item.tags)}".rstrip()
     known = f"that died ({deed}, process {item.pid}, begun {item.began})" if item.operation else "that is not known"
-    yield f"recovered from a qsnap {known}: {'; '.join(item.actions) or 'nothing was left to do'}"
+    yield f"cleaned up after a qsnap {known}: {'; '.join(item.actions) or 'nothing was left to do'}"
 
 
 @lines_of.register(Recoveries)
@@ -360,11 +360,11 @@ def _below_overlays(status: Status) -> str:
     return f", and {len(status.in_backing)} out of reach in a backing image ({', '.join(places)})"
 
 
-def _at_work(status: Status) -> str:
+def _in_use_by(status: Status) -> str:
     run = status.run
     if run is None or run.is_alive is False:
         return "nobody"
-    doubt = "" if run.is_alive else " (of another machine or container: it may be dead; qsnap recover --force)"
+    doubt = "" if run.is_alive else " (on another machine or in a container: it may be dead; qsnap recover --force)"
     return f"{_run(run)}{doubt}"
 
 
