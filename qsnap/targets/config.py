@@ -19,7 +19,7 @@
     ignore-unseen = true            # as --ignore-unseen
 
 What is given on the command line wins over ``[vm.NAME]``, and that over ``[defaults]``. Anything that is not known is
-an error, with the key and its line: a default that is misspelt would be silently without effect.
+an error that names the key: a default that is misspelt would be silently without effect.
 """
 
 from __future__ import annotations
@@ -27,7 +27,10 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
+
+import msgspec
+from msgspec import Meta
 
 from qsnap.errors import BadUsage
 from qsnap.monitor.address import Address, expanded, parse_address
@@ -89,11 +92,9 @@ def load(path: str | Path | None = None) -> Config:
     where = Path(expanded(str(path))) if path is not None else default_path()
     try:
         text = where.read_text(encoding="utf-8")
-    except (FileNotFoundError, NotADirectoryError) as error:
-        if path is None:
-            return Config()
-        raise BadUsage(f"the config file {where} cannot be read: {error.strerror}") from error
     except OSError as error:
+        if path is None and isinstance(error, (FileNotFoundError, NotADirectoryError)):
+            return Config()
         raise BadUsage(f"the config file {where} cannot be read: {error.strerror}") from error
     except ValueError as error:  # no UTF-8, or a path with a NUL
         raise BadUsage(f"the config file {where} cannot be read: {error}") from error
@@ -108,24 +109,20 @@ def parse(text: str, path: Path) -> Config:
         document = tomllib.loads(text)
     except (tomllib.TOMLDecodeError, RecursionError) as error:
         raise BadUsage(f"{path}: {error}") from error
-    return _Reader(text, path).config(document)
+    return _Reader(path).config(document)
 
 
 class _Reader:
-    """Checks a document key by key, and knows where each stands."""
+    """Checks a document key by key."""
 
-    def __init__(self, text: str, path: Path) -> None:
-        self._text = text
+    def __init__(self, path: Path) -> None:
         self._path = path
 
     def config(self, document: Mapping[str, Any]) -> Config:
         self._known(document, (), ("default-vm", "defaults", "vm"))
-        default_vm = document.get("default-vm")
-        if default_vm is not None and (not isinstance(default_vm, str) or not default_vm):
-            raise self._error(("default-vm",), "must be the name of a VM")
         tables = self._table(document, ("vm",))
         return Config(
-            default_vm=default_vm,
+            default_vm=self._value(document, (), "default-vm", _NAME, "the name of a VM"),
             defaults=self._settings(self._table(document, ("defaults",)), ("defaults",), OPTIONS),
             vms={name: self._vm(name, self._table(tables, ("vm", name))) for name in tables},
         )
@@ -135,11 +132,9 @@ class _Reader:
         if not name:
             raise self._error(where, "needs a name")
         settings = self._settings(table, where, ("monitor", *OPTIONS))
-        monitor = table.get("monitor")
+        monitor = self._value(table, where, "monitor", str, "a string, as after -m")
         if monitor is None:
             return ConfiguredVM(name, None, settings)
-        if not isinstance(monitor, str):
-            raise self._error((*where, "monitor"), "must be a string, as after -m")
         try:
             address = parse_address(monitor, relative_to=str(self._path.absolute().parent))
         except BadUsage as error:
@@ -148,15 +143,18 @@ class _Reader:
 
     def _settings(self, table: Mapping[str, Any], where: tuple[str, ...], known: Iterable[str]) -> Settings:
         self._known(table, where, known)
-        values: dict[str, Any] = {}
-        for key, (is_good, meaning) in OPTIONS.items():
-            value = table.get(key)
-            if value is not None and not is_good(value):
-                raise self._error((*where, key), f"must be {meaning}")
-            values[key.replace("-", "_")] = tuple(value) if isinstance(value, list) else value
+        values = {key.replace("-", "_"): self._value(table, where, key, *good) for key, good in OPTIONS.items()}
         if values["state_dir"]:
             values["state_dir"] = expanded(values["state_dir"], str(self._path.absolute().parent))
         return Settings(**values)
+
+    def _value(self, table: Mapping[str, Any], where: tuple[str, ...], key: str, good: Any, meaning: str) -> Any:  # noqa: ANN401
+        if key not in table:
+            return None
+        try:
+            return msgspec.convert(table[key], good)
+        except msgspec.ValidationError as error:
+            raise self._error((*where, key), f"must be {meaning}") from error
 
     def _table(self, outer: Mapping[str, Any], where: tuple[str, ...]) -> Mapping[str, Any]:
         table = outer.get(where[-1], {})
@@ -174,30 +172,7 @@ class _Reader:
                 raise self._error((*where, key), f"is not known{guess}")
 
     def _error(self, keys: tuple[str, ...], what: str) -> BadUsage:
-        return BadUsage(f"{self._path}, line {line_of(self._text, keys)}: {_written(keys)} {what}")
-
-
-def line_of(text: str, keys: tuple[str, ...]) -> int:
-    """The line, from 1, on which a key of a valid document stands.
-
-    tomllib does not tell. But a document that is cut behind a line is one itself, unless a value goes on there; so
-    the key begins behind the last good cut that is without it.
-    """
-    import tomllib
-
-    lines = text.split("\n")
-    last_without = 0
-    for count in range(1, len(lines) + 1):
-        try:
-            found: object = tomllib.loads("\n".join(lines[:count]) + "\n")
-        except tomllib.TOMLDecodeError:
-            continue
-        for key in keys:
-            found = found.get(key) if isinstance(found, dict) else None
-        if found is not None:
-            return last_without + 1
-        last_without = count
-    return last_without + 1
+        return BadUsage(f"{self._path}: {_written(keys)} {what}")
 
 
 def _written(keys: tuple[str, ...]) -> str:
@@ -205,39 +180,17 @@ def _written(keys: tuple[str, ...]) -> str:
     return ".".join(key if key.replace("-", "").replace("_", "").isalnum() else f"{key!r}" for key in keys)
 
 
-def _is_seconds(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < 1e12
-
-
-def _is_wait(value: object) -> bool:
-    return value == 0 or _is_seconds(value)
-
-
-def _is_name(value: object) -> bool:
-    return isinstance(value, str) and bool(value)
-
-
-def _are_names(value: object) -> bool:
-    return isinstance(value, list) and all(map(_is_name, value))
-
-
-def _is_flag(value: object) -> bool:
-    return isinstance(value, bool)
-
-
-def _is_flag_or_auto(value: object) -> bool:
-    return _is_flag(value) or value == "auto"
-
+_NAME = Annotated[str, Meta(min_length=1)]
 
 #: The keys that are options: which values are good, and in words.
-OPTIONS = {
-    "timeout": (_is_seconds, "a number of seconds above 0"),
-    "vmstate": (_is_name, "the name of a node"),
-    "exclude": (_are_names, 'a list of nodes, as ["scratch"]'),
-    "no-replace": (_is_flag, "true or false"),
-    "safe-replace": (_is_flag, "true or false"),
-    "lock-wait": (_is_wait, "a number of seconds, or 0"),
-    "live": (_is_flag_or_auto, 'true, false or "auto"'),
-    "state-dir": (_is_name, "the name of a directory"),
-    "ignore-unseen": (_is_flag, "true or false"),
+OPTIONS: Mapping[str, tuple[Any, str]] = {
+    "timeout": (Annotated[float, Meta(gt=0, lt=1e12)], "a number of seconds above 0"),
+    "vmstate": (_NAME, "the name of a node"),
+    "exclude": (tuple[_NAME, ...], 'a list of nodes, as ["scratch"]'),
+    "no-replace": (bool, "true or false"),
+    "safe-replace": (bool, "true or false"),
+    "lock-wait": (Annotated[float, Meta(ge=0, lt=1e12)], "a number of seconds, or 0"),
+    "live": (bool | Literal["auto"], 'true, false or "auto"'),
+    "state-dir": (_NAME, "the name of a directory"),
+    "ignore-unseen": (bool, "true or false"),
 }
