@@ -13,10 +13,7 @@ if _signal.getsignal(_signal.SIGINT) is _signal.default_int_handler:
 
 import os
 import sys
-
-TYPE_CHECKING = False
-if TYPE_CHECKING:
-    from typing import NoReturn
+from typing import NoReturn
 
 
 def main() -> NoReturn:
