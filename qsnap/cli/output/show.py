@@ -51,7 +51,7 @@ def show(result: Struct, *, as_json: bool = False, quiet: bool = False, stream: 
 def written(stream: TextIO | None = None) -> Iterator[None]:
     """Have all that is written reach its reader, if there is one still.
 
-    :raise QsnapError: it cannot be written; what was asked for is done.
+    :raise QsnapError: it cannot be written to standard output; what was asked for is done.
     """
     try:
         yield
@@ -59,6 +59,8 @@ def written(stream: TextIO | None = None) -> Iterator[None]:
     except BrokenPipeError:
         pass
     except OSError as error:
+        if stream is sys.stderr:
+            return
         raise QsnapError(f"done, but the result could not be written: {error.strerror}") from error
 
 
