@@ -156,7 +156,7 @@ def test_a_hanging_command(guest: Guest, disk: Path, tmp_path: Path) -> None:
     run = cli(
         "run", "--revert", "--timeout", "2", "--", "sh", "-c", script, monitor=guest.address, expect=124
     )  # fmt: skip
-    assert "not done within 2 s" in run.err
+    assert "did not finish within 2 s" in run.err
     assert not is_alive(int((tmp_path / "pid").read_text()))
     assert_back_to(guest, before)
     assert tags(disk) == []

@@ -238,7 +238,7 @@ def test_the_config_file(machine: Machine) -> None:
     other.write_text("[vm.two]\nvmstat = 'x'")
     for command in (["status"], ["vms"], ["status", "-m", "one.qmp"]):
         run = machine.qsnap(*command, "--config", "other", expect=2)
-        assert run.err == "qsnap: other, line 2: vm.two.vmstat is not known; did you mean 'vmstate'?\n"
+        assert run.err == "qsnap: other: vm.two.vmstat is not known; did you mean 'vmstate'?\n"
     assert "/none cannot be read" in machine.qsnap("vms", "--config", "/none", expect=2).err
 
 

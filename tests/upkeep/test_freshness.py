@@ -286,7 +286,7 @@ def test_a_check_that_fails_fails_nothing(guest: Guest, checks: Checks, tmp_path
     assert "warning: the health check" in run.err
     assert tags(tmp_path / "disk0.qcow2") == ["a", "b"]
     for url in ("", "file:///etc/passwd", "ftp://x/", "http://", "http://[x/", "http://a b/", "http://a:b/"):
-        assert "no URL" in cli("save", "c", "--ping", url, monitor=guest.address, expect=2).err
+        assert "not a URL" in cli("save", "c", "--ping", url, monitor=guest.address, expect=2).err
 
 
 @pytest.mark.parametrize(

@@ -259,13 +259,13 @@ def test_unlimited() -> None:
 
 @pytest.mark.parametrize("text", ["", "-1", "1.5", "all", "0x1", "٣", "9999999999"])
 def test_a_bad_count(text: str) -> None:
-    with pytest.raises(BadUsage, match="no number"):
+    with pytest.raises(BadUsage, match="not a number"):
         parse_count(text)
 
 
 @pytest.mark.parametrize("text", ["", "0d", "7", "d", "1y 2d", "-1d", "1.5h", "1s", "٣d", "9999999d"])
 def test_a_bad_duration(text: str) -> None:
-    with pytest.raises(BadUsage, match="no duration"):
+    with pytest.raises(BadUsage, match="not a duration"):
         Duration.parse(text)
 
 
