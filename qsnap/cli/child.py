@@ -30,12 +30,12 @@ KILL_S = 5.0
 _PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)
 
 
-def executed(command: Sequence[str], timeout_s: float | None, noted: Sequence[int]) -> int | None:
+def executed(command: Sequence[str], timeout_s: float | None, signals_seen: Sequence[int]) -> int | None:
     """Run the command to its end, with our streams, and pass signals on to it; its exit code, as a shell has it.
 
     Signals are held back and looked at one by one: what a terminal sends (Ctrl-C) reaches the command by itself.
 
-    :param noted: signals that came before; if there are any the command is not run.
+    :param signals_seen: signals that came before; if there are any the command is not run.
     :return: None if it was not run for that.
     """
     import subprocess
@@ -48,7 +48,7 @@ def executed(command: Sequence[str], timeout_s: float | None, noted: Sequence[in
     ours = _children()
     deadline = None if timeout_s is None else time.monotonic() + timeout_s
     try:
-        if noted:
+        if signals_seen:
             return None
         process = subprocess.Popen(command, preexec_fn=lambda: signal.pthread_sigmask(signal.SIG_SETMASK, before))
         while (code := process.poll()) is None:
@@ -127,9 +127,9 @@ def _is_zombie(process: psutil.Process) -> bool:
 
 
 def note_signals() -> list[int]:
-    """See that no signal ends us from now on, whatever is done; it is noted in what is returned."""
-    noted: list[int] = []
+    """See that no signal ends us from now on, whatever is done; those that come are in what is returned."""
+    signals_seen: list[int] = []
     for signum in _PASSED_ON[:3]:
         if signal.getsignal(signum) is not signal.SIG_IGN:
-            signal.signal(signum, lambda received, _: noted.append(received))
-    return noted
+            signal.signal(signum, lambda received, _: signals_seen.append(received))
+    return signals_seen

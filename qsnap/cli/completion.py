@@ -70,8 +70,8 @@ def _vms(options: Options) -> Iterator[tuple[str, str]]:
     from qsnap.targets.running import running_vms
 
     for vm in known_vms(load(options.config), running_vms()):
-        if vm.word:
-            yield vm.word, f"process {vm.running.pid}" if vm.running else "config file"
+        if vm.selector:
+            yield vm.selector, f"process {vm.running.pid}" if vm.running else "config file"
 
 
 def _of_vm(kind: str, options: Options) -> Iterable[tuple[str, str]]:

@@ -93,5 +93,5 @@ def say_which(options: Options, meant: Target) -> None:
     address = meant.address
     if isinstance(address, TcpAddress) and not address.is_loopback:
         say(f"warning: {address}: a monitor has no password; whoever reaches it controls the VM")
-    if meant.is_found and not options.quiet and not options.as_json:
+    if meant.was_guessed and not options.quiet and not options.as_json:
         say(f"qsnap: using {meant.title} at {address}")

@@ -26,21 +26,21 @@ class Target(NamedTuple):
     :ivar pid: its process, where it was found by looking; whoever else answers at the address is not it.
     :ivar settings: the defaults that the config file has for it.
     :ivar title: what to call it in a sentence, where it was found by looking.
-    :ivar is_found: it was taken unasked.
-    :ivar word: what ``--vm`` takes for it; "" where it was named by its address.
+    :ivar was_guessed: it was taken unasked.
+    :ivar selector: what ``--vm`` takes for it; "" where it was named by its address.
     """
 
     address: Address
     settings: Settings
     pid: int | None = None
     title: str = ""
-    is_found: bool = False
-    word: str = ""
+    was_guessed: bool = False
+    selector: str = ""
 
     @property
     def name(self) -> str:
         """What to call it in a table or a label: the same whenever it is chosen in that way."""
-        return self.word or str(self.address)
+        return self.selector or str(self.address)
 
 
 class KnownVM(Struct, frozen=True):
@@ -52,7 +52,7 @@ class KnownVM(Struct, frozen=True):
     """Its name in the config file."""
     monitor: Address | None
     """Where qsnap would connect; None where it cannot."""
-    word: str | None
+    selector: str | None
     """What ``--vm`` takes for it and for no other; None where ``-m`` alone does."""
 
     @property
@@ -67,7 +67,7 @@ class KnownVM(Struct, frozen=True):
 
         if self.monitor is None:
             return ""
-        return shlex.join(["--vm", self.word] if self.word else ["-m", str(self.monitor)])
+        return shlex.join(["--vm", self.selector] if self.selector else ["-m", str(self.monitor)])
 
     def to_json(self) -> dict[str, Any]:
         facts = self.running.to_json() if self.running else {"pid": None, "uid": None, "user": None, "name": self.name,
@@ -77,7 +77,7 @@ class KnownVM(Struct, frozen=True):
             "is_ours": self.running.is_ours if self.running else None,
             "config": self.config,
             "monitor": str(self.monitor) if self.monitor else None,
-            "vm": self.word,
+            "vm": self.selector,
         }
 
 
@@ -118,7 +118,7 @@ def choose(
         return _only(known_vms(config, running()), config)
     named = config.vms.get(wanted)
     if named and named.monitor:
-        return Target(named.monitor, config.settings(wanted), word=wanted)
+        return Target(named.monitor, config.settings(wanted), selector=wanted)
     return _named(wanted, config, running())
 
 
@@ -140,7 +140,8 @@ def known_vms(config: Config, running: Sequence[RunningVM]) -> list[KnownVM]:
     shown = {vm.config for vm in found}
     idle = [vm for vm in config.vms.values() if vm.name not in shown]
     return found + [
-        KnownVM(running=None, config=vm.name, monitor=vm.monitor, word=vm.name if vm.monitor else None) for vm in idle
+        KnownVM(running=None, config=vm.name, monitor=vm.monitor, selector=vm.name if vm.monitor else None)
+        for vm in idle
     ]
 
 
@@ -167,11 +168,11 @@ def _known(vm: RunningVM, config: Config, running: Sequence[RunningVM]) -> Known
     configured = _configured(config, address, vm)
     if configured and (given := config.vms[configured].monitor):
         address = given
-    word = _word(vm, configured, config, running) if address else None
-    return KnownVM(running=vm, config=configured, monitor=address, word=word)
+    selector = _selector(vm, configured, config, running) if address else None
+    return KnownVM(running=vm, config=configured, monitor=address, selector=selector)
 
 
-def _word(vm: RunningVM, configured: str | None, config: Config, running: Sequence[RunningVM]) -> str | None:
+def _selector(vm: RunningVM, configured: str | None, config: Config, running: Sequence[RunningVM]) -> str | None:
     if configured and config.vms[configured].monitor:
         return configured
     for word in (vm.name, str(vm.pid), vm.uuid):
@@ -225,7 +226,7 @@ def _only(known: Sequence[KnownVM], config: Config) -> Target:
     ours = [vm for vm in runs if vm.running and vm.running.is_ours]
     reachable = [vm for vm in ours if vm.monitor]
     if len(reachable) == 1:
-        return _target(reachable[0], config)._replace(is_found=True)
+        return _target(reachable[0], config)._replace(was_guessed=True)
     if reachable:
         raise SeveralVMs(f"{len(reachable)} VMs are running; choose one", reachable)
     sentences = [f"no monitor is given, and qsnap finds no running VM that it could use. {_START}"]
@@ -243,7 +244,7 @@ def _target(known: KnownVM, config: Config, name: str | None = None) -> Target:
     if known.monitor is None:
         raise NoVM(f"{_title(vm)} cannot be reached: {reason(vm)}")
     return Target(
-        known.monitor, config.settings(name or known.config), vm.pid, _title(vm), word=name or known.word or ""
+        known.monitor, config.settings(name or known.config), vm.pid, _title(vm), selector=name or known.selector or ""
     )
 
 

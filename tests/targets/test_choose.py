@@ -44,7 +44,7 @@ def chosen(
 ) -> tuple[str, int | None, bool]:
     """Address, pid, and whether it was taken unasked."""
     target = choose(config, lambda: running, monitor=monitor, vm=wanted)
-    return str(target.address), target.pid, target.is_found
+    return str(target.address), target.pid, target.was_guessed
 
 
 def test_an_address_needs_no_look() -> None:
@@ -54,7 +54,9 @@ def test_an_address_needs_no_look() -> None:
     assert choose(NONE, look, monitor="/m") == Target(UnixAddress("/m"), Settings())
     config = configured("default-vm='x'\n[vm.x]\nmonitor='/x'\ntimeout=5")
     assert (
-        choose(config, look) == choose(config, look, vm="x") == Target(UnixAddress("/x"), Settings(timeout=5), word="x")
+        choose(config, look)
+        == choose(config, look, vm="x")
+        == Target(UnixAddress("/x"), Settings(timeout=5), selector="x")
     )
     assert choose(config, look, monitor="/x").settings == Settings(timeout=5), "it is the same VM"
     assert choose(config, look, monitor="/y").settings == Settings()
@@ -70,7 +72,7 @@ def test_by_name_pid_and_uuid() -> None:
         chosen(WEB, DB, wanted="x")
     with pytest.raises(SeveralVMs) as error:
         chosen(WEB, vm(9, "web", at("/other")), DB, wanted="web")
-    assert [(known.word, known.option) for known in error.value.vms] == [("7", "--vm 7"), ("9", "--vm 9")]
+    assert [(known.selector, known.option) for known in error.value.vms] == [("7", "--vm 7"), ("9", "--vm 9")]
 
 
 def test_the_only_one() -> None:
@@ -105,7 +107,7 @@ def test_the_config_and_what_runs() -> None:
     assert choose(config, lambda: (vm(9, "x", at("/x")),)).settings.timeout == 1
     assert choose(config, lambda: (WEB, DB), vm="web").settings.timeout == 2
     assert chosen(WEB, DB, config=config, wanted="prod") == ("unix:/db", None, False)
-    assert [(one.name, one.config, one.word, str(one.monitor)) for one in known_vms(config, (WEB, DB))] == [
+    assert [(one.name, one.config, one.selector, str(one.monitor)) for one in known_vms(config, (WEB, DB))] == [
         ("web", "web", "web", "unix:/web"),
         ("db", "prod", "prod", "unix:/db"),
         ("off", "off", "off", "unix:/off"),
@@ -126,14 +128,14 @@ def test_the_config_s_monitor_is_the_one_that_is_used() -> None:
 def test_a_configured_path_that_another_has_taken() -> None:
     config = configured("[vm.web]\nmonitor='/web'")
     first, second = vm(7, "one", at("/web", "gone"), at("/hmp", protocol="hmp")), vm(8, "two", at("/web"))
-    assert [(one.config, one.word) for one in known_vms(config, (first, second))] == [(None, "one"), ("web", "web")]
+    assert [(one.config, one.selector) for one in known_vms(config, (first, second))] == [(None, "one"), ("web", "web")]
 
 
 def test_a_word_means_one_vm() -> None:
     """A -name that is another's pid, or a name of the config file for another, is not shown as a way to choose."""
     config = configured("[vm.db]\nmonitor='/elsewhere'")
     found = known_vms(config, (vm(7, "web", at("/a")), vm(8, "7", at("/b")), DB, vm(10, "mute")))
-    words = [(one.name, one.word) for one in found]
+    words = [(one.name, one.selector) for one in found]
     assert words == [("web", "web"), ("7", "7"), ("db", None), ("mute", None), ("db", "db")]
     assert [one.option for one in found] == ["--vm web", "--vm 7", "-m unix:/db", "", "--vm db"]
 

@@ -79,7 +79,7 @@ def run(
         raise BadUsage("--revert and --revert-to cannot be used together")
     job = _Job(options, exclude)
     tag = revert_to
-    noted = note_signals()
+    signals_seen = note_signals()
     try:
         runstate = job.step(_runstate)
         if revert_to is not None:
@@ -93,11 +93,11 @@ def run(
         return _not_run(error)
     troubles: list[QsnapError] = []
     job.obeys_signals = False  # what is to be done after the command is done whatever comes
-    code = executed(command, options.timeout_s, noted)
+    code = executed(command, options.timeout_s, signals_seen)
     if code is None:
         if revert:
             job.attempt(troubles, lambda: job.delete(tag or ""))
-        return _not_run(Interrupted(noted[0]))
+        return _not_run(Interrupted(signals_seen[0]))
     if code and save_on_fail is not None:
         job.attempt(troubles, lambda: job.save(save_on_fail))
     if tag is not None:
@@ -119,7 +119,7 @@ def ensure(options: Options, tag: str, exclude: tuple[str, ...], command: tuple[
     starts where the first had got to. A TAG that cannot be loaded, because it is not complete, is made anew.
     """
     job = _Job(options, exclude)
-    noted = note_signals()
+    signals_seen = note_signals()
     try:
         found, is_there = job.step(lambda vm, settings: _found(vm, tag, job.excluded(settings)))
         if found:
@@ -129,9 +129,9 @@ def ensure(options: Options, tag: str, exclude: tuple[str, ...], command: tuple[
     except QsnapError as error:
         return _not_run(error)
     job.obeys_signals = False
-    code = executed(command, options.timeout_s, noted)
+    code = executed(command, options.timeout_s, signals_seen)
     if code is None:
-        return _not_run(Interrupted(noted[0]))
+        return _not_run(Interrupted(signals_seen[0]))
     if code:
         _say(f"the command failed ({code}), so {tag!r} was not saved")
         return code

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 @common_options
 def protect(options: Options, tags: tuple[str, ...]) -> int:
     """Protect snapshots from being replaced, deleted or pruned."""
-    return _noted(options, tags, protected=True)
+    return _change_notes(options, tags, protected=True)
 
 
 @click.command(cls=Command)
@@ -28,7 +28,7 @@ def protect(options: Options, tags: tuple[str, ...]) -> int:
 @common_options
 def unprotect(options: Options, tags: tuple[str, ...]) -> int:
     """Remove the protection of snapshots."""
-    return _noted(options, tags, protected=False)
+    return _change_notes(options, tags, protected=False)
 
 
 @click.command(cls=Command)
@@ -40,13 +40,13 @@ def describe(options: Options, tag: str, description: str) -> int:
 
     list and show print it; '' removes it.
     """
-    return _noted(options, (tag,), description=description)
+    return _change_notes(options, (tag,), description=description)
 
 
-def _noted(options: Options, tags: tuple[str, ...], **changes: Any) -> int:  # noqa: ANN401 (of VM.note)
+def _change_notes(options: Options, tags: tuple[str, ...], **changes: Any) -> int:  # noqa: ANN401 (of VM.note)
     from qsnap.cli.output.results import Notes
 
-    async def noted(vm: VM, _: Settings) -> Notes:
+    async def changed(vm: VM, _: Settings) -> Notes:
         return Notes(snapshots=tuple(await vm.note(*tags, **changes)))
 
-    return work(options, noted)
+    return work(options, changed)

@@ -270,7 +270,7 @@ def quiet_lines_of(result: object) -> Lines:
         case Snapshots():
             yield from (snapshot.tag for snapshot in result.snapshots)
         case KnownVMs():
-            yield from (vm.word for vm in result.vms if vm.word)
+            yield from (vm.selector for vm in result.vms if vm.selector)
         case SaveResult():
             # --live=auto is asked for where nobody wants to know
             yield from (Aside(_finding(finding)) for finding in result.warnings if finding.code != "not-live")
