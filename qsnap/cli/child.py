@@ -1,4 +1,4 @@
-"""A command of the user's, run: it gets our streams and our signals, and is ended with all that it has started."""
+"""Run the command of ``run`` and ``ensure``: it gets qsnap's streams and signals, and is ended with its children."""
 
 from __future__ import annotations
 
@@ -127,7 +127,7 @@ def _is_zombie(process: psutil.Process) -> bool:
 
 
 def note_signals() -> list[int]:
-    """See that no signal ends us from now on, whatever is done; those that come are in what is returned."""
+    """Keep signals from ending qsnap from now on; the list that is returned gets those that come."""
     signals_seen: list[int] = []
     for signum in _PASSED_ON[:3]:
         if signal.getsignal(signum) is not signal.SIG_IGN:

@@ -78,7 +78,7 @@ def _running_vms() -> Sequence[RunningVM]:
 
 
 def chosen(options: Options) -> Target:
-    """The VM that is meant, said on standard error if it was taken unasked.
+    """The VM that the options mean; if qsnap picked it, that is said on standard error.
 
     :raise BadUsage: a monitor was named that is not valid; or none, and several VMs run; or several were named.
     :raise NoVM: no such VM runs, or none at all.
@@ -89,7 +89,7 @@ def chosen(options: Options) -> Target:
 
 
 def say_which(options: Options, meant: Target) -> None:
-    """Tell of a VM that was taken unasked, and warn of a monitor that anybody can reach."""
+    """Say which VM qsnap picked, and warn of a monitor that anybody can reach."""
     address = meant.address
     if isinstance(address, TcpAddress) and not address.is_loopback:
         say(f"warning: {address}: a monitor has no password; whoever reaches it controls the VM")

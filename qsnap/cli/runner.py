@@ -1,4 +1,4 @@
-"""Work with one VM: connected as the options and the config file say, and what is told beside it."""
+"""Connect to one VM, as the options and the config file say, and work with it."""
 
 from __future__ import annotations
 

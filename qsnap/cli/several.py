@@ -1,4 +1,4 @@
-"""One command for one VM or for several: the same work, its results shown together, and one exit code."""
+"""Do a command's work with one VM or with several at a time, and give its result."""
 
 from __future__ import annotations
 

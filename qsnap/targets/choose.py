@@ -26,7 +26,7 @@ class Target(NamedTuple):
     :ivar pid: its process, where it was found by looking; whoever else answers at the address is not it.
     :ivar settings: the defaults that the config file has for it.
     :ivar title: what to call it in a sentence, where it was found by looking.
-    :ivar was_guessed: it was taken unasked.
+    :ivar was_guessed: nobody named it; it is the only one.
     :ivar selector: what ``--vm`` takes for it; "" where it was named by its address.
     """
 

@@ -1,5 +1,7 @@
-"""What a result is to people, line by line: text, tables, and what is said beside it. ``rich`` draws on a terminal
-alone, and is loaded only then."""
+"""The lines that people see: text, tables, and asides for standard error.
+
+``rich`` draws tables on a terminal, and is loaded only then.
+"""
 
 from __future__ import annotations
 

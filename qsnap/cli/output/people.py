@@ -1,6 +1,6 @@
-"""How results and errors look to people: :func:`lines_of` each type, and :func:`quiet_lines_of` it under ``--quiet``.
+"""How results and errors look to people: :func:`lines_of`, and :func:`quiet_lines_of` under ``--quiet``.
 
-A type that is not here is an error, in both.
+``lines_of`` dispatches on the type of the result; a type that it does not know is an error.
 """
 
 from __future__ import annotations

@@ -1,5 +1,7 @@
-"""What commands show, where the library's own result does not say by its type what it is. How a result looks, and what
-a command exits with, hang on the type alone; what it is in JSON is its ``to_json``."""
+"""What commands show beside the library's own results, each a type of its own.
+
+The type alone decides how a result looks (``people``) and what the command exits with; ``to_json`` is its document.
+"""
 
 from __future__ import annotations
 
