@@ -57,13 +57,14 @@ async def connected(options: Options, meant: Target, action: Callable[[VM, Setti
         try:
             return await action(vm, meant.settings)
         finally:
+            of_it = f"{meant.name}: " if options.is_of_several else ""
             if vm.recovered and not options.quiet and not options.as_json:
                 from qsnap.cli.output.people import lines_of
 
                 for line in itertools.chain(*map(lines_of, vm.recovered)):
-                    say(f"qsnap: {line}")
+                    say(f"qsnap: {of_it}{line}")
             for remark in vm.remarks:
-                say(f"warning: {remark}")
+                say(f"warning: {of_it}{remark}")
 
 
 def _first(*values: _V | None) -> _V | None:

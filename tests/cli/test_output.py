@@ -8,8 +8,11 @@ import pytest
 
 import qsnap
 from qsnap.cli.output import results
+from qsnap.cli.output.lines import Aside
 from qsnap.cli.output.people import lines_of
+from qsnap.cli.output.results import Outcome, Outcomes, Recoveries, Snapshots
 from qsnap.cli.output.show import show
+from qsnap.errors import QsnapError
 from qsnap.model.qemu import Struct
 
 
@@ -34,3 +37,15 @@ def test_a_result_that_is_not_known_is_an_error(capsys: pytest.CaptureFixture[st
         show(New(number=1))
     show(New(number=1), as_json=True)
     assert capsys.readouterr().out == '{"number": 1}\n'
+
+
+def test_what_is_said_of_several_vms_names_them() -> None:
+    """On standard error too; and a VM's name is data."""
+    vms = (
+        Outcome("web", Snapshots(snapshots=())),
+        Outcome("d\nb", Recoveries(recovered=())),
+        Outcome("bad", QsnapError("no\nmore")),
+    )
+    assert list(lines_of(Outcomes(vms=vms))) == [
+        Aside("web: no snapshots"), Aside("d\\nb: nothing to recover"), Aside("bad: no\nmore"),
+    ]  # fmt: skip

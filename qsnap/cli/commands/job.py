@@ -75,6 +75,8 @@ def run(
     under a tag of its own (qsnap-run-…), which is deleted when the guest is restored. --timeout limits the command, and
     each step of qsnap's before and after it.
     """
+    from qsnap.model.runstates import is_live
+
     if revert and revert_to is not None:
         raise BadUsage("--revert and --revert-to cannot be used together")
     job = _Job(options, exclude)
@@ -101,7 +103,7 @@ def run(
     if code and save_on_fail is not None:
         job.attempt(troubles, lambda: job.save(save_on_fail))
     if tag is not None:
-        was_loaded = job.attempt(troubles, lambda: job.load(tag, running=_is_live(runstate) if revert else None))
+        was_loaded = job.attempt(troubles, lambda: job.load(tag, running=is_live(runstate) if revert else None))
         if revert and was_loaded:
             job.attempt(troubles, lambda: job.delete(tag))
     return code or (FAILED_AFTER if troubles else 0)
@@ -229,12 +231,6 @@ class _Job:
             return await vm.load(tag, running=running, exclude=self.excluded(settings))
 
         self._options.shown(self.step(load), sys.stderr)
-
-
-def _is_live(runstate: RunState) -> bool:
-    from qsnap.model.runstates import is_live
-
-    return is_live(runstate)
 
 
 async def _runstate(vm: VM, _: Settings) -> RunState:

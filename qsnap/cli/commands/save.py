@@ -46,9 +46,7 @@ class _SaveCommand(Command):
 )
 @click.option("--live-auto", is_flag=True, hidden=True)
 @click.option(
-    "--replace/--no-replace",
-    default=None,
-    help="If the snapshot exists: replace it (the default), or refuse.",
+    "--replace/--no-replace", default=None, help="If the snapshot exists: replace it (the default), or refuse."
 )
 @click.option(
     "--safe-replace/--no-safe-replace",

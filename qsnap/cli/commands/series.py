@@ -28,7 +28,4 @@ def prune(options: Options, prefix: str | None, allow_remove_all: bool, dry_run:
     if prefix is None:
         raise BadUsage("name the series: --prefix PREFIX. Snapshots outside a series are never pruned")
     policy = policy_of(keep, may_be_empty=allow_remove_all)
-    return work(
-        options,
-        lambda vm, _: vm.prune(prefix, policy, allow_remove_all=allow_remove_all, dry_run=dry_run),
-    )
+    return work(options, lambda vm, _: vm.prune(prefix, policy, allow_remove_all=allow_remove_all, dry_run=dry_run))

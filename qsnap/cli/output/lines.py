@@ -63,10 +63,7 @@ class Table(NamedTuple):
         drawing = Drawing(box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold")
         for column in self.columns:
             drawing.add_column(
-                column.head,
-                overflow="fold",
-                no_wrap=not column.folds,
-                justify="right" if column.is_number else "left",
+                column.head, overflow="fold", no_wrap=not column.folds, justify="right" if column.is_number else "left"
             )
         for row in rows:
             # A Text is taken as it is: a tag like "[red]" is not markup
@@ -79,9 +76,13 @@ class Table(NamedTuple):
 
 
 class Aside(NamedTuple):
-    """Text for standard error."""
+    """Text for standard error; it may have several lines.
+
+    :ivar head: what it begins with: "qsnap", or how grave it is.
+    """
 
     text: str
+    head: str = "qsnap"
 
 
 #: Text is one line, without its newline; it may hold anything, as it is made printable when it is written.

@@ -21,7 +21,7 @@ from qsnap.cli.output.results import (
     Snapshots,
     exit_code_of,
 )
-from qsnap.cli.output.text import age, clock, date, seconds, shortened, size
+from qsnap.cli.output.text import age, clock, date, printable, seconds, shortened, size
 from qsnap.errors import QsnapError
 from qsnap.model.qemu import (
     CheckReport,
@@ -70,7 +70,7 @@ _VM_CLOCK = Column("VM CLOCK", is_number=True)
 def _(error: QsnapError) -> Lines:
     from qsnap.targets.choose import SeveralVMs
 
-    yield Aside(f"qsnap: {error}")
+    yield Aside(str(error))
     if isinstance(error, SeveralVMs):
         yield _vm_table(error.vms)
 
@@ -80,7 +80,7 @@ def _(error: QsnapError) -> Lines:
 
 @lines_of.register(SaveResult)
 def _(result: SaveResult) -> Lines:
-    yield from map(Aside, map(_finding, result.warnings))
+    yield from (Aside(_explained(finding), "warning") for finding in result.warnings)
     vmstate = _state_place(result.vmstate, result.file, result.labels)
     if result.dry_run:
         old = "replacing the older one" if result.replaced else "new"
@@ -118,7 +118,7 @@ def _(result: LoadResult) -> Lines:
 def _(report: CheckReport) -> Lines:
     yield _device_table(report.devices, report.vmstate)
     for finding in report.findings:
-        yield from _finding(finding).split("\n")
+        yield from f"{'refused' if finding.refuses else 'warning'}: {_explained(finding)}".split("\n")
     verdict = "ok: this guest can be saved" if report.ok else "not ok: this guest cannot be saved now"
     yield f"{verdict} (guest {report.runstate})"
 
@@ -129,7 +129,7 @@ def _(report: CheckReport) -> Lines:
 @lines_of.register(Snapshots)
 def _(found: Snapshots) -> Lines:
     if not found.snapshots:
-        yield Aside("qsnap: no snapshots")
+        yield Aside("no snapshots")
         return
     now = datetime.now(UTC)
     has_notes = any(map(_note, found.snapshots))
@@ -248,12 +248,12 @@ def _(done: Recoveries) -> Lines:
     for item in done.recovered:
         yield from lines_of(item)
     if not done.recovered:
-        yield Aside("qsnap: nothing to recover")
+        yield Aside("nothing to recover")
 
 
 @lines_of.register(KnownVMs)
 def _(known: KnownVMs) -> Lines:
-    yield _vm_table(known.vms) if known.vms else Aside("qsnap: no QEMU is running that this user can see")
+    yield _vm_table(known.vms) if known.vms else Aside("no QEMU is running that this user can see")
 
 
 # Several VMs
@@ -273,7 +273,8 @@ def quiet_lines_of(result: object) -> Lines:
             yield from (vm.selector for vm in result.vms if vm.selector)
         case SaveResult():
             # --live=auto is asked for where nobody wants to know
-            yield from (Aside(_finding(finding)) for finding in result.warnings if finding.code != "not-live")
+            wanted = (finding for finding in result.warnings if finding.code != "not-live")
+            yield from (Aside(_explained(finding), "warning") for finding in wanted)
         case PluginAnswer() if exit_code_of(result):
             yield from lines_of(result)
         case Outcomes():
@@ -282,12 +283,13 @@ def quiet_lines_of(result: object) -> Lines:
 
 def _titled(several: Outcomes, its_lines: Callable[[object], Lines]) -> Lines:
     """What there is to say of each VM: a line begins with its name, a table is below it."""
-    for title, result in several.vms:
+    for name, result in several.vms:
+        title = printable(name)
         if isinstance(result, QsnapError):
-            yield Aside(f"qsnap: {title}: {result}")
+            yield Aside(f"{title}: {result}")
             continue
         lines = list(its_lines(result))
-        yield from (line for line in lines if isinstance(line, Aside))
+        yield from (line._replace(text=f"{title}: {line.text}") for line in lines if isinstance(line, Aside))
         first, *more = [line for line in lines if not isinstance(line, Aside)] or [""]
         details = [line.strip() for line in more if isinstance(line, str) and line.startswith("  ")]
         if isinstance(first, Table) or len(details) < len(more):
@@ -396,10 +398,9 @@ def _pruned(result: PruneResult) -> str:
     return f"{kept}, {verb} {removed or 'none'}"
 
 
-def _finding(finding: Finding) -> str:
-    head = "refused" if finding.refuses else "warning"
-    cure = f"\n  {finding.cure}" if finding.cure else ""
-    return f"{head}: {finding.message}{cure}"
+def _explained(finding: Finding) -> str:
+    """What was found, and what to do about it."""
+    return f"{finding.message}\n  {finding.cure}" if finding.cure else finding.message
 
 
 def _names(nodes: Sequence[str], labels: Labels) -> str:

@@ -79,7 +79,7 @@ def write(lines: Lines, stream: TextIO, console: Console | None = None) -> None:
     """Write lines for people; tables are drawn where the stream is a terminal, or on that console."""
     for line in lines:
         if isinstance(line, Aside):
-            say(line.text, keep_newlines=True)
+            say(f"{line.head}: {line.text}", keep_newlines=True)
         elif isinstance(line, str):
             stream.write(printable(line) + "\n")
         elif console is None and not is_terminal(stream):
