@@ -10,6 +10,7 @@ import gc
 import os
 import signal
 import sys
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from importlib import import_module
 from typing import NoReturn
@@ -105,27 +106,36 @@ _COMMANDS = {
 _MODULES = {name: module for commands in _COMMANDS.values() for name, module in commands.items()}
 
 
-class _Commands(click.Group):
+class _Commands(Mapping[str, click.Command]):
     """The commands; the module of one is loaded when it is asked for."""
 
-    def list_commands(self, ctx: click.Context) -> list[str]:
-        return list(_MODULES)
+    def __getitem__(self, name: str) -> click.Command:
+        module = import_module(f"qsnap.cli.commands.{_MODULES[name]}")
+        return next(one for one in vars(module).values() if isinstance(one, click.Command) and one.name == name)
 
-    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        if cmd_name not in _MODULES:
-            return None
-        module = import_module(f"qsnap.cli.commands.{_MODULES[cmd_name]}")
-        return next(one for one in vars(module).values() if isinstance(one, click.Command) and one.name == cmd_name)
+    def __iter__(self) -> Iterator[str]:
+        return iter(_MODULES)
+
+    def __len__(self) -> int:
+        return len(_MODULES)
+
+
+class _Group(click.Group):
+    """A group whose help has its commands under headings."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(self.commands)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         width = formatter.width - 6 - max(map(len, _MODULES))
         for heading, names in _COMMANDS.items():
-            commands = [(name, self.get_command(ctx, name)) for name in names]
             with formatter.section(heading):
-                formatter.write_dl([(name, command.get_short_help_str(width)) for name, command in commands if command])
+                formatter.write_dl([(name, self.commands[name].get_short_help_str(width)) for name in names])
 
 
-@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]}, epilog=_exit_table())
+@click.group(
+    cls=_Group, commands=_Commands(), context_settings={"help_option_names": ["-h", "--help"]}, epilog=_exit_table()
+)
 @click.version_option(__version__, prog_name="qsnap", message="%(prog)s %(version)s")
 def cli() -> None:
     """Named, checked, restorable snapshots of running QEMU guests, from the monitor socket alone."""

@@ -9,11 +9,10 @@ import click
 import pytest
 
 import qsnap
-from qsnap.cli import child
+from qsnap.cli import child, cli
 from qsnap.cli.commands import job
 from qsnap.errors import EXIT_TABLE
 from qsnap.upkeep.retention import PERIODS
-from support.commands import COMMANDS
 from support.guest import cli as run_cli
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -34,7 +33,7 @@ def test_the_exit_table_is_in_the_help() -> None:
         assert re.search(rf"^ *{re.escape(code)} +{re.escape(meaning.replace('**', '').replace('`', ''))}$", text, re.M)
 
 
-@pytest.mark.parametrize("name", sorted(COMMANDS))
+@pytest.mark.parametrize("name", sorted(cli.commands))
 def test_commands_are_in_the_readme(name: str) -> None:
     assert f"qsnap {name}" in README
 
@@ -49,21 +48,21 @@ def options_of(command: click.Command) -> set[str]:
     }
 
 
-@pytest.mark.parametrize("name", sorted(COMMANDS))
+@pytest.mark.parametrize("name", sorted(cli.commands))
 def test_options_are_in_the_readme(name: str) -> None:
-    missing = {option for option in options_of(COMMANDS[name]) if option not in README}
+    missing = {option for option in options_of(cli.commands[name]) if option not in README}
     assert missing <= {"--qemu", "--help"}
 
 
 def test_options_in_the_readme_exist() -> None:
-    known = {option for command in COMMANDS.values() for option in options_of(command)}
+    known = {option for command in cli.commands.values() for option in options_of(command)}
     others = set(re.findall(r'"(--qsnap-[a-z-]+)"', (ROOT / "qsnap" / "pytest_plugin.py").read_text()))
     others |= set(re.findall(r'"(--[a-z-]+)"', (ROOT / "scripts" / "prove-live").read_text()))
     shown = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", README))
     assert shown <= known | others | {"--now"}  # systemctl's
 
 
-@pytest.mark.parametrize("name", sorted(COMMANDS))
+@pytest.mark.parametrize("name", sorted(cli.commands))
 def test_which_commands_take_the_common_options(name: str) -> None:
     of_output = {"--json", "--quiet", "--verbose", "--config"}
     of_vm = {"--monitor", "--vm", "--timeout", "--lock-wait", "--state-dir", "--ignore-unseen", "--all", "--jobs"}
@@ -71,7 +70,7 @@ def test_which_commands_take_the_common_options(name: str) -> None:
     taken = {"vms": of_output, "completion": set(), "demo": set(), "run": of_one, "ensure": of_one}.get(
         name, of_output | of_vm
     )
-    assert options_of(COMMANDS[name]) & (of_output | of_vm) == taken
+    assert options_of(cli.commands[name]) & (of_output | of_vm) == taken
     table = README.split("### In scripts\n\n")[1].split("\n\n")[1]
     assert set(re.findall(r"`(--[a-z-]+)", table)) == of_output | of_vm
 
@@ -112,5 +111,7 @@ def test_the_jobs_exit_table_is_the_readme_s() -> None:
 
 def test_the_policy_options_are_the_periods() -> None:
     names = {period.name for period in PERIODS}
-    found = {option.removeprefix("--keep-within-") for option in options_of(COMMANDS["prune"]) if "-within-" in option}
+    found = {
+        option.removeprefix("--keep-within-") for option in options_of(cli.commands["prune"]) if "-within-" in option
+    }
     assert found == names

@@ -15,8 +15,8 @@ import click
 import pytest
 
 import qsnap
+import qsnap.cli
 from qsnap import errors
-from support.commands import COMMANDS
 from support.guest import RECORDED, Guest, cli, needs_snapshot_jobs
 
 SURFACE = RECORDED / "surface.json"
@@ -45,7 +45,7 @@ def option(parameter: click.Parameter) -> dict[str, Any]:
 def test_options() -> None:
     hold("options", {
         name: sorted((option(one) for one in command.params), key=lambda told: told["names"])
-        for name, command in COMMANDS.items()
+        for name, command in qsnap.cli.cli.commands.items()
     })  # fmt: skip
 
 

@@ -13,14 +13,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import click
 import pytest
 from rich.console import Console
 
 import qsnap
+import qsnap.cli
 from qsnap.cli.output.bar import make_bar, update
 from qsnap.host.processes import state_estimate
 from qsnap.operations.progress import Phase, Progress
-from support.commands import COMMANDS
 from support.guest import (
     HAS_SNAPSHOT_JOBS,
     Guest,
@@ -37,7 +38,7 @@ from support.guest import (
 
 def test_version_and_help() -> None:
     assert cli("--version").out == f"qsnap {qsnap.__version__}\n"
-    for command in COMMANDS:
+    for command in qsnap.cli.cli.commands:
         assert cli(command, "-h").out == cli(command, "--help").out != ""
 
 
@@ -47,10 +48,10 @@ def test_the_help_has_headings() -> None:
     assert re.findall(r"^(\w.*):$", text, re.M) == [
         "Options", "Snapshots", "Series and notes", "Around a command", "This machine",
     ]  # fmt: skip
-    assert set(re.findall(r"^  ([a-z]+) {2,}[A-Z]", text, re.M)) == set(COMMANDS)
+    assert set(re.findall(r"^  ([a-z]+) {2,}[A-Z]", text, re.M)) == set(qsnap.cli.cli.commands)
     text = cli("save", "--help").out
     assert re.findall(r"^(\w.*):$", text, re.M) == ["Options", "What to keep", "The VM", "Output"]
-    for option in COMMANDS["save"].params:
+    for option in qsnap.cli.cli.commands["save"].params:
         assert option.opts[-1] in text or getattr(option, "hidden", True)
 
 
@@ -59,6 +60,9 @@ def test_usage_errors_are_one_line() -> None:
     assert run.err == (
         "qsnap: Missing argument '{bash|zsh|fish}'. Choose from: bash, zsh, fish (see qsnap completion --help)\n"
     )
+    run = cli("sav", expect=2)
+    assert run.err.startswith("qsnap: No such command 'sav'.")
+    assert ("Did you mean 'save'?" in run.err) == hasattr(click.exceptions, "NoSuchCommand"), "click 8.4 and later"
 
 
 def test_start_up_loads_nothing_heavy() -> None:

@@ -112,8 +112,9 @@ def serve(number: int) -> None:
     import qsnap.operations.load
     import qsnap.operations.save
     import qsnap.supervision.claim
-    import qsnap.vm  # noqa: F401
+    import qsnap.vm
 
+    dict(qsnap.cli.cli.commands)  # loads their modules
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     with socket.socket(fileno=number) as sock:
         while True:

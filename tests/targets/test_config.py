@@ -8,11 +8,11 @@ from pathlib import Path
 import click
 import pytest
 
+from qsnap.cli import cli
 from qsnap.errors import BadUsage
 from qsnap.monitor.address import TcpAddress, UnixAddress
 from qsnap.targets import config
 from qsnap.targets.config import Config, ConfiguredVM, Settings, load, parse
-from support.commands import COMMANDS
 
 README = (Path(__file__).resolve().parents[2] / "README.md").read_text()
 FILE = Path("/etc/qsnap.toml")
@@ -152,7 +152,7 @@ def test_a_file_that_is_no_text(tmp_path: Path) -> None:
 def test_every_key_is_an_option() -> None:
     options = {
         name.removeprefix("--")
-        for command in COMMANDS.values()
+        for command in cli.commands.values()
         for parameter in command.params
         if isinstance(parameter, click.Option)
         for name in (*parameter.opts, *parameter.secondary_opts)
