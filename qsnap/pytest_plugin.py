@@ -8,9 +8,9 @@ Inert until a test asks for it, by the fixture ``qsnap_vm`` or the marker ``qsna
         qsnap_vm.save("upgraded")
 
 The VM is named by ``--qsnap-monitor=ADDRESS`` or ``--qsnap-vm=NAME``, in the ini file by ``qsnap_monitor`` or
-``qsnap_vm``, or by ``$QSNAP_MONITOR``; none is taken unasked, as its state will be lost. With ``--qsnap-save-failed``
-(ini: ``qsnap_save_failed = true``) the guest of a test that failed is saved as ``failed-`` and the test's id, before
-anything is torn down.
+``qsnap_vm``, or by ``$QSNAP_MONITOR``; qsnap never picks one on its own, because its state will be lost. With
+``--qsnap-save-failed`` (ini: ``qsnap_save_failed = true``) the guest of a test that failed is saved as ``failed-`` and
+the test's id, before anything is torn down.
 """
 
 from __future__ import annotations
@@ -194,7 +194,7 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
     try:
         vm.save(tag)
         text = f"the guest was saved as {tag!r}"
-    except Exception as error:  # noqa: BLE001 (the test's own failure is what is told of)
+    except Exception as error:  # noqa: BLE001 (the test's own failure is what is reported)
         text = f"the guest could not be saved as {tag!r}: {error}"
     report.sections.append(("qsnap", text))
 

@@ -55,22 +55,22 @@ def _prepare_streams() -> None:
 
 
 def _exit_code(arguments: list[str]) -> int:
-    # Where the line cannot be parsed, what stands before "--"; else what the command was given
-    told = {"as_json": "--json" in arguments[: arguments.index("--") if "--" in arguments else None]}
+    # Before the line is parsed, whatever is before "--"; then what the command was given
+    output = {"as_json": "--json" in arguments[: arguments.index("--") if "--" in arguments else None]}
     try:
-        code = cli.main(arguments, prog_name="qsnap", standalone_mode=False, obj=told)
+        code = cli.main(arguments, prog_name="qsnap", standalone_mode=False, obj=output)
     except click.exceptions.Exit as done:
         return done.exit_code
     except (click.Abort, KeyboardInterrupt):
-        return _said(Interrupted(signal.SIGINT), told["as_json"])
+        return _said(Interrupted(signal.SIGINT), output["as_json"])
     except click.exceptions.NoArgsIsHelpError as error:
         with suppress(OSError):
             sys.stderr.write(error.format_message() + "\n")
         return BadUsage.exit_code
     except click.ClickException as error:
-        return _said(BadUsage(_usage_message(error)), told["as_json"])
+        return _said(BadUsage(_usage_message(error)), output["as_json"])
     except QsnapError as error:
-        return _said(error, told["as_json"])
+        return _said(error, output["as_json"])
     return code if isinstance(code, int) else 0
 
 

@@ -1,4 +1,4 @@
-"""What commands tell those who watch over snapshots: metrics for Prometheus, and a monitoring plugin's answer."""
+"""Monitoring of snapshots: metrics for Prometheus, and the answer of a monitoring plugin."""
 
 from __future__ import annotations
 

@@ -131,7 +131,7 @@ def takes(*options: Callable[[Any], Any]) -> Callable[[Callable[..., Any]], Call
             context = click.get_current_context()
             options = options_of(context)
             if context.obj is not None:
-                context.obj["as_json"] = options.as_json  # for how an error is told
+                context.obj["as_json"] = options.as_json  # for how an error is shown
             return command(options, **{name: given[name] for name in given.keys() - set(Options._fields)})
 
         for option in reversed(options):

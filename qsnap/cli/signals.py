@@ -60,7 +60,7 @@ def _signals_handled(task: asyncio.Future[_T], received: list[int], obeys: bool)
         else:
             say("qsnap: waiting for QEMU to answer, so that the guest can be resumed")
 
-    # A stopped qsnap would keep the guest stopped: Ctrl-Z is not obeyed meanwhile.
+    # A stopped qsnap would keep the guest stopped: Ctrl-Z is ignored until the work is done.
     with suppress(OSError, ValueError):
         signal.signal(signal.SIGTSTP, signal.SIG_IGN)
     # One that is ignored (nohup) stays so.

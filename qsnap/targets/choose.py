@@ -1,7 +1,7 @@
 """Which VM is meant: by its monitor's address, by a name, or because there is no other.
 
-A VM is taken unasked only if it is the one of ours that has a monitor on a socket. One whose monitor is busy counts
-too: what is meant must not depend on who is connected at the moment.
+qsnap picks a VM on its own only if it is this user's only one that has a monitor on a socket. A VM whose monitor is
+busy counts too: the choice must not depend on who is connected at the moment.
 """
 
 from __future__ import annotations

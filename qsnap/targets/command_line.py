@@ -39,7 +39,7 @@ _SIZE = re.compile(r"([0-9]{1,18}(?:\.[0-9]{0,18})?|0[xX][0-9a-fA-F]{1,15})([bBk
 
 
 def qemu_arguments(argv: Sequence[str], exe: str = "") -> Sequence[str] | None:
-    """What follows QEMU's own name in a process's arguments; None for a process that is no QEMU.
+    """What follows QEMU's own name in a process's arguments; None for a process that is not a QEMU.
 
     :param exe: the file that the process runs, "" if that is not known.
     """
@@ -173,7 +173,7 @@ def _memory(given: Sequence[tuple[str, str]], objects: Sequence[Mapping[str, str
 
 
 def _size(text: str, unit: str) -> int:
-    """Bytes: ``2G`` is 2 GiB, and a plain number counts *unit*; 0 for what is no size."""
+    """Bytes: ``2G`` is 2 GiB, and a plain number counts *unit*; 0 for what is not a size."""
     match = _SIZE.fullmatch(text)
     if not match:
         return 0

@@ -52,7 +52,7 @@ def running_vms() -> tuple[RunningVM, ...]:
 
 
 def explained(busy: MonitorBusy, address: Address) -> MonitorError:
-    """The error of a monitor that does not greet: what it speaks, or who holds it, where the system tells."""
+    """The error of a monitor that does not greet: what it speaks, or who holds it, if the system shows that."""
     points = (point for vm in running_vms() for point in vm.monitors if point.address == _absolute(address))
     if point := next((point for point in points if point.state is MonitorState.UNUSABLE), None):
         return ConnectError(f"{address} cannot be used: this monitor {point.reason}; {ANOTHER}")
@@ -198,7 +198,7 @@ def _command(pid: int) -> str:
 
 
 def _look(machine: _Machine, pid: int) -> tuple[RunningVM, list[tuple[int, ...]]] | None:
-    """The VM of a process, and for each of its monitors the clients' sockets; None if it is no QEMU, or is gone."""
+    """The VM of a process, and for each of its monitors the clients' sockets; None if it is not a QEMU, or is gone."""
     import psutil
 
     try:

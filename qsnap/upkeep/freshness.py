@@ -84,7 +84,7 @@ def judge(
     :param prefix: look at this series alone.
     :param left_out: see :func:`is_sound`.
     :param troubles: what else is wrong with the VM; each makes a WARNING.
-    :param in_backing: what is out of reach below an overlay; told of where nothing else can be loaded.
+    :param in_backing: what is out of reach below an overlay; mentioned if nothing else can be loaded.
     """
     series = [one for one in found if prefix is None or is_of_series(one.tag, prefix)]
     sound = [one for one in series if is_sound(one, left_out)]

@@ -1,7 +1,7 @@
 """A file of metrics for Prometheus' node exporter (its textfile collector): the last save, and what is there.
 
 A file holds the metrics of any number of VMs and series; what a run does not know stays as it was. It is replaced by
-renaming, so nobody reads half of it. One that holds anything but metrics of ours is left alone.
+renaming, so nobody reads half of it. A file that holds anything but qsnap's metrics is left alone.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ def update(path: Path, labels: Mapping[str, str], values: Mapping[Metric, float]
 
 @contextmanager
 def _alone(directory: Path) -> Iterator[None]:
-    """Keep others of us from the files of a directory meanwhile."""
+    """Keep other qsnaps from the files of a directory for the time of the block."""
     with files.directory(directory) as where:
         lock = os.open(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=where)
     try:

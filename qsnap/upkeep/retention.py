@@ -62,7 +62,7 @@ class Duration(NamedTuple):
 
     @classmethod
     def parse_age(cls, text: str) -> Duration:
-        """An age, where an ``m`` alone is refused: 90m would be 90 months, and nobody would be told for years.
+        """An age, where an ``m`` alone is refused: 90m would be 90 months, and nobody would be warned for years.
 
         :raise BadUsage: as :meth:`parse`; or it has such an ``m``.
         """

@@ -1,7 +1,7 @@
-"""Commands around a command of the user's: ``run`` puts the guest back after it, ``ensure`` has it provision the guest.
+"""Commands around a user's command: ``run`` restores the guest after it, ``ensure`` lets it provision the guest.
 
-The exit code is the command's own. What fails of ours has codes that few commands use (those of env, timeout and
-xargs), and never takes the place of a failure of the command's.
+The exit code is that of the user's command. A failure of qsnap's own steps has a code that few commands use (those of
+env, timeout and xargs), and never replaces a failure of the user's command.
 """
 
 from __future__ import annotations
@@ -144,7 +144,7 @@ def ensure(options: Options, tag: str, exclude: tuple[str, ...], command: tuple[
 
 
 class _Job:
-    """The steps of ours around a command, each with a connection of its own to the same VM."""
+    """qsnap's steps around a command, each with a connection of its own to the same VM."""
 
     def __init__(self, options: Options, exclude: tuple[str, ...]) -> None:
         self._options = options

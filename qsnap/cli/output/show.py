@@ -26,7 +26,7 @@ def is_terminal(stream: TextIO) -> bool:
 
 
 def say(text: str, *, keep_newlines: bool = False) -> None:
-    """Write a line to standard error; it is no error if that cannot be written."""
+    """Write a line to standard error; nothing happens if that cannot be written."""
     with suppress(OSError):
         sys.stderr.write(printable(text, keep_newlines=keep_newlines) + "\n")
 
@@ -65,7 +65,7 @@ def written(stream: TextIO | None = None) -> Iterator[None]:
 
 
 def show_error(error: QsnapError, *, as_json: bool) -> None:
-    """Show what went wrong, on standard error, whether or not it can be told to anybody."""
+    """Show what went wrong, on standard error; nothing happens if that cannot be written."""
     with suppress(OSError):
         if as_json:
             _write_document(error.to_json(), sys.stderr)
