@@ -22,6 +22,7 @@ import errno
 import os
 import secrets
 import stat
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -31,6 +32,9 @@ _ALWAYS = os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY
 _A_DIRECTORY = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
 #: Links on the way to a directory, as many as the kernel follows.
 _MOST_LINKS = 40
+#: FS_IOC_GETFLAGS, as most machines number it, and the flags of what is not removed (linux/fs.h).
+_GET_FLAGS = 0x80086601
+_KEEPING = {0x10: "immutable", 0x20: "append-only"}
 #: renameat2: do not replace what is there.
 _NOREPLACE = 1
 
@@ -279,6 +283,42 @@ def remove(path: Path, only: Identity | None = None) -> bool:
             os.unlink(path.name, dir_fd=where)
             return True
     return False
+
+
+def obstacle_to_removal(path: Path) -> str:
+    """Why this user cannot remove the name of a file at a real path; "" if that can be done, as far as can be told.
+
+    A kernel module for security may refuse it all the same. Sources: path_resolution(7), inode(7), ioctl_iflags(2).
+    """
+    try:
+        with directory(path.parent) as where:
+            info, place = os.stat(path.name, dir_fd=where, follow_symlinks=False), os.fstat(where)
+            for name, spoken in ((path.name, "it"), (".", str(path.parent))):
+                if flag := _flag(where, name):
+                    return f"{spoken} has the attribute {flag} (chattr)"
+            if not os.access(".", os.W_OK | os.X_OK, dir_fd=where, effective_ids=True):
+                return f"{path.parent} cannot be written by this user"
+            if place.st_mode & stat.S_ISVTX and os.geteuid() not in (0, info.st_uid, place.st_uid):
+                return f"in {path.parent}, which is sticky, only user {info.st_uid}, whom it belongs to, may do that"
+    except FileNotFoundError:
+        return ""
+    except OSError as error:
+        return error.strerror or str(error)
+    return ""
+
+
+def _flag(where: int, name: str) -> str:
+    """The attribute for which something in an open directory cannot be removed; "" if none is seen."""
+    import fcntl
+
+    with suppress(OSError):
+        file = os.open(name, os.O_RDONLY | _ALWAYS, dir_fd=where)
+        try:
+            flags = int.from_bytes(fcntl.ioctl(file, _GET_FLAGS, bytes(8))[:4], sys.byteorder)
+        finally:
+            os.close(file)
+        return next((word for bit, word in _KEEPING.items() if flags & bit), "")
+    return ""
 
 
 def rename(file: int, old: Path, new: Path) -> None:

@@ -13,11 +13,14 @@ from qsnap.inventory import block_jobs, snapshots
 from qsnap.inventory import devices as rules
 from qsnap.inventory.inventory import Inventory
 from qsnap.inventory.snapshots import Holding
-from qsnap.model.qemu import DeleteResult, Device, SnapshotTables
+from qsnap.model.qemu import DeleteResult, Device, Finding, SnapshotTables
 from qsnap.monitor import Monitor
 from qsnap.operations.findings import refuse_untransportable, runstate_findings
 from qsnap.operations.removal import refuse_removal
 from qsnap.runs.run import Run
+
+#: What failed where a state file cannot be removed.
+_UNLINK = "unlink"
 
 
 async def do_delvm(
@@ -91,9 +94,12 @@ async def _deleted(monitor: Monitor, held: Holding, inventory: Inventory) -> Non
     tables: SnapshotTables = {name: node.snapshots for name, node in inventory.graph.nodes.items()}
     try:
         tables = await delete_all(monitor, inventory.devices, held.tags, held.files, tables)
-    except JobFailed:
+    except JobFailed as failure:
         # Some of it may be gone
         inventory.without((), await monitor.snapshot_tables())
+        if failure.command == _UNLINK:
+            gone = "its disks' snapshots are gone; " if held.tags else ""
+            failure.outcome = f"{gone}the guest is {await monitor.runstate()}. Remove the file by hand"
         raise
     inventory.without(held.files, tables)
 
@@ -109,20 +115,36 @@ async def delete_all(
 
     :param tables: see :func:`delete_everywhere`.
     :return: the snapshot tables afterwards.
-    :raise JobFailed: as :func:`delete_everywhere`, or a file cannot be deleted.
+    :raise JobFailed: as :func:`delete_everywhere`, or a file cannot be deleted; the others were.
     """
     for tag in disk_tags:
         tables = await delete_everywhere(monitor, devices, tag, tables)
     if files and monitor.background is not None:
         # QEMU may have one open still, and with it its room on the file system
         await monitor.background.tidy()
+    stay: list[str] = []
     for file in files:
         try:
             with suppress(FileNotFoundError):
                 await asyncio.to_thread(bulk_io.remove, Path(file))
         except OSError as error:
-            raise JobFailed("unlink", f"{file}: {error.strerror}") from error
+            stay.append(f"the state file {file} cannot be removed: {error.strerror}")
+    if stay:
+        raise JobFailed(_UNLINK, "; ".join(stay))
     return tables or {}
+
+
+async def delete_replaced(
+    monitor: Monitor, devices: Sequence[Device], disk_tags: Sequence[str], files: Sequence[str]
+) -> tuple[Finding, ...]:
+    """Delete what a new snapshot has replaced, when that is there: what of it cannot be deleted is a warning."""
+    try:
+        await delete_all(monitor, devices, disk_tags, files)
+    except (JobFailed, VerifyFailed) as error:
+        message = f"the new snapshot is whole, but something of the one that it has replaced is left: {error}"
+        cure = "remove the file by hand" if isinstance(error, JobFailed) and error.command == _UNLINK else ""
+        return (Finding.warning("replaced-left", message, cure or "`qsnap list` shows it; delete it"),)
+    return ()
 
 
 async def delete_everywhere(

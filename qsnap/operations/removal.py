@@ -1,13 +1,15 @@
-"""Whether a snapshot may be deleted, pruned or replaced. What cannot be seen from here is not taken for absent."""
+"""Whether a snapshot may be deleted, pruned or replaced, and can be. What is not seen from here is not absent."""
 
 from __future__ import annotations
 
 import shlex
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 import msgspec
 
 from qsnap.errors import PrecheckRefused
+from qsnap.host import files
 from qsnap.inventory.inventory import Inventory
 from qsnap.inventory.notes import Notes
 from qsnap.model.qemu import Finding, Snapshot
@@ -18,7 +20,8 @@ _WORD = "--ignore-unseen (config file: ignore-unseen = true)"
 
 
 async def refuse_removal(monitor: Monitor, inventory: Inventory, tag: str, what: str) -> None:
-    """Refuse to do away with *tag* if it is protected, or if what is not seen from here may protect it or belong to it.
+    """Refuse to do away with *tag* if it is protected, or if what is not seen from here may protect it or belong to it;
+    or if its state file would stay, as without the disks' snapshots that is of no use.
 
     :param what: what is not done, for people: "saved".
     :raise PrecheckRefused: one of these; nothing has been done.
@@ -40,6 +43,7 @@ async def refuse_removal(monitor: Monitor, inventory: Inventory, tag: str, what:
         ),
         *await unseen_notes(monitor, inventory),
         *_unseen_states(inventory, found),
+        *_states_that_stay(found),
     ]
     if findings:
         raise PrecheckRefused(f"nothing was {what}", findings[:1])
@@ -62,6 +66,17 @@ def _unseen_states(inventory: Inventory, found: Iterable[Snapshot]) -> Iterable[
             yield link_finding(snapshot.tag, snapshot.file)
         elif not snapshot.has_state and snapshot.file is None:
             yield from _unseen_state(inventory, snapshot)
+
+
+def _states_that_stay(found: Iterable[Snapshot]) -> Iterable[Finding]:
+    for snapshot in found:
+        if snapshot.file is not None and (why := files.obstacle_to_removal(Path(snapshot.file.path))):
+            path = shlex.quote(snapshot.file.path)
+            yield Finding.refusal(
+                "state-file-stays",
+                f"the state file {snapshot.file.path} of {snapshot.tag!r} cannot be removed: {why}",
+                f"run qsnap as a user who may remove it, or see to that first: rm {path}",
+            )
 
 
 def _unseen_notes(notes: Notes) -> Iterable[Finding]:

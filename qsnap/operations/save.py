@@ -36,7 +36,7 @@ from qsnap.model.qemu import (
 from qsnap.model.requests import OnExists, SaveRequest
 from qsnap.model.runstates import cure_of, is_live, takes_stop
 from qsnap.monitor import Monitor
-from qsnap.operations.delete import delete_all, delete_everywhere
+from qsnap.operations.delete import delete_all, delete_everywhere, delete_replaced
 from qsnap.operations.naming import free_automatic_tag
 from qsnap.operations.plan import SavePlan, plan_save
 from qsnap.operations.progress import Watcher, watched
@@ -121,9 +121,9 @@ async def do_savevm(run: Run, request: SaveRequest, watch: Watcher | None = None
         raise
     # What a live save of that tag had elsewhere
     elsewhere = [other for other in older.tags if other != tag]
-    await run.shielded(delete_all(monitor, report.devices, elsewhere, older.files))
+    left = await run.shielded(delete_replaced(monitor, report.devices, elsewhere, older.files))
     (row,) = graph.nodes[plan.vmstate].tagged(tag)
-    return save_result(plan, tag, bool(replaced) or older.exists, began, row=row, pause=pause)
+    return save_result(plan, tag, bool(replaced) or older.exists, began, row=row, pause=pause, left=left)
 
 
 async def _stand_in(attempt: SaveAttempt, graph: BlockGraph, stand_in: str) -> None:
@@ -270,7 +270,10 @@ class SaveAttempt:
         graph = await self.monitor.block_graph()
         # Of a live snapshot that was to be replaced: without its disks a state file is of no use
         useless = [path for path in self.record.files if (f := read(Path(path))) and not self._held(graph, f.disk_tag)]
-        await delete_all(self.monitor, self.devices, (), useless)
+        try:
+            await delete_all(self.monitor, self.devices, (), useless)
+        except JobFailed as error:
+            outcome = f"{outcome}; {error}".removeprefix("; ")
         if stand_in and (sentence := await self._undo_stand_in(stand_in)):
             outcome = f"{outcome}; {sentence}".removeprefix("; ")
         return removed, outcome or "nothing of it is left"
@@ -322,8 +325,12 @@ def save_result(
     dry_run: bool = False,
     is_live: bool = False,
     file: StateFile | None = None,
+    left: Sequence[Finding] = (),
 ) -> SaveResult:
-    """What was saved, or would be."""
+    """What was saved, or would be.
+
+    :param left: see :func:`qsnap.operations.delete.delete_replaced`.
+    """
     report = plan.report
     held = file or row
     return SaveResult(
@@ -340,7 +347,7 @@ def save_result(
         pause_ms=round(pause.pause_ms, 3) if pause else 0.0,
         duration_ms=round((time.monotonic() - began) * 1000, 3),
         runstate=pause.runstate if pause else report.runstate,
-        warnings=report.warnings,
+        warnings=(*report.warnings, *left),
         dry_run=dry_run,
         labels=rules.labels(report.devices),
         file=file,

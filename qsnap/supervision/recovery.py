@@ -11,7 +11,7 @@ import os
 import socket
 from contextlib import suppress
 
-from qsnap.errors import CommandFailed, ConnectError, GuestLeftStopped, MonitorError, QsnapError
+from qsnap.errors import CommandFailed, ConnectError, GuestLeftStopped, JobFailed, MonitorError, QsnapError
 from qsnap.inventory import devices as rules
 from qsnap.inventory import snapshots
 from qsnap.model.qemu import Recovered, RunState
@@ -192,8 +192,12 @@ async def _clear_up(monitor: Monitor, journal: Journal) -> list[str]:
         files = [file for file in record.files if os.path.lexists(file)]  # noqa: ASYNC240 (no waiting)
         has_begun = any(nodes != record.devices for nodes in held) or len(files) < len(record.files)
         if has_begun and (any(held) or files):
-            await delete_all(monitor, devices, record.disk_tags, files)
-            return [f"the deletion of {', '.join(map(repr, record.tags))} was completed"]
+            deletion = f"the deletion of {', '.join(map(repr, record.tags))}"
+            try:
+                await delete_all(monitor, devices, record.disk_tags, files)
+            except JobFailed as error:  # it shows in the list, and may be tried again
+                return [f"{deletion} could not be completed: {error}"]
+            return [f"{deletion} was completed"]
     if record.operation == "load" and monitor.background is not None:
         await monitor.background.tidy()
     return []

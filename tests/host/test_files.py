@@ -532,3 +532,41 @@ def test_a_guard_keeps_no_secrets(runtime_directory: Path, monkeypatch: pytest.M
     finally:
         started.dismiss()
         ours.close(remove=True)
+
+
+def test_what_cannot_be_removed_is_known_beforehand(theirs: Path) -> None:
+    """By the directory's mode, by its sticky bit, and by an attribute, where the file system has those."""
+    file = theirs / "file"
+    file.touch()
+    assert files.obstacle_to_removal(file) == files.obstacle_to_removal(theirs / "none") == ""
+
+    def refused_by(words: str) -> None:
+        def look() -> None:
+            obstacle = files.obstacle_to_removal(file)
+            assert words in obstacle
+            assert bool(words) is bool(obstacle)
+
+        as_nobody(look)
+
+    os.chown(theirs, 0, 0)
+    theirs.chmod(0o755)
+    refused_by("cannot be written by this user")
+    theirs.chmod(0o700)
+    refused_by("Permission denied")
+    theirs.chmod(0o1777)
+    refused_by("only user 0, whom it belongs to, may do that")
+    os.chown(file, NOBODY, NOBODY)
+    refused_by("")
+    as_nobody(file.unlink)
+    for what, attribute in (file, "i"), (file, "a"), (theirs, "i"), (theirs, "a"):
+        file.touch()
+        if subprocess.run(["chattr", f"+{attribute}", what], capture_output=True).returncode:
+            continue  # this file system has none
+        try:
+            assert "has the attribute" in files.obstacle_to_removal(file)
+            with pytest.raises(PermissionError):
+                file.unlink()
+        finally:
+            subprocess.run(["chattr", f"-{attribute}", what], check=True)
+    assert files.obstacle_to_removal(file) == ""
+    file.unlink()

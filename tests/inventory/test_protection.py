@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import errno
 import os
 import re
 import shutil
@@ -13,15 +15,19 @@ from pathlib import Path
 import pytest
 
 import qsnap
-from qsnap.errors import PrecheckRefused, QsnapError
+from qsnap.errors import JobFailed, PrecheckRefused, QsnapError
 from qsnap.inventory.devices import survey
 from qsnap.inventory.inventory import look
 from qsnap.inventory.state_file import Content
 from qsnap.inventory.state_store import StateStore
 from qsnap.model.qemu import NodeSnapshot
+from qsnap.model.requests import OnExists, SaveRequest
 from qsnap.operations.delete import do_delvm
 from qsnap.operations.plan import plan_load
+from qsnap.operations.prune import do_prune
+from qsnap.operations.save import do_savevm
 from qsnap.runs.run import Run
+from qsnap.upkeep.retention import Policy
 from support.fake_proc import IS_ROOT, NOBODY
 from support.graphs import graph as graph_of
 from support.graphs import node
@@ -177,6 +183,71 @@ async def test_what_another_user_may_not_see(launch: Launch, open_directory: Pat
         guest.assert_running()
         await vm.delete("full", "ram")
     assert holding(directory) == (["disk0.qcow2"], [])
+
+
+@pytest.mark.skipif(qemu_version() < (6, 0), reason="QEMU before 6.0 has no background snapshots")
+async def test_a_state_file_that_cannot_be_removed(
+    launch: Launch, open_directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Half a snapshot is of no use, so nothing goes. Where that shows too late, it is said what has become of it."""
+    disk, names = make_boot_disk(open_directory / "disk0.qcow2"), ("a", "b", "n-20260101T000000", "c")
+    guest = launch(*blockdev("disk0", disk), "-device", "virtio-blk,drive=disk0,id=vd0")
+    guest.wait_for_ticks(3)
+    for tag in names:
+        cli("save", "--live", tag, monitor=guest.address)
+    files = {tag: open_directory / f"disk0.qcow2.{tag}.qsnap" for tag in names}
+    for file in files.values():
+        file.chmod(0o644)
+    before = holding(open_directory)
+    async with qsnap.connect(guest.address) as vm:
+        run = Run(vm._monitor, StateStore(guest.pid))
+        safe = SaveRequest("a", on_exists=OnExists.SAFE)
+        open_directory.chmod(0o555)  # noqa: ASYNC240 (at once)
+        await asyncio.to_thread(holding, open_directory)  # the other user cannot import what that takes
+        for deed in (
+            lambda: do_delvm(run, ["a"]),
+            lambda: do_prune(run, "n", Policy(), allow_remove_all=True),
+            lambda: do_savevm(run, SaveRequest("a")),
+            lambda: do_savevm(run, safe),
+        ):
+            with unprivileged(), pytest.raises(PrecheckRefused) as refused:
+                await deed()
+            assert [finding.code for finding in refused.value.findings] == ["state-file-stays"]
+            assert f"{open_directory} cannot be written by this user" in str(refused.value)
+            assert holding(open_directory) == before
+        assert all(event["event"] not in ("STOP", "RESUME") for event in guest.qmp.events[-4:])
+
+        # What cannot be foreseen
+        monkeypatch.setattr("qsnap.host.files.obstacle_to_removal", lambda _: "")
+        with unprivileged(), pytest.raises(JobFailed) as failed:
+            await do_delvm(run, ["b"])
+        assert str(failed.value) == (
+            f"unlink failed: the state file {files['b']} cannot be removed: Permission denied; its disks' snapshots "
+            "are gone; the guest is running. Remove the file by hand"
+        )
+        with unprivileged():
+            saved = await do_savevm(run, safe)
+        assert [finding.code for finding in saved.warnings] == ["replaced-left"]
+        assert f"{files['a']} cannot be removed: Permission denied" in saved.warnings[0].message
+        open_directory.chmod(0o755)  # noqa: ASYNC240
+
+        def refuse(path: Path) -> None:
+            raise PermissionError(errno.EPERM, "Operation not permitted", str(path))
+
+        with monkeypatch.context() as patched:
+            patched.setattr("qsnap.host.bulk_io.remove", refuse)
+            live = await vm.save("c", live=True)
+        assert [finding.code for finding in live.warnings] == ["replaced-left"]
+        assert {one.tag: one.kind for one in await vm.list()} == {
+            "a": "full", "a.qsnap-2": "state-only", "b": "state-only", names[2]: "live",
+            "c": "live", "c.qsnap-2": "state-only",
+        }  # fmt: skip
+        for tag in "ac":
+            await vm.load(tag)
+            guest.assert_running()
+        await vm.delete(*names)
+    assert holding(open_directory) == (["disk0.qcow2"], [])
+    guest.assert_running()
 
 
 @pytest.mark.skipif(qemu_version() < (6, 0), reason="QEMU before 6.0 has no background snapshots")

@@ -39,7 +39,7 @@ from qsnap.model.requests import OnExists, SaveRequest
 from qsnap.model.runstates import cure_of, is_live
 from qsnap.monitor import Monitor
 from qsnap.monitor.qmp.background import Background
-from qsnap.operations.delete import delete_all, delete_everywhere
+from qsnap.operations.delete import delete_all, delete_everywhere, delete_replaced
 from qsnap.operations.live.freeze import Freeze
 from qsnap.operations.naming import free_automatic_tag
 from qsnap.operations.plan import SavePlan, plan_save
@@ -269,13 +269,13 @@ async def do_live_save(run: Run, request: SaveRequest, plan: LivePlan, watch: Wa
             await freeze.wait_until_written(watch)
             content = await attempt.content(freeze.stream_size, identity)
         await run.shielded(asyncio.to_thread(_complete, file, part, plan.path, content))
-        found = await run.shielded(attempt.conclude())
+        found, left = await run.shielded(attempt.conclude())
     except BaseException as failure:
         await run.shielded(attempt.clear_up(failure))
         raise
     finally:
         os.close(file)
-    return save_result(plan.save, plan.tag, plan.older.exists, began, pause=pause, is_live=True, file=found)
+    return save_result(plan.save, plan.tag, plan.older.exists, began, pause=pause, is_live=True, file=found, left=left)
 
 
 async def _reserved(monitor: Monitor, background: Background) -> int:
@@ -355,9 +355,10 @@ class LiveSaveAttempt:
             tag=tag, image=str(image), vm_state_size=vm_state_size, date=row.date, vm_clock_ns=row.vm_clock_ns
         )
 
-    async def conclude(self) -> StateFile:
+    async def conclude(self) -> tuple[StateFile, Sequence[Finding]]:
         """Put QEMU's settings back, and delete what was replaced; the new snapshot is there.
 
+        :return: it, and what is left of the older one.
         :raise VerifyFailed: it is not.
         """
         found = read(Path(self._live.path))
@@ -365,9 +366,9 @@ class LiveSaveAttempt:
             raise VerifyFailed(self._record.tags[0], [f"{self._live.path} is no state file"])
         await self._put_back()
         older = [path for path in self._live.older_files if path != self._live.path]
-        await delete_all(self._monitor, self._devices, self._live.older, older)
+        left = await delete_replaced(self._monitor, self._devices, self._live.older, older)
         self._journal.done(live=None)
-        return found
+        return found, left
 
     async def _put_back(self) -> None:
         background = _background(self._monitor)
@@ -392,8 +393,8 @@ class LiveSaveAttempt:
         graph = await self._monitor.block_graph()
         (tag,) = self._record.tags
         if self._is_complete(graph):
-            await self.conclude()
-            return f"the new snapshot {tag!r} was complete and is kept"
+            _, left = await self.conclude()
+            return "; ".join((f"the new snapshot {tag!r} was complete and is kept", *(one.message for one in left)))
         self.remove_part()
         await self.forget_disks()
         try:
