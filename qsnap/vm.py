@@ -150,7 +150,13 @@ class VM:
         return msgspec.structs.replace(result, description=description)
 
     async def load(
-        self, tag: str, *, running: bool | None = None, exclude: Collection[str] = (), force: bool = False
+        self,
+        tag: str,
+        *,
+        running: bool | None = None,
+        exclude: Collection[str] = (),
+        force: bool = False,
+        may_sleep: bool = False,
     ) -> LoadResult:
         """Put RAM, device state and disks back: see :func:`qsnap.operations.load.do_loadvm`.
 
@@ -160,7 +166,7 @@ class VM:
 
         async with self._claimed("load", (tag,)) as run:
             self._warn_of_unseen_files(await self._tidied(run), (tag,))
-            return await do_loadvm(run, tag, running=running, exclude=exclude, force=force)
+            return await do_loadvm(run, tag, running=running, exclude=exclude, force=force, may_sleep=may_sleep)
 
     async def delete(self, *tags: str, missing_ok: bool = False, ignore_unseen: bool = False) -> DeleteResult:
         """Delete snapshots from every device that holds them: see :func:`qsnap.operations.delete.do_delvm`.

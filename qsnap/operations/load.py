@@ -37,7 +37,13 @@ from qsnap.runs.shield import shielded
 
 
 async def do_loadvm(
-    run: Run, tag: str, *, running: bool | None = None, exclude: Collection[str] = (), force: bool = False
+    run: Run,
+    tag: str,
+    *,
+    running: bool | None = None,
+    exclude: Collection[str] = (),
+    force: bool = False,
+    may_sleep: bool = False,
 ) -> LoadResult:
     """Put RAM, device state and disks back to what *tag* holds.
 
@@ -56,11 +62,12 @@ async def do_loadvm(
     :param running: True to run the guest afterwards, False to leave it paused. Default: paused if it was paused.
     :param exclude: devices that keep the contents they have now, as they did when the tag was saved.
     :param force: load also where a disk stands on other images than when the tag was saved.
+    :param may_sleep: with *running*, it is no error if the guest was saved in S3.
     :return: what was loaded.
     :raise SnapshotNotFound: no device holds the tag, or one lacks it; the guest was not touched.
     :raise PrecheckRefused: it would fail, or mix moments; the guest was not touched.
     :raise NotSupported: HMP cannot do it; the guest was not touched.
-    :raise QsnapError: *running* was asked for, and the guest was saved in S3; it is loaded.
+    :raise QsnapError: *running* was asked for, without *may_sleep*, and the guest was saved in S3; it is loaded.
     :raise GuestLeftStopped: QEMU failed midway and the guest was running; QEMU's error is the cause.
     :raise JobFailed: the same where the guest was not running.
     """
@@ -112,7 +119,7 @@ async def do_loadvm(
         await _settled(monitor, journal, runs=runs)
         journal.done(loading="")
         pause.resume = runs
-    if running and pause.runstate is RunState.SUSPENDED:
+    if running and not may_sleep and pause.runstate is RunState.SUSPENDED:
         raise QsnapError(f"{tag!r} was loaded, but the guest does not run: as it was saved, {cure_of(pause.runstate)}")
     snapshot = plan.snapshot
     return LoadResult(

@@ -199,6 +199,20 @@ def test_a_guest_that_was_saved_asleep_sleeps_again(boot: Boot) -> None:
         assert (guest.runstate, guest.word(MARKS)) == ("suspended", 1)
 
 
+@pytest.mark.skipif(not S3_IS_SAVED, reason="before 9.0 QEMU does not keep S3")
+@both_monitors
+def test_run_brings_back_a_guest_asleep(boot: Boot, image: Path) -> None:
+    """It sleeps, as it was: nothing is wrong, and nothing is left. (HMP's loadvm would wake one that runs.)"""
+    guest = boot()
+    mark(guest)
+    press(guest, "s")
+    with command_in("run", "--revert", guest=guest):
+        if guest.address == guest.qmp_address:
+            guest.qmp("system_wakeup")
+            until("the guest to begin anew, as it does", lambda: guest.word(MARKS) == 0 or None)
+    assert (guest.runstate, guest.word(MARKS), tags(image)) == ("suspended", 1, [])
+
+
 def test_a_guest_that_has_shut_down_does_not_push_good_snapshots_out(boot: Boot, image: Path) -> None:
     guest = boot()
     save = ("save", "--prefix", "n", "--keep-last", "1")

@@ -75,8 +75,6 @@ def run(
     under a tag of its own (qsnap-run-…), which is deleted when the guest is restored. --timeout limits the command, and
     each step of qsnap's before and after it.
     """
-    from qsnap.model.runstates import is_live
-
     if revert and revert_to is not None:
         raise BadUsage("--revert and --revert-to cannot be used together")
     job = _Job(options, exclude)
@@ -103,7 +101,7 @@ def run(
     if code and save_on_fail is not None:
         job.attempt(troubles, lambda: job.save(save_on_fail))
     if tag is not None:
-        was_loaded = job.attempt(troubles, lambda: job.load(tag, running=is_live(runstate) if revert else None))
+        was_loaded = job.attempt(troubles, lambda: job.load(tag, back_to=runstate if revert else None))
         if revert and was_loaded:
             job.attempt(troubles, lambda: job.delete(tag))
     return code or (FAILED_AFTER if troubles else 0)
@@ -224,11 +222,15 @@ class _Job:
         """Delete the temporary snapshot; the command may have done so. It is ours, so nobody has protected it."""
         self.step(lambda vm, _: vm.delete(tag, missing_ok=True, ignore_unseen=True))
 
-    def load(self, tag: str, *, running: bool | None = None) -> None:
-        """Put the guest back."""
+    def load(self, tag: str, *, back_to: RunState | None = None) -> None:
+        """Put the guest back; it runs, sleeps or stands still as in *back_to*, by default as :meth:`VM.load` does."""
+        from qsnap.model.runstates import is_live
+
+        running = None if back_to is None else is_live(back_to)
 
         async def load(vm: VM, settings: Settings) -> LoadResult:
-            return await vm.load(tag, running=running, exclude=self.excluded(settings))
+            may_sleep = back_to == "suspended"
+            return await vm.load(tag, running=running, exclude=self.excluded(settings), may_sleep=may_sleep)
 
         self._options.shown(self.step(load), sys.stderr)
 
