@@ -59,6 +59,11 @@ def is_own_stop(runstate: RunState) -> bool:
     return runstate in _BY_ITSELF and runstate not in HAS_ENDED
 
 
+def happened(runstate: RunState) -> str:
+    """What has brought a guest into that state by itself; "" where nothing of the kind has."""
+    return _BY_ITSELF.get(runstate, "")
+
+
 def trouble_of(runstate: RunState, version: QemuVersion) -> str:
     """Why a snapshot of a guest in that state is of little use to go on from; "" where it is of use."""
     if runstate in _BY_ITSELF:
@@ -77,5 +82,7 @@ def cure_of(runstate: RunState) -> str:
             return "it sleeps (S3). `system_wakeup` in its monitor wakes it"
         case _ if runstate in HAS_ENDED:
             return "it has ended by itself. `system_reset` in its monitor, then `cont`"
+        case RunState.GUEST_PANICKED | RunState.WATCHDOG:
+            return "load an older snapshot, or try `cont` in its monitor"
         case _:
             return "try `cont` in its monitor"

@@ -135,7 +135,7 @@ def trouble_findings(runstate: RunState, version: QemuVersion, *, alive: bool) -
     """That the guest has stopped by itself: whoever loads a snapshot of that gets a guest that does not go on."""
     if trouble := trouble_of(runstate, version):
         make = Finding.refusal if alive else Finding.warning
-        cure = "put it back first: qsnap load TAG" if runstate is not RunState.SUSPENDED else "`system_wakeup` wakes it"
+        cure = "to go on, load an older snapshot" if runstate is not RunState.SUSPENDED else "`system_wakeup` wakes it"
         yield make("not-alive", trouble, cure)
 
 

@@ -28,7 +28,7 @@ from qsnap.model.runstates import cure_of, is_live, needs_reset, runs_after_load
 from qsnap.monitor import HALF_RESTORED, STATE_NODE_PREFIX, Monitor
 from qsnap.operations.findings import spoiled_finding
 from qsnap.operations.plan import LoadPlan, plan_load
-from qsnap.operations.reset import reset
+from qsnap.operations.reset import RESET_CURE, reboots, reset
 from qsnap.operations.translation import flush_translations, leave_own_stop, leave_restore_vm
 from qsnap.runs.journal import AFTERMATH_TIMEOUT_S, Journal
 from qsnap.runs.pause import Pause, has_ended, reconnect, stopped
@@ -119,6 +119,7 @@ async def do_loadvm(
         await _settled(monitor, journal, runs=runs)
         journal.done(loading="")
         pause.resume = runs
+        pause.deed = f"{tag!r} was loaded"
     if running and not may_sleep and pause.runstate is RunState.SUSPENDED:
         raise QsnapError(f"{tag!r} was loaded, but the guest does not run: as it was saved, {cure_of(pause.runstate)}")
     snapshot = plan.snapshot
@@ -150,13 +151,28 @@ async def _flush(run: Run, pause: Pause, *, runs: bool) -> None:
     monitor, journal = run.monitor, run.journal
     journal.note(loading="flushing", was_running=pause.was_running)
     try:
-        await run.shielded(flush_translations(monitor, runs=runs))
+        await run.shielded(_flushed(monitor, runs=runs))
         if not runs:
             await run.shielded(leave_own_stop(monitor))
     except BaseException:
         await run.shielded(_settled(monitor, journal, runs=pause.was_running))
         journal.done(loading="")
         raise
+
+
+async def _flushed(monitor: Monitor, *, runs: bool) -> None:
+    """The same of a guest that does not run for long enough: it stops by itself at once. A reset keeps it from that.
+
+    :raise JobFailed: QEMU keeps the code, and would end at a reset, or may.
+    """
+    try:
+        await flush_translations(monitor, runs=runs)
+    except JobFailed as failure:
+        if not reboots(monitor.pid):
+            failure.outcome += f". Reset the guest first: {RESET_CURE}"
+            raise
+        await reset(monitor)
+        await flush_translations(monitor, runs=runs)
 
 
 async def _settled(monitor: Monitor, journal: Journal, *, runs: bool) -> None:

@@ -1,4 +1,5 @@
-"""The reset before a load: for a guest in a run state that a load keeps, and that no `cont` ends.
+"""The reset before a load: for a guest in a run state that a load keeps, and that no `cont` ends; and for one that
+stops at once whenever it runs, so that its translated code cannot be dropped (:mod:`qsnap.operations.translation`).
 
 What is lost by it is what the load throws away in any case. Afterwards the guest is in run state prelaunch; it has run
 no instruction.
@@ -19,7 +20,8 @@ from qsnap.monitor import Monitor
 _RESET_S = 10.0
 _LOOK_S = 0.01
 
-_CURE = (
+#: What to do where qsnap makes no reset.
+RESET_CURE = (
     "by QMP, from QEMU 6.0 on: `set-action` with reboot=reset, then `system_reset`; then load. Or start QEMU anew with "
     "-loadvm TAG"
 )
@@ -34,12 +36,12 @@ def reset_findings(monitor: Monitor, runstate: RunState) -> Iterator[Finding]:
     if not needs_reset(runstate, monitor.version):
         return
     message = f"the guest is {runstate}, and only a reset ends that"
-    match _reboots(monitor.pid):
+    match reboots(monitor.pid):
         case True:
             return
         case False:
             yield Finding.refusal(
-                "runstate", f"{message}; but QEMU was started with -no-reboot, and shuts down instead", _CURE
+                "runstate", f"{message}; but QEMU was started with -no-reboot, and shuts down instead", RESET_CURE
             )
         case None if runstate is not RunState.SHUTDOWN:
             yield Finding.refusal(
@@ -54,20 +56,21 @@ async def reset(monitor: Monitor) -> None:
 
     :raise PrecheckRefused: it stays in its run state; nothing was loaded.
     """
+    before = await monitor.runstate()
     await monitor.reset()
     deadline = asyncio.get_running_loop().time() + _RESET_S
-    while needs_reset(runstate := await monitor.runstate(), monitor.version):
+    while (runstate := await monitor.runstate()) is before:
         if asyncio.get_running_loop().time() > deadline:
             finding = Finding.refusal(
                 "runstate",
                 f"the guest stays {runstate} after a reset: QEMU may have been started with -no-reboot",
-                _CURE,
+                RESET_CURE,
             )
             raise PrecheckRefused("nothing was loaded", [finding], "the guest is as it was before")
         await asyncio.sleep(_LOOK_S)
 
 
-def _reboots(pid: int | None) -> bool | None:
+def reboots(pid: int | None) -> bool | None:
     """Whether QEMU resets a guest that asks for it, by its command line; None where that does not tell."""
     try:
         raw = Path(f"/proc/{pid}/cmdline").read_bytes() if pid is not None else b""

@@ -10,7 +10,7 @@ from typing import NoReturn
 
 from qsnap.errors import CommandFailed, GuestLeftStopped, MonitorBusy, MonitorError, MonitorLost, QsnapError
 from qsnap.model.qemu import QemuVersion, RunState
-from qsnap.model.runstates import HAS_ENDED, cure_of, is_live, takes_stop
+from qsnap.model.runstates import HAS_ENDED, cure_of, happened, is_live, takes_stop
 from qsnap.monitor import Monitor
 from qsnap.monitor.connection import AnotherAnswers
 from qsnap.runs.journal import Journal
@@ -29,6 +29,7 @@ class Pause:
     :ivar was_running: whether the guest was running before, or slept (S3) where QEMU resumes it to that.
     :ivar resume: whether it will run afterwards; the sequence may change its mind.
     :ivar runstate: the guest's run state, before and, once the block is left, after it.
+    :ivar deed: what has been done to the guest by then, for a message: a clause.
     """
 
     def __init__(self, runstate: RunState, version: QemuVersion, *, by_qemu: bool = False) -> None:
@@ -36,6 +37,7 @@ class Pause:
         self._by_qemu = by_qemu
         self.was_running = takes_stop(runstate, version)
         self.resume = self.was_running
+        self.deed = ""
         self._began: tuple[float | None, float] = (None, 0.0)
         self._ended: tuple[float | None, float] = (None, 0.0)
 
@@ -70,6 +72,9 @@ class Pause:
     def runs_no_more(self, runstate: RunState) -> QsnapError:
         """The error of a guest that was to run, and has come into *runstate* by itself."""
         kind, was = (GuestLeftStopped, "was running") if self.was_running else (QsnapError, "was to run")
+        if self.deed:
+            why = f" ({words})" if (words := happened(runstate)) else ""
+            return kind(f"{self.deed}; since then the guest is {runstate}{why}: {cure_of(runstate)}")
         return kind(f"the guest {was} and is {runstate}: {cure_of(runstate)}")
 
 

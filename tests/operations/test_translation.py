@@ -61,10 +61,15 @@ class Modifier:
 
 
 @pytest.fixture
-def modifier(launch: Launch, tmp_path: Path) -> Modifier:
+def disk(tmp_path: Path) -> list[str]:
     sector = (GUESTS / "selfmod.bin").read_bytes()
     qsnap.guest.make_disk(tmp_path / "a", qemu_img=tool("qemu-img"), sector=sector)
-    return Modifier(launch(*blockdev("a", tmp_path / "a"), "-device", "virtio-blk,drive=a"))
+    return [*blockdev("a", tmp_path / "a"), "-device", "virtio-blk,drive=a"]
+
+
+@pytest.fixture
+def modifier(launch: Launch, disk: list[str]) -> Modifier:
+    return Modifier(launch(*disk))
 
 
 @pytest.mark.parametrize(("transport", "how"), WAYS, indirect=["transport"])
@@ -103,6 +108,62 @@ def test_a_paused_guest_that_is_to_run(modifier: Modifier) -> None:
     seen = len(modifier.printed())
     assert cli("load", "t", "--running", "--json", monitor=modifier.guest.address).json["runstate"] == "running"
     modifier.assert_runs("a", since=seen, before="b")
+
+
+@both_monitors
+def test_a_guest_that_panics_at_once(launch: Launch, disk: list[str]) -> None:
+    """Whenever it runs: before QEMU can be asked to drop the code. A reset helps; and what has happened is told."""
+    pauses = ["-action", "panic=pause"] if HAS_SNAPSHOT_JOBS else ["-no-shutdown"]
+    guest = launch(*disk, "-device", "pvpanic", *pauses)
+    modifier = Modifier(guest)
+    cli("save", "t", monitor=guest.address)
+    for option in ["--running"], [], ["--paused"]:
+        panic(modifier)
+        cli("load", "t", *option, monitor=guest.address)
+        assert modifier.letter == "a"
+        assert (guest.runstate == "running") is (option != ["--paused"])
+        seen = len(modifier.printed())
+        if option == ["--paused"]:
+            guest.qmp("cont")
+        modifier.assert_runs("a", since=seen)
+    panic(modifier)
+    assert "to go on, load an older snapshot" in cli("save", "bad", monitor=guest.address).err
+    told = "since then the guest is guest-panicked (its kernel has panicked): load an older snapshot, or try `cont`"
+    assert f"'bad' was loaded; {told}" in cli("load", "bad", monitor=guest.address, expect=1).err
+    cli("load", "t", monitor=guest.address)
+    assert modifier.letter == "a"
+
+
+def panic(modifier: Modifier) -> None:
+    """Have the guest change its code to that which panics."""
+    while modifier.letter < "d":
+        modifier.change()
+    modifier.guest.qmp("send-key", keys=[{"type": "qcode", "data": "x"}])
+    until("the panic", lambda: modifier.guest.runstate == "guest-panicked" or None)
+
+
+@pytest.mark.skipif(qemu_version() < (10, 1), reason="before 10.2 QEMU itself drops translated code in every load")
+def test_a_guest_that_panics_at_once_and_is_not_reset(launch: Launch, disk: list[str]) -> None:
+    """With -no-reboot a reset would end QEMU; the cure that is told helps."""
+    guest = launch(*disk, "-device", "pvpanic", "-action", "panic=pause", "-no-reboot")
+    modifier = Modifier(guest)
+    cli("save", "t", monitor=guest.hmp_address)
+    panic(modifier)
+    for _ in range(5):  # QEMU may be quicker than the panic
+        run = cli("load", "t", "--paused", monitor=guest.hmp_address, expect=None)
+        if run.code:
+            break
+        guest.qmp("cont")
+        panic(modifier)
+    assert run.code == 9, run.err
+    assert "QEMU keeps code that it has translated" in run.err
+    assert "`set-action` with reboot=reset" in run.err
+    assert modifier.letter == "e"
+    guest.qmp("set-action", reboot="reset")
+    guest.qmp("system_reset")
+    until("the reset", lambda: guest.runstate == "prelaunch" or None)
+    cli("load", "t", "--running", monitor=guest.hmp_address)
+    assert modifier.letter == "a"
 
 
 @pytest.mark.skipif(qemu_version() < (10, 1), reason="before 10.2 QEMU itself drops translated code in every load")
