@@ -73,17 +73,18 @@ def load_findings(graph: BlockGraph, devices: Sequence[Device], going_back: Coll
             )
 
 
-def save_findings(graph: BlockGraph, devices: Sequence[Device], *, chooses_devices: bool) -> Iterator[Finding]:
+def save_findings(graph: BlockGraph, devices: Sequence[Device]) -> Iterator[Finding]:
     """What there is to say about a save.
 
+    Where QEMU takes all devices itself, it fails at the filter of a backup (seen on 5.2 to 11.1), and would make a
+    snapshot in an unfinished copy.
+
     :param devices: all of the guest's.
-    :param chooses_devices: False where QEMU takes all devices itself: it fails at the filter of a backup (seen on 5.2
-        to 11.1), and would make a snapshot in an unfinished copy.
     """
     saved = [device for device in devices if device.verdict is Verdict.SAVED]
-    for job, device in _at_work(graph, saved if chooses_devices else devices):
+    for job, device in _at_work(graph, saved if graph.chooses_devices else devices):
         told = _told(job, device, devices)
-        if not chooses_devices:
+        if not graph.chooses_devices:
             yield _beside(told, job, "savevm cannot save")
         elif job.type in _AFTER_A_SAVE:
             yield _finding(
@@ -95,7 +96,7 @@ def save_findings(graph: BlockGraph, devices: Sequence[Device], *, chooses_devic
             )
     for device in saved:
         name = _name(device, devices)
-        if not chooses_devices:
+        if not graph.chooses_devices:
             yield from _through(graph, device, devices, "savevm cannot save")
         if bitmaps := _bitmaps(graph, device):
             yield _finding(
@@ -107,14 +108,15 @@ def save_findings(graph: BlockGraph, devices: Sequence[Device], *, chooses_devic
             )
 
 
-def delete_findings(graph: BlockGraph, devices: Sequence[Device], *, chooses_devices: bool) -> Iterator[Finding]:
+def delete_findings(graph: BlockGraph, devices: Sequence[Device]) -> Iterator[Finding]:
     """What stands in the way of a deletion.
 
+    Where QEMU takes all devices itself, delvm fails at the filter of a backup (seen on 7.2 and 11.1), or passes that
+    disk over and deletes from the others (5.2).
+
     :param devices: all of the guest's.
-    :param chooses_devices: False where QEMU takes all devices itself: delvm fails at the filter of a backup (seen on
-        7.2 and 11.1), or passes that disk over and deletes from the others (5.2).
     """
-    if chooses_devices:
+    if graph.chooses_devices:
         return
     for job, device in _at_work(graph, devices):
         if job.type == "backup":

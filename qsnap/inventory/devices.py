@@ -160,13 +160,11 @@ def survey(
     *,
     exclude: Collection[str] = (),
     vmstate: str | None = None,
-    chooses_devices: bool = True,
 ) -> Survey:
     """Decide for each device what a save does with it, and where the VM state goes.
 
     :param exclude: devices to leave out, each by node-name, -drive id, device id or path.
     :param vmstate: the device for the VM state, by one of the same names. Default: QEMU's own choice.
-    :param chooses_devices: False where QEMU itself takes all devices (HMP), so that none can be carried.
     """
     blocks: list[Device] = []
     findings: list[Finding] = []
@@ -176,7 +174,7 @@ def survey(
         image = snapshot_image(graph, node_name) if node_name else None
         names |= {image.node_name} if image else set()
         matched |= names.intersection(exclude)
-        device = _judge(graph, node_name, backend, bool(names.intersection(exclude)), chooses_devices)
+        device = _judge(graph, node_name, backend, bool(names.intersection(exclude)))
         blocks.append(device)
         if device.verdict is Verdict.CARRIED and names.intersection(exclude):
             findings.append(
@@ -202,9 +200,9 @@ def survey(
         )
         for name in sorted(set(exclude) - matched)
     )
-    chosen, problem = _vmstate(graph, blocks, vmstate, chooses_devices)
+    chosen, problem = _vmstate(graph, blocks, vmstate)
     if chosen is not None and vmstate is None:
-        findings.extend(_removable(graph, blocks, chosen, chooses_devices))
+        findings.extend(_removable(graph, blocks, chosen))
     return Survey(devices, chosen, (*findings, *problem))
 
 
@@ -279,9 +277,7 @@ def _role(graph: BlockGraph, backend: BlockBackend) -> Role:
     return Role.EXPORT if used else Role.NODE
 
 
-def _judge(
-    graph: BlockGraph, node_name: str | None, backend: BlockBackend, excluded: bool, chooses_devices: bool
-) -> Device:
+def _judge(graph: BlockGraph, node_name: str | None, backend: BlockBackend, excluded: bool) -> Device:
     def device(verdict: Verdict, why: str = "", cure: str = "") -> Device:
         return Device(
             node=node_name,
@@ -302,7 +298,7 @@ def _judge(
         return device(Verdict.IGNORED, "read-only")
     if why := _why_copy(graph, node, backend):
         return device(Verdict.IGNORED, why)
-    if image is None and backend.qdev_type == _CARRIED_MODEL and chooses_devices:
+    if image is None and backend.qdev_type == _CARRIED_MODEL and graph.chooses_devices:
         return device(Verdict.CARRIED, "its contents travel inside the VM state and are written back on load")
     if excluded:
         return device(Verdict.EXCLUDED, _LEFT_OUT)
@@ -311,7 +307,7 @@ def _judge(
     label = backend.label if node.node_name.startswith(_NOT_THE_USER_S) and backend.label else node.node_name
 
     def refused(why: str, cure: str) -> Device:
-        leave_out = f"; or leave it out knowingly: --exclude {name}" if chooses_devices else ""
+        leave_out = f"; or leave it out knowingly: --exclude {name}" if graph.chooses_devices else ""
         return device(Verdict.REFUSED, why, cure + leave_out)
 
     if image is None:
@@ -403,13 +399,13 @@ def _able(graph: BlockGraph, devices: Sequence[Device]) -> list[str]:
 
 
 def _vmstate(
-    graph: BlockGraph, devices: Sequence[Device], wanted: str | None, chooses_devices: bool
+    graph: BlockGraph, devices: Sequence[Device], wanted: str | None
 ) -> tuple[str | None, tuple[Finding, ...]]:
     able = _able(graph, devices)
     clear = [image for image in able if not graph.nodes[image].encrypted]
     if wanted is None and able:
-        chosen = clear[0] if clear and chooses_devices else able[0]
-        return chosen, tuple(_encrypted(graph, devices, able[0], chosen, clear, chooses_devices))
+        chosen = clear[0] if clear and graph.chooses_devices else able[0]
+        return chosen, tuple(_encrypted(graph, devices, able[0], chosen, clear))
     if wanted is None:
         return None, (
             Finding.refusal(
@@ -424,7 +420,7 @@ def _vmstate(
         for name in (*_names(node, backend), *filter(None, [device.image]))
     }
     if (node := names.get(wanted)) in able:
-        return node, tuple(_encrypted(graph, devices, node, node, clear, chooses_devices))
+        return node, tuple(_encrypted(graph, devices, node, node, clear))
     known = wanted in names or wanted in graph.nodes
     return None, (
         Finding.refusal(
@@ -443,7 +439,7 @@ def _vmstate(
     )
 
 
-def _removable(graph: BlockGraph, devices: Sequence[Device], chosen: str, chooses_devices: bool) -> Iterator[Finding]:
+def _removable(graph: BlockGraph, devices: Sequence[Device], chosen: str) -> Iterator[Finding]:
     """A warning where the VM state goes into a medium that may be taken out, and nobody said so."""
     removable = {
         device.image
@@ -463,7 +459,7 @@ def _removable(graph: BlockGraph, devices: Sequence[Device], chosen: str, choose
             f"QEMU's choice for the VM state is {name}, a removable medium: once that is ejected or unplugged, the "
             "snapshot is of disks alone"
         ),
-        choice if chooses_devices else f"over QMP: {choice}",
+        choice if graph.chooses_devices else f"over QMP: {choice}",
         chosen,
     )
 
@@ -479,7 +475,7 @@ def _is_on_usb(graph: BlockGraph, backend: BlockBackend) -> bool:
 
 
 def _encrypted(
-    graph: BlockGraph, devices: Sequence[Device], wanted: str, chosen: str, clear: Sequence[str], chooses_devices: bool
+    graph: BlockGraph, devices: Sequence[Device], wanted: str, chosen: str, clear: Sequence[str]
 ) -> Iterator[Finding]:
     """What is to be said where the image that was to hold the VM state is encrypted.
 
@@ -506,7 +502,7 @@ def _encrypted(
     yield Finding.refusal(
         "vmstate-encrypted",
         f"{name} is encrypted, and QEMU crashes when it writes the VM state into an encrypted image",
-        ("" if chooses_devices else "over QMP: ")
+        ("" if graph.chooses_devices else "over QMP: ")
         + f"{elsewhere}; or save with --live. The guest's RAM is then in the clear in that image, or in the state file",
         wanted,
     )

@@ -31,7 +31,7 @@ async def look(
     :param exclude: the devices that the user leaves out.
     """
     graph = await monitor.block_graph()
-    return Inventory(graph, store, vmstate=vmstate, exclude=exclude, chooses_devices=monitor.chooses_devices)
+    return Inventory(graph, store, vmstate=vmstate, exclude=exclude)
 
 
 class Inventory:
@@ -52,11 +52,10 @@ class Inventory:
         *,
         vmstate: str | None = None,
         exclude: Collection[str] = (),
-        chooses_devices: bool = True,
     ) -> None:
         self.graph = graph
         self.store = store
-        self.survey = rules.survey(graph, vmstate=vmstate, exclude=exclude, chooses_devices=chooses_devices)
+        self.survey = rules.survey(graph, vmstate=vmstate, exclude=exclude)
         self._files: tuple[StateFile, ...] | None = None
         self._snapshots: tuple[Snapshot, ...] | None = None
         self._marks: Kept | None = None

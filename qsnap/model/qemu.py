@@ -207,6 +207,7 @@ class BlockGraph(Struct, frozen=True):
     :ivar backends: in the order of QEMU's ``blk_all``, which is the order of their creation.
     :ivar with_parents: the node-names that another node, a device, an export or a job uses.
     :ivar has_edges: False where QEMU does not tell how nodes are connected.
+    :ivar chooses_devices: False where QEMU itself takes all devices (HMP): none can be left out, or carried.
     :ivar jobs: what it is busy with.
     :ivar peripherals: the devices that the user has given the guest, of whatever kind.
     """
@@ -215,6 +216,7 @@ class BlockGraph(Struct, frozen=True):
     backends: tuple[BlockBackend, ...]
     with_parents: frozenset[str] = frozenset()
     has_edges: bool = True
+    chooses_devices: bool = True
     jobs: tuple[BlockJob, ...] = ()
     peripherals: tuple[Peripheral, ...] = ()
 

@@ -47,7 +47,7 @@ async def do_delvm(
     inventory = inventory or await run.look()
     refusals = [
         *runstate_findings(await monitor.runstate()),
-        *block_jobs.delete_findings(inventory.graph, inventory.devices, chooses_devices=monitor.chooses_devices),
+        *block_jobs.delete_findings(inventory.graph, inventory.devices),
     ]
     if any(finding.refuses for finding in refusals):
         raise PrecheckRefused("nothing can be deleted now", refusals)

@@ -89,13 +89,13 @@ def refuse_untransportable(monitor: Monitor, tag: str | None) -> None:
 
 
 def refuse_hmp_choices(monitor: Monitor, graph: BlockGraph, vmstate: str | None, exclude: Collection[str]) -> None:
-    if monitor.chooses_devices:
+    if graph.chooses_devices:
         return
     if not rules.names_outside(graph).issuperset(exclude):
         raise NotSupported(f"{monitor.who} saves all devices or none: --exclude is beyond it")
     if vmstate is not None:
-        chosen = rules.survey(graph, vmstate=vmstate, chooses_devices=False).vmstate
-        default = rules.survey(graph, chooses_devices=False).vmstate
+        chosen = rules.survey(graph, vmstate=vmstate).vmstate
+        default = rules.survey(graph).vmstate
         if chosen is None or chosen != default:
             raise NotSupported(
                 f"{monitor.who} chooses the vmstate device itself ({default}): --vmstate {vmstate} is beyond it"
@@ -260,7 +260,6 @@ def room_findings(
     request: SaveRequest,
     image: Path | None,
     estimate: processes.StateEstimate | None,
-    chooses_devices: bool,
 ) -> Iterator[Finding]:
     vmstate = survey.vmstate
     if vmstate is None or image is None or estimate is None:
@@ -273,7 +272,7 @@ def room_findings(
     # What replacing gives back can be taken again.
     freed = sum(row.vm_state_size for row in graph.nodes[vmstate].tagged(request.tag)) if request.tag else 0
     cure = "make room, or delete snapshots"
-    if chooses_devices:
+    if graph.chooses_devices:
         cure += ", or put the VM state on another disk: --vmstate NODE"
     if with_reserve + freed < estimate.at_least:
         message = (

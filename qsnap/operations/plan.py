@@ -129,12 +129,12 @@ async def plan_save(run: Run, request: SaveRequest, *, state_elsewhere: bool = F
         *migration_findings(migration, monitor.version, graph, survey.devices),
         *nvme_findings(graph, monitor.version),
         *survey.findings,
-        *block_jobs.save_findings(graph, survey.devices, chooses_devices=monitor.chooses_devices),
+        *block_jobs.save_findings(graph, survey.devices),
     ]
     if state_elsewhere:
         findings = [finding for finding in findings if finding.code not in OF_THE_VMSTATE_IMAGE]
     else:
-        findings += room_findings(graph, survey, request, image, estimate, monitor.chooses_devices)
+        findings += room_findings(graph, survey, request, image, estimate)
         findings += fixed_size_findings(graph, survey, request, estimate, ram_bytes)
     report = CheckReport(
         ok=not any(finding.refuses for finding in findings),
@@ -167,7 +167,7 @@ async def plan_load(
     except CommandFailed as error:
         raise PrecheckRefused(f"snapshot {tag!r} cannot be loaded now", [no_machine(error)], standing) from error
     graph, survey = inventory.graph, inventory.survey
-    if not monitor.chooses_devices and not rules.names_outside(graph).issuperset(exclude):
+    if not graph.chooses_devices and not rules.names_outside(graph).issuperset(exclude):
         raise NotSupported(f"{monitor.who} loads all devices or none: --exclude is beyond it")
     snapshot = inventory.find(tag)
     if snapshot is None:
@@ -178,7 +178,7 @@ async def plan_load(
     missing = [node for node in snapshot.missing if node not in left_out]
     unable = [node for d in survey.devices if d.verdict is Verdict.REFUSED and (node := d.image or d.node)]
     left_to_exclude = dict.fromkeys((*missing, *unable))
-    can_exclude = monitor.chooses_devices or rules.names_outside(graph).issuperset(left_to_exclude)
+    can_exclude = graph.chooses_devices or rules.names_outside(graph).issuperset(left_to_exclude)
     exclude_all = " ".join(
         f"--exclude {rules.for_shell(node, snapshot.labels.get(node, ''))}" for node in left_to_exclude
     )
@@ -204,7 +204,7 @@ async def plan_load(
     ]
     if not force:
         findings += chain_findings(inventory, snapshot, devices)
-    if not monitor.chooses_devices and monitor.version < _UNATTACHED_LEFT_OUT:
+    if not graph.chooses_devices and monitor.version < _UNATTACHED_LEFT_OUT:
         findings += unattached_findings(inventory, snapshot)
     spoiled = migration.spoils_loads(monitor.version)
     if spoiled and (monitor.background is None or runstate is RunState.RESTORE_VM):
@@ -217,7 +217,7 @@ async def plan_load(
         vmstate=snapshot.vmstate,
         devices=devices,
         excluded=tuple(sorted(filter(None, left_out))),
-        first=_first_to_go_back(graph, devices, snapshot.disk_tag, chooses_devices=monitor.chooses_devices),
+        first=_first_to_go_back(graph, devices, snapshot.disk_tag),
         runstate=runstate,
         spoiled=spoiled,
     )
@@ -234,21 +234,21 @@ def _refuse_unable(monitor: Monitor, inventory: Inventory, snapshot: Snapshot, s
             f"{tag!r} is a live snapshot, and {monitor.who} cannot be given its state file: that takes QMP over a "
             f"UNIX socket; {standing}"
         )
-    if not monitor.chooses_devices and snapshot.vmstate != survey.vmstate:
+    if not inventory.graph.chooses_devices and snapshot.vmstate != survey.vmstate:
         raise NotSupported(
             f"the VM state of {tag!r} is on {snapshot.vmstate}, and {monitor.who} looks for it on "
             f"{survey.vmstate} alone; {standing}"
         )
-    if not monitor.chooses_devices and any(d.image not in (d.node, None) for d in survey.devices):
+    if not inventory.graph.chooses_devices and any(d.image not in (d.node, None) for d in survey.devices):
         raise NotSupported(
             f"{monitor.who} cannot load through the filters above a disk's image: the guest would "
             f"hang. With the guest off: qemu-img snapshot -a TAG IMAGE, on every disk; {standing}"
         )
 
 
-def _first_to_go_back(graph: BlockGraph, devices: Sequence[str], disk_tag: str, *, chooses_devices: bool) -> str:
+def _first_to_go_back(graph: BlockGraph, devices: Sequence[str], disk_tag: str) -> str:
     """See :attr:`LoadPlan.first`. QEMU takes the devices in its own order, or in that in which they are named to it."""
-    if not chooses_devices:
+    if not graph.chooses_devices:
         roots = {user.root for user in graph.backends}.intersection(devices)
         # What else holds the tag may belong to an export, which HMP does not show, and come before them
         if any(

@@ -177,7 +177,7 @@ async def _clear_up(monitor: Monitor, journal: Journal) -> list[str]:
     if record.is_done:
         return []
     graph = await monitor.block_graph()
-    devices = rules.survey(graph, chooses_devices=monitor.chooses_devices).devices
+    devices = rules.survey(graph).devices
     if record.live is not None:
         return [await LiveSaveAttempt(monitor, journal, devices).undo()]
     if record.settings and monitor.background is not None:

@@ -15,6 +15,8 @@ from qsnap.errors import EXIT_TABLE
 from qsnap.upkeep.retention import PERIODS
 from support.guest import cli as run_cli
 
+pytestmark = pytest.mark.no_qemu
+
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text()
 

@@ -12,6 +12,8 @@ import qsnap
 from qsnap import errors
 from qsnap.errors import QsnapError
 
+pytestmark = pytest.mark.no_qemu
+
 
 def test_the_error_tree_is_drawn() -> None:
     classes = [c for c in vars(errors).values() if isinstance(c, type) and issubclass(c, QsnapError)]

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from datetime import UTC, datetime, timedelta
 
+import pytest
+
 from qsnap.cli.output import text
 from qsnap.cli.output.lines import Column, Table
+
+pytestmark = pytest.mark.no_qemu
 
 
 def test_numbers_for_people() -> None:

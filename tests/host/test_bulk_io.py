@@ -14,6 +14,8 @@ import pytest
 
 from qsnap.host import bulk_io
 
+pytestmark = pytest.mark.no_qemu
+
 MIB = 1 << 20
 
 

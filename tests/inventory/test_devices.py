@@ -10,6 +10,8 @@ from qsnap.model.qemu import BlockBackend, RunState
 from qsnap.operations.findings import runstate_findings
 from support.graphs import graph, node
 
+pytestmark = pytest.mark.no_qemu
+
 
 @pytest.mark.parametrize("state", ["inmigrate", "postmigrate", "finish-migrate", "preconfig", "colo", "save-vm"])
 def test_run_states_that_must_not_be_touched(state: str) -> None:
@@ -43,5 +45,5 @@ def test_pflash_of_the_other_kind_is_not_carried() -> None:
         backends = (BlockBackend(qdev="/machine/system.flash1", qdev_type=model, root="v"), plain.backends[1])
         survey = rules.survey(msgspec.structs.replace(plain, backends=backends))
         assert survey.devices[0].verdict == verdict
-    by_hmp = rules.survey(msgspec.structs.replace(plain, backends=backends), chooses_devices=False)
+    by_hmp = rules.survey(msgspec.structs.replace(plain, backends=backends, chooses_devices=False))
     assert by_hmp.devices[0].verdict == "refused"

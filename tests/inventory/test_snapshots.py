@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from datetime import UTC, datetime
 
+import pytest
+
 from qsnap.inventory import devices as rules
 from qsnap.inventory import snapshots
 from qsnap.model.qemu import NodeSnapshot
 from support.graphs import graph, node
+
+pytestmark = pytest.mark.no_qemu
 
 
 def row(tag: str, size: int = 0, clock: int = 1) -> NodeSnapshot:

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 from datetime import UTC, datetime
 
+import pytest
+
 from qsnap.model.qemu import RunState, automatic_tag, tag_problem
+
+pytestmark = pytest.mark.no_qemu
 
 
 def test_tags() -> None:

@@ -9,6 +9,8 @@ import pytest
 from qsnap.errors import BadUsage
 from qsnap.monitor.address import TcpAddress, UnixAddress, parse_address
 
+pytestmark = pytest.mark.no_qemu
+
 
 @pytest.mark.parametrize(
     ("given", "meant"),

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import pytest
+
 from qsnap.monitor.qmp.replies import image_path
+
+pytestmark = pytest.mark.no_qemu
 
 
 def test_image_paths() -> None:

@@ -7,6 +7,8 @@ import pytest
 from qsnap.errors import NotSupported
 from qsnap.monitor.hmp import text as hmp_text
 
+pytestmark = pytest.mark.no_qemu
+
 
 def test_hmp_quoting() -> None:
     assert hmp_text.quoted('a "b" \\') == '"a \\"b\\" \\\\"'

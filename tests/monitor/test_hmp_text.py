@@ -159,7 +159,7 @@ def test_the_block_graph(recording: Recording) -> None:
     assert {"a", "file-a", "top", base} <= graph.with_parents
     assert graph.nodes["a"].refcount_bits == 16
     assert not graph.nodes["a"].external_data_file
-    survey = rules.survey(graph, chooses_devices=False)
+    survey = rules.survey(graph)
     assert [(d.node, d.verdict.value) for d in survey.devices] == [
         (ide.root, "saved"), (None, "ignored"), ("top", "saved"), ("spare", "saved"),
     ]  # fmt: skip
@@ -173,7 +173,7 @@ def test_an_inactive_image(recording: Recording) -> None:
     nodes = nodes.replace(header, header.replace("(qcow2)", "(qcow2, inactive)"))
     graph = hmp_tables.block_graph(recording.answers("info block")[-1], nodes, {}, recording.version)
     assert [name for name, node in graph.nodes.items() if not node.active] == ["a"]
-    top = next(device for device in rules.survey(graph, chooses_devices=False).devices if device.node == "top")
+    top = next(device for device in rules.survey(graph).devices if device.node == "top")
     assert top.verdict == "refused"
 
 

@@ -98,6 +98,7 @@ class FakeMonitor:
             },
             backends=tuple(BlockBackend(qdev=f"/machine/peripheral/{name}", root=name) for name in self.rows),
             with_parents=frozenset(self.rows),
+            chooses_devices=self.chooses_devices,
             jobs=self.jobs,
             peripherals=(
                 Peripheral(path="/machine/peripheral/vd0", model="virtio-blk-pci"),

@@ -14,6 +14,8 @@ from qsnap.monitor.address import TcpAddress, UnixAddress
 from qsnap.targets import config
 from qsnap.targets.config import Config, ConfiguredVM, Settings, load, parse
 
+pytestmark = pytest.mark.no_qemu
+
 README = (Path(__file__).resolve().parents[2] / "README.md").read_text()
 FILE = Path("/etc/qsnap.toml")
 

@@ -18,6 +18,8 @@ from qsnap.model.qemu import Kind, Snapshot
 from qsnap.upkeep.retention import PERIODS, Decision, Duration, Policy, decide, parse_count
 from support.series import snapshot
 
+pytestmark = pytest.mark.no_qemu
+
 BERLIN = ZoneInfo("Europe/Berlin")
 NOW = datetime(2026, 11, 24, 12, 30, tzinfo=UTC)
 

@@ -183,6 +183,7 @@ def block_graph(
         nodes={entry.name: _node(entry, edges[entry.name], version) for entry in entries},
         backends=tuple(users),
         with_parents=frozenset(parented),
+        chooses_devices=False,
         jobs=tuple(block_jobs(jobs)),
         peripherals=tuple(peripherals),
     )

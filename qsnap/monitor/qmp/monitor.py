@@ -563,6 +563,9 @@ class LegacyQmpMonitor(HmpSnapshots, QmpMonitor):
     transport = "qmp-hmp"
     human_answer = QmpMonitor.human_answer
 
+    async def block_graph(self) -> BlockGraph:
+        return msgspec.structs.replace(await super().block_graph(), chooses_devices=False)
+
     @property
     def background(self) -> Background | None:
         return None

@@ -7,6 +7,8 @@ import pytest
 from qsnap.host.hugepages import Layout
 from qsnap.operations.live.timing import ReadTime
 
+pytestmark = pytest.mark.no_qemu
+
 
 @pytest.mark.parametrize("text", ["", "5", "5 6 7", "a 6", "5 -6", "5  6", "5.0 6"])
 def test_a_pace_that_is_none(text: str) -> None:
