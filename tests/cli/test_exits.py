@@ -519,7 +519,7 @@ def test_128_and_the_signal(launch: Launch, tmp_path: Path, signum: signal.Signa
     guest, image = big_guest(launch, tmp_path)
     process = start_cli("save", "t", "--json", monitor=guest.address)
     with in_the_write(guest, image):
-        process.send_signal(signum)
+        deliver(process, signum)
     run = finish(process)
     assert run.code == 128 + signum, run.err
     assert run.error["exit_code"] == 128 + signum

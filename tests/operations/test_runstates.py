@@ -27,6 +27,7 @@ from support.guest import (
     both_monitors,
     cli,
     finish,
+    newer,
     qemu_version,
     start_cli,
     tags,
@@ -174,7 +175,7 @@ def test_a_reset_that_would_end_qemu_is_not_made(boot: Boot) -> None:
         assert_back(guest)
 
 
-@pytest.mark.skipif(not S3_IS_SAVED, reason="before 9.0 QEMU does not keep S3")
+@newer((9, 0), "before 9.0 QEMU does not keep S3")
 @both_monitors
 def test_a_guest_that_was_saved_asleep_sleeps_again(boot: Boot) -> None:
     """HMP's loadvm wakes it, where it is loaded into a guest that runs (system/runstate.c: load_snapshot_resume)."""
@@ -199,7 +200,7 @@ def test_a_guest_that_was_saved_asleep_sleeps_again(boot: Boot) -> None:
         assert (guest.runstate, guest.word(MARKS)) == ("suspended", 1)
 
 
-@pytest.mark.skipif(not S3_IS_SAVED, reason="before 9.0 QEMU does not keep S3")
+@newer((9, 0), "before 9.0 QEMU does not keep S3")
 @both_monitors
 def test_run_brings_back_a_guest_asleep(boot: Boot, image: Path) -> None:
     """It sleeps, as it was: nothing is wrong, and nothing is left. (HMP's loadvm would wake one that runs.)"""

@@ -16,7 +16,7 @@ from support.guest import (
     blockdev,
     both_monitors,
     cli,
-    qemu_version,
+    newer,
     tool,
     until,
 )
@@ -147,7 +147,7 @@ def panic(modifier: Modifier) -> None:
     until("the panic", lambda: modifier.guest.runstate == "guest-panicked" or None)
 
 
-@pytest.mark.skipif(qemu_version() < (10, 1), reason="before 10.2 QEMU itself drops translated code in every load")
+@newer((10, 1), "before 10.2 QEMU itself drops translated code in every load")
 def test_a_guest_that_panics_at_once_and_is_not_reset(launch: Launch, disk: list[str]) -> None:
     """With -no-reboot a reset would end QEMU; the cure that is told helps."""
     guest = launch(*disk, "-device", "pvpanic", "-action", "panic=pause", "-no-reboot")
@@ -171,7 +171,7 @@ def test_a_guest_that_panics_at_once_and_is_not_reset(launch: Launch, disk: list
     assert modifier.letter == "a"
 
 
-@pytest.mark.skipif(qemu_version() < (10, 1), reason="before 10.2 QEMU itself drops translated code in every load")
+@newer((10, 1), "before 10.2 QEMU itself drops translated code in every load")
 @pytest.mark.parametrize("command", ["flush", "stop"])
 @both_monitors
 def test_killed_while_translated_code_is_dropped(

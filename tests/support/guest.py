@@ -27,6 +27,7 @@ import qsnap.guest
 from support.forks import Forked, can_fork
 
 _T = TypeVar("_T")
+_F = TypeVar("_F", bound=Callable[..., object])
 
 #: The boot sectors, beside their sources.
 GUESTS = Path(__file__).with_name("guests")
@@ -52,6 +53,17 @@ HAS_SNAPSHOT_JOBS = qemu_version() >= (6, 0)
 both_monitors = pytest.mark.parametrize("transport", ["qmp", "hmp"], indirect=True)
 #: For a test whose subject is not there without them: choosing devices, carrying raw ones, jobs.
 needs_snapshot_jobs = pytest.mark.skipif(not HAS_SNAPSHOT_JOBS, reason="QEMU before 6.0 has no snapshot jobs")
+
+
+def newer(since: tuple[int, int], reason: str) -> Callable[[_F], _F]:
+    """For a test of what QEMU has, or does wrong, since some version: skipped before. CI runs all of these on 11.1."""
+
+    def marked(test: _F) -> _F:
+        told: _F = pytest.mark.newer(pytest.mark.skipif(qemu_version() < since, reason=reason)(test))
+        return told
+
+    return marked
+
 
 #: Seconds for anything that takes milliseconds on an idle machine.
 DEADLINE_S = 30.0

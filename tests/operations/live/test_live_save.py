@@ -46,6 +46,7 @@ from support.guest import (
     failing_disk,
     finish,
     make_disk,
+    newer,
     qemu_img,
     qemu_version,
     start_cli,
@@ -909,7 +910,7 @@ def test_no_room(big: Guest, tmp_path: Path) -> None:
         subprocess.run([*sudo, "umount", small], check=True)
 
 
-@pytest.mark.skipif(not IS_NEW, reason="before 9.0 QEMU itself leaves the guest hanging then")
+@newer((9, 0), "before 9.0 QEMU itself leaves the guest hanging then")
 def test_somebody_cancels_it(big: Guest, tmp_path: Path) -> None:
     process = start_cli("save", "--live", "t", monitor=big.address)
     until_it_is_written(tmp_path)
@@ -1068,7 +1069,7 @@ async def test_a_state_file_that_is_damaged(guest: Guest, tmp_path: Path) -> Non
     assert "the guest was not touched" in run.err
 
 
-@pytest.mark.skipif(not IS_NEW, reason="the capability came with QEMU 9.0")
+@newer((9, 0), "the capability came with QEMU 9.0")
 def test_mapped_ram(heavy: Guest, tmp_path: Path) -> None:
     """QEMU would save it, and never load it."""
     heavy.qmp("migrate-set-capabilities", capabilities=[{"capability": "mapped-ram", "state": True}])
@@ -1232,7 +1233,7 @@ def test_a_load_after_a_migration_that_failed(heavy: Guest, spoil: Callable[[Gue
     assert_settings_are_as_they_were(heavy)
 
 
-@pytest.mark.skipif(not IS_NEW, reason="QEMU itself loads then")
+@newer((9, 0), "QEMU itself loads then")
 def test_a_load_after_one_that_failed_because_of_that(heavy: Guest) -> None:
     """It has left "restore-vm", where QEMU aborts if a migration begins: it cannot be made to forget there."""
     cli("save", "good", monitor=heavy.address)
@@ -1247,7 +1248,7 @@ def test_a_load_after_one_that_failed_because_of_that(heavy: Guest) -> None:
     assert_in_order(heavy)
 
 
-@pytest.mark.skipif(not IS_NEW, reason="QEMU itself loads then")
+@newer((9, 0), "QEMU itself loads then")
 @pytest.mark.parametrize("spoil", SPOILERS)
 def test_a_load_after_a_migration_that_failed_where_it_cannot_be_forgotten(
     heavy: Guest, spoil: Callable[[Guest], None]
@@ -1275,7 +1276,7 @@ def test_a_load_after_a_migration_that_failed_where_it_cannot_be_forgotten(
     assert_in_order(heavy)
 
 
-@pytest.mark.skipif(not IS_NEW, reason="QEMU itself loads then")
+@newer((9, 0), "QEMU itself loads then")
 def test_killed_when_it_is_forgotten(heavy: Guest, intercept: Intercept, runtime_directory: Path) -> None:
     """The stream that is begun for that is cancelled by the guard, and the settings are put back."""
     cli("save", "good", monitor=heavy.address)
@@ -1304,7 +1305,7 @@ def without_huge_pages() -> Iterator[None]:
         assert libc.prctl(pr_set_thp_disable, 0, 0, 0, 0) == 0
 
 
-@pytest.mark.skipif(not IS_NEW, reason="before 9.0 nothing is cancelled")
+@newer((9, 0), "before 9.0 nothing is cancelled")
 def test_a_live_save_that_was_interrupted_early_spoils_no_load(
     launch: Launch, intercept: Intercept, tmp_path: Path
 ) -> None:
