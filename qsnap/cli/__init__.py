@@ -55,6 +55,10 @@ def _prepare_streams() -> None:
 
 
 def _exit_code(arguments: list[str]) -> int:
+    if not arguments:  # before click, whose versions differ here
+        with suppress(OSError):
+            sys.stderr.write(cli.get_help(click.Context(cli, info_name="qsnap")) + "\n")
+        return BadUsage.exit_code
     # Before the line is parsed, whatever is before "--"; then what the command was given
     output = {"as_json": "--json" in arguments[: arguments.index("--") if "--" in arguments else None]}
     try:
@@ -63,10 +67,6 @@ def _exit_code(arguments: list[str]) -> int:
         return done.exit_code
     except (click.Abort, KeyboardInterrupt):
         return _said(Interrupted(signal.SIGINT), output["as_json"])
-    except click.exceptions.NoArgsIsHelpError as error:
-        with suppress(OSError):
-            sys.stderr.write(error.format_message() + "\n")
-        return BadUsage.exit_code
     except click.ClickException as error:
         return _said(BadUsage(_usage_message(error)), output["as_json"])
     except QsnapError as error:

@@ -65,6 +65,16 @@ def test_usage_errors_are_one_line() -> None:
     assert ("Did you mean 'save'?" in run.err) == hasattr(click.exceptions, "NoSuchCommand"), "click 8.4 and later"
 
 
+def test_usage_errors_with_an_older_click(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Before 8.2 click has not all of its exceptions; qsnap takes 8.1.7."""
+    for name in ("NoArgsIsHelpError", "NoSuchCommand"):
+        monkeypatch.delattr(click.exceptions, name, raising=False)
+    assert qsnap.cli._exit_code([]) == 2
+    assert capsys.readouterr().err.startswith("Usage: qsnap ")
+    assert qsnap.cli._exit_code(["list", "--bogus"]) == 2
+    assert capsys.readouterr().err.startswith("qsnap: No such option")
+
+
 def test_start_up_loads_nothing_heavy() -> None:
     done = subprocess.run(
         [sys.executable, "-X", "importtime", "-m", "qsnap", "--version"], capture_output=True, text=True, timeout=60
