@@ -300,8 +300,3 @@ def test_a_check_that_fails_fails_nothing(guest: Guest, checks: Checks, tmp_path
 def test_ages_that_would_never_alert(options: list[str], words: str) -> None:
     run = cli("status", *options, monitor="/nowhere", expect=3)
     assert words in run.out
-
-
-def test_units_of_an_age() -> None:
-    assert Duration.parse_age("1y2mo3min") == Duration(years=1, months=2, minutes=3)
-    assert Duration.parse("2m") == Duration.parse("2mo") == Duration(months=2)

@@ -329,3 +329,11 @@ def test_the_answer_as_people_read_it() -> None:
 def test_the_order_of_the_list_means_nothing(snapshots: list[Snapshot]) -> None:
     policy = Policy(counts={"daily": 3, "weekly": 2})
     assert decide(snapshots, policy, NOW, zone=BERLIN) == decide(snapshots[::-1], policy, NOW, zone=BERLIN)
+
+
+def test_an_age_in_months_is_not_taken_for_minutes() -> None:
+    assert Duration.parse_age("90min") == Duration(minutes=90)
+    assert Duration.parse_age("1y6mo") == Duration(years=1, months=6)
+    for text in "90m", "1y6m":
+        with pytest.raises(BadUsage, match="say min for minutes, or mo for months"):
+            Duration.parse_age(text)
