@@ -169,12 +169,24 @@ def test_a_save_beside_a_job(overlaid: Guest, tmp_path: Path) -> None:
 
 
 @needs_snapshot_jobs
-@pytest.mark.parametrize("job", [mirror, stream])
-def test_a_live_save_beside_a_job_where_auto_may_choose(overlaid: Guest, tmp_path: Path, job: Job) -> None:
-    """It ends in a snapshot that can be loaded when the job has ended, of whichever kind; and the job goes on."""
+@pytest.mark.parametrize("job", [mirror, commit, backup, stream])
+def test_a_live_save_beside_a_job(overlaid: Guest, tmp_path: Path, job: Job) -> None:
+    """QEMU would fail in the middle of it. It is refused in time, and where auto may choose it is an ordinary one."""
     job(overlaid, tmp_path / "copy")
     saved = cli("save", "--live=auto", "t", "--json", monitor=overlaid.address).json
-    assert saved["kind"] in ("full", "live")
+    (told,) = (finding["message"] for finding in saved["warnings"] if finding["code"] == "not-live")
+    assert saved["kind"] == "full"
+    overlaid.qmp("query-status")
+    overlaid.qmp.events.clear()
+    error = cli("save", "--live", "l", "--json", monitor=overlaid.address, expect=5).error["message"]
+    for message in told, error:
+        assert "a live save is not possible while" in message
+        assert "'j'" in message
+        assert "on hd0" in message
+        assert "wait for its end, or block-job-cancel device=j" in message
+    assert "--no-live" in error
+    overlaid.qmp("query-status")
+    assert not {event["event"] for event in overlaid.qmp.events} & {"STOP", "RESUME"}
     assert overlaid.jobs() == ["j"]
     overlaid.assert_running()
     end(overlaid, job)
@@ -322,6 +334,22 @@ def test_dirty_bitmaps_block_a_load(launch: Launch, tmp_path: Path) -> None:
     guest.assert_running()
 
 
+def test_a_job_that_has_ended_and_was_not_dismissed(overlaid: Guest, tmp_path: Path) -> None:
+    """QMP tells, and it is in nobody's way. HMP shows it like one that works: so what ends that is told."""
+    cli("save", "t", monitor=overlaid.address)
+    copy = str(tmp_path / "copy")
+    overlaid.qmp("drive-backup", job_id="j", device="hd0", target=copy, format="raw", sync="full", auto_dismiss=False)
+    until("the end of the backup", lambda: overlaid.qmp("query-jobs")[0]["status"] == "concluded")
+    cli("load", "t", monitor=overlaid.qmp_address)
+    for command in "load", "save", "delete":
+        error = cli(command, "t", monitor=overlaid.hmp_address, expect=6).err
+        assert "'j' (backup) is under way, or has ended and was not dismissed" in error
+        assert "if it has ended: job-dismiss id=j, by QMP" in error
+    overlaid.qmp("job-dismiss", id="j")
+    cli("load", "t", monitor=overlaid.hmp_address)
+    overlaid.assert_running()
+
+
 def test_dirty_bitmaps_that_hmp_does_not_show(launch: Launch, tmp_path: Path) -> None:
     """QEMU comes upon them in the middle of the load. On the first disk nothing has gone back by then."""
     guest = launch(
@@ -379,6 +407,13 @@ def test_the_filter_of_a_backup_without_a_job(launch: Launch, tmp_path: Path, tr
     guest.qmp("stop")
     counter = guest.counter
     saved = cli("save", "t", "--json", monitor=guest.address, expect=6 if transport == "hmp" else 0)
+    if transport == "qmp":
+        guest.qmp("cont")
+        error = cli("save", "l", "--live", monitor=guest.address, expect=5).err
+        assert "a live save is not possible while the filter cbw stands above fmt: end the backup" in error
+        guest.qmp("stop")
+        counter = guest.counter
+        cli("save", "t", monitor=guest.address)
     if transport == "hmp":
         assert [f["code"] for f in saved.error["findings"]] == ["backup-filter"]
         error = cli("delete", "t", "--json", monitor=guest.address, expect=6).error

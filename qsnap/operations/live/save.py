@@ -30,7 +30,7 @@ from qsnap.errors import (
     VerifyFailed,
 )
 from qsnap.host import files, processes
-from qsnap.inventory import snapshots, state_file
+from qsnap.inventory import block_jobs, snapshots, state_file
 from qsnap.inventory import state_part as parts
 from qsnap.inventory.state_store import PART_SUFFIX, read
 from qsnap.model import outside
@@ -93,6 +93,8 @@ async def plan_live(run: Run, request: SaveRequest) -> LivePlan:
     background = _background(run.monitor)
     save = await plan_save(run, request, state_elsewhere=True)
     save.refuse_if_needed()
+    if obstacle := block_jobs.live_obstacle(save.inventory.graph, save.report.devices):
+        raise NotSupported(f"a live save is not possible {obstacle}; or save the ordinary way: --no-live")
     run.journal.note(settings=await background.settings())
     if reason := await background.refused():
         cure = next((cure for words, cure in _CURES.items() if words in reason), "")
