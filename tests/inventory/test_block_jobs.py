@@ -334,6 +334,7 @@ def test_dirty_bitmaps_block_a_load(launch: Launch, tmp_path: Path) -> None:
     guest.assert_running()
 
 
+@pytest.mark.skipif(qemu_version() < (6, 0), reason="QEMU 5.2 crashes when its nodes are listed beside such a job")
 def test_a_job_that_has_ended_and_was_not_dismissed(overlaid: Guest, tmp_path: Path) -> None:
     """QMP tells, and it is in nobody's way. HMP shows it like one that works: so what ends that is told."""
     cli("save", "t", monitor=overlaid.address)
