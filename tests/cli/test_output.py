@@ -15,6 +15,8 @@ from qsnap.cli.output.show import show
 from qsnap.errors import QsnapError
 from qsnap.model.qemu import Struct
 
+pytestmark = pytest.mark.no_qemu
+
 
 def is_struct(member: object) -> bool:
     return isinstance(member, type) and issubclass(member, Struct)
