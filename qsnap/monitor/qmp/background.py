@@ -80,13 +80,13 @@ class Stream(NamedTuple):
 class Background:
     """The verbs of a live save, on a QMP monitor of QEMU 6.0 or later.
 
-    :ivar resumes_by_itself: QEMU resumes the guest when it has taken the device state.
-    :ivar must_not_fail: a stream that fails or is cancelled leaves the guest hanging.
+    :ivar is_before_9: QEMU resumes the guest by itself when it has taken the device state; and a stream that fails or
+        is cancelled leaves the guest hanging.
     """
 
     def __init__(self, monitor: QmpMonitor) -> None:
         self._monitor = monitor
-        self.resumes_by_itself = self.must_not_fail = monitor.version < RESUMED_BY_US_SINCE
+        self.is_before_9 = monitor.version < RESUMED_BY_US_SINCE
 
     async def settings(self) -> dict[str, int]:
         """What a live save and :meth:`forget_failure` change, as it is now: to be given to :meth:`put_back`."""
@@ -165,7 +165,7 @@ class Background:
 
         :raise JobFailed: QEMU will not.
         """
-        if self.resumes_by_itself:
+        if self.is_before_9:
             os.lseek(file, offset, os.SEEK_SET)
             await self._monitor.send_file(file)
             await self._monitor.execute("getfd", {"fdname": PREFIX})
@@ -193,7 +193,7 @@ class Background:
     async def end_stream(self) -> None:
         """Cancel what is under way, as soon as it may be, and wait until it is over; what may not be only ends."""
         while not (stream := await self.stream()).is_over:
-            if not self.must_not_fail and stream.status != "setup":
+            if not self.is_before_9 and stream.status != "setup":
                 with suppress(CommandFailed):
                     await self._monitor.execute("migrate_cancel")
             await asyncio.sleep(_POLL_S)

@@ -22,6 +22,7 @@ from __future__ import annotations
 import asyncio
 import os
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -30,7 +31,7 @@ from qsnap.errors import JobFailed, QsnapError
 from qsnap.host import bulk_io, files, hugepages
 from qsnap.host.hugepages import Layout
 from qsnap.monitor import Monitor
-from qsnap.monitor.qmp.background import Background
+from qsnap.monitor.qmp.background import Background, Stream
 from qsnap.operations.live.timing import ReadTime, SnapshotThread
 from qsnap.operations.progress import INTERVAL_S, Phase, Progress, Watcher
 from qsnap.runs.journal import Journal
@@ -42,37 +43,32 @@ PACE = "qsnap-pace"
 _GIB = 1 << 30
 #: The share of it after which the guest is stopped. It was seen to vary by a tenth.
 _SHARE = 0.85
-#: Nanoseconds that the disks' snapshots may take: where QEMU resumes the guest by itself they must be done by then.
-_DISKS_NS = 25_000_000
 #: Nanoseconds per GiB that QEMU needs to read and protect RAM in base pages, and RAM in huge pages, at the slowest.
 _BASE_NS, _HUGE_NS = 100_000_000, 5_000_000
-#: Nanoseconds that this may take in the pause: to stop late is no better.
-_PLAIN_NS = 10_000_000
-#: The same as it was seen, where RAM is read again: meanwhile the disks are snapshotted, which takes as long.
-_PLAIN_READ_AGAIN_NS = 25_000_000
-#: The same where the disks take part of the time, and one attempt that fails takes as long as a whole save.
-_PLAIN_WITHOUT_CANCEL_NS = 50_000_000
 #: The share of RAM in base pages with which it is left as it is.
 _HARDLY_ANY = 1 / 32
-#: Streams that nobody wants, after the first one.
-_MORE_REHEARSALS = 3
-#: Attempts to stop late, before the guest is stopped first.
-_LATE_ATTEMPTS = 3
 #: Seconds between two looks whether the device state has been taken.
 _LOOK_S = 0.001
 #: Seconds that QEMU may take for the device state.
 _STATE_TIMEOUT_S = 120.0
 
 
-class Freeze:
+class Freeze(ABC):
     """A live save, from its first stop to the end of its stream.
 
+    What differs before QEMU 9.0 and since then is in subclasses.
+
+    :cvar PLAIN_NS: nanoseconds that QEMU may take to read RAM in the pause: to stop late is no better.
+    :cvar LATE_ATTEMPTS: attempts to stop late, before the guest is stopped first.
     :param file: the state file to be, open.
     :param offset: where in it the stream begins.
     :param snapshot_disks: takes the disks' snapshots, of a guest that is stopped.
     :param forget_disks: takes them away again.
     :param images: files of the disks: what the host has not written yet is written before the guest is stopped.
     """
+
+    PLAIN_NS: int
+    LATE_ATTEMPTS: int
 
     def __init__(
         self,
@@ -105,15 +101,14 @@ class Freeze:
         :raise JobFailed: QEMU reported an error. The guest runs; the stream may still be under way.
         """
         ram = await self._ram(await self._monitor.memory_size())
-        reading_ns = ram.base / _GIB * _BASE_NS + ram.other / _GIB * _HUGE_NS
-        if reading_ns <= (_PLAIN_WITHOUT_CANCEL_NS if self._background.must_not_fail else _PLAIN_NS):
+        if ram.base / _GIB * _BASE_NS + ram.other / _GIB * _HUGE_NS <= self.PLAIN_NS:
             await self._flush()
             pause, _ = await self._plain()
             return pause
         known = await self._known_pace(ram)
         pace = await self._expected_pace(known, ram)
         await self._flush()
-        for _ in range(1 if self._background.must_not_fail else _LATE_ATTEMPTS):
+        for _ in range(self.LATE_ATTEMPTS):
             if not self._is_to_stop_late(pace):
                 break
             late_pause, pace = await self._late(pace)
@@ -150,57 +145,56 @@ class Freeze:
         """
         thread = SnapshotThread(self._monitor.pid)
         async with stopped(self._monitor, self._journal) as pause:
-            if self._background.resumes_by_itself:
-                await self._snapshot_disks()
-                await self._background.begin_stream(self._file, self._offset)
-            else:
-                # It reads RAM in the meantime
-                await self._background.begin_stream(self._file, self._offset)
-                await self._snapshot_disks()
+            await self._take_both()
             spent = await self._state_taken(pause, thread)
         return pause, spent
 
+    @abstractmethod
+    async def _take_both(self) -> None:
+        """Begin the stream, and take the disks' snapshots, of a guest that is stopped."""
+
+    @abstractmethod
     def _goal(self, pace: int) -> int:
         """The processor time after which the guest is stopped."""
-        goal = int(pace * _SHARE)
-        return goal - _DISKS_NS if self._background.resumes_by_itself else goal
 
+    @abstractmethod
     async def _expected_pace(self, known: int, ram: Layout) -> int:
         """The processor time that QEMU's thread will need next; 0 if that is not known."""
-        if self._background.must_not_fail:
-            # A stream goes on to its end, and splits what huge pages there are
-            return known if known or self._monitor.pid is None or ram.base <= ram.other else await self._rehearse()
-        # What it has read a moment ago it reads in a fraction of the time, until that is all that it takes
-        pace = await self._rehearse()
-        if known:
-            return known
-        for _ in range(_MORE_REHEARSALS):
-            if pace <= _PLAIN_READ_AGAIN_NS:
-                break
-            before, pace = pace, await self._rehearse()
-            if pace > before * _SHARE:
-                break
-        return pace
 
+    @abstractmethod
     def _is_to_stop_late(self, pace: int) -> bool:
         """Whether something is known, and something is gained by it."""
-        gains = pace > (0 if self._background.must_not_fail else _PLAIN_READ_AGAIN_NS)
-        return gains and self._goal(pace) > 0
+
+    @abstractmethod
+    async def _begin_rehearsal(self) -> None:
+        """Begin a stream that nobody wants."""
+
+    @abstractmethod
+    async def _runs_or_may(self, pause: Pause, stream: Stream) -> bool:
+        """Whether QEMU has the device state: the guest may run, or runs, where QEMU resumes it by itself."""
+
+    @abstractmethod
+    async def _was_in_time(self, *, at_the_disks: bool) -> bool:
+        """Whether the guest was stopped before QEMU stopped it, and not resumed before it had the device state.
+
+        :param at_the_disks: whether that was so when the disks' snapshots were taken.
+        """
+
+    @abstractmethod
+    def _keeps_pace(self, ram: Layout) -> bool:
+        """Whether a pace is of use the next time."""
+
+    @abstractmethod
+    def _pace_to_keep(self, spent_ns: int, known: int) -> int:
+        """What to count on the next time."""
 
     async def _rehearse(self) -> int:
         """Have QEMU begin a stream that nobody wants; return the processor time that its thread needed.
 
-        QEMU stops and resumes the guest by itself. Where the stream must go on to its end, it goes nowhere.
+        QEMU stops and resumes the guest by itself.
         """
         thread = SnapshotThread(self._monitor.pid)
-        if self._background.must_not_fail:
-            nowhere = os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
-            try:
-                await self._background.begin_stream(nowhere, 0)
-            finally:
-                os.close(nowhere)
-        else:
-            await self._background.begin_stream(self._file, self._offset)
+        await self._begin_rehearsal()
         spent = await thread.until_it_has_spent(None, self._has_begun)
         await self._raise_if_failed()
         await self._background.end_stream()
@@ -220,12 +214,9 @@ class Freeze:
         async with stopped(self._monitor, self._journal) as pause:
             await self._snapshot_disks()
             # Events come before the answer to what came after them
-            was_in_time = self._stop_resume_events() == ["STOP"]
+            at_the_disks = self._stop_resume_events() == ["STOP"]
             spent = max(spent, await self._state_taken(pause, thread))
-            if not self._background.resumes_by_itself:
-                # The answer to this comes after whatever else QEMU's main loop had to do
-                await self._monitor.runstate()
-                was_in_time = self._stop_resume_events() == ["STOP"]
+            was_in_time = await self._was_in_time(at_the_disks=at_the_disks)
         return (pause if was_in_time else None), spent
 
     def _stop_resume_events(self) -> list[str]:
@@ -244,11 +235,7 @@ class Freeze:
             stream = await self._background.stream()
             if stream.status == "setup":
                 spent = before
-            if self._background.resumes_by_itself:
-                if resumed := [stamp for event, stamp in self._background.stop_resume_events() if event == "RESUME"]:
-                    pause.resumed_by_qemu(resumed[-1])
-                    return spent
-            elif stream.pages or stream.status == "completed":
+            if await self._runs_or_may(pause, stream):
                 return spent
             await self._raise_if_failed()
             await asyncio.sleep(_LOOK_S)
@@ -274,10 +261,6 @@ class Freeze:
             with suppress(OSError):
                 await asyncio.to_thread(_sync, image)
 
-    def _keeps_pace(self, ram: Layout) -> bool:
-        """Whether a pace is of use the next time: not of RAM in huge pages where it is rehearsed anew."""
-        return self._background.must_not_fail or ram.base > ram.other
-
     async def _known_pace(self, ram: Layout) -> int:
         """The processor time that QEMU's thread needed the last time that RAM was mapped so; 0 if that is not known."""
         if not self._keeps_pace(ram):
@@ -289,11 +272,9 @@ class Freeze:
         # Nothing was seen if QEMU was too quick, or its threads cannot be seen from here
         if not spent_ns or not self._keeps_pace(ram):
             return
-        if self._background.must_not_fail and known:
-            spent_ns = min(spent_ns, known)  # one attempt that fails takes as long as a whole save
         with suppress(QsnapError):
             await self._monitor.clear_mark(PACE)
-            await self._monitor.set_mark(PACE, ReadTime(spent_ns, ram.base).encode())
+            await self._monitor.set_mark(PACE, ReadTime(self._pace_to_keep(spent_ns, known), ram.base).encode())
 
     async def wait_until_written(self, watch: Watcher | None) -> None:
         """Wait for the end of the stream.
@@ -322,6 +303,110 @@ class Freeze:
             return await shielded(work, _STATE_TIMEOUT_S) - self._offset
         except OSError:
             return size  # what is wrong there is told when the file is completed
+
+
+class FreezeBefore9(Freeze):
+    """QEMU resumes the guest by itself, and a stream must not be cancelled: it leaves the guest hanging.
+
+    So the disks' snapshots come before the stream, or while it is certain that QEMU has not resumed the guest. One
+    attempt that fails takes as long as a whole save.
+    """
+
+    PLAIN_NS = 50_000_000  # the disks take part of the time
+    LATE_ATTEMPTS = 1
+    #: Nanoseconds that the disks' snapshots may take: they must be done before QEMU resumes the guest.
+    DISKS_NS = 25_000_000
+
+    async def _take_both(self) -> None:
+        await self._snapshot_disks()
+        await self._background.begin_stream(self._file, self._offset)
+
+    def _goal(self, pace: int) -> int:
+        return int(pace * _SHARE) - self.DISKS_NS
+
+    async def _expected_pace(self, known: int, ram: Layout) -> int:
+        # A stream goes on to its end, and splits what huge pages there are
+        return known if known or self._monitor.pid is None or ram.base <= ram.other else await self._rehearse()
+
+    def _is_to_stop_late(self, pace: int) -> bool:
+        return pace > 0 and self._goal(pace) > 0
+
+    async def _begin_rehearsal(self) -> None:
+        nowhere = os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
+        try:
+            await self._background.begin_stream(nowhere, 0)
+        finally:
+            os.close(nowhere)
+
+    async def _runs_or_may(self, pause: Pause, stream: Stream) -> bool:
+        resumed = [stamp for event, stamp in self._background.stop_resume_events() if event == "RESUME"]
+        if resumed:
+            pause.resumed_by_qemu(resumed[-1])
+        return bool(resumed)
+
+    async def _was_in_time(self, *, at_the_disks: bool) -> bool:
+        return at_the_disks
+
+    def _keeps_pace(self, ram: Layout) -> bool:
+        return True
+
+    def _pace_to_keep(self, spent_ns: int, known: int) -> int:
+        return min(spent_ns, known) if known else spent_ns
+
+
+class FreezeSince9(Freeze):
+    """QEMU leaves a guest that was stopped before as it is, and a stream may be cancelled.
+
+    So the disks' snapshots are taken while QEMU reads RAM, and what it will need for that is tried out beforehand.
+    """
+
+    PLAIN_NS = 10_000_000
+    LATE_ATTEMPTS = 3
+    #: The same as it was seen, where RAM is read again: meanwhile the disks are snapshotted, which takes as long.
+    PLAIN_READ_AGAIN_NS = 25_000_000
+    #: Streams that nobody wants, after the first one.
+    MORE_REHEARSALS = 3
+
+    async def _take_both(self) -> None:
+        # It reads RAM in the meantime
+        await self._background.begin_stream(self._file, self._offset)
+        await self._snapshot_disks()
+
+    def _goal(self, pace: int) -> int:
+        return int(pace * _SHARE)
+
+    async def _expected_pace(self, known: int, ram: Layout) -> int:
+        # What it has read a moment ago it reads in a fraction of the time, until that is all that it takes
+        pace = await self._rehearse()
+        if known:
+            return known
+        for _ in range(self.MORE_REHEARSALS):
+            if pace <= self.PLAIN_READ_AGAIN_NS:
+                break
+            before, pace = pace, await self._rehearse()
+            if pace > before * _SHARE:
+                break
+        return pace
+
+    def _is_to_stop_late(self, pace: int) -> bool:
+        return pace > self.PLAIN_READ_AGAIN_NS
+
+    async def _begin_rehearsal(self) -> None:
+        await self._background.begin_stream(self._file, self._offset)
+
+    async def _runs_or_may(self, pause: Pause, stream: Stream) -> bool:
+        return bool(stream.pages) or stream.status == "completed"
+
+    async def _was_in_time(self, *, at_the_disks: bool) -> bool:
+        # The answer to this comes after whatever else QEMU's main loop had to do
+        await self._monitor.runstate()
+        return self._stop_resume_events() == ["STOP"]
+
+    def _keeps_pace(self, ram: Layout) -> bool:
+        return ram.base > ram.other  # that of RAM in huge pages is tried out anew
+
+    def _pace_to_keep(self, spent_ns: int, known: int) -> int:
+        return spent_ns
 
 
 def _sync(image: Path) -> None:

@@ -40,7 +40,7 @@ from qsnap.model.runstates import cure_of, is_live
 from qsnap.monitor import Monitor
 from qsnap.monitor.qmp.background import Background
 from qsnap.operations.delete import delete_all, delete_everywhere, delete_replaced
-from qsnap.operations.live.freeze import Freeze
+from qsnap.operations.live.freeze import FreezeBefore9, FreezeSince9
 from qsnap.operations.naming import free_automatic_tag
 from qsnap.operations.plan import SavePlan, plan_save
 from qsnap.operations.progress import Watcher
@@ -253,7 +253,7 @@ async def do_live_save(run: Run, request: SaveRequest, plan: LivePlan, watch: Wa
 
     try:
         with closing(
-            Freeze(
+            (FreezeBefore9 if background.is_before_9 else FreezeSince9)(
                 monitor,
                 background,
                 journal,
@@ -283,7 +283,7 @@ async def do_live_save(run: Run, request: SaveRequest, plan: LivePlan, watch: Wa
 async def _reserved(monitor: Monitor, background: Background) -> int:
     """Bytes to take on the file system beforehand: what QEMU needs to set the stream up, as it must not fail by then;
     and all that it can need, where it must not fail at all. A page of RAM takes 9 bytes more in the stream."""
-    if not background.must_not_fail:
+    if not background.is_before_9:
         return state_file.STREAM_OFFSET + _SETUP_BYTES
     ram_bytes = await monitor.memory_size()
     return ram_bytes + ram_bytes // 256 + processes.OVERHEAD_BYTES

@@ -21,7 +21,6 @@ import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager, nullcontext, suppress
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -253,8 +252,9 @@ LAYOUTS = {"base pages": Layout(96 << 20, 0), "huge pages": Layout(0, 96 << 20)}
 
 def never_plain(monkeypatch: pytest.MonkeyPatch, layout: Layout) -> None:
     """Have the guest stopped late, however little RAM it has."""
-    for name in ("_PLAIN_NS", "_PLAIN_READ_AGAIN_NS", "_PLAIN_WITHOUT_CANCEL_NS"):
-        monkeypatch.setattr(freeze, name, -1)
+    for kind in freeze.FreezeBefore9, freeze.FreezeSince9:
+        monkeypatch.setattr(kind, "PLAIN_NS", -1)
+    monkeypatch.setattr(freeze.FreezeSince9, "PLAIN_READ_AGAIN_NS", -1)
     monkeypatch.setattr(hugepages, "layout", lambda *_: layout)
 
 
@@ -305,8 +305,7 @@ async def test_rehearsals(
         return left.pop(0)
 
     monkeypatch.setattr(freeze.Freeze, "_rehearse", rehearse)
-    taken = object.__new__(freeze.Freeze)
-    taken._background = SimpleNamespace(must_not_fail=False, resumes_by_itself=False)  # type: ignore[assignment]
+    taken = object.__new__(freeze.FreezeSince9)
     found = await taken._expected_pace(known * 1_000_000, LAYOUTS[layout])
     assert (found, left) == (pace * 1_000_000, [])
     assert taken._is_to_stop_late(found) == is_late
@@ -315,9 +314,8 @@ async def test_rehearsals(
 async def test_that_nothing_was_seen_is_not_remembered(guest: Guest) -> None:
     """What was known before stays, and where nothing was known no mark is left."""
     async with qsnap.connect(guest.address) as vm:
-        taken = object.__new__(freeze.Freeze)
+        taken = object.__new__(freeze.FreezeSince9)
         taken._monitor = vm._monitor
-        taken._background = SimpleNamespace(must_not_fail=False)  # type: ignore[assignment]
         await taken._remember(0, 0, Layout(7, 0))
         assert await vm._monitor.mark(freeze.PACE) is None
         await taken._remember(5, 0, Layout(7, 0))
@@ -358,8 +356,8 @@ async def test_a_stop_that_comes_too_late_is_seen(
             yield pause
 
     never_plain(monkeypatch, LAYOUTS["base pages"])
-    for name, value in ("_DISKS_NS", 0), ("stopped", too_late):
-        monkeypatch.setattr(freeze, name, value)
+    monkeypatch.setattr(freeze.FreezeBefore9, "DISKS_NS", 0)
+    monkeypatch.setattr(freeze, "stopped", too_late)
     monkeypatch.setattr(SnapshotThread, "until_it_has_spent", at_once)
     monkeypatch.setattr(freeze.Freeze, "_has_begun", not_yet)
     heavy.qmp("object-add", **{"qom-type": "authz-simple", "id": freeze.PACE, "identity": f"100 {96 << 20}"})
