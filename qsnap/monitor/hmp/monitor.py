@@ -12,17 +12,17 @@ import json
 import logging
 import secrets
 import socket
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 
-from qsnap.errors import CommandFailed, MonitorError, NotSupported, QsnapError
+from qsnap.errors import CommandFailed, NotSupported, QsnapError
 from qsnap.model.qemu import BlockGraph, Job, Migration, QemuVersion, RunState, SnapshotTables
-from qsnap.monitor import PERIPHERALS, peripherals
 from qsnap.monitor.address import Address
 from qsnap.monitor.connection import AnotherAnswers, Connection, connection, hang_up, lost, peer_pid, understood
 from qsnap.monitor.hmp import tables as hmp_tables
 from qsnap.monitor.hmp import text as hmp_text
 from qsnap.monitor.hmp.snapshots import HmpSnapshots
+from qsnap.monitor.objects import Objects
 
 _log = logging.getLogger("qsnap.hmp")
 
@@ -128,7 +128,7 @@ async def _greeted(link: Connection) -> tuple[_Line, QemuVersion]:
         raise
 
 
-class HmpMonitor(HmpSnapshots):
+class HmpMonitor(HmpSnapshots, Objects):
     """A QEMU reached by a human monitor's socket. See :class:`qsnap.monitor.Monitor`."""
 
     transport = "hmp"
@@ -136,12 +136,12 @@ class HmpMonitor(HmpSnapshots):
     background = None
 
     def __init__(self, line: _Line, version: QemuVersion, address: Address, link: Connection) -> None:
+        super().__init__()
         self.version = version
         self.address = address
         self.pid = link.pid
         self.sock: socket.socket | None = link.sock.dup()
         self._line = line
-        self._qdev_types: dict[str, str] = {}
 
     async def human_answer(self, line: str) -> str:
         return await self._line.answer(line)
@@ -184,29 +184,31 @@ class HmpMonitor(HmpSnapshots):
         nodes = await self._query("info block -n -v")
         jobs = await self._query("info block-jobs")
         for qdev in hmp_tables.attached_to(backends):
-            await self._learn_qdev_type(qdev)
-        found = [
-            one
-            for parent in PERIPHERALS
-            for one in peripherals(parent, hmp_tables.objects(await self._query(f"qom-list {parent}")).items())
-        ]
+            await self.learn_qdev_type(qdev)
+        found = await self.peripherals()
         with understood("info block"):
-            return hmp_tables.block_graph(backends, nodes, self._qdev_types, self.version, jobs, found)
+            return hmp_tables.block_graph(backends, nodes, self.qdev_types, self.version, jobs, found)
 
     async def snapshot_tables(self) -> SnapshotTables:
         nodes = await self._query("info block -n -v")
         with understood("info block -n -v"):
             return hmp_tables.snapshot_tables(nodes, self.version)
 
-    async def _learn_qdev_type(self, qdev: str) -> None:
-        if qdev in self._qdev_types:
-            return
-        path = qdev if qdev.startswith("/") else f"/machine/peripheral/{qdev}"
+    async def list_objects(self, path: str) -> Mapping[str, str]:
+        return hmp_tables.objects(await self._query(f"qom-list {path}"))
+
+    async def read_property(self, path: str, name: str) -> str:
+        text = await self._query(f"qom-get {hmp_text.quoted(path)} {name}")
         try:
-            kind = json.loads(await self._query(f"qom-get {hmp_text.quoted(path)} type"))
-        except (NotSupported, CommandFailed, ValueError):
-            kind = ""
-        self._qdev_types[qdev] = str(kind)
+            return str(json.loads(text))
+        except ValueError as error:
+            raise CommandFailed("qom-get", f"the human monitor tells no text of {path}") from error
+
+    async def add_mark(self, name: str, text: str) -> None:
+        await self._silent(f"object_add authz-simple,id={name},identity={text}")
+
+    async def delete_object(self, name: str) -> None:
+        await self._silent(f"object_del {name}")
 
     async def migration(self) -> Migration:
         return hmp_tables.migration(await self._query("info migrate"), await self._query("info migrate_capabilities"))
@@ -215,44 +217,6 @@ class HmpMonitor(HmpSnapshots):
         text = await self._query("info memory_size_summary")
         with understood("info memory_size_summary"):
             return hmp_tables.memory_size(text)
-
-    async def marks(self, prefixes: tuple[str, ...]) -> Sequence[str]:
-        try:
-            objects = hmp_tables.objects(await self._query("qom-list /objects"))
-        except CommandFailed as error:
-            if "not found" not in error.reason:
-                raise
-            return ()  # there are no objects yet (-preconfig)
-        return [name for name in objects if name.startswith(prefixes)]
-
-    async def mark(self, name: str) -> str | None:
-        if name not in await self.marks((name,)):
-            return None
-        try:
-            return str(json.loads(await self._query(f"qom-get /objects/{name} identity")))
-        except CommandFailed as error:
-            if "not found" not in error.reason:
-                raise
-            # It is an object of another type; or it went meanwhile
-            return "" if "identity" in error.reason else None
-        except ValueError as error:
-            raise MonitorError(f"the human monitor tells no text of {name}") from error
-
-    async def set_mark(self, name: str, text: str) -> bool:
-        try:
-            await self._silent(f"object_add authz-simple,id={name},identity={text}")
-        except CommandFailed as error:
-            if "duplicate property" in error.reason:
-                return False
-            raise
-        return True
-
-    async def clear_mark(self, name: str) -> None:
-        try:
-            await self._silent(f"object_del {name}")
-        except CommandFailed as error:
-            if "not found" not in error.reason:
-                raise
 
     async def take_over(self, pid: int) -> None:
         pass  # whoever gets an answer here knows that all before it has ended

@@ -33,8 +33,8 @@ from qsnap.errors import (
     NotSupported,
     QsnapError,
 )
-from qsnap.model.qemu import BlockGraph, Job, Migration, Peripheral, QemuVersion, RunState, SnapshotTables
-from qsnap.monitor import PERIPHERALS, ignore, peripherals
+from qsnap.model.qemu import BlockGraph, Job, Migration, QemuVersion, RunState, SnapshotTables
+from qsnap.monitor import ignore
 from qsnap.monitor.address import Address, UnixAddress
 from qsnap.monitor.connection import (
     AnotherAnswers,
@@ -47,6 +47,7 @@ from qsnap.monitor.connection import (
     understood,
 )
 from qsnap.monitor.hmp.snapshots import HmpSnapshots
+from qsnap.monitor.objects import Objects
 from qsnap.monitor.qmp import replies
 
 if TYPE_CHECKING:
@@ -247,7 +248,7 @@ def _mapped_errors(command: str, client: _Client) -> Iterator[None]:
         raise lost(command, error) from error
 
 
-class QmpMonitor:
+class QmpMonitor(Objects):
     """A QEMU reached by QMP, with its snapshot jobs (6.0 and later). See :class:`qsnap.monitor.Monitor`."""
 
     transport = "qmp"
@@ -258,13 +259,13 @@ class QmpMonitor:
         return f"this QEMU ({self.version})"
 
     def __init__(self, client: _Client, version: QemuVersion, address: Address, link: Connection) -> None:
+        super().__init__()
         self.version = version
         self.address = address
         self.pid = link.pid
         self.sock: socket.socket | None = link.sock.dup()
         self._client = client
         self._unsettled: dict[str, str] = {}
-        self._qdev_types: dict[str, str] = {}
         self._turns = EventListener(("STOP", "RESUME"))
         self._seen = EventListener(("STOP", "RESUME"))
         self._past: list[tuple[str, float]] = []
@@ -336,27 +337,22 @@ class QmpMonitor:
 
     async def block_graph(self) -> BlockGraph:
         # Sent together, so that nothing comes between them.
-        devices, infos, graph, named, unnamed = await asyncio.gather(
+        devices, infos, graph, found = await asyncio.gather(
             self.query(list[replies.BlockInfo], "query-block"),
             self.query(list[replies.BlockDeviceInfo], "query-named-block-nodes", {"flat": True}),
             self._graph_edges(),
-            self._peripherals(PERIPHERALS[0]),
-            self._peripherals(PERIPHERALS[1]),
+            self.peripherals(),
         )
-        await asyncio.gather(*(self._learn_qdev_type(row.qdev) for row in devices if row.qdev))
+        await asyncio.gather(*(self.learn_qdev_type(row.qdev) for row in devices if row.qdev))
         is_busy = graph is None or graph.has_jobs
         jobs = await self.query(list[replies.JobInfo], "query-jobs") if is_busy else ()
         with understood("query-block", "query-named-block-nodes", "x-debug-query-block-graph"):
-            return replies.block_graph(devices, infos, graph, self._qdev_types, jobs, [*named, *unnamed])
+            return replies.block_graph(devices, infos, graph, self.qdev_types, jobs, found)
 
     async def snapshot_tables(self) -> SnapshotTables:
         infos = await self.query(list[replies.BlockDeviceInfo], "query-named-block-nodes", {"flat": True})
         with understood("query-named-block-nodes"):
             return replies.snapshot_tables(infos)
-
-    async def _peripherals(self, parent: str) -> Sequence[Peripheral]:
-        properties = await self.query(list[replies.ObjectPropertyInfo], "qom-list", {"path": parent})
-        return list(peripherals(parent, ((item.name, item.type) for item in properties)))
 
     async def _graph_edges(self) -> replies.XDbgBlockGraph | None:
         try:
@@ -364,14 +360,18 @@ class QmpMonitor:
         except (NotSupported, CommandFailed):
             return None
 
-    async def _learn_qdev_type(self, qdev: str) -> None:
-        if qdev in self._qdev_types:
-            return
-        path = qdev if qdev.startswith("/") else f"/machine/peripheral/{qdev}"
-        try:
-            self._qdev_types[qdev] = await self.query(str, "qom-get", {"path": path, "property": "type"})
-        except (NotSupported, CommandFailed):
-            self._qdev_types[qdev] = ""
+    async def list_objects(self, path: str) -> Mapping[str, str]:
+        properties = await self.query(list[replies.ObjectPropertyInfo], "qom-list", {"path": path})
+        return {item.name: item.type for item in properties}
+
+    async def read_property(self, path: str, name: str) -> str:
+        return await self.query(str, "qom-get", {"path": path, "property": name})
+
+    async def add_mark(self, name: str, text: str) -> None:
+        await self.execute("object-add", {"qom-type": "authz-simple", "id": name, "identity": text})
+
+    async def delete_object(self, name: str) -> None:
+        await self.execute("object-del", {"id": name})
 
     async def migration(self) -> Migration:
         info, capabilities = await asyncio.gather(
@@ -384,42 +384,6 @@ class QmpMonitor:
             capabilities=frozenset(item.capability for item in capabilities if item.state),
             error=info.error_desc,
         )
-
-    async def marks(self, prefixes: tuple[str, ...]) -> Sequence[str]:
-        try:
-            objects = await self.query(list[replies.ObjectPropertyInfo], "qom-list", {"path": "/objects"})
-        except CommandFailed as error:
-            if "not found" not in error.reason:
-                raise
-            return ()  # there are no objects yet (-preconfig)
-        return [item.name for item in objects if item.name.startswith(prefixes)]
-
-    async def mark(self, name: str) -> str | None:
-        if name not in await self.marks((name,)):
-            return None
-        try:
-            return await self.query(str, "qom-get", {"path": f"/objects/{name}", "property": "identity"})
-        except CommandFailed as error:
-            if "not found" not in error.reason:
-                raise
-            # It is an object of another type; or it went meanwhile
-            return "" if "identity" in error.reason else None
-
-    async def set_mark(self, name: str, text: str) -> bool:
-        try:
-            await self.execute("object-add", {"qom-type": "authz-simple", "id": name, "identity": text})
-        except CommandFailed as error:
-            if "duplicate property" in error.reason:
-                return False
-            raise
-        return True
-
-    async def clear_mark(self, name: str) -> None:
-        try:
-            await self.execute("object-del", {"id": name})
-        except CommandFailed as error:
-            if "not found" not in error.reason:
-                raise
 
     async def memory_size(self) -> int:
         info = await self.query(replies.MemoryInfo, "query-memory-size-summary")

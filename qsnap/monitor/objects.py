@@ -1,0 +1,92 @@
+"""QEMU's tree of objects, over whatever asks for it: the marks that qsnap sets there, and what a device is."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+
+from qsnap.errors import CommandFailed, NotSupported
+from qsnap.model.qemu import Peripheral
+from qsnap.monitor import PERIPHERALS, peripherals
+
+
+class Objects(ABC):
+    """The verbs of :class:`qsnap.monitor.Monitor` that go by QEMU's objects, for a monitor that can list and read them.
+
+    :ivar qdev_types: the models of the devices that have been asked for, by id or path; "" for one that is not told.
+    """
+
+    def __init__(self) -> None:
+        self.qdev_types: dict[str, str] = {}
+
+    @abstractmethod
+    async def list_objects(self, path: str) -> Mapping[str, str]:
+        """The types of the children of an object, by name.
+
+        :raise CommandFailed: there is no such object.
+        """
+
+    @abstractmethod
+    async def read_property(self, path: str, name: str) -> str:
+        """A property of an object, which is a text.
+
+        :raise CommandFailed: there is no such object, or it has no such property.
+        """
+
+    @abstractmethod
+    async def add_mark(self, name: str, text: str) -> None:
+        """Make an object of no effect, which keeps a text."""
+
+    @abstractmethod
+    async def delete_object(self, name: str) -> None:
+        """Delete one of the objects that users make."""
+
+    async def peripherals(self) -> Sequence[Peripheral]:
+        """The devices that the user has given the guest."""
+        return [one for parent in PERIPHERALS for one in peripherals(parent, (await self.list_objects(parent)).items())]
+
+    async def learn_qdev_type(self, qdev: str) -> None:
+        """Ask for the model of a device, unless that is known."""
+        if qdev in self.qdev_types:
+            return
+        path = qdev if qdev.startswith("/") else f"/machine/peripheral/{qdev}"
+        try:
+            self.qdev_types[qdev] = await self.read_property(path, "type")
+        except (NotSupported, CommandFailed):
+            self.qdev_types[qdev] = ""
+
+    async def marks(self, prefixes: tuple[str, ...]) -> Sequence[str]:
+        try:
+            names = await self.list_objects("/objects")
+        except CommandFailed as error:
+            if "not found" not in error.reason:
+                raise
+            return ()  # there are no objects yet (-preconfig)
+        return [name for name in names if name.startswith(prefixes)]
+
+    async def mark(self, name: str) -> str | None:
+        if name not in await self.marks((name,)):
+            return None
+        try:
+            return await self.read_property(f"/objects/{name}", "identity")
+        except CommandFailed as error:
+            if "not found" not in error.reason:
+                raise
+            # It is an object of another type; or it went meanwhile
+            return "" if "identity" in error.reason else None
+
+    async def set_mark(self, name: str, text: str) -> bool:
+        try:
+            await self.add_mark(name, text)
+        except CommandFailed as error:
+            if "duplicate property" in error.reason:
+                return False
+            raise
+        return True
+
+    async def clear_mark(self, name: str) -> None:
+        try:
+            await self.delete_object(name)
+        except CommandFailed as error:
+            if "not found" not in error.reason:
+                raise
