@@ -157,6 +157,8 @@ class VM:
         exclude: Collection[str] = (),
         force: bool = False,
         may_sleep: bool = False,
+        full: bool = False,
+        verify: bool = False,
     ) -> LoadResult:
         """Put RAM, device state and disks back: see :func:`qsnap.operations.load.do_loadvm`.
 
@@ -166,7 +168,16 @@ class VM:
 
         async with self._claimed("load", (tag,)) as run:
             self._warn_of_unseen_files(await self._tidied(run), (tag,))
-            return await do_loadvm(run, tag, running=running, exclude=exclude, force=force, may_sleep=may_sleep)
+            return await do_loadvm(
+                run,
+                tag,
+                running=running,
+                exclude=exclude,
+                force=force,
+                may_sleep=may_sleep,
+                full=full,
+                verify=verify,
+            )
 
     async def delete(self, *tags: str, missing_ok: bool = False, ignore_unseen: bool = False) -> DeleteResult:
         """Delete snapshots from every device that holds them: see :func:`qsnap.operations.delete.do_delvm`.

@@ -44,6 +44,25 @@ def writes_ram(model: str) -> bool:
     return model.startswith((*_WRITERS, *_WRITING_OBJECTS))
 
 
+#: Models that leave the guest's RAM alone while it is stopped, whatever comes from outside, by what their names begin
+#: with: disks (their requests have ended), network cards (they take no packet), input (it is dropped), and what has
+#: nothing outside.
+_STILL = (
+    "virtio-blk", "virtio-scsi", "virtio-net", "virtio-balloon", "virtio-mem", "virtio-keyboard", "virtio-mouse",
+    "virtio-tablet", "virtio-gpu", "virtio-vga", "scsi-hd", "scsi-cd", "ide-", "nvme", "ahci", "ich9-", "lsi53c",
+    "mptsas", "megasas", "pvscsi", "am53c974", "floppy", "isa-fdc", "e1000", "igb", "rtl8139", "vmxnet3", "ne2k_",
+    "pcnet", "i82", "tulip", "VGA", "secondary-vga", "cirrus-vga", "bochs-display", "ramfb", "vmware-svga", "qemu-xhci",
+    "nec-usb-xhci", "usb-ehci", "piix3-", "piix4-", "usb-tablet", "usb-kbd", "usb-mouse", "usb-hub", "usb-storage",
+    "pc-dimm", "nvdimm", "isa-serial", "pci-serial", "isa-debug", "pvpanic", "pcie-", "pci-bridge", "ioh3420", "pxb",
+    "x3130-", "xio3130-", "i6300esb", "ib700", "vmcoreinfo", "vmgenid", "intel-iommu", "amd-iommu", "tpm-",
+)  # fmt: skip
+
+
+def is_still(model: str) -> bool:
+    """Whether a device of that model is known to leave guest memory alone while the guest is stopped."""
+    return model.startswith(_STILL) or model.endswith("-x86_64-cpu")
+
+
 def kept(model: str) -> str:
     """Where a device of that model keeps the guest's data, in words; "" if that is inside QEMU."""
     return next((where for prefix, where in _KEPT.items() if model.startswith(prefix)), "")

@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping
 from datetime import datetime
 from enum import StrEnum
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import msgspec
 
@@ -502,6 +502,15 @@ class LoadResult(Struct, frozen=True):
     labels: Labels = {}
     file: StateFile | None = None
     """Of a live save."""
+    method: Literal["delta", "full"] = "full"
+    """"delta": QEMU has loaded what of RAM differed from the snapshot, and all else; "full": everything."""
+    why_full: str = ""
+    """Why everything was loaded; "" where only what differed was."""
+    ram_bytes: int | None = None
+    """Bytes of RAM that differed; None where everything was loaded."""
+    differing_pages: int | None = None
+    """Pages of 4 KiB that differ from the snapshot after the load, as a device of QEMU's has written them while it was
+    loaded; None where they were not compared."""
 
 
 class DeleteResult(Struct, frozen=True):

@@ -9,6 +9,7 @@ import secrets
 import time
 from collections.abc import AsyncIterator, Collection, Coroutine, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from functools import partial
 from typing import Any, NoReturn
 
 from qsnap.errors import (
@@ -22,10 +23,10 @@ from qsnap.errors import (
     QsnapError,
     SnapshotNotFound,
 )
-from qsnap.inventory import state_file
-from qsnap.model.qemu import Finding, LoadResult, RunState, Snapshot
+from qsnap.model.qemu import Finding, LoadResult, RunState
 from qsnap.model.runstates import cure_of, is_live, needs_reset, runs_after_load
 from qsnap.monitor import HALF_RESTORED, STATE_NODE_PREFIX, Monitor
+from qsnap.operations.delta.load import Load, Source, refuse_flawed, refuse_incomparable
 from qsnap.operations.findings import spoiled_finding
 from qsnap.operations.plan import LoadPlan, plan_load
 from qsnap.operations.reset import RESET_CURE, reboots, reset
@@ -44,6 +45,8 @@ async def do_loadvm(
     exclude: Collection[str] = (),
     force: bool = False,
     may_sleep: bool = False,
+    full: bool = False,
+    verify: bool = False,
 ) -> LoadResult:
     """Put RAM, device state and disks back to what *tag* holds.
 
@@ -56,6 +59,9 @@ async def do_loadvm(
     load that fails midway leaves the guest stopped on purpose: it must not run on disks and RAM of different
     moments.
 
+    Where that is certainly the same, QEMU is given no more of RAM than what differs from the snapshot: see
+    :mod:`qsnap.operations.delta`. A delta load that ends in doubt is followed by a full one, before the guest runs.
+
     The state file of a live snapshot becomes a node for the time of the load. QEMU writes to it: it counts the uses of
     its clusters, as in any image that it goes back to a snapshot of.
 
@@ -63,10 +69,14 @@ async def do_loadvm(
     :param exclude: devices that keep the contents they have now, as they did when the tag was saved.
     :param force: load also where a disk stands on other images than when the tag was saved.
     :param may_sleep: with *running*, it is no error if the guest was saved in S3.
+    :param full: have QEMU load all of RAM.
+    :param verify: compare all of RAM with the snapshot after the load, before the guest runs. If it differs after a
+        delta load, all is loaded; if it differs then, too, QEMU's devices have written it as they were loaded.
     :return: what was loaded.
     :raise SnapshotNotFound: no device holds the tag, or one lacks it; the guest was not touched.
     :raise PrecheckRefused: it would fail, or mix moments; the guest was not touched.
-    :raise NotSupported: HMP cannot do it; the guest was not touched.
+    :raise NotSupported: HMP cannot do it, or *verify* was asked for, and RAM cannot be compared; nothing was loaded.
+    :raise VerifyFailed: the snapshot is loaded, and the comparison that *verify* asks for could not be made.
     :raise QsnapError: *running* was asked for, without *may_sleep*, and the guest was saved in S3; it is loaded.
     :raise GuestLeftStopped: QEMU failed midway and the guest was running; QEMU's error is the cause.
     :raise JobFailed: the same where the guest was not running.
@@ -81,9 +91,12 @@ async def do_loadvm(
     by_qemu = not monitor.chooses_devices and running is not False
     was_reset = needs_reset(plan.runstate, monitor.version)
     async with AsyncExitStack() as stack:
-        vmstate, devices = await stack.enter_async_context(_source(run, plan))
+        source = await stack.enter_async_context(_source(run, plan))
+        if verify:
+            await refuse_incomparable(run, plan.snapshot, source)
         if was_reset:
             await reset(monitor)
+        after_resume = await stack.enter_async_context(AsyncExitStack())
         pause = await stack.enter_async_context(stopped(monitor, journal, by_qemu=by_qemu))
         # Nothing can change from here on, so look once more
         standing = _standing(was_reset=was_reset, was_stopped=pause.was_running and not by_qemu)
@@ -98,28 +111,24 @@ async def do_loadvm(
         runs = runs_after_load(plan.runstate) if running is None else running
         if not (by_qemu and pause.was_running):
             await _flush(run, pause, runs=runs)
-        journal.note(loading="begun", was_running=pause.was_running)
-        try:
-            disk_tag = plan.snapshot.disk_tag
-            await monitor.snapshot_load(disk_tag, vmstate, devices, ended=lambda error: _note_end(journal, plan, error))
-        except JobFailed as failure:
-            await _end_in(failure, monitor, pause, journal, plan)
-        except MonitorLost as lost:
-            outcome = outcome_after(lost, monitor, journal, was_running=pause.was_running)
-            if error := await _awaited(outcome, pause, journal):
-                await _end_in(error, monitor, pause, journal, plan)
-        except asyncio.CancelledError as cancelled:
-            # It goes on inside QEMU; only its end tells whether the guest may run
-            if error := await _awaited(monitor.settle(), pause, journal):
-                await _end_in(error, monitor, pause, journal, plan)
-            cancelled.add_note(f"the load of {tag!r} had begun and was completed")
-            raise
+        load = Load(
+            run,
+            plan.snapshot,
+            plan.devices,
+            source,
+            begin=partial(_begin, run, pause, plan),
+            fail=partial(_end_in, monitor=monitor, pause=pause, journal=journal, plan=plan),
+            verify=verify,
+        )
+        await after_resume.enter_async_context(load.compared("it was asked for" if full else "", standing))
+        await load.load()
         with suppress(QsnapError):
             await monitor.clear_mark(HALF_RESTORED)
         await _settled(monitor, journal, runs=runs)
         journal.done(loading="")
         pause.resume = runs
         pause.deed = f"{tag!r} was loaded"
+        await load.verify()
     if running and not may_sleep and pause.runstate is RunState.SUSPENDED:
         raise QsnapError(f"{tag!r} was loaded, but the guest does not run: as it was saved, {cure_of(pause.runstate)}")
     snapshot = plan.snapshot
@@ -135,7 +144,36 @@ async def do_loadvm(
         runstate=pause.runstate,
         labels=snapshot.labels,
         file=snapshot.file,
+        method="full" if load.why_full else "delta",
+        why_full=load.why_full,
+        ram_bytes=load.ram_bytes,
+        differing_pages=load.differing_pages,
     )
+
+
+async def _begin(run: Run, pause: Pause, plan: LoadPlan, vmstate: str, devices: Sequence[str]) -> bool:
+    """Have QEMU load *vmstate*, and wait until it has; whether that was seen on this connection.
+
+    :raise JobFailed: it says that it has not.
+    :raise GuestLeftStopped: it cannot be told, or was interrupted and has not.
+    """
+    monitor, journal = run.monitor, run.journal
+    journal.note(loading="begun", was_running=pause.was_running)
+    try:
+        disk_tag = plan.snapshot.disk_tag
+        await monitor.snapshot_load(disk_tag, vmstate, devices, ended=lambda error: _note_end(journal, plan, error))
+    except MonitorLost as lost:
+        outcome = outcome_after(lost, monitor, journal, was_running=pause.was_running)
+        if error := await _awaited(outcome, pause, journal):
+            await _end_in(error, monitor, pause, journal, plan)
+        return False
+    except asyncio.CancelledError as cancelled:
+        # It goes on inside QEMU; only its end tells whether the guest may run
+        if error := await _awaited(monitor.settle(), pause, journal):
+            await _end_in(error, monitor, pause, journal, plan)
+        cancelled.add_note(f"the load of {plan.snapshot.tag!r} had begun and was completed")
+        raise
+    return True
 
 
 def _standing(*, was_reset: bool, was_stopped: bool) -> str:
@@ -206,15 +244,15 @@ async def _forget_failure(run: Run, tag: str) -> None:
 
 
 @asynccontextmanager
-async def _source(run: Run, plan: LoadPlan) -> AsyncIterator[tuple[str, Sequence[str]]]:
-    """Where QEMU is to find the VM state for the duration of a block, and all nodes that take part in the load.
+async def _source(run: Run, plan: LoadPlan) -> AsyncIterator[Source]:
+    """Where QEMU is to find the VM state for the duration of a block.
 
     :raise PrecheckRefused: the state file is damaged, or is not to be opened for this QEMU; the guest was not touched.
     :raise JobFailed: QEMU cannot use the state file; the guest was not touched.
     """
     snapshot, background = plan.snapshot, run.monitor.background
     if snapshot.file is None or background is None:
-        yield plan.vmstate or "", plan.devices
+        yield Source(plan.vmstate or "", plan.devices)
         return
     node = f"{STATE_NODE_PREFIX}-{secrets.token_hex(4)}"
     try:
@@ -229,28 +267,13 @@ async def _source(run: Run, plan: LoadPlan) -> AsyncIterator[tuple[str, Sequence
     except OSError as error:
         raise JobFailed("open", f"{snapshot.file.path}: {error.strerror}", UNTOUCHED) from error
     try:
-        await asyncio.to_thread(_refuse_flawed, file, snapshot)
+        await asyncio.to_thread(refuse_flawed, file, snapshot)
         await background.add_state_node(file, node)
-        yield node, (*plan.devices, node)
+        yield Source(node, (*plan.devices, node), file)
     finally:
         os.close(file)
         with suppress(QsnapError):
             await shielded(background.tidy(), AFTERMATH_TIMEOUT_S)
-
-
-def _refuse_flawed(file: int, snapshot: Snapshot) -> None:
-    """Refuse an open state file that is not as qsnap has written it.
-
-    :raise PrecheckRefused: it is not.
-    """
-    assert snapshot.file is not None
-    if problem := state_file.flaw(lambda size, offset: os.pread(file, size, offset), os.fstat(file).st_size):
-        finding = Finding.refusal(
-            "state-file-damaged",
-            f"the state file {snapshot.file.path} is damaged: {problem}",
-            "if there is a good copy of the file, put that in its place; or load another snapshot",
-        )
-        raise PrecheckRefused(f"snapshot {snapshot.tag!r} cannot be loaded", [finding])
 
 
 #: What QEMU says before it has touched anything (migration/savevm.c and block/snapshot.c: load_snapshot), 5.2 to 11.1.

@@ -335,7 +335,7 @@ def test_20_load_fails_in_the_middle(launch: Launch, tmp_path: Path) -> None:
     guest.wait_for_ticks()
     cli("save", "t", monitor=guest.address)
     guest.wait_for_ticks(3)
-    error = cli("load", "t", "--json", monitor=guest.address, expect=20).error
+    error = cli("load", "t", "--full", "--json", monitor=guest.address, expect=20).error
     assert error["error"] == "GuestLeftStopped"
     assert "RAM and disks may be half restored, so the guest is left stopped on purpose" in error["message"]
     assert "qemu-img snapshot -a t" in error["message"]
@@ -371,7 +371,7 @@ def test_9_load_fails_in_the_middle_of_a_paused_guest(launch: Launch, tmp_path: 
     guest.wait_for_ticks()
     cli("save", "t", monitor=guest.address)
     guest.qmp("stop")
-    error = cli("load", "t", "--json", monitor=guest.address, expect=9).error
+    error = cli("load", "t", "--full", "--json", monitor=guest.address, expect=9).error
     assert "may be half restored" in error["message"]
     assert guest.runstate != "running"
 
@@ -398,7 +398,7 @@ def test_6_nothing_is_saved_over_a_good_one_after_a_failed_load(launch: Launch, 
     guest.wait_for_ticks()
     cli("save", "good", monitor=guest.address)
     before = cli("list", "--json", monitor=guest.address).json
-    cli("load", "good", monitor=guest.address, expect=20)
+    cli("load", "good", "--full", monitor=guest.address, expect=20)
     for verb in (["check"], ["save", "good"], ["save", "other"]):
         run = cli(*verb, monitor=guest.address, expect=6)
         assert "a load has failed midway" in run.out + run.err

@@ -26,8 +26,19 @@ if TYPE_CHECKING:
     is_flag=True,
     help="Load even if a disk has other backing images than at the save. Overrides nothing else.",
 )
+@click.option("--full", is_flag=True, help="Load all of RAM, not only what differs.")
+@click.option("--verify", is_flag=True, help="Compare all of RAM with the snapshot before the guest runs again.")
 @common_options
-def load(options: Options, tag: str, paused: bool, running: bool, exclude: tuple[str, ...], force: bool) -> int:
+def load(
+    options: Options,
+    tag: str,
+    paused: bool,
+    running: bool,
+    exclude: tuple[str, ...],
+    force: bool,
+    full: bool,
+    verify: bool,
+) -> int:
     """Restore RAM, device state and all disks from snapshot TAG.
 
     What the guest has done since is lost. It is left in the run state that it had, running or paused.
@@ -37,7 +48,9 @@ def load(options: Options, tag: str, paused: bool, running: bool, exclude: tuple
     wanted = running if paused or running else None
     return work(
         options,
-        lambda vm, settings: vm.load(tag, running=wanted, exclude=excluded(exclude, settings), force=force),
+        lambda vm, settings: vm.load(
+            tag, running=wanted, exclude=excluded(exclude, settings), force=force, full=full, verify=verify
+        ),
     )
 
 

@@ -104,14 +104,18 @@ def _(result: SaveResult) -> Lines:
 @lines_of.register(LoadResult)
 def _(result: LoadResult) -> Lines:
     asleep = ", as it was saved: `system_wakeup` in its monitor wakes it"
+    differed = "" if result.ram_bytes is None else f"{size(result.ram_bytes)} that differed of "
     yield (
-        f"loaded {result.tag} of {date(result.date)}: {size(result.vm_state_size)} from "
+        f"loaded {result.tag} of {date(result.date)}: {differed}{size(result.vm_state_size)} from "
         f"{_file_or_node(result.vmstate, result.file, result.labels)}, {_count(result.devices, 'device')}, "
         f"{seconds(result.duration_ms)}, guest {result.runstate}"
         f"{asleep if result.runstate is RunState.SUSPENDED else ''}"
     )
     if result.excluded:
         yield f"  left as it is: {_names(result.excluded, result.labels)}"
+    if result.differing_pages is not None:
+        but = f" but for {result.differing_pages} pages that QEMU's devices wrote in the load"
+        yield f"  verified: RAM is as in the snapshot{but if result.differing_pages else ''}"
 
 
 @lines_of.register(CheckReport)

@@ -130,9 +130,13 @@ class Background:
             *(f"netdev {name!r}" for name in hmp_tables.outside_networks(networks)),
         ]
 
+    async def memdevs(self) -> Sequence[replies.Memdev]:
+        """The memory backends."""
+        return await self._monitor.query(list[replies.Memdev], "query-memdev")
+
     async def shares_memory(self) -> bool:
         """Whether other processes could have mapped guest memory."""
-        return any(one.share for one in await self._monitor.query(list[replies.Memdev], "query-memdev"))
+        return any(one.share for one in await self.memdevs())
 
     async def prepare(self) -> None:
         """Switch background snapshots on, and the bound of the stream's speed off."""
@@ -230,8 +234,12 @@ class Background:
                 os.close(file)
             await self.tidy()
 
+    def forget_stop_resume_events(self) -> None:
+        """Begin anew to remember STOP and RESUME events; a stream that begins does so, too."""
+        self._monitor.forget_stop_resume_events()
+
     def stop_resume_events(self) -> Sequence[tuple[str, float]]:
-        """The STOP and RESUME events since the stream began, with their time stamps in seconds since 1970."""
+        """Those that have come since, with their time stamps in seconds since 1970."""
         return self._monitor.stop_resume_events()
 
     async def add_state_node(self, file: int, node: str) -> None:

@@ -174,7 +174,9 @@ class NodeName(Wire, frozen=True):
 
 
 class Memdev(Wire, frozen=True):
+    size: Size = 0
     share: bool = True
+    id: str = ""
 
 
 class MemoryInfo(Wire, frozen=True):

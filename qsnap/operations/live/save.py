@@ -33,7 +33,6 @@ from qsnap.host import files, processes
 from qsnap.inventory import block_jobs, snapshots, state_file
 from qsnap.inventory import state_part as parts
 from qsnap.inventory.state_store import PART_SUFFIX, read
-from qsnap.model import outside
 from qsnap.model.qemu import BlockGraph, Device, Finding, RunState, SaveResult, Severity, StateFile
 from qsnap.model.requests import OnExists, SaveRequest
 from qsnap.model.runstates import cure_of, is_live
@@ -46,6 +45,7 @@ from qsnap.operations.plan import SavePlan, plan_save
 from qsnap.operations.progress import Watcher
 from qsnap.operations.removal import refuse_removal
 from qsnap.operations.save import save_result, unchanged
+from qsnap.operations.writers import other_writers
 from qsnap.runs.journal import Journal, LiveRecord
 from qsnap.runs.pause import has_ended, reconnect
 from qsnap.runs.run import Run
@@ -138,19 +138,13 @@ async def _refuse_other_writers(monitor: Monitor, background: Background, graph:
 
     :raise NotSupported: a device has it written, or another process has it mapped, or may have and cannot be seen.
     """
-    writers = [f"device {one.label!r} ({one.model})" for one in graph.peripherals if outside.writes_ram(one.model)]
-    writers += await background.writers()
-    if not writers and await background.shares_memory():
-        try:
-            if monitor.pid is None:
-                raise FileNotFoundError
-            sharers = await asyncio.to_thread(processes.sharers, monitor.pid, await monitor.memory_size())
-        except OSError:
-            raise NotSupported(
-                "a live save is not possible: the guest's memory is shared, and from here it cannot be seen whether "
-                "another process has it mapped; as root it can, or as the user of QEMU"
-            ) from None
-        writers += [f"process {pid}, which has it mapped," for pid in sharers]
+    try:
+        writers = await other_writers(monitor, background, graph)
+    except OSError:
+        raise NotSupported(
+            "a live save is not possible: the guest's memory is shared, and from here it cannot be seen whether "
+            "another process has it mapped; as root it can, or as the user of QEMU"
+        ) from None
     if writers:
         raise NotSupported(
             f"a live save is not possible: {', '.join(writers)} may write into the guest's memory while it is saved, "

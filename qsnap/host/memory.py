@@ -1,0 +1,149 @@
+"""Compare memory of another process with bytes of our own, as fast as the machine copies.
+
+Facts (Linux): process_vm_readv(2) copies memory of a process of the same user (or for root); it takes up to 1024
+stretches, and stops at one that is not mapped. Both it and memcmp are called without the interpreter's lock, so that
+several threads compare at once. cgroup v2: what a file without a disk (memfd_create(2)) takes counts as memory.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+PAGE = 4096
+#: Pages that are compared with one call.
+_AT_ONCE = 256
+
+
+class _Vector(ctypes.Structure):
+    _fields_ = (("base", ctypes.c_void_p), ("size", ctypes.c_size_t))
+
+
+class Comparison:
+    """Comparisons with the memory of one process, one after the other. Each thread has its own.
+
+    :raise OSError: this system has no process_vm_readv.
+    """
+
+    def __init__(self, pid: int) -> None:
+        libc = ctypes.CDLL(None, use_errno=True)
+        try:
+            self._readv = libc.process_vm_readv
+        except AttributeError:
+            raise OSError(errno.ENOSYS, "this system has no process_vm_readv") from None
+        vectors = ctypes.POINTER(_Vector)
+        self._readv.argtypes = [ctypes.c_int, vectors, ctypes.c_ulong, vectors, ctypes.c_ulong, ctypes.c_ulong]
+        self._readv.restype = ctypes.c_ssize_t
+        self._memcmp = libc.memcmp
+        self._memcmp.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t]
+        self._pid = pid
+        self._theirs = _Vector()
+        self._nothing = memoryview(bytearray(_AT_ONCE * PAGE))
+        self._zeroes = _address(self._nothing)
+        self._buffer = memoryview(bytearray(_AT_ONCE * 2 * PAGE))
+        self._base = _address(self._buffer)
+        self._ours: dict[int, ctypes.Array[_Vector]] = {}
+
+    def differing(
+        self, data: memoryview, begin: int, stride: int, address: int, count: int
+    ) -> Iterator[tuple[int, int]]:
+        """Which of the *count* pages from *address* on differ: (first, how many), in order.
+
+        :param data: what they are compared with: a page at *begin*, and each next one *stride* bytes further. What is
+            in between counts as equal.
+        :raise OSError: the memory cannot be read.
+        """
+        ours = _address(data) + begin
+        for first in range(0, count, _AT_ONCE):
+            pages = min(_AT_ONCE, count - first)
+            self._read(address + first * PAGE, pages, stride)
+            # What is between the pages is put between ours, so that all of it is one comparison
+            length = (pages - 2) * stride + 1
+            for at in range(PAGE, stride if pages > 1 else 0):
+                there = begin + first * stride + at
+                self._buffer[at : at + length : stride] = data[there : there + length : stride]
+            yield from self._halved(ours + first * stride, stride, first, 0, pages)
+
+    def not_zero(self, address: int, count: int) -> Iterator[tuple[int, int]]:
+        """Which of the *count* pages from *address* on are not all zeroes: (first, how many), in order.
+
+        :raise OSError: the memory cannot be read.
+        """
+        for first in range(0, count, _AT_ONCE):
+            pages = min(_AT_ONCE, count - first)
+            self._read(address + first * PAGE, pages, PAGE)
+            yield from self._halved(self._zeroes, PAGE, first, 0, pages)
+
+    def _read(self, address: int, pages: int, stride: int) -> None:
+        """Read *pages* into the buffer, *stride* bytes from each other."""
+        if stride not in self._ours:
+            base = self._base
+            self._ours[stride] = (_Vector * _AT_ONCE)(*(_Vector(base + n * stride, PAGE) for n in range(_AT_ONCE)))
+        self._theirs.base, self._theirs.size = address, pages * PAGE
+        got = self._readv(self._pid, self._ours[stride], pages, ctypes.byref(self._theirs), 1, 0)
+        if got != pages * PAGE:
+            error = ctypes.get_errno() if got < 0 else errno.EFAULT
+            raise OSError(error, os.strerror(error))
+
+    def _halved(self, ours: int, stride: int, offset: int, begin: int, end: int) -> Iterator[tuple[int, int]]:
+        """Those of the pages that are read, from *begin* up to *end*."""
+        size = (end - begin - 1) * stride + PAGE
+        if not self._memcmp(ours + begin * stride, self._base + begin * stride, size):
+            return
+        if end - begin == 1:
+            yield offset + begin, 1
+            return
+        middle = (begin + end) // 2
+        yield from self._halved(ours, stride, offset, begin, middle)
+        yield from self._halved(ours, stride, offset, middle, end)
+
+
+def joined(pieces: Iterator[tuple[int, int]]) -> Iterator[tuple[int, int]]:
+    """(first, how many), with those that follow each other made one."""
+    current: tuple[int, int] | None = None
+    for first, count in pieces:
+        if current is not None and first == current[0] + current[1]:
+            current = (current[0], current[1] + count)
+        else:
+            if current is not None:
+                yield current
+            current = (first, count)
+    if current is not None:
+        yield current
+
+
+def _address(buffer: memoryview) -> int:
+    return ctypes.addressof(ctypes.c_char.from_buffer(buffer))
+
+
+def available_bytes() -> int:
+    """Bytes of memory that are free, or could be made so at once: of the machine, and of the groups that we are in."""
+    rooms = [sum(_number(line) for line in _lines(Path("/proc/meminfo")) if line.startswith("MemAvailable:")) * 1024]
+    for line in _lines(Path("/proc/self/cgroup")):
+        if line.startswith("0::"):
+            group = Path("/sys/fs/cgroup") / line[3:].strip().lstrip("/")
+            for level in (group, *group.parents):
+                with suppress(OSError, ValueError):
+                    most = int((level / "memory.max").read_text())
+                    used = int((level / "memory.current").read_text())
+                    rooms.append(most - used + sum(map(_number, filter(_is_cache, _lines(level / "memory.stat")))))
+    return max(0, min(rooms))
+
+
+def _is_cache(line: str) -> bool:
+    return line.startswith(("inactive_file ", "active_file "))
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        return path.read_text().splitlines()
+    except OSError:
+        return []
+
+
+def _number(line: str) -> int:
+    return int(line.split()[1])

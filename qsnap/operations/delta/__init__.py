@@ -1,0 +1,13 @@
+"""Delta loads: what QEMU is given to load is only what differs between the guest and the snapshot.
+
+QEMU's loader touches only the pages of RAM that are in the stream. So a stream without the pages that the guest has
+unchanged puts back the same as the whole one, in the time that the changed ones take. All else is in it as it was: the
+devices, the video memory, the firmware. The order inside QEMU is that of any load (disks, reset, RAM, devices).
+
+``ram`` finds out whether that is right for this guest, and where its RAM lies; ``difference`` compares and writes the
+stream; ``delta`` is what a load uses. Whatever is not certain makes a full load, and says why (:class:`NoDelta`).
+"""
+
+
+class NoDelta(Exception):
+    """Only a full load is right, or worth while. The text is a clause that says why."""

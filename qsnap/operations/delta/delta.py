@@ -1,0 +1,185 @@
+"""Compare the guest with the snapshot that is to be loaded, and have QEMU load no more than what differs."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import secrets
+import threading
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager, suppress
+from typing import NamedTuple, TypeVar
+
+from qsnap.errors import CommandFailed, JobFailed, NotSupported, QsnapError
+from qsnap.host import files, memory
+from qsnap.inventory import descriptors, state_file, vm_state
+from qsnap.inventory.state_file import STREAM_OFFSET, Content
+from qsnap.inventory.stream import Unknown
+from qsnap.inventory.vm_state import Elsewhere, VmState
+from qsnap.model.qemu import Snapshot
+from qsnap.monitor import STATE_NODE_PREFIX, Monitor
+from qsnap.monitor.qmp.background import Background
+from qsnap.operations.delta import NoDelta, difference, ram
+from qsnap.operations.delta.difference import Found, Output, TooMuch
+from qsnap.operations.delta.ram import GuestRam
+from qsnap.runs.journal import AFTERMATH_TIMEOUT_S
+from qsnap.runs.shield import shielded
+
+_T = TypeVar("_T")
+
+#: A stream that is longer than this and than half of the state gains too little. It is in memory for the time of the
+#: load, and may take a quarter of what is free.
+_ALWAYS_BYTES = 64 << 20
+_SHARE_OF_MEMORY = 4
+#: Seconds for a comparison to end that is to end: a piece takes milliseconds, a disk that does not answer much longer.
+_END_S = 60.0
+
+
+class Delta(NamedTuple):
+    """A stream of what differs, as a node of QEMU's.
+
+    :ivar node: its node-name.
+    :ivar ram_bytes: bytes of RAM in it that differ.
+    """
+
+    node: str
+    ram_bytes: int
+
+
+class Comparison:
+    """The guest's RAM and the snapshot's, side by side. The guest is stopped; what is found holds as long as it is."""
+
+    def __init__(self, background: Background, guest: GuestRam, state: VmState, snapshot: Snapshot) -> None:
+        self._background = background
+        self._guest = guest
+        self._state = state
+        self._snapshot = snapshot
+
+    @property
+    def is_still(self) -> bool:
+        """Whether nobody writes RAM while the guest is stopped, as far as its devices are known."""
+        return self._guest.is_still
+
+    @property
+    def was_resumed(self) -> bool:
+        """Whether the guest ran since the comparison began."""
+        return any(name == "RESUME" for name, _ in self._background.stop_resume_events())
+
+    @asynccontextmanager
+    async def delta(self) -> AsyncIterator[Delta]:
+        """What differs, as a node for the time of a block.
+
+        The stream is in a file without a name, in memory: whoever dies, nothing is left of it but the node.
+
+        :raise NoDelta: it cannot be had, or gains nothing.
+        """
+        file = os.memfd_create(STATE_NODE_PREFIX, os.MFD_CLOEXEC)
+        try:
+            with _doubts():
+                found = await _in_thread(lambda ended: self._written(file, ended))
+                node = f"{STATE_NODE_PREFIX}-{secrets.token_hex(4)}"
+                await self._background.add_state_node(file, node)
+            if self.was_resumed:
+                raise NoDelta("another client has resumed the guest during the comparison")
+            yield Delta(node, found.differing * memory.PAGE)
+        finally:
+            os.close(file)
+            if self._snapshot.file is None:  # that of a state file is still needed, and goes together with this one
+                with suppress(QsnapError):
+                    await shielded(self._background.tidy(), AFTERMATH_TIMEOUT_S)
+
+    def _written(self, file: int, ended: threading.Event) -> Found:
+        """Compare, and write the stream and what makes it a state file."""
+        most = min(max(self._state.size // 2, _ALWAYS_BYTES), memory.available_bytes() // _SHARE_OF_MEMORY)
+        output = Output(file, STREAM_OFFSET, most)
+        guest = self._guest
+        found = difference.walk(
+            self._state, guest.pid, guest.blocks, ended, write=output.write, accept=guest.refuse_board
+        )
+        content = Content(
+            tag=self._snapshot.disk_tag,
+            image="",
+            vm_state_size=output.size,
+            date=self._snapshot.date,
+            vm_clock_ns=self._snapshot.vm_clock_ns,
+        )
+        os.ftruncate(file, state_file.file_size(output.size))
+        for offset, data in state_file.envelope(content):
+            files.write(file, data, offset)
+        return found
+
+    async def differing(self) -> int:
+        """Compare again, after a load: the pages that differ.
+
+        :raise NoDelta: it cannot be done.
+        """
+        guest = self._guest
+        with _doubts():
+            found = await _in_thread(lambda ended: difference.walk(self._state, guest.pid, guest.blocks, ended))
+        return found.differing
+
+
+@asynccontextmanager
+async def comparison(monitor: Monitor, snapshot: Snapshot, state: int | None) -> AsyncIterator[Comparison]:
+    """A comparison with a snapshot, for the time of a block.
+
+    :param state: the open state file of a live one.
+    :raise NoDelta: RAM, or the snapshot's, cannot be seen from here; or others than QEMU may write RAM.
+    """
+    graph = await monitor.block_graph()
+    with _doubts():
+        guest = await ram.find(monitor, graph)
+    background = monitor.background
+    assert background is not None  # or its RAM had not been found
+    background.forget_stop_resume_events()
+    if state is not None:
+        yield Comparison(background, guest, vm_state.of_state_file(state, snapshot.vm_state_size), snapshot)
+        return
+    image = descriptors.way(guest.pid, graph, snapshot.vmstate or "")
+    rows = graph.nodes[snapshot.vmstate].tagged(snapshot.disk_tag) if snapshot.vmstate in graph.nodes else ()
+    if image is None or len(rows) != 1:
+        raise NoDelta("the image that holds the VM state cannot be seen from here")
+    with _doubts():
+        file = os.open(image, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
+    try:
+        with _doubts():
+            found = await asyncio.to_thread(vm_state.of_image, file, rows[0])
+        yield Comparison(background, guest, found, snapshot)
+    finally:
+        os.close(file)
+
+
+@contextmanager
+def _doubts() -> Iterator[None]:
+    """Whatever goes wrong in a block means that there is no delta load: nothing has been done by then."""
+    try:
+        yield
+    except TooMuch as error:
+        raise NoDelta("so much of RAM differs that a delta load would gain nothing") from error
+    except PermissionError as error:
+        raise NoDelta(f"this user may not read QEMU's memory, or the VM state: {error.strerror}") from error
+    except OSError as error:
+        raise NoDelta(f"QEMU's memory, or the VM state, cannot be read: {error.strerror}") from error
+    except (Unknown, Elsewhere) as error:
+        raise NoDelta(f"the VM state cannot be compared: {error}") from error
+    except MemoryError as error:
+        raise NoDelta("there is too little memory for it") from error
+    except (CommandFailed, JobFailed, NotSupported) as error:
+        raise NoDelta(f"QEMU refuses a command that it takes: {error}") from error
+
+
+async def _in_thread(work: Callable[[threading.Event], _T]) -> _T:
+    """Do *work* in a thread; if we are cancelled, have it end, and wait for that: it uses open files."""
+    ended = threading.Event()
+    task = asyncio.ensure_future(asyncio.to_thread(work, ended))
+    try:
+        return await asyncio.shield(task)
+    except asyncio.CancelledError:
+        ended.set()
+
+        async def end() -> None:
+            with suppress(Exception):
+                await task
+
+        await shielded(end(), _END_S)
+        raise

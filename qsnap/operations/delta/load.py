@@ -1,0 +1,176 @@
+"""The load itself, of a guest that is stopped: of what differs, where that is certainly the same, or of everything."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from typing import TYPE_CHECKING, NamedTuple
+
+from qsnap.errors import UNTOUCHED, JobFailed, NotSupported, PrecheckRefused, VerifyFailed
+from qsnap.inventory import state_file
+from qsnap.model.qemu import Finding, Snapshot
+from qsnap.operations.delta import NoDelta
+from qsnap.runs.run import Run
+
+if TYPE_CHECKING:
+    from qsnap.operations.delta.delta import Comparison, Delta
+
+
+class Source(NamedTuple):
+    """Where QEMU finds the whole VM state, and all nodes that take part in the load.
+
+    :ivar state: the open state file of a live snapshot.
+    """
+
+    vmstate: str
+    devices: Sequence[str]
+    state: int | None = None
+
+
+def refuse_flawed(file: int, snapshot: Snapshot, standing: str = UNTOUCHED) -> None:
+    """Refuse an open state file that is not as qsnap has written it.
+
+    :raise PrecheckRefused: it is not.
+    """
+    assert snapshot.file is not None
+    if problem := state_file.flaw(lambda size, offset: os.pread(file, size, offset), os.fstat(file).st_size):
+        finding = Finding.refusal(
+            "state-file-damaged",
+            f"the state file {snapshot.file.path} is damaged: {problem}",
+            "if there is a good copy of the file, put that in its place; or load another snapshot",
+        )
+        raise PrecheckRefused(f"snapshot {snapshot.tag!r} cannot be loaded", [finding], standing)
+
+
+async def refuse_incomparable(run: Run, snapshot: Snapshot, source: Source) -> None:
+    """See that RAM can be compared with a snapshot, as far as that is known before the guest is touched.
+
+    :raise NotSupported: it cannot.
+    """
+    from qsnap.operations.delta.delta import comparison
+
+    try:
+        async with comparison(run.monitor, snapshot, source.state):
+            pass
+    except NoDelta as reason:
+        raise NotSupported(f"{snapshot.tag!r} cannot be verified: {reason}; {UNTOUCHED}") from reason
+
+
+class Load:
+    """A load of one snapshot.
+
+    :param devices: what is loaded of it, without a state file's node.
+    :param begin: has QEMU load from one node into others, and waits until it has: whether that was seen on this
+        connection. JobFailed where QEMU says that it has not.
+    :param fail: ends a load of everything that has failed so.
+    :param verify: RAM is to be compared after the load.
+    :ivar why_full: why everything was loaded; "" where it was what differs.
+    :ivar ram_bytes: bytes of RAM that differed, where it was that.
+    :ivar differing_pages: pages of RAM that differ from the snapshot after the load; None before they are compared.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        snapshot: Snapshot,
+        devices: Sequence[str],
+        source: Source,
+        *,
+        begin: Callable[[str, Sequence[str]], Awaitable[bool]],
+        fail: Callable[[JobFailed], Awaitable[None]],
+        verify: bool,
+    ) -> None:
+        self.why_full = ""
+        self.ram_bytes: int | None = None
+        self.differing_pages: int | None = None
+        self._run = run
+        self._snapshot = snapshot
+        self._devices = devices
+        self._source = source
+        self._begin = begin
+        self._fail = fail
+        self._verifies = verify
+        self._comparison: Comparison | None = None
+        self._delta: Delta | None = None
+
+    @asynccontextmanager
+    async def compared(self, why_full: str, standing: str) -> AsyncIterator[None]:
+        """Compare RAM with the snapshot; for the duration of a block there is what differs, for QEMU to load.
+
+        :param why_full: why everything is to be loaded, whatever differs; "" if only what differs is.
+        :param standing: what a refusal says of the guest.
+        :raise NotSupported: it cannot be compared, and is to be verified; nothing was loaded.
+        """
+        from qsnap.operations.delta.delta import comparison
+
+        self.why_full = why_full
+        async with AsyncExitStack() as stack:
+            try:
+                if not why_full or self._verifies:
+                    found = comparison(self._run.monitor, self._snapshot, self._source.state)
+                    self._comparison = await stack.enter_async_context(found)
+                    if not why_full:
+                        self._delta = await stack.enter_async_context(self._comparison.delta())
+                        self.ram_bytes = self._delta.ram_bytes
+            except NoDelta as reason:
+                self.why_full = str(reason)
+                if self._source.state is not None:  # it may have been damaged since it was looked at
+                    await asyncio.to_thread(refuse_flawed, self._source.state, self._snapshot, standing)
+                if self._verifies and self._comparison is None:
+                    raise NotSupported(f"RAM cannot be compared: {reason}; {standing}") from reason
+            yield
+
+    async def load(self) -> None:
+        """Have QEMU load. An interrupt takes effect when it is certain what that has made."""
+        if self._comparison is None or self._delta is None:
+            await self._load_full()
+            return
+        try:
+            is_seen = await self._begin(self._delta.node, (*self._devices, self._delta.node))
+            doubt = "" if is_seen else "the monitor was lost during the delta load"
+        except JobFailed as failure:
+            doubt = f"QEMU did not load what differs: {failure.reason}"
+        except asyncio.CancelledError:
+            await self._run.shielded(self._make_sure(self._comparison, ""))
+            raise
+        await self._run.shielded(self._make_sure(self._comparison, doubt))
+
+    async def _make_sure(self, compared: Comparison, doubt: str) -> None:
+        """Load everything if it is not certain what the delta load has made."""
+        if not doubt and compared.was_resumed:
+            doubt = "another client has resumed the guest during the delta load"
+        if not doubt and (self._verifies or not compared.is_still):
+            try:
+                self.differing_pages = await compared.differing()
+            except NoDelta as reason:
+                doubt = f"the delta load could not be verified: {reason}"
+            if self.differing_pages:
+                doubt = f"{self.differing_pages} pages of RAM differed after the delta load"
+        if doubt:
+            self.why_full, self.ram_bytes, self.differing_pages = doubt, None, None
+            await self._load_full()
+
+    async def _load_full(self) -> None:
+        try:
+            await self._begin(self._source.vmstate, self._source.devices)
+        except JobFailed as failure:
+            await self._fail(failure)
+
+    async def verify(self) -> None:
+        """Compare all of RAM with the snapshot, where that is to be and is not done.
+
+        :raise VerifyFailed: it cannot be done.
+        """
+        if not self._verifies or self._comparison is None or self.differing_pages is not None:
+            return
+        reason: object = "another client has resumed the guest meanwhile" if self._comparison.was_resumed else None
+        if reason is None:
+            try:
+                self.differing_pages = await self._comparison.differing()
+            except NoDelta as error:
+                reason = error
+        if reason is not None:
+            problem = f"it is loaded, and RAM could not be compared with it: {reason}"
+            raise VerifyFailed(self._snapshot.tag, [problem])

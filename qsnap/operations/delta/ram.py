@@ -1,0 +1,116 @@
+"""Where the guest's RAM lies in QEMU's memory, and whether a delta load of it is right.
+
+Facts (QEMU's source; trials on 7.2, 10.0 and 11.1):
+
+* The RAM of the guest is that of memory backends (``query-memdev``), the one that ``-m`` makes among them. A backend's
+  block has its id in the stream, or the id behind "/objects/". All other blocks (video memory, firmware, option ROMs)
+  are small; and a reset, which is a part of any load, writes some of them. They are loaded whole.
+* A reset of a PC writes into RAM what ``info roms`` shows there (an ELF kernel, -device loader), and nothing else.
+* A stopped guest's RAM is still: QEMU has ended all requests to disks, and takes no packets and no input. But some
+  devices go on to take what comes from outside: a virtio-serial port, virtio-rng, a redirected USB device.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+from qsnap.model import outside
+from qsnap.model.qemu import BlockGraph
+from qsnap.monitor import Monitor
+from qsnap.monitor.hmp import ram
+from qsnap.monitor.qmp.replies import Memdev
+from qsnap.operations.delta import NoDelta
+from qsnap.operations.delta.difference import Block
+from qsnap.operations.writers import other_writers
+
+#: Machines of which it is known what their reset writes, by what their names begin with.
+_BOARDS = ("pc-i440fx-", "pc-q35-")
+#: Ranges of a block that are asked about. A PC shows one in two or three.
+_MOST_RANGES = 16
+
+
+class GuestRam(NamedTuple):
+    """The guest's RAM.
+
+    :ivar pid: the QEMU process.
+    :ivar blocks: by their names in the stream.
+    :ivar roms: what each reset writes into it.
+    :ivar is_still: certainly nobody writes it while the guest is stopped.
+    """
+
+    pid: int
+    blocks: Mapping[str, Block]
+    roms: Sequence[str]
+    is_still: bool
+
+    def refuse_board(self, machine: str) -> None:
+        """See that the reset in a load of *machine* leaves RAM alone.
+
+        :raise NoDelta: it may not.
+        """
+        if self.roms:
+            raise NoDelta(f"a reset writes {self.roms[0]!r} into RAM")
+        if not machine.startswith(_BOARDS):
+            raise NoDelta(f"it is not known what a reset of the machine {machine!r} writes into RAM")
+
+
+async def find(monitor: Monitor, graph: BlockGraph) -> GuestRam:
+    """Find the guest's RAM.
+
+    :raise NoDelta: it cannot be seen, or others may write it.
+    """
+    from qsnap.targets.running import is_qemu
+
+    background = monitor.background
+    if background is None:
+        raise NoDelta("a comparison takes QMP over a UNIX socket, and QEMU 6.0 or later")
+    if monitor.pid is None or not is_qemu(monitor.pid):
+        raise NoDelta("QEMU's process cannot be seen from here")
+    try:
+        writers = await other_writers(monitor, background, graph)
+    except OSError as error:
+        raise NoDelta("the guest's memory is shared, and it cannot be seen with whom") from error
+    if writers:
+        raise NoDelta(f"{writers[0]} may write into the guest's memory")
+    memdevs, text, roms = await asyncio.gather(
+        background.memdevs(), monitor.human_answer("info ramblock"), monitor.human_answer("info roms")
+    )
+    blocks = await _blocks(monitor, memdevs, ram.ram_blocks(text))
+    if not blocks:
+        raise NoDelta("QEMU does not tell where the guest's memory lies")
+    is_still = all(outside.is_still(one.model) for one in graph.peripherals)
+    return GuestRam(monitor.pid, blocks, ram.roms_in_ram(roms), is_still)
+
+
+async def _blocks(monitor: Monitor, memdevs: Sequence[Memdev], blocks: Sequence[ram.RamBlock]) -> dict[str, Block]:
+    """Those of the *blocks* that are memory backends, and whose addresses are certain."""
+    found: dict[str, Block] = {}
+    ranges: list[ram.Range] | None = None
+    for memdev in memdevs:
+        names = (memdev.id, f"/objects/{memdev.id}")
+        same = [block for block in blocks if block.name in names and block.size == memdev.size]
+        if len(same) != 1 or not memdev.id:
+            continue
+        (block,) = same
+        address = block.address
+        if address is None:
+            if ranges is None:
+                ranges = ram.ram_ranges(await monitor.human_answer("info mtree -f"))
+            address = await _address(monitor, [one for one in ranges if one.region in names])
+        if address is not None:
+            found[block.name] = Block(block.size, address)
+    return found
+
+
+async def _address(monitor: Monitor, ranges: Sequence[ram.Range]) -> int | None:
+    """Where a block begins, by all ranges at which the guest sees it; None where these do not agree."""
+    if not 0 < len(ranges) <= _MOST_RANGES:
+        return None
+    answers = await asyncio.gather(*(monitor.human_answer(f"gpa2hva {one.first:#x}") for one in ranges))
+    begins = set()
+    for one, answer in zip(ranges, answers, strict=True):
+        address = ram.host_address(answer, one.region)
+        begins.add(None if address is None else address - one.offset)
+    return begins.pop() if len(begins) == 1 else None

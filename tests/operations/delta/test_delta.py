@@ -1,0 +1,500 @@
+"""Delta loads: after each one all of RAM is what a full load of the same snapshot makes it.
+
+The witness is QEMU: its own ``loadvm`` (of a live snapshot, a full load), and ``pmemsave`` of all that the guest sees.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import pytest
+
+import qsnap
+from qsnap.inventory import state_file
+from qsnap.operations.delta import delta, difference
+from qsnap.vm import VM
+from support.guest import (
+    Guest,
+    Launch,
+    blockdev,
+    cli,
+    finish,
+    make_boot_disk,
+    make_disk,
+    needs_snapshot_jobs,
+    start_cli,
+    until,
+)
+from support.killed import assert_all_is_well, wait_for_the_guard
+from support.live import state_files
+
+pytestmark = needs_snapshot_jobs
+
+PAGE = 4096
+MIB = 1 << 20
+
+
+def seeded(seed: int) -> Random:
+    return Random(seed)  # noqa: S311 (the same in every run)
+
+
+def ram(guest: Guest, *ranges: tuple[int, int]) -> str:
+    """A digest of RAM as QEMU has it: of (address, bytes), by default of all that the counting guest has."""
+    digest = hashlib.sha256()
+    path = guest.directory / "ram"
+    for begin, size in ranges or [(0, 32 * MIB)]:
+        guest.qmp("pmemsave", val=begin, size=size, filename=str(path))
+        digest.update(path.read_bytes())
+        path.unlink()
+    return digest.hexdigest()
+
+
+def host_address(guest: Guest, address: int) -> int:
+    return int(guest.qmp.hmp(f"gpa2hva {address:#x}").rpartition(" is ")[2], 16)
+
+
+def scribble(guest: Guest, dice: Random, *addresses: int, pages: int = 200) -> None:
+    """Have other contents in pages behind each address: what was zero is not, and the other way round."""
+    guest.qmp("stop")
+    with Path(f"/proc/{guest.pid}/mem").open("r+b", buffering=0) as memory:
+        for begin in addresses or (4 * MIB,):
+            base = host_address(guest, begin)
+            for page in dice.sample(range(16 * MIB // PAGE), pages):
+                memory.seek(base + page * PAGE + dice.choice([0, 77, PAGE - 1]))
+                memory.write(dice.choice([b"\0", b"x"]))
+            memory.seek(base + dice.randrange(8 * MIB))
+            memory.write(bytes(PAGE * 3 + 1))
+    guest.qmp("cont")
+
+
+def load(guest: Guest, tag: str, *more: str) -> Any:
+    return cli("load", tag, "--json", *more, monitor=guest.address).json
+
+
+def loaded_by_qemu(guest: Guest, tag: str) -> None:
+    """Load it by what is no delta, and leave the guest paused."""
+    guest.qmp("stop")
+    if tag.startswith("live"):
+        assert load(guest, tag, "--full")["method"] == "full"
+    else:
+        assert guest.qmp.hmp(f"loadvm {tag}") == ""
+
+
+def nothing_of_ours(guest: Guest) -> bool:
+    """Whether QEMU has no node and no descriptor from qsnap."""
+    nodes = [node["node-name"] for node in guest.qmp("query-named-block-nodes")]
+    files = [file for files in guest.qmp("query-fdsets") for file in files["fds"]]
+    return not files and not any(name.startswith("qsnap-state") for name in nodes)
+
+
+@pytest.fixture
+def big(launch: Launch, tmp_path: Path) -> Guest:
+    """The counting guest with a display and a keyboard."""
+    make_boot_disk(tmp_path / "disk0.qcow2")
+    make_disk(tmp_path / "disk1.qcow2")
+    guest = launch(
+        *blockdev("disk0", tmp_path / "disk0.qcow2"), "-device", "virtio-blk,drive=disk0",
+        *blockdev("disk1", tmp_path / "disk1.qcow2"), "-device", "virtio-blk,drive=disk1",
+        "-vga", "none", "-device", "VGA", "-device", "qemu-xhci", "-device", "usb-tablet",
+    )  # fmt: skip
+    guest.wait_for_ticks()
+    return guest
+
+
+def test_all_of_ram_in_random_order(big: Guest) -> None:
+    """Of snapshots made by qsnap, live, and by QEMU's own savevm; after each load the guest goes on in order."""
+    dice = seeded(18)
+    expected: dict[str, str] = {}
+    scribble(big, dice)
+    cli("save", "ordinary", monitor=big.address)
+    scribble(big, dice)
+    cli("save", "--live", "live", monitor=big.address)
+    scribble(big, dice)
+    big.qmp("stop")
+    assert big.qmp.hmp("savevm hmp") == ""
+    for tag in ("ordinary", "live", "hmp"):
+        loaded_by_qemu(big, tag)
+        expected[tag] = ram(big)
+        big.qmp("cont")
+    assert len({*expected.values()}) == 3
+    for tag in dice.choices([*expected], k=9):
+        scribble(big, dice)
+        result = load(big, tag, "--paused")
+        assert (result["method"], result["why_full"]) == ("delta", "")
+        assert 100 * PAGE < result["ram_bytes"] < 30 * MIB
+        assert ram(big) == expected[tag]
+        big.qmp("cont")
+        big.assert_running()
+    assert cli("load", "live", monitor=big.address).out.count(" that differed of ") == 1
+    assert nothing_of_ours(big)
+
+
+def test_many_loads_leave_nothing_behind(guest: Guest) -> None:
+    """Neither in QEMU nor in the process that loads."""
+    cli("save", "t", monitor=guest.address)
+
+    def counts() -> tuple[int, int, int]:
+        ours, theirs = (len([*Path(f"/proc/{pid}/fd").iterdir()]) for pid in ("self", guest.pid))
+        return ours, theirs, len(guest.qmp("query-named-block-nodes"))
+
+    async def loads() -> None:
+        async with qsnap.connect(guest.address) as vm:
+            await vm.load("t")
+            before = counts()
+            for _ in range(12):
+                assert (await vm.load("t")).method == "delta"
+            assert counts() == before
+
+    asyncio.run(loads())
+    guest.assert_running()
+
+
+ONE = ["-machine", "memory-backend=m0", "-object", "memory-backend-memfd,id=m0,size=32M,share=on"]
+SHM = ["-machine", "memory-backend=m0", "-object", "memory-backend-file,id=m0,size=32M,share=on,mem-path=/dev/shm"]
+TWO = [
+    "-object", "memory-backend-ram,id=m0,size=32M", "-numa", "node,memdev=m0",
+    "-object", "memory-backend-memfd,id=m1,size=32M", "-numa", "node,memdev=m1",
+    "-object", "memory-backend-ram,id=m2,size=128M", "-device", "pc-dimm,memdev=m2,id=dimm",
+]  # fmt: skip
+HIGH = 1 << 32
+
+
+@pytest.mark.parametrize(
+    ("memory", "options", "ranges"),
+    [
+        ("32", ONE, [(0, 32 * MIB)]),
+        ("32", SHM, [(0, 32 * MIB)]),
+        ("64,slots=1,maxmem=1G", TWO, [(0, 32 * MIB), (32 * MIB, 32 * MIB), (HIGH, 32 * MIB)]),
+        ("64", ["-machine", "max-ram-below-4g=32M"], [(0, 32 * MIB), (HIGH, 32 * MIB)]),
+    ],
+    ids=["memfd", "shm", "numa-and-dimm", "above-4-gib"],
+)
+def test_other_memory(
+    launch: Launch, tmp_path: Path, memory: str, options: list[str], ranges: list[tuple[int, int]]
+) -> None:
+    guest = launch(
+        *blockdev("a", make_boot_disk(tmp_path / "a")), "-device", "virtio-blk,drive=a", *options, memory=memory
+    )  # fmt: skip
+    guest.wait_for_ticks()
+    dice = seeded(len(options))
+    addresses = [begin or 4 * MIB for begin, _ in ranges]
+    scribble(guest, dice, *addresses)
+    cli("save", "t", monitor=guest.address)
+    loaded_by_qemu(guest, "t")
+    expected = ram(guest, *ranges)
+    guest.qmp("cont")
+    for _ in range(2):
+        scribble(guest, dice, *addresses)
+        result = load(guest, "t", "--paused")
+        assert (result["method"], result["why_full"]) == ("delta", "")
+        # Of each block of RAM what was written there
+        assert result["ram_bytes"] > len(ranges) * 100 * PAGE
+        assert ram(guest, *ranges) == expected
+        guest.qmp("cont")
+    guest.assert_running()
+
+
+def in_process(guest: Guest, **how: Any) -> qsnap.LoadResult:
+    """A load by the library, so that its inside can be tampered with."""
+
+    async def loaded() -> qsnap.LoadResult:
+        async with qsnap.connect(guest.address) as vm:
+            return await vm.load("t", **how)
+
+    return asyncio.run(loaded())
+
+
+class Changed:
+    """A guest with a snapshot, "t", that has changed since; and what a full load makes of RAM."""
+
+    def __init__(self, guest: Guest, *how: str) -> None:
+        self.guest = guest
+        dice = seeded(7)
+        cli("save", "t", *how, monitor=guest.address)
+        guest.qmp("stop")
+        load(guest, "t", "--full") if how else loaded_by_qemu(guest, "t")
+        self.expected = ram(guest)
+        guest.qmp("cont")
+        scribble(guest, dice)
+
+
+@pytest.fixture
+def changed(guest: Guest, request: pytest.FixtureRequest) -> Changed:
+    return Changed(guest, *getattr(request, "param", []))
+
+
+both_kinds = pytest.mark.parametrize("changed", [[], ["--live"]], indirect=True, ids=["ordinary", "live"])
+
+
+def losing(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have that one of the differing pages lost from the new stream."""
+    left = [number]
+    found = difference._differing
+
+    def differing(*given: Any) -> Iterator[tuple[int, int]]:
+        for first, count in found(*given):
+            left[0] -= 1
+            if left[0] != 0:
+                yield first, count
+
+    monkeypatch.setattr(difference, "_differing", differing)
+
+
+def test_one_page_left_out_is_found(changed: Changed, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The control of all these tests: what they look at tells of a single page."""
+    losing(50, monkeypatch)
+    assert in_process(changed.guest, running=False).method == "delta"
+    assert ram(changed.guest) != changed.expected
+
+
+def test_verify_finds_it_and_loads_everything(changed: Changed, monkeypatch: pytest.MonkeyPatch) -> None:
+    losing(50, monkeypatch)
+    result = in_process(changed.guest, running=False, verify=True)
+    assert (result.method, result.why_full) == ("full", "1 pages of RAM differed after the delta load")
+    assert result.differing_pages == 0
+    assert ram(changed.guest) == changed.expected
+
+
+@pytest.mark.parametrize("more", [[], ["--full"]])
+def test_verified(changed: Changed, more: list[str]) -> None:
+    """By either way; and the line for people says so."""
+    run = cli("load", "t", "--verify", "--paused", *more, monitor=changed.guest.address)
+    assert "  verified: RAM is as in the snapshot\n" in run.out
+    assert (" that differed of " in run.out) is not bool(more)
+    assert ram(changed.guest) == changed.expected
+
+
+@pytest.mark.parametrize("verify", [False, True])
+def test_a_page_changes_between_comparison_and_load(
+    changed: Changed, monkeypatch: pytest.MonkeyPatch, verify: bool
+) -> None:
+    """Who resumes the guest is noticed; who writes its memory from outside only if RAM is verified."""
+    guest, walk = changed.guest, difference.walk
+    done: list[bool] = []
+
+    def walked(*given: Any, **more: Any) -> difference.Found:
+        found = walk(*given, **more)
+        if not done:
+            done.append(True)
+            if verify:
+                with Path(f"/proc/{guest.pid}/mem").open("r+b", buffering=0) as memory:
+                    memory.seek(host_address(guest, 20 * MIB) + 5)
+                    memory.write(b"changed")
+            else:
+                guest.qmp("cont")
+                guest.wait_for_ticks(2)
+                guest.qmp("stop")
+        return found
+
+    monkeypatch.setattr(difference, "walk", walked)
+    result = in_process(guest, running=False, verify=verify)
+    assert result.method == "full"
+    assert ("of RAM differed" if verify else "resumed the guest") in result.why_full
+    assert ram(guest) == changed.expected
+    guest.qmp("cont")
+    guest.assert_running()
+
+
+def test_a_device_that_may_write_meanwhile(launch: Launch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """virtio-serial takes what comes for a port also while the guest is stopped. So a load is verified unasked."""
+    guest = launch(
+        *blockdev("a", make_boot_disk(tmp_path / "a")), "-device", "virtio-blk,drive=a",
+        "-device", "virtio-serial", "-chardev", "null,id=c", "-device", "virtserialport,chardev=c",
+    )  # fmt: skip
+    guest.wait_for_ticks()
+    changed = Changed(guest)
+    assert in_process(guest).differing_pages == 0
+    scribble(guest, seeded(3))
+    losing(50, monkeypatch)
+    assert in_process(guest, running=False).method == "full"
+    assert ram(guest) == changed.expected
+
+
+@both_kinds
+@pytest.mark.parametrize("nth", [1, 3])
+def test_qemu_refuses_the_delta(changed: Changed, monkeypatch: pytest.MonkeyPatch, nth: int) -> None:
+    """Before it has begun, or in the middle, when disks are reverted: everything is loaded, and all is well."""
+    content = state_file.envelope
+
+    def envelope(given: state_file.Content) -> Iterator[tuple[int, bytes]]:
+        if nth == 1:
+            given = given._replace(tag="other")
+        for offset, data in content(given):
+            yield offset, data
+            if offset == 0 and nth == 3:
+                yield state_file.STREAM_OFFSET + 8, b"\0" * 8
+
+    monkeypatch.setattr(state_file, "envelope", envelope)
+    result = in_process(changed.guest, running=False)
+    assert result.method == "full"
+    assert result.why_full.startswith("QEMU did not load what differs: ")
+    assert ram(changed.guest) == changed.expected
+    changed.guest.qmp("cont")
+    changed.guest.assert_running()
+
+
+def test_memory_that_may_not_be_read(changed: Changed, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or any other error of the comparison: everything is loaded."""
+
+    def walk(*_: object, **__: object) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(difference, "walk", walk)
+    result = in_process(changed.guest, running=False)
+    assert result.why_full == "this user may not read QEMU's memory, or the VM state: Operation not permitted"
+    assert ram(changed.guest) == changed.expected
+
+
+@both_kinds
+def test_too_much_differs(changed: Changed, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(delta, "_ALWAYS_BYTES", 0)
+    monkeypatch.setattr(delta, "_SHARE_OF_MEMORY", 1 << 40)
+    result = in_process(changed.guest, running=False)
+    assert result.why_full == "so much of RAM differs that a delta load would gain nothing"
+    assert ram(changed.guest) == changed.expected
+
+
+def test_what_a_reset_writes_into_ram(launch: Launch, tmp_path: Path) -> None:
+    """As -device loader has it do: a load resets the guest after the comparison."""
+    (tmp_path / "rom").write_bytes(b"rom" * 5000)
+    guest = launch(
+        *blockdev("a", make_boot_disk(tmp_path / "a")), "-device", "virtio-blk,drive=a",
+        "-device", f"loader,file={tmp_path / 'rom'},addr=0x1000000,force-raw=on",
+    )  # fmt: skip
+    guest.wait_for_ticks()
+    scribble(guest, seeded(1), 0x1000000)
+    changed = Changed(guest)
+    result = load(guest, "t", "--paused")
+    assert result["why_full"] == f"a reset writes '{tmp_path / 'rom'}' into RAM"
+    assert ram(guest) == changed.expected
+
+
+def test_another_process_has_the_memory(launch: Launch, tmp_path: Path) -> None:
+    """It may write while RAM is compared."""
+    guest = launch(*blockdev("a", make_boot_disk(tmp_path / "a")), "-device", "virtio-blk,drive=a", *ONE)
+    guest.wait_for_ticks()
+    changed = Changed(guest)
+    file = next(
+        path for path in Path(f"/proc/{guest.pid}/fd").iterdir() if "memory-backend-memfd" in str(path.readlink())
+    )
+    code = (
+        f"import mmap, sys; f = open({str(file)!r}, 'r+b'); m = mmap.mmap(f.fileno(), 0); print(flush=True); "
+        "sys.stdin.read()"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout is not None
+        other.stdout.readline()
+        result = load(guest, "t", "--paused")
+        assert result["why_full"] == f"process {other.pid}, which has it mapped, may write into the guest's memory"
+        other.communicate()
+    assert ram(guest) == changed.expected
+    guest.qmp("cont")
+    assert load(guest, "t")["method"] == "delta"
+
+
+@pytest.mark.parametrize("transport", ["hmp"], indirect=True)
+def test_a_human_monitor(guest: Guest) -> None:
+    """Everything is loaded; and what is to be verified there is refused before the guest is touched."""
+    cli("save", "t", monitor=guest.address)
+    result = load(guest, "t")
+    assert (result["method"], result["ram_bytes"]) == ("full", None)
+    assert result["why_full"] == "a comparison takes QMP over a UNIX socket, and QEMU 6.0 or later"
+    guest.wait_for_ticks(3)
+    count = guest.counter
+    error = cli("load", "t", "--verify", "--json", monitor=guest.address, expect=5).error
+    assert "'t' cannot be verified: a comparison takes QMP" in error["message"]
+    assert guest.counter >= count
+    guest.assert_running()
+
+
+def test_killed_during_the_comparison(guest: Guest, tmp_path: Path, runtime_directory: Path) -> None:
+    """The guest runs on as it was, and nothing is left."""
+    cli("save", "--live", "t", monitor=guest.address)
+    for _ in range(3):
+        process = start_cli("load", "t", monitor=guest.address)
+        guest.qmp.events.clear()
+        until("the stop", lambda: guest.qmp("query-status") and any(e["event"] == "STOP" for e in guest.qmp.events))
+        process.send_signal(signal.SIGKILL)
+        finish(process)
+        wait_for_the_guard(runtime_directory)
+        assert nothing_of_ours(guest)
+    assert_all_is_well(guest, runtime_directory, {tmp_path / "disk0.qcow2": ["t"], tmp_path / "disk1.qcow2": ["t"]})
+    assert state_files(tmp_path) == ["disk0.qcow2.t.qsnap"]
+    assert load(guest, "t")["method"] == "delta"
+
+
+def test_interrupted_during_the_comparison(guest: Guest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The comparison ends, nothing was loaded, and the guest runs on."""
+    cli("save", "t", monitor=guest.address)
+    guest.wait_for_ticks(3)
+    count, walk = guest.counter, difference.walk
+    tasks: list[asyncio.Task[Any]] = []
+
+    def walked(*given: Any, **more: Any) -> difference.Found:
+        loop = tasks[0].get_loop()
+        loop.call_soon_threadsafe(tasks[0].cancel)
+        assert given[3].wait(10)  # it is told to end
+        return walk(*given, **more)
+
+    monkeypatch.setattr(difference, "walk", walked)
+
+    async def interrupted(vm: VM) -> None:
+        tasks.append(asyncio.ensure_future(vm.load("t")))
+        with pytest.raises(asyncio.CancelledError):
+            await tasks[0]
+
+    async def main() -> None:
+        async with qsnap.connect(guest.address) as vm:
+            await interrupted(vm)
+
+    asyncio.run(main())
+    assert guest.counter > count
+    guest.assert_running()
+
+
+def test_a_state_file_that_is_cut_meanwhile(guest: Guest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before QEMU has begun: so nothing is loaded, and the guest runs on."""
+    cli("save", "--live", "t", monitor=guest.address)
+    path = tmp_path / "disk0.qcow2.t.qsnap"
+    guest.wait_for_ticks(3)
+    count, walk = guest.counter, difference.walk
+
+    def walked(*given: Any, **more: Any) -> difference.Found:
+        os.truncate(path, 100_000)
+        return walk(*given, **more)
+
+    monkeypatch.setattr(difference, "walk", walked)
+    with pytest.raises(qsnap.QsnapError, match=r"resumed\n.* is damaged: ") as caught:
+        in_process(guest)
+    assert caught.value.exit_code == 6
+    assert guest.counter > count
+    guest.assert_running()
+
+
+def test_a_state_file_that_is_replaced_meanwhile(guest: Guest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was opened is what is loaded."""
+    cli("save", "--live", "t", monitor=guest.address)
+    guest.qmp("stop")
+    load(guest, "t", "--full")
+    expected = ram(guest)
+    guest.qmp("cont")
+    scribble(guest, seeded(5))
+    walk = difference.walk
+
+    def walked(*given: Any, **more: Any) -> difference.Found:
+        (tmp_path / "other").write_bytes(b"something else" * 10000)
+        (tmp_path / "other").rename(tmp_path / "disk0.qcow2.t.qsnap")
+        return walk(*given, **more)
+
+    monkeypatch.setattr(difference, "walk", walked)
+    assert in_process(guest, running=False).method == "delta"
+    assert ram(guest) == expected
