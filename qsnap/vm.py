@@ -259,7 +259,9 @@ class VM:
 
         done = await recover_all(self._monitor, self.address, force=force)
         with suppress(CommandFailed):  # under -preconfig there is nothing to tidy
-            await self._tidied(self._unclaimed())
+            inventory = await self._tidied(self._unclaimed())
+            with suppress(QsnapError):  # damaged notes: who is about to delete something is told
+                await self._warn_of_unseen_notes(inventory)
         return tuple(done)
 
     async def list(self) -> tuple[Snapshot, ...]:
@@ -377,18 +379,25 @@ class VM:
             return ()
         marks = await inventory.marks(self._monitor)
         try:
-            notes = inventory.notes
-            found = notes.added_to(found)
-            self.remarks += (left.sentence("a file with notes") for left in notes.left)
-            is_all_told = inventory.store.ignores_unseen or marks.tells_all(inventory.graph, inventory.devices)
-            if notes.unseen and not notes.left and not is_all_told:
-                self.remarks.append(
-                    "it cannot be seen from here which snapshots are protected: notes of this VM may be beside "
-                    f"{', '.join(notes.unseen)}"
-                )
+            found = inventory.notes.added_to(found)
+            await self._warn_of_unseen_notes(inventory)
         except QsnapError as error:
             self.remarks.append(str(error))
         return tuple(msgspec.structs.replace(one, protected=True) if marks.protects(one) else one for one in found)
+
+    async def _warn_of_unseen_notes(self, inventory: Inventory) -> None:
+        """Say so where there may be notes that cannot be seen from here, and QEMU does not tell what they protect.
+
+        :raise QsnapError: they are damaged.
+        """
+        notes, marks = inventory.notes, await inventory.marks(self._monitor)
+        self.remarks += (left.sentence("a file with notes") for left in notes.left)
+        is_all_told = inventory.store.ignores_unseen or marks.tells_all(inventory.graph, inventory.devices)
+        if notes.unseen and not notes.left and not is_all_told:
+            self.remarks.append(
+                "it cannot be seen from here which snapshots are protected: notes of this VM may be beside "
+                f"{', '.join(notes.unseen)}"
+            )
 
     def _unclaimed(self) -> Run:
         """For who only looks."""

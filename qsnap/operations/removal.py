@@ -91,8 +91,9 @@ def _unseen_notes(notes: Notes) -> Iterable[Finding]:
             "unseen-notes",
             ("it cannot be seen from here what is protected: notes of this VM may lie at " + ", ".join(notes.unseen)),
             (
-                "run `qsnap recover` on the machine of QEMU, as its user, once after QEMU was started: then QEMU "
-                f"itself tells what is protected. If there are no notes, or they do not matter: {_WORD}"
+                "run `qsnap recover` by a UNIX socket of that QEMU, on its machine and as its user, once after it was "
+                "started: then QEMU itself tells what is protected. If there are no notes, or they do not matter: "
+                f"{_WORD}"
             ),
         )
 

@@ -86,7 +86,9 @@ def test_what_the_notes_protect_is_protected_over_every_monitor(far: Guest, tmp_
         (finding,) = cli(*command, "--json", monitor=monitor, expect=6).error["findings"]
         assert finding["code"] == "unseen-notes"
         assert str(disk) in finding["message"]
+        assert "run `qsnap recover` by a UNIX socket" in finding["cure"]
         assert "--ignore-unseen" in finding["cure"]
+    assert f"notes of this VM may be beside {disk}" in cli("recover", monitor=qmp).err
     for words in (["list"], ["show", "gold"]):
         assert "cannot be seen from here which snapshots are protected" in cli(*words, monitor=qmp).err
     assert tags(disk) == names
@@ -99,7 +101,7 @@ def test_what_the_notes_protect_is_protected_over_every_monitor(far: Guest, tmp_
     assert tags(disk) == [names[0], names[2]]
 
     # Somebody comes who sees them
-    cli("recover", monitor=far.address)
+    assert "cannot be seen" not in cli("recover", monitor=far.address).err + cli("recover", monitor=qmp).err
     for monitor in qmp, human:
         assert "is protected" in cli("delete", "gold", monitor=monitor, expect=6).err
     cli("unprotect", "gold", monitor=far.address)
