@@ -167,7 +167,7 @@ class VM:
         from qsnap.operations.load import do_loadvm
 
         async with self._claimed("load", (tag,)) as run:
-            self._warn_of_unseen_files(await self._tidied(run), (tag,))
+            await self._tidied(run)
             return await do_loadvm(
                 run,
                 tag,
@@ -223,9 +223,9 @@ class VM:
                 result = await do_prune(
                     run, prefix, policy, allow_remove_all=allow_remove_all, dry_run=dry_run, pending=pending
                 )
-                if result.other_series:
-                    others = ", ".join(result.other_series)
-                    self.remarks.append(f"there is no series {prefix!r}, so nothing was pruned; there is {others}")
+                if not result.keep and not result.remove:
+                    others = f"; there is {', '.join(result.other_series)}" if result.other_series else ""
+                    self.remarks.append(f"there is no series {prefix!r}, so nothing was pruned{others}")
                 return result
             finally:
                 if not dry_run:
@@ -436,10 +436,13 @@ class VM:
 
     async def _recover_if_seen(self) -> None:
         """Clean up after a run that died, before its remains are looked at."""
+        from qsnap.runs import journal
         from qsnap.runs.mark import CLAIM
         from qsnap.supervision.claim import has_journals, recover_all
 
-        if has_journals(self._monitor, self.address) or await self._monitor.mark(CLAIM) is not None:
+        if problem := journal.problem():
+            self.remarks.append(f"it is not known whether a run has died: {problem}")
+        elif has_journals(self._monitor, self.address) or await self._monitor.mark(CLAIM) is not None:
             # It lives, or somebody else is at it already
             with suppress(VMLocked):
                 self.recovered += await recover_all(self._monitor, self.address)

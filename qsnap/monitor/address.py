@@ -126,8 +126,16 @@ def _parse(text: str, relative_to: str) -> Address:
     if os.path.exists(expanded(pasted, relative_to)):
         return _unix(pasted, given)
     _refuse_what_is_no_socket(pasted, given)
-    if "/" not in pasted and re.fullmatch(r"[\w.-]+:\d+", pasted):
-        raise BadUsage(f"{given!r} looks like a host and port: write tcp:{pasted}")
+    if pasted.startswith("-"):
+        raise BadUsage(f"{given!r} is not an option that gives QEMU a monitor; paste what -qmp or -monitor says")
+    if colon and kind.lower() in ("unix", "tcp", "telnet"):
+        raise BadUsage(f"{given!r}: write {kind.lower()}: in small letters")
+    if "/" not in pasted and (port := re.fullmatch(r"([\w.-]*):(\d+)", pasted)):
+        raise BadUsage(f"{given!r} looks like a host and port: write tcp:{port[1] or 'localhost'}:{port[2]}")
+    if colon and re.fullmatch(r"[A-Za-z][\w+-]*", kind):
+        raise BadUsage(
+            f"{given!r}: there is no such file, and {kind!r} is not a kind of address; a good one is {_EXAMPLES}"
+        )
     return _unix(_fields(pasted)[0], given)
 
 

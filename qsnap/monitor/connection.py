@@ -168,6 +168,10 @@ def _connect_error(address: Address, error: Exception) -> QsnapError:
             return ConnectError(f"{address} may not be opened by this user: {error.strerror}")
         case EOFError() | ConnectionError():
             return ConnectError(f"{address} was closed before the greeting; {_CURE}")
+        case socket.gaierror() if error.errno in (socket.EAI_NONAME, socket.EAI_NODATA):
+            return ConnectError(f"cannot use {address} as a monitor: no host is called {address[0]!r}")
+        case OSError():
+            return ConnectError(f"cannot use {address} as a monitor: {error.strerror or error}")
         case _:
             return ConnectError(f"cannot use {address} as a monitor: {error}")
 
@@ -245,6 +249,6 @@ def understood(*commands: str) -> Iterator[None]:
 def lost(command: str, error: BaseException) -> MonitorLost:
     """The error of a connection that broke during *command*."""
     return MonitorLost(
-        f"the monitor was lost during {command}: {str(error) or type(error).__name__}. QEMU has ended, or "
+        f"the monitor was lost during {command}: {str(error).rstrip('.') or type(error).__name__}. QEMU has ended, or "
         "closed the connection; what it had done by then is not known"
     )

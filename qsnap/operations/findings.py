@@ -410,6 +410,16 @@ def link_finding(tag: str, file: StateFile) -> Finding:
     )
 
 
+def unseen_state_finding(inventory: Inventory, snapshot: Snapshot, cure: str) -> Finding:
+    """What refuses where the RAM of what looks like disks alone may be in a file that cannot be seen from here."""
+    return Finding.refusal(
+        "unseen-state-file",
+        f"snapshot {snapshot.tag!r} may be a live one: it cannot be seen from here whether its state file lies at "
+        f"{', '.join(inventory.unseen)}",
+        cure,
+    )
+
+
 def left_behind_finding(inventory: Inventory, snapshot: Snapshot) -> Finding | None:
     """What refuses to do anything with a live snapshot whose state file was not renamed with its image."""
     if snapshot.has_state or (left := inventory.left_behind(snapshot.disk_tag)) is None:
@@ -428,6 +438,12 @@ def load_findings(inventory: Inventory, snapshot: Snapshot, devices: Collection[
         return
     if left := left_behind_finding(inventory, snapshot):
         yield left
+    elif not snapshot.has_state and not inventory.store.ignores_unseen and inventory.unseen:
+        yield unseen_state_finding(
+            inventory,
+            snapshot,
+            "load it where that can be seen; if there is no such file, it is of disks alone (--ignore-unseen says so)",
+        )
     elif not snapshot.has_state:
         yield Finding.refusal(
             "disk-only",

@@ -14,7 +14,7 @@ from qsnap.inventory.inventory import Inventory
 from qsnap.inventory.notes import Notes
 from qsnap.model.qemu import Finding, Snapshot
 from qsnap.monitor import Monitor
-from qsnap.operations.findings import left_behind_finding, link_finding, unreadable_finding
+from qsnap.operations.findings import left_behind_finding, link_finding, unreadable_finding, unseen_state_finding
 
 _WORD = "--ignore-unseen (config file: ignore-unseen = true)"
 
@@ -107,12 +107,6 @@ def _unseen_state(inventory: Inventory, snapshot: Snapshot) -> Iterable[Finding]
             f"snapshot {snapshot.tag!r} is a live one, and its state file was put into {state_dir}",
             f"--state-dir {shlex.quote(state_dir)}; if the file is gone: {_WORD}",
         )
-    elif places := inventory.unseen:
-        yield Finding.refusal(
-            "unseen-state-file",
-            (
-                f"snapshot {snapshot.tag!r} may be a live one: it cannot be seen from here whether its state file "
-                f"lies at {', '.join(places)}"
-            ),
-            f"delete it where that can be seen; if there is no such file, or it does not matter: {_WORD}",
-        )
+    elif inventory.unseen:
+        cure = f"delete it where that can be seen; if there is no such file, or it does not matter: {_WORD}"
+        yield unseen_state_finding(inventory, snapshot, cure)

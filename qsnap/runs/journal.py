@@ -366,16 +366,31 @@ def _ours() -> Path | None:
         return None
     except OSError as error:
         raise QsnapError(f"the runtime directory {path} cannot be used: {error.strerror}; {_CURE}") from error
-    problem = ""
+    problem, cure = "", _CURE
     if info.st_uid != os.geteuid():
         problem = f"it was made by user {info.st_uid}, who could keep qsnap from work, or have it do the wrong"
     elif not stat.S_ISDIR(info.st_mode):
         problem = "it is not a directory"
     elif info.st_mode & 0o077:
-        problem = f"it is open to other users (mode {stat.S_IMODE(info.st_mode):03o}): chmod 700 it, or"
+        problem = f"it is open to other users (mode {stat.S_IMODE(info.st_mode):03o})"
+        cure = f"chmod 700 it, or {_CURE}"
     if problem:
-        raise QsnapError(f"the runtime directory {path} cannot be used: {problem}; {_CURE}")
+        raise QsnapError(f"the runtime directory {path} cannot be used: {problem}; {cure}")
     return path
+
+
+def problem() -> str:
+    """Why nothing in the runtime directory can be believed, in words; "" if it can, or none is there.
+
+    :raise BadUsage: it is named by a path that is not absolute.
+    """
+    try:
+        _ours()
+    except BadUsage:
+        raise
+    except QsnapError as error:
+        return str(error)
+    return ""
 
 
 def directory() -> Path:

@@ -258,6 +258,8 @@ async def wait_for_monitor(address: Address, deadline: float, wait_s: float) -> 
     :param deadline: by the loop's clock.
     :raise VMLocked: one is, and the *wait_s* seconds to the deadline are over.
     """
+    if journal.problem():
+        return False  # nothing there tells; who is to write there is told
     runs = [other.record for other in journal.found() if other.is_held]
     place = journal.place(address)
     # Asked once, and only if need be: each time QEMU has to take a connection for nothing

@@ -118,6 +118,7 @@ def test_4_nobody_there(tmp_path: Path) -> None:
         closed.bind(str(tmp_path / "closed"))
     assert "nobody listens" in cli("list", "-m", str(tmp_path / "closed"), expect=4).err
     assert "nobody listens" in cli("list", "-m", "tcp:127.0.0.1:1", expect=4).err
+    assert "no host is called 'none.invalid'" in cli("list", "-m", "tcp:none.invalid:1", expect=4).err
 
 
 @both_monitors

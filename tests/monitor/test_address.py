@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -45,6 +46,21 @@ def test_bad_addresses_show_a_good_one(given: str) -> None:
     with pytest.raises(BadUsage) as error:
         parse_address(given)
     assert "tcp:" in str(error.value) or "shorter" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ("-incoming tcp:0:44", "is not an option that gives QEMU a monitor"),
+        ("TCP:localhost:4444", "write tcp: in small letters"),
+        ("tls:localhost:4444", "'tls' is not a kind of address"),
+        (":4444", "write tcp:localhost:4444"),
+        ("vm:4444", "write tcp:vm:4444"),
+    ],
+)
+def test_what_is_wrong_with_an_address(given: str, told: str) -> None:
+    with pytest.raises(BadUsage, match=re.escape(told)):
+        parse_address(given)
 
 
 def test_an_existing_path_with_a_comma(tmp_path: Path) -> None:

@@ -359,6 +359,8 @@ def test_an_interrupt_ends_the_work_on_all(two: tuple[list[Guest], list[Path], P
 
 def test_a_series_that_there_is_not(guest: Guest) -> None:
     """A mistyped prefix would never prune anything."""
+    run = cli("prune", "--prefix", "nigthly", "--keep-last", "1", "-q", monitor=guest.address)
+    assert run.err == "warning: there is no series 'nigthly', so nothing was pruned\n"
     cli("save", "--prefix", "nightly", monitor=guest.address)
     run = cli("prune", "--prefix", "nigthly", "--keep-last", "1", "-q", monitor=guest.address)
     assert "there is no series 'nigthly', so nothing was pruned; there is nightly" in run.err

@@ -21,7 +21,7 @@ from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import msgspec
-from qemu.qmp import EventListener, ExecuteError, Message, QMPClient, QMPError
+from qemu.qmp import EventListener, ExecuteError, Message, QMPClient, QMPError, StateError
 from qemu.qmp.message import DeserializationError
 
 from qsnap.errors import (
@@ -175,7 +175,8 @@ async def adopt(sock: socket.socket, address: Address) -> QmpMonitor:
         client.await_greeting = client.negotiate = False
         await client.connect(sock)
     except (QMPError, OSError, EOFError, ValueError) as error:
-        raise lost(command, error) from error
+        # Its own words name a class
+        raise lost(command, EOFError("it was closed before") if isinstance(error, StateError) else error) from error
     link = Connection(sock, peer_pid(sock), is_human=False)
     return (QmpMonitor if version >= SNAPSHOT_JOBS_SINCE else LegacyQmpMonitor)(client, version, address, link)
 

@@ -55,12 +55,12 @@ _SETUP_BYTES = 1 << 20
 _PLACE_CURE = "choose another directory: --state-dir DIR"
 #: What makes a live save possible, by words of QEMU's refusal (migration/options.c: migrate_caps_check).
 _CURES = {
-    "host kernel": "it takes userfaultfd with write protection: Linux 5.7 or later, and QEMU run as root, with "
-    "CAP_SYS_PTRACE, or after `sysctl vm.unprivileged_userfaultfd=1`",
-    "guest memory": "start the guest with memory that is not in a file on a disk: ordinary memory, or, from Linux 5.19 "
+    "host kernel": "QEMU may not use userfaultfd with write protection here. It needs Linux 5.7 or later, and to be "
+    "run as root, with CAP_SYS_PTRACE, or after `sysctl vm.unprivileged_userfaultfd=1`",
+    "guest memory": "Start the guest with memory that is not in a file on a disk: ordinary memory, or, from Linux 5.19 "
     "on, shared memory (memory-backend-memfd, /dev/shm) or hugepages",
-    "not compatible with": "switch that capability off: migrate_set_capability NAME off",
-    "tls-creds": 'migrate_set_parameter tls-creds ""',
+    "not compatible with": "Switch that capability off: migrate_set_capability NAME off",
+    "tls-creds": 'Unset that parameter: migrate_set_parameter tls-creds ""',
 }
 
 
@@ -98,7 +98,7 @@ async def plan_live(run: Run, request: SaveRequest) -> LivePlan:
     run.journal.note(settings=await background.settings())
     if reason := await background.refused():
         cure = next((cure for words, cure in _CURES.items() if words in reason), "")
-        raise NotSupported(f"a live save is not possible: {reason}{'. To make it so: ' if cure else ''}{cure}")
+        raise NotSupported(f"a live save is not possible: {reason}{'. ' if cure else ''}{cure}")
     inventory = save.inventory
     await _refuse_other_writers(run.monitor, background, inventory.graph)
     tag = request.tag if request.tag is not None else free_automatic_tag(inventory.graph)
