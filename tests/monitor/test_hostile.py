@@ -409,6 +409,8 @@ def test_the_guest_shuts_down_by_itself(
     # Through a proxy it cannot be seen that QEMU has ended.
     assert run.code in (4, 20), run.err
     assert run.error["error"] in ("MonitorLost", "GuestLeftStopped")
+    assert "_Client" not in run.error["message"]
+    assert ".." not in run.error["message"]
     assert_sound(image)
     assert tags(image) == ["old"]
     until("the guard to give up", lambda: not guards(runtime_directory), 60)
