@@ -370,7 +370,8 @@ def elsewhere_findings(inventory: Inventory, snapshot: Snapshot) -> Iterator[Fin
 
 def no_device_findings(inventory: Inventory, snapshot: Snapshot, devices: Collection[str]) -> Iterator[Finding]:
     """That RAM alone would go back."""
-    if snapshot.devices and len(snapshots.unattached(inventory.devices, devices)) == len(devices):
+    has_disks = any(device.role is not Role.NODE and device.image for device in inventory.devices)
+    if has_disks and snapshot.devices and len(snapshots.unattached(inventory.devices, devices)) == len(devices):
         names = ", ".join(inventory.displayed(snapshot.devices))
         yield Finding.refusal(
             "no-device",
