@@ -62,7 +62,7 @@ class VM:
     :ivar address: where its monitor is.
     :ivar recovered: what had to be done about runs that had died, by whichever method came upon them.
     :ivar remarks: what else is to be said to the user, a sentence each.
-    :ivar lock_wait_s: how many seconds to wait for another qsnap that is at work on this VM; 0 refuses at once.
+    :ivar lock_wait_s: how many seconds to wait for another qsnap that is using this VM; 0 refuses at once.
     """
 
     def __init__(
@@ -247,13 +247,13 @@ class VM:
             return await annotate(run, tags, protected=protected, description=description)
 
     async def recover(self, *, force: bool = False) -> tuple[Recovered, ...]:
-        """See runs through that died on this VM: resume the guest, remove what they left half made.
+        """Clean up after runs that died on this VM: resume the guest, remove what they left half made.
 
         Every other method but :meth:`status` does that too, before its own work.
 
         :param force: also one of another machine or container, where it cannot be told whether it is dead.
         :return: what was done; nothing where nothing was left to do.
-        :raise VMLocked: a run is at work on this VM.
+        :raise VMLocked: a run is using this VM.
         """
         from qsnap.supervision.claim import recover_all
 
@@ -506,13 +506,13 @@ async def connect(
     :param timeout_s: seconds for the whole block, None for no bound. What is under way then is ended as by an
         interrupt: the guest is resumed, nothing half made is left. The greeting has its own bound of 5 s. Where
         QEMU does not answer for 10 s after that, the rest is left to the guard.
-    :param lock_wait_s: seconds to wait for another qsnap that is at work on this VM; 0 refuses at once.
+    :param lock_wait_s: seconds to wait for another qsnap that is using this VM; 0 refuses at once.
     :param snapshot_jobs: False goes by HMP's savevm inside QMP also where QEMU has snapshot jobs.
     :param state_dir: where the state files of live saves lie. Default: beside the images; they are looked for there
         in any case.
     :param ignore_unseen: delete, prune and replace also where there may be notes that protect a snapshot, or a state
         file that belongs to it, which cannot be seen from here (over TCP, as another user). Default: that is refused.
-    :raise BadUsage: *address* cannot be meant.
+    :raise BadUsage: *address* is not valid.
     :raise ConnectError: nothing listens there, or it may not be opened.
     :raise MonitorBusy: another client holds it, or QEMU does not answer.
     :raise VMLocked: that client is another qsnap.

@@ -17,7 +17,7 @@ from qsnap.host.files import Identity
 
 
 def remove_unused(part: Path) -> bool:
-    """Remove a state file that is not complete, unless somebody is at work on it; whether it is gone.
+    """Remove a state file that is not complete, unless somebody is writing it; whether it is gone.
 
     Who is holds a lock on it (flock). QEMU does not: what is left of a run that died goes, whoever still writes to it.
 

@@ -288,7 +288,7 @@ class StateStore:
     def remove_parts(self, graph: BlockGraph, devices: Iterable[Device]) -> None:
         """Remove what live saves of this VM have left unfinished. None must be under way.
 
-        Other VMs' images may begin like ours: what somebody is at work on stays.
+        Other VMs' images may begin like ours: what somebody is writing stays.
         """
         images = self._images(graph, devices)
         own = {f"{base}." for image in images for base in (image.name, _unique(image))}

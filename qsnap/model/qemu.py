@@ -537,7 +537,7 @@ class Recovered(Struct, frozen=True):
 
 
 class Unfinished(Struct, frozen=True):
-    """A run that goes on, or that died and was not seen to yet."""
+    """A run that goes on, or that died and has not been cleaned up after yet."""
 
     operation: str
     tags: tuple[str, ...]

@@ -3,7 +3,7 @@
 It is a file in the user's runtime directory, mode 0600, of JSON texts a line, each adding to those before it: a last
 line that was cut short does no harm. It holds names, tags and process ids, and nothing secret. The run keeps it locked
 (flock), and so does the guard that inherits it; so a journal that nobody holds is that of a run that died, whatever
-has become of its process id. It is deleted when the run has ended and its guest has been seen to.
+has become of its process id. It is deleted when the run has ended and its guest runs as it should.
 """
 
 from __future__ import annotations
@@ -154,7 +154,7 @@ class Journal:
         self._file = file
 
     async def armed(self) -> None:
-        """Return once it is certain that the guest is seen to if this process is killed.
+        """Return once it is certain that the guard resumes the guest if this process is killed.
 
         :raise QsnapError: it cannot be made certain; nothing was done.
         """

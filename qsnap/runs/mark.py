@@ -1,4 +1,4 @@
-"""The mark of a claim: who is at work on a VM, written into QEMU itself, where every qsnap sees it.
+"""The mark of a claim: who is using a VM, written into QEMU itself, where every qsnap sees it.
 
 Whichever monitor it comes by, from whichever user, container or machine: the VM is the same. The mark alone does not
 tell whether that qsnap lives; on the same machine its process does, elsewhere nothing.

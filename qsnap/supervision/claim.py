@@ -1,4 +1,4 @@
-"""The claim on a VM: one qsnap at a time, and each with somebody behind it who sees it through.
+"""The claim on a VM: one qsnap at a time, and each with a guard that finishes for it if it dies.
 
 A run that changes something makes, in this order: its journal, its guard, and its mark in QEMU. The mark is the claim:
 QEMU itself decides who has it, over whatever monitor. Before the claim of a dead run is taken, what that run had under
@@ -250,7 +250,7 @@ def _journals(monitor: Monitor, address: Address) -> Iterator[Found]:
 
 
 async def wait_for_monitor(address: Address, deadline: float, wait_s: float) -> bool:
-    """Wait until no qsnap of this user is at work on the VM at *address*.
+    """Wait until no qsnap of this user is using the VM at *address*.
 
     While it writes, QEMU answers over no monitor; and each serves one client.
 
