@@ -48,8 +48,18 @@ class QsnapError(Exception):
     exit_code = 1
     #: What the code means, as the exit table prints it.
     meaning: ClassVar[str] = "any other failure"
+    #: What that leaves behind, and the state of the guest, as far as they are known; the sequences fill it in.
+    outcome = ""
     #: Of a live save that failed: it was undone. The guest runs, and nothing of it is left.
     undone = False
+
+    def __str__(self) -> str:
+        sentence = self.sentence()
+        return f"{sentence}; {self.outcome}" if self.outcome else sentence
+
+    def sentence(self) -> str:
+        """What went wrong, for people, without the outcome."""
+        return super().__str__()
 
     def to_json(self) -> dict[str, object]:
         """The document that ``--json`` shows: class, code and message, and :meth:`details`."""
@@ -159,14 +169,18 @@ class PrecheckRefused(QsnapError):
     meaning = "a pre-check refused: a device, a blocker, no room, run state"
 
     def __init__(self, what: str, findings: Sequence[Finding], outcome: str = UNTOUCHED) -> None:
-        refusals = [finding for finding in findings if finding.refuses]
-        lines = [f"{what}; {outcome}"]
-        for finding in refusals:
-            lines.append(f"- {finding.message}")
-            if finding.cure:
-                lines.append(f"  {finding.cure}")
-        super().__init__("\n".join(lines))
+        super().__init__(what)
         self.findings = tuple(findings)
+        self.outcome = outcome
+
+    def __str__(self) -> str:
+        lines = [super().__str__()]
+        for finding in self.findings:
+            if finding.refuses:
+                lines.append(f"- {finding.message}")
+                if finding.cure:
+                    lines.append(f"  {finding.cure}")
+        return "\n".join(lines)
 
     def details(self) -> Mapping[str, object]:
         return {"findings": [finding.to_json() for finding in self.findings]}
@@ -216,7 +230,6 @@ class JobFailed(QsnapError):
 
     :ivar command: the QMP command or HMP line that failed.
     :ivar reason: QEMU's own sentence, unedited.
-    :ivar outcome: what that leaves behind, as far as it is known; the sequences fill it in.
     """
 
     exit_code = 9
@@ -228,9 +241,8 @@ class JobFailed(QsnapError):
         self.reason = reason
         self.outcome = outcome
 
-    def __str__(self) -> str:
-        sentence = f"{self.command} failed: {self.reason}"
-        return f"{sentence}; {self.outcome}" if self.outcome else sentence
+    def sentence(self) -> str:
+        return f"{self.command} failed: {self.reason}"
 
     def details(self) -> Mapping[str, object]:
         return {"command": self.command, "reason": self.reason}
@@ -252,9 +264,8 @@ class VerifyFailed(QsnapError):
         self.problems = tuple(problems)
         self.outcome = outcome
 
-    def __str__(self) -> str:
-        sentence = f"snapshot {self.tag!r} does not verify: {'; '.join(self.problems)}"
-        return f"{sentence}; {self.outcome}" if self.outcome else sentence
+    def sentence(self) -> str:
+        return f"snapshot {self.tag!r} does not verify: {'; '.join(self.problems)}"
 
     def details(self) -> Mapping[str, object]:
         return {"tag": self.tag, "problems": list(self.problems)}

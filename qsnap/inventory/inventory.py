@@ -15,7 +15,7 @@ from qsnap.inventory import devices as rules
 from qsnap.inventory import snapshots
 from qsnap.inventory.kept import Kept, kept
 from qsnap.inventory.notes import Notes, notes_path
-from qsnap.inventory.snapshots import Holding
+from qsnap.inventory.snapshots import Holding, NewName
 from qsnap.inventory.state_store import LeftBehind, StateStore
 from qsnap.model.qemu import BlockGraph, Device, InBacking, Snapshot, SnapshotTables, StateFile
 from qsnap.monitor import Monitor
@@ -109,6 +109,10 @@ class Inventory:
     def holding(self, tag: str) -> Holding:
         """All that is there of *tag*, whole or not."""
         return snapshots.holding(self.snapshots, self.devices, tag)
+
+    def new_name(self, tag: str, *, keeps_older: bool) -> NewName:
+        """Under which name the devices get a new snapshot of *tag*: see :func:`qsnap.inventory.snapshots.new_name`."""
+        return snapshots.new_name(self.snapshots, self.devices, tag, keeps_older=keeps_older)
 
     def holders(self, tag: str) -> tuple[str, ...]:
         """The node-names that hold *tag* in their snapshot tables, QEMU's first device first."""

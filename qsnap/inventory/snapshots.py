@@ -26,12 +26,11 @@ from qsnap.model.qemu import (
     Verdict,
 )
 
-#: What the tag of a stand-in ends with.
-STAND_IN_SUFFIX = ".qsnap-stand-in"
-#: What the second name of a tag ends with: a live save that replaces another is on the disks under that.
+#: What the second name of a tag ends with. A snapshot that is made while the older one of its tag stays is on the disks
+#: under that, or under the tag itself if the older one has the second name.
 SECOND_SUFFIX = ".qsnap-2"
-#: What no tag of a user's ends with.
-RESERVED_SUFFIXES = (STAND_IN_SUFFIX, SECOND_SUFFIX)
+#: What no tag of a user's ends with. The second one is what earlier versions of qsnap called such a snapshot.
+RESERVED_SUFFIXES = (SECOND_SUFFIX, ".qsnap-stand-in")
 
 
 def relevant_nodes(devices: Iterable[Device]) -> tuple[str, ...]:
@@ -84,7 +83,7 @@ def _named(found: Iterable[Snapshot]) -> Iterator[Snapshot]:
         groups.setdefault(owner(snapshot), []).append(snapshot)
     for tag, members in groups.items():
         main = max(members, key=lambda snapshot: (is_loadable(snapshot), snapshot.date))
-        if is_loadable(main) or (len(members) == 1 and main.kind is Kind.LIVE):
+        if is_loadable(main) or (len(members) == 1 and main.has_state):
             yield msgspec.structs.replace(main, tag=tag)
             others = (snapshot for snapshot in members if snapshot is not main)
             yield from (msgspec.structs.replace(other, tag=f"{tag}{SECOND_SUFFIX}") for other in others)
@@ -93,9 +92,9 @@ def _named(found: Iterable[Snapshot]) -> Iterator[Snapshot]:
 
 
 def owner(snapshot: Snapshot) -> str:
-    """The user's tag that a snapshot is, or was, under. What has a state in an image is somebody else's, who calls it
-    like a second name."""
-    return snapshot.disk_tag.removesuffix(SECOND_SUFFIX) if snapshot.vmstate is None else snapshot.disk_tag
+    """The user's tag that a snapshot is, or was, under."""
+    suffix = next((ending for ending in RESERVED_SUFFIXES if snapshot.disk_tag.endswith(ending)), "")
+    return snapshot.disk_tag.removesuffix(suffix)
 
 
 def _file_of(tag: str, held: dict[str, list[NodeSnapshot]], files: Iterable[StateFile]) -> StateFile | None:
@@ -290,6 +289,47 @@ def holding(found: Iterable[Snapshot], devices: Sequence[Device], tag: str) -> H
     )
 
 
+class NewName(NamedTuple):
+    """Under which name the devices get a new snapshot, and what it replaces.
+
+    :ivar disk_tag: that name.
+    :ivar spare: what has that name already, and goes before the new snapshot is made.
+    :ivar older: the rest of what is there of the tag: it goes when the new snapshot is complete.
+    """
+
+    disk_tag: str
+    spare: Holding
+    older: Holding
+
+
+def new_name(found: Iterable[Snapshot], devices: Sequence[Device], tag: str, *, keeps_older: bool) -> NewName:
+    """The name of a new snapshot of *tag*.
+
+    :param keeps_older: what can be loaded under the tag must not go before the new snapshot is complete. Of two that
+        have its names, as a replacement was cut short, the one that does not count goes.
+    :raise BadUsage: the tag is too long to have a second name.
+    """
+    found = tuple(found)
+    held, counts = holding(found, devices, tag), named(found, tag)
+    names = (tag, second_name(tag)) if keeps_older else (tag,)
+    unused = [name for name in names if name not in held.tags]
+    useless = [name for name in reversed(names) if counts is None or counts.disk_tag != name]
+    disk_tag = next(iter((*unused, *useless, tag)))
+    files = {one.file.path: one.file.disk_tag for one in found if one.file is not None}
+    is_taken = disk_tag in held.tags
+    spare = Holding(
+        tags=tuple(other for other in held.tags if other == disk_tag),
+        nodes=held.nodes if is_taken else (),
+        files=tuple(path for path in held.files if is_taken and files[path] == disk_tag),
+    )
+    older = Holding(
+        tags=tuple(other for other in held.tags if other != disk_tag),
+        nodes=held.nodes,
+        files=tuple(path for path in held.files if path not in spare.files),
+    )
+    return NewName(disk_tag, spare, older)
+
+
 def save_problems(graph: BlockGraph, tag: str, vmstate: str, devices: Sequence[str]) -> list[str]:
     """What is wrong with a snapshot just saved: nothing, if it is once on each device, its state on *vmstate*."""
     problems = []
@@ -318,27 +358,15 @@ def is_loadable(snapshot: Snapshot) -> bool:
     return snapshot.kind in (Kind.FULL, Kind.LIVE) and not snapshot.problems
 
 
-def stand_in_of(tag: str) -> str:
-    """The tag under which a safe replacement keeps the new state while it replaces *tag*.
-
-    :raise BadUsage: it would be too long.
-    """
-    return _suffixed(tag, STAND_IN_SUFFIX, "to be replaced safely")
-
-
 def second_name(tag: str) -> str:
-    """The tag under which the disks have a live save that replaced another *tag*.
+    """The other name under which the disks may have a snapshot of *tag*.
 
     :raise BadUsage: it would be too long.
     """
-    return _suffixed(tag, SECOND_SUFFIX, "for a live save")
-
-
-def _suffixed(tag: str, suffix: str, what_for: str) -> str:
-    name = f"{tag}{suffix}"
+    name = f"{tag}{SECOND_SUFFIX}"
     if len(name.encode(errors="surrogateescape")) > MAX_TAG_BYTES:
         raise BadUsage(
-            f"the tag {tag!r} is too long {what_for}: with the {len(suffix)} bytes of {suffix!r} behind it, it has "
-            f"more than {MAX_TAG_BYTES}"
+            f"the tag {tag!r} is too long for a live save or a safe replacement: with the {len(SECOND_SUFFIX)} bytes "
+            f"of {SECOND_SUFFIX!r} behind it, it has more than {MAX_TAG_BYTES}"
         )
     return name

@@ -17,6 +17,7 @@ from qsnap.model.qemu import DeleteResult, Device, Finding, SnapshotTables
 from qsnap.monitor import Monitor
 from qsnap.operations.findings import refuse_untransportable, runstate_findings
 from qsnap.operations.removal import refuse_removal
+from qsnap.runs.journal import DeleteWork
 from qsnap.runs.run import Run
 
 #: What failed where a state file cannot be removed.
@@ -84,7 +85,8 @@ async def _delete(run: Run, tag: str, inventory: Inventory, missing_ok: bool) ->
     await refuse_removal(run.monitor, inventory, tag, "deleted")
     if held.tags or held.files:
         await run.journal.armed()
-        run.journal.note(tags=(tag,), devices=held.nodes, disk_tags=held.tags, files=held.files)
+        work = DeleteWork(devices=held.nodes, disk_tags=held.tags, files=held.files)
+        run.journal.note(tags=(tag,), work=work)
         # What QEMU has begun it finishes; an interrupt takes effect between two tags.
         await run.shielded(_deleted(run.monitor, held, inventory))
     return held

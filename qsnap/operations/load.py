@@ -31,7 +31,7 @@ from qsnap.operations.findings import spoiled_finding
 from qsnap.operations.plan import LoadPlan, plan_load
 from qsnap.operations.reset import RESET_CURE, reboots, reset
 from qsnap.operations.translation import flush_translations, leave_own_stop, leave_restore_vm
-from qsnap.runs.journal import AFTERMATH_TIMEOUT_S, Journal
+from qsnap.runs.journal import AFTERMATH_TIMEOUT_S, Journal, LoadStage, LoadWork
 from qsnap.runs.pause import Pause, has_ended, reconnect, stopped
 from qsnap.runs.run import Run
 from qsnap.runs.shield import shielded
@@ -125,7 +125,7 @@ async def do_loadvm(
         with suppress(QsnapError):
             await monitor.clear_mark(HALF_RESTORED)
         await _settled(monitor, journal, runs=runs)
-        journal.done(loading="")
+        journal.done(work=None)
         pause.resume = runs
         pause.deed = f"{tag!r} was loaded"
         await load.verify()
@@ -158,7 +158,7 @@ async def _begin(run: Run, pause: Pause, plan: LoadPlan, vmstate: str, devices: 
     :raise GuestLeftStopped: it cannot be told, or was interrupted and has not.
     """
     monitor, journal = run.monitor, run.journal
-    journal.note(loading="begun", was_running=pause.was_running)
+    journal.note(work=LoadWork(was_running=pause.was_running, stage=LoadStage.BEGUN))
     try:
         disk_tag = plan.snapshot.disk_tag
         await monitor.snapshot_load(disk_tag, vmstate, devices, ended=lambda error: _note_end(journal, plan, error))
@@ -187,14 +187,14 @@ async def _flush(run: Run, pause: Pause, *, runs: bool) -> None:
     """Have QEMU drop the code that it has translated: see :func:`flush_translations`. A guest that is not to run is
     paused from now on, however it has come to stand still."""
     monitor, journal = run.monitor, run.journal
-    journal.note(loading="flushing", was_running=pause.was_running)
+    journal.note(work=LoadWork(was_running=pause.was_running))
     try:
         await run.shielded(_flushed(monitor, runs=runs))
         if not runs:
             await run.shielded(leave_own_stop(monitor))
     except BaseException:
         await run.shielded(_settled(monitor, journal, runs=pause.was_running))
-        journal.done(loading="")
+        journal.done(work=None)
         raise
 
 
@@ -317,7 +317,10 @@ def _cure_of_bitmaps(plan: LoadPlan, failure: QsnapError) -> str:
 
 def _note_end(journal: Journal, plan: LoadPlan, error: JobFailed | None) -> None:
     """Write down how the load ended, while QEMU's own note of it is still there."""
-    journal.done(loading="" if error is None or _has_touched_nothing(plan, error) else "failed")
+    if error is None or _has_touched_nothing(plan, error):
+        journal.done(work=None)
+    else:
+        journal.has_advanced(stage=LoadStage.FAILED)
 
 
 async def _not_loaded(monitor: Monitor, plan: LoadPlan, failure: JobFailed) -> QsnapError:
@@ -386,7 +389,7 @@ async def _left_stopped(
     :raise JobFailed: otherwise.
     """
     if isinstance(failure, MonitorError) and await has_ended(journal):
-        journal.done(stopped=False, loading="")
+        journal.done(stopped=False, work=None)
         # qcow2-snapshot.c: qcow2_snapshot_goto; seen in 1 of 120 loadvm that were killed
         raise MonitorLost(
             "QEMU has ended in the middle of the load; there is no guest any more. It may have left wrong reference "
@@ -398,7 +401,7 @@ async def _left_stopped(
         if is_live(await monitor.runstate()):
             # QEMU 6.0.0 resumes after a failed loadvm (fixed in 6.1: c53cd04e70).
             await monitor.stop()
-    journal.done(stopped=False, loading="")
+    journal.done(stopped=False, work=None)
     tag = plan.snapshot.disk_tag
     bitmaps = _cure_of_bitmaps(plan, failure)
     cure = (

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from qsnap.errors import UNTOUCHED, CommandFailed, NotSupported, PrecheckRefused, SnapshotNotFound
 from qsnap.host import processes
-from qsnap.inventory import block_jobs, descriptors, snapshots
+from qsnap.inventory import block_jobs, descriptors
 from qsnap.inventory import devices as rules
 from qsnap.inventory.inventory import Inventory
 from qsnap.model.qemu import (
@@ -171,9 +171,7 @@ async def plan_load(
         raise NotSupported(f"{monitor.who} loads all devices or none: --exclude is beyond it")
     snapshot = inventory.find(tag)
     if snapshot is None:
-        other = inventory.find(f"{tag}{snapshots.STAND_IN_SUFFIX}")
-        hint = f". Its stand-in, of a replacement that was not completed, can be loaded: {other.tag}" if other else ""
-        raise inventory.not_found(tag, f"; {standing}{hint}")
+        raise inventory.not_found(tag, f"; {standing}")
     left_out = {d.image or d.node for d in survey.devices if d.verdict is Verdict.EXCLUDED}
     missing = [node for node in snapshot.missing if node not in left_out]
     unable = [node for d in survey.devices if d.verdict is Verdict.REFUSED and (node := d.image or d.node)]

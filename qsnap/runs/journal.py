@@ -17,6 +17,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from datetime import datetime
+from enum import StrEnum
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -46,19 +47,74 @@ _BEGINNING_S = 60.0
 AFTERMATH_TIMEOUT_S = 900.0
 
 
-class LiveRecord(Struct, frozen=True):
-    """How far a live save has come."""
+class NewSnapshot(Struct, frozen=True):
+    """What a save is about to make, and what that replaces."""
 
     disk_tag: str
     """The tag that the devices have the new snapshot under."""
+    vmstate: str
+    """The node that the VM state is on; of a live save, the one beside whose image its state file is."""
+    devices: tuple[str, ...]
+    """The nodes that a snapshot is taken of."""
+    older: tuple[str, ...]
+    """The other tags on the devices, and the state files, of what goes when the new snapshot is complete."""
+    older_files: tuple[str, ...]
+
+
+class SaveWork(NewSnapshot, frozen=True, tag="save"):
+    """How far a save has come."""
+
+    rows: dict[str, tuple[RowKey, ...]] | None = None
+    """The rows that stood under the tag itself when their deletion began; None before."""
+    qemu_replaces: bool = False
+    """The deletion of those rows is QEMU's own (HMP's savevm)."""
+    saving: bool = False
+    """QEMU may have been told to save under the tag."""
+    is_complete: bool = False
+    """The new snapshot was read back, and is whole."""
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether anything was changed yet."""
+        return self.rows is not None or self.saving
+
+
+class LiveWork(NewSnapshot, frozen=True, tag="live"):
+    """How far a live save has come."""
+
     path: str
     """Of the state file; and of what will be it, until it is complete."""
     part: str
-    older: tuple[str, ...]
-    """The tags on the devices, and the state files, of what goes when the new snapshot is complete."""
-    older_files: tuple[str, ...]
     made: Identity | None = None
     """The file itself; None before it was made."""
+
+
+class DeleteWork(Struct, frozen=True, tag="delete"):
+    """What a delete is about to remove."""
+
+    devices: tuple[str, ...]
+    """The nodes that hold any of the tags."""
+    disk_tags: tuple[str, ...]
+    files: tuple[str, ...]
+
+
+class LoadStage(StrEnum):
+    """How far a load has come."""
+
+    FLUSHING = "flushing"
+    """Translated code is being dropped; nothing is loaded yet."""
+    BEGUN = "begun"
+    """QEMU may have been told to load."""
+    FAILED = "failed"
+    """QEMU reported an error after it had begun."""
+
+
+class LoadWork(Struct, frozen=True, tag="load"):
+    """How far a load has come."""
+
+    was_running: bool
+    """The guest ran before it."""
+    stage: LoadStage = LoadStage.FLUSHING
 
 
 class Record(Struct, frozen=True):
@@ -85,32 +141,12 @@ class Record(Struct, frozen=True):
     """It has come to its end, and what it has made stays: nothing is left but the claim."""
     stopped: bool = False
     """The guest was running, and this run has it stopped or is about to stop it."""
-    devices: tuple[str, ...] = ()
-    """The nodes that a save takes a snapshot of, or a delete found the tag on."""
-    vmstate: str = ""
-    older: dict[str, tuple[RowKey, ...]] | None = None
-    """The rows that stood under the tag when their deletion began; None before."""
-    qemu_replaces: bool = False
-    """The deletion of the older rows is QEMU's own (HMP's savevm)."""
-    saving: bool = False
-    """QEMU may have been told to save under the tag."""
-    stand_in: str = ""
-    """The tag under which the same state stands until the new snapshot is there; "" without."""
     settings: Mapping[str, int] = {}
     """What a live save changes in QEMU, as it was before."""
     forgetting: bool = False
     """A stream of ours may be under way, which QEMU is to forget by that a migration has failed."""
-    live: LiveRecord | None = None
-    """Of a live save."""
-    disk_tags: tuple[str, ...] = ()
-    """Of a delete: the tags on the devices."""
-    files: tuple[str, ...] = ()
-    """State files that go with what is deleted, or replaced by an ordinary save."""
-    was_running: bool = False
-    """Of a load: the guest ran before it."""
-    loading: str = ""
-    """"flushing": translated code is being dropped, nothing is loaded yet; "begun": QEMU may have been told to load;
-    "failed": that went wrong; "" otherwise."""
+    work: SaveWork | LiveWork | DeleteWork | LoadWork | None = None
+    """What is half done, if anything is."""
 
     @property
     def where(self) -> Address:
@@ -211,6 +247,21 @@ class Journal:
         with suppress(QsnapError):
             self.note(**facts)
         self.record = msgspec.structs.replace(self.record, **facts)
+
+    def advance(self, **facts: Any) -> None:  # noqa: ANN401 (fields of what is under way)
+        """Write down how far :attr:`Record.work` has come.
+
+        :raise QsnapError: as :meth:`note`.
+        """
+        self.note(work=self._advanced(facts))
+
+    def has_advanced(self, **facts: Any) -> None:  # noqa: ANN401 (fields of what is under way)
+        """The same of what has been done: as :meth:`done`."""
+        self.done(work=self._advanced(facts))
+
+    def _advanced(self, facts: Mapping[str, Any]) -> Struct:
+        assert self.record.work is not None
+        return msgspec.structs.replace(self.record.work, **facts)
 
     def close(self, *, remove: bool) -> None:
         """Let go of it; *remove* it if nothing is left to do."""

@@ -13,7 +13,7 @@ from qsnap.model.qemu import QemuVersion, RunState
 from qsnap.model.runstates import HAS_ENDED, cure_of, happened, is_live, takes_stop
 from qsnap.monitor import Monitor
 from qsnap.monitor.connection import AnotherAnswers
-from qsnap.runs.journal import Journal
+from qsnap.runs.journal import Journal, LiveWork
 from qsnap.runs.mark import CLAIM, is_of
 from qsnap.runs.shield import shielded
 
@@ -118,7 +118,7 @@ async def _resume(monitor: Monitor, pause: Pause, journal: Journal) -> None:
     except MonitorLost:
         await reconnect(monitor, journal)
         await pause._resume(monitor)
-    if pause.runstate is RunState.PAUSED and journal.record.live is not None:
+    if pause.runstate is RunState.PAUSED and isinstance(journal.record.work, LiveWork):
         # QEMU puts the "paused" of before back when its stream has begun, which may be after our `cont` (from 9.0 on,
         # migration.c: bg_migration_vm_start_bh; seen on 11.1 after a live save that failed)
         await pause._resume(monitor)

@@ -19,7 +19,7 @@ from qsnap.monitor import Monitor
 from qsnap.monitor.address import Address
 from qsnap.monitor.connection import AnotherAnswers, listener_pid
 from qsnap.runs import journal, mark
-from qsnap.runs.journal import Found, Journal
+from qsnap.runs.journal import Found, Journal, LiveWork
 from qsnap.runs.mark import CLAIM, Holder
 from qsnap.runs.pause import has_ended
 from qsnap.runs.shield import shielded
@@ -144,7 +144,7 @@ async def _release(monitor: Monitor, ours: Journal) -> None:
     """Give the claim back; or leave it all to the guard, where something is left to do that we cannot."""
     watching = ours.guard
     assert isinstance(watching, guard.Guard)
-    is_done = not ours.record.stopped and ours.record.live is None
+    is_done = not ours.record.stopped and not isinstance(ours.record.work, LiveWork)
     if is_done:
         try:
             async with asyncio.timeout(_RELEASE_TIMEOUT_S):

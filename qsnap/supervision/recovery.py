@@ -9,12 +9,13 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
+from collections.abc import Sequence
 from contextlib import suppress
 
 from qsnap.errors import CommandFailed, ConnectError, GuestLeftStopped, JobFailed, MonitorError, QsnapError
 from qsnap.inventory import devices as rules
 from qsnap.inventory import snapshots
-from qsnap.model.qemu import Recovered, RunState
+from qsnap.model.qemu import BlockGraph, Device, Recovered, RunState
 from qsnap.model.runstates import HAS_ENDED, cure_of, is_live
 from qsnap.monitor import HALF_RESTORED, Monitor, adopt_monitor, open_monitor
 from qsnap.operations.delete import delete_all
@@ -23,7 +24,7 @@ from qsnap.operations.load import outcome
 from qsnap.operations.save import SaveAttempt
 from qsnap.operations.translation import leave_restore_vm
 from qsnap.runs import mark
-from qsnap.runs.journal import Journal
+from qsnap.runs.journal import DeleteWork, Journal, LiveWork, LoadStage, LoadWork, Record, SaveWork
 from qsnap.runs.mark import CLAIM, decode
 
 #: Seconds between two tries to reach QEMU, or to have it resume the guest.
@@ -73,8 +74,8 @@ async def recover(monitor: Monitor, journal: Journal) -> Recovered:
     # Without its mark this is another QEMU, or the run had not begun, or was at its very end
     if await mark.is_of(monitor, CLAIM, record.token):
         await monitor.take_over(record.owner.pid)
-        if record.loading:
-            actions += await _end_load(monitor, journal)
+        if isinstance(record.work, LoadWork):
+            actions += await _end_load(monitor, journal, record.work)
         if journal.record.stopped:
             actions += await _resume(monitor)
             journal.done(stopped=False)
@@ -124,21 +125,21 @@ async def recover_by_mark(monitor: Monitor, text: str, *, force: bool = False) -
     )
 
 
-async def _end_load(monitor: Monitor, journal: Journal) -> list[str]:
+async def _end_load(monitor: Monitor, journal: Journal, work: LoadWork) -> list[str]:
     """How the load of the dead run ended: the guest may run on only if that was well."""
     record = journal.record
     failure: QsnapError | None
-    if record.loading == "flushing":
-        if not record.was_running:
+    if work.stage is LoadStage.FLUSHING:
+        if not work.was_running:
             await leave_restore_vm(monitor)
-        journal.done(loading="")
+        journal.done(work=None)
         return []
-    if record.loading == "failed":
+    if work.stage is LoadStage.FAILED:
         failure = QsnapError("QEMU reported an error")
     else:
         unseen = QsnapError("nobody has seen how the load ended")
-        failure = await outcome(unseen, monitor, was_running=record.was_running)
-    journal.done(loading="", stopped=record.stopped and failure is None)
+        failure = await outcome(unseen, monitor, was_running=work.was_running)
+    journal.done(work=None, stopped=record.stopped and failure is None)
     if failure is None:
         return []
     await monitor.set_mark(HALF_RESTORED, "yes")
@@ -173,34 +174,42 @@ async def _resume(monitor: Monitor) -> list[str]:
 
 
 async def _clear_up(monitor: Monitor, journal: Journal) -> list[str]:
-    record = journal.record
+    """Undo what the dead run had half done, or complete it; what was done, in words."""
+    record, work = journal.record, journal.record.work
     if record.is_done:
         return []
     graph = await monitor.block_graph()
     devices = rules.survey(graph).devices
-    if record.live is not None:
+    if isinstance(work, LiveWork):
         return [await LiveSaveAttempt(monitor, journal, devices).undo()]
-    if record.settings and monitor.background is not None:
+    if monitor.background is not None:
         if record.forgetting:
             await monitor.background.end_stream()
-        await monitor.background.put_back(record.settings)
-    if record.operation == "save" and (record.older is not None or record.saving or record.stand_in):
+        if record.settings:
+            await monitor.background.put_back(record.settings)
+        if record.operation == "load":
+            await monitor.background.tidy()
+    if isinstance(work, SaveWork) and work.has_begun:
         _, sentence = await SaveAttempt(monitor, journal, devices).undo(keeps_whole=True)
         return [sentence]
-    if record.operation == "delete" and (record.disk_tags or record.files):
-        held = [snapshots.holders(graph, devices, tag) for tag in record.disk_tags]
-        files = [file for file in record.files if os.path.lexists(file)]  # noqa: ASYNC240 (no waiting)
-        has_begun = any(nodes != record.devices for nodes in held) or len(files) < len(record.files)
-        if has_begun and (any(held) or files):
-            deletion = f"the deletion of {', '.join(map(repr, record.tags))}"
-            try:
-                await delete_all(monitor, devices, record.disk_tags, files)
-            except JobFailed as error:  # it shows in the list, and may be tried again
-                return [f"{deletion} could not be completed: {error}"]
-            return [f"{deletion} was completed"]
-    if record.operation == "load" and monitor.background is not None:
-        await monitor.background.tidy()
-    return []
+    return await _completed(monitor, graph, devices, record) if isinstance(work, DeleteWork) else []
+
+
+async def _completed(monitor: Monitor, graph: BlockGraph, devices: Sequence[Device], record: Record) -> list[str]:
+    """Complete a deletion, if it has begun."""
+    work = record.work
+    assert isinstance(work, DeleteWork)
+    held = [snapshots.holders(graph, devices, tag) for tag in work.disk_tags]
+    files = [file for file in work.files if os.path.lexists(file)]  # noqa: ASYNC240 (no waiting)
+    has_begun = any(nodes != work.devices for nodes in held) or len(files) < len(work.files)
+    if not has_begun or not (any(held) or files):
+        return []
+    deletion = f"the deletion of {', '.join(map(repr, record.tags))}"
+    try:
+        await delete_all(monitor, devices, work.disk_tags, files)
+    except JobFailed as error:  # it shows in the list, and may be tried again
+        return [f"{deletion} could not be completed: {error}"]
+    return [f"{deletion} was completed"]
 
 
 async def _inherited(journal: Journal, connection: socket.socket) -> Monitor | None:

@@ -513,11 +513,11 @@ def test_what_cannot_be_written_down_whole_is_not_done(runtime_directory: Path) 
         with pytest.raises(QsnapError, match="cannot be written"):
             ours.note(stopped=True)
         assert not ours.record.stopped
-        ours.done(saving=True)
-    assert ours.record.saving
-    ours.note(vmstate="disk0")
+        ours.done(is_done=True)
+    assert ours.record.is_done
+    ours.note(operation="save")
     (found,) = journal.found()
-    assert (found.record.stopped, found.record.vmstate) == (False, "disk0")
+    assert (found.record.stopped, found.record.operation) == (False, "save")
     ours.close(remove=True)
 
 

@@ -28,7 +28,7 @@ from qsnap.monitor.address import UnixAddress
 from qsnap.operations.delete import do_delvm
 from qsnap.operations.load import do_loadvm
 from qsnap.operations.save import do_savevm
-from qsnap.runs.journal import Journal, LiveRecord, Record
+from qsnap.runs.journal import Journal, LiveWork, Record
 from qsnap.runs.pause import stopped
 from qsnap.runs.run import Run
 from support.disks import disk, filters, one_disk, pflash_raw
@@ -53,7 +53,7 @@ def on_both(directory: Path) -> list[list[str]]:
 
 
 async def test_the_order_of_a_save(guest: Guest, intercept: Intercept) -> None:
-    """Check, stop, look up, delete the old one, save, read back, resume: nothing else in between."""
+    """Check, stop, look up, delete the old one, save, resume, read back: nothing else in between."""
     proxy = intercept(guest)
     async with qsnap.connect(proxy.address) as vm:
         await vm.save("t")
@@ -68,8 +68,9 @@ async def test_the_order_of_a_save(guest: Guest, intercept: Intercept) -> None:
     assert "query-migrate" in proxy.commands[:first_stop]
     assert "query-named-block-nodes" in proxy.commands[:first_stop]
     assert "query-named-block-nodes" in proxy.commands[first_stop : proxy.commands.index(deeds[1])]
-    after_save = proxy.commands[proxy.commands.index("snapshot-save") : proxy.commands.index("cont")]
-    assert "query-named-block-nodes" in after_save
+    save, cont = proxy.commands.index("snapshot-save"), proxy.commands.index("cont")
+    assert "query-named-block-nodes" not in proxy.commands[save:cont], "the guest need not wait for that"
+    assert "query-named-block-nodes" in proxy.commands[cont:]
 
 
 async def test_the_figures_are_qemus_own(guest: Guest, tmp_path: Path) -> None:
@@ -310,7 +311,7 @@ async def test_a_guest_that_qemu_stops_again_at_once() -> None:
 async def test_a_guest_that_qemu_pauses_again_at_once(is_live: bool) -> None:
     """As it does from 9.0 on where a live save is undone while its stream begins; else somebody means it."""
     monitor = FakeMonitor()
-    live = LiveRecord(disk_tag="t", path="t", part="t", older=(), older_files=()) if is_live else None
+    work = LiveWork(disk_tag="t", vmstate="a", devices=(), path="t", part="t", older=(), older_files=())
     resumed = monitor.cont
 
     async def cont() -> float | None:
@@ -321,7 +322,7 @@ async def test_a_guest_that_qemu_pauses_again_at_once(is_live: bool) -> None:
 
     monitor.cont = cont  # type: ignore[method-assign]
     with nullcontext() if is_live else pytest.raises(GuestLeftStopped, match="is paused"):
-        async with stopped(monitor, Journal(Record(live=live))):
+        async with stopped(monitor, Journal(Record(work=work if is_live else None))):
             pass
     assert monitor.state is (RunState.RUNNING if is_live else RunState.PAUSED)
 
@@ -581,11 +582,15 @@ def test_a_tag_that_is_an_id(guest: Guest, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("ending", [".qsnap-2", ".qsnap-stand-in"])
 def test_tags_that_are_qsnap_s_own(guest: Guest, tmp_path: Path, ending: str) -> None:
-    """They are not made; and somebody else's of that name is none of ours when the other is replaced or deleted."""
+    """They are not made by that name; what has one is the snapshot of the tag, and goes with it."""
     assert "qsnap's own" in cli("save", f"b{ending}", monitor=guest.address, expect=6).err
-    guest.qmp.hmp("savevm b.qsnap-2")
+    guest.qmp.hmp(f"savevm b{ending}")
+    (listed,) = cli("list", "--json", monitor=guest.address).json["snapshots"]
+    assert (listed["tag"], listed["kind"]) == ("b", "full")
+    cli("load", "b", monitor=guest.address)
+    guest.assert_running()
     cli("save", "b", monitor=guest.address)
-    cli("save", "b", monitor=guest.address)
-    assert sorted(tags(tmp_path / "disk0.qcow2")) == ["b", "b.qsnap-2"]
+    assert tags(tmp_path / "disk0.qcow2") == ["b"]
+    guest.qmp.hmp(f"savevm b{ending}")
     cli("delete", "b", monitor=guest.address)
-    assert tags(tmp_path / "disk0.qcow2") == ["b.qsnap-2"]
+    assert tags(tmp_path / "disk0.qcow2") == []

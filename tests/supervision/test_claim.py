@@ -24,7 +24,7 @@ from qsnap.model.requests import SaveRequest
 from qsnap.monitor.address import TcpAddress
 from qsnap.operations.save import do_savevm
 from qsnap.runs import mark
-from qsnap.runs.journal import Journal, Record, found, new_record
+from qsnap.runs.journal import Journal, Record, SaveWork, found, new_record
 from qsnap.runs.run import Run
 from support.busy import big_guest, in_the_write
 from support.fake_monitor import FakeMonitor
@@ -415,7 +415,7 @@ async def test_a_journal_that_can_be_written_no_more() -> None:
 
     class Full(Journal):
         def note(self, **facts: Any) -> None:
-            if "saving" in facts:
+            if isinstance(work := facts.get("work"), SaveWork) and work.saving:
                 raise QsnapError("the journal cannot be written: No space left on device")
             super().note(**facts)
 

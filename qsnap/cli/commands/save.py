@@ -51,7 +51,7 @@ class _SaveCommand(Command):
 @click.option(
     "--safe-replace/--no-safe-replace",
     default=None,
-    help="Replace it so that a complete snapshot exists at every moment: the state is written twice.",
+    help="Replace it so that a complete snapshot exists at every moment; takes room for one more state.",
 )
 @vmstate_option
 @exclude_option

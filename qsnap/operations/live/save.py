@@ -15,10 +15,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import NamedTuple
 
-import msgspec
-
 from qsnap.errors import (
-    CommandFailed,
     GuestLeftStopped,
     JobFailed,
     MonitorError,
@@ -35,7 +32,6 @@ from qsnap.inventory import state_part as parts
 from qsnap.inventory.state_store import PART_SUFFIX, read
 from qsnap.model.qemu import BlockGraph, Device, Finding, RunState, SaveResult, Severity, StateFile
 from qsnap.model.requests import OnExists, SaveRequest
-from qsnap.model.runstates import cure_of, is_live
 from qsnap.monitor import Monitor
 from qsnap.monitor.qmp.background import Background
 from qsnap.operations.delete import delete_all, delete_everywhere, delete_replaced
@@ -44,9 +40,9 @@ from qsnap.operations.naming import free_automatic_tag
 from qsnap.operations.plan import SavePlan, plan_save
 from qsnap.operations.progress import Watcher
 from qsnap.operations.removal import refuse_removal
-from qsnap.operations.save import save_result, unchanged
+from qsnap.operations.save import explain, save_result, unchanged
 from qsnap.operations.writers import other_writers
-from qsnap.runs.journal import Journal, LiveRecord
+from qsnap.runs.journal import Journal, LiveWork
 from qsnap.runs.pause import has_ended, reconnect
 from qsnap.runs.run import Run
 
@@ -68,18 +64,14 @@ class LivePlan(NamedTuple):
     """What a live save will do.
 
     :ivar tag: the user's.
-    :ivar disk_tag: the tag under which the devices will have it.
+    :ivar new: the name that the devices will have it under, and what it replaces.
     :ivar path: of its state file.
-    :ivar spare: of two snapshots of that name, which a replacement that died has left, the one that is of no use.
-    :ivar older: what it replaces.
     """
 
     save: SavePlan
     tag: str
-    disk_tag: str
+    new: snapshots.NewName
     path: Path
-    spare: snapshots.Holding
-    older: snapshots.Holding
 
 
 async def plan_live(run: Run, request: SaveRequest) -> LivePlan:
@@ -102,35 +94,13 @@ async def plan_live(run: Run, request: SaveRequest) -> LivePlan:
     inventory = save.inventory
     await _refuse_other_writers(run.monitor, background, inventory.graph)
     tag = request.tag if request.tag is not None else free_automatic_tag(inventory.graph)
-    second = snapshots.second_name(tag)
-    held = inventory.holding(tag)
-    disk_tag = next((free for free in (tag, second) if free not in held.tags), None)
-    if disk_tag is None:
-        counts = inventory.find(tag)
-        disk_tag = tag if counts is not None and counts.disk_tag == second else second
-    file_tags = {file.path: file.disk_tag for file in inventory.files}
-    spare = snapshots.Holding(
-        tags=tuple(other for other in held.tags if other == disk_tag),
-        nodes=held.nodes,
-        files=tuple(path for path in held.files if disk_tag in held.tags and file_tags[path] == disk_tag),
-    )
-    path = run.store.place(inventory.graph, save.vmstate, disk_tag)
-    taken = os.path.lexists(path) and str(path) not in file_tags  # noqa: ASYNC240
+    new = inventory.new_name(tag, keeps_older=True)
+    path = run.store.place(inventory.graph, save.vmstate, new.disk_tag)
+    taken = os.path.lexists(path) and str(path) not in (file.path for file in inventory.files)  # noqa: ASYNC240
     findings = (*save.report.findings, *await _place_findings(run.monitor, path, request.force, is_taken=taken))
     if any(finding.refuses for finding in findings):
         raise PrecheckRefused("the guest cannot be saved live now", findings)
-    return LivePlan(
-        save=save,
-        tag=tag,
-        disk_tag=disk_tag,
-        path=path,
-        spare=spare,
-        older=snapshots.Holding(
-            tags=tuple(other for other in held.tags if other not in spare.tags),
-            nodes=held.nodes,
-            files=tuple(other for other in held.files if other not in spare.files),
-        ),
-    )
+    return LivePlan(save, tag, new, path)
 
 
 async def _refuse_other_writers(monitor: Monitor, background: Background, graph: BlockGraph) -> None:
@@ -207,43 +177,45 @@ async def do_live_save(run: Run, request: SaveRequest, plan: LivePlan, watch: Wa
     began = time.monotonic()
     monitor, journal, background = run.monitor, run.journal, _background(run.monitor)
     inventory, report, vmstate = plan.save.inventory, plan.save.report, plan.save.vmstate
-    if plan.older.exists and request.on_exists is OnExists.REFUSE:
-        raise SnapshotExists(plan.tag, (*inventory.displayed(plan.older.nodes), *plan.older.files))
+    if plan.new.older.exists and request.on_exists is OnExists.REFUSE:
+        raise SnapshotExists(plan.tag, (*inventory.displayed(plan.new.older.nodes), *plan.new.older.files))
     await refuse_removal(monitor, inventory, plan.tag, "saved")
     if request.dry_run:
-        return save_result(plan.save, plan.tag, plan.older.exists, began, dry_run=True, is_live=True)
+        return save_result(plan.save, plan.tag, plan.new.older.exists, began, dry_run=True, is_live=True)
 
-    await delete_all(monitor, report.devices, plan.spare.tags, plan.spare.files)
+    await delete_all(monitor, report.devices, plan.new.spare.tags, plan.new.spare.files)
     await journal.armed()
     part = plan.path.with_suffix(PART_SUFFIX)
-    live = LiveRecord(
-        disk_tag=plan.disk_tag,
+    work = LiveWork(
+        disk_tag=plan.new.disk_tag,
+        vmstate=vmstate,
+        devices=report.saved,
+        older=plan.new.older.tags,
+        older_files=plan.new.older.files,
         path=str(plan.path),
         part=str(part),
-        older=plan.older.tags,
-        older_files=plan.older.files,
     )
-    journal.note(tags=(plan.tag,), devices=report.saved, vmstate=vmstate, live=live)
+    journal.note(tags=(plan.tag,), work=work)
     # Now, as they are known by their contents too: :mod:`qsnap.inventory.descriptors`
     image, identity = run.store.image(inventory.graph, vmstate), run.store.identity(inventory.graph, vmstate)
     try:
         file = _created(part, image, await _reserved(monitor, background))
     except QsnapError as error:
-        journal.done(live=None)
+        journal.done(work=None)
         error.undone = True
         raise
     try:
-        journal.note(live=msgspec.structs.replace(live, made=files.identity(file)))
+        journal.advance(made=files.identity(file))
     except QsnapError:
         parts.remove(part, plan.path, files.identity(file), file=file)
         os.close(file)
-        journal.done(live=None)
+        journal.done(work=None)
         raise
     attempt = LiveSaveAttempt(monitor, journal, report.devices, file)
     images = [path for node in report.saved if (path := run.store.image(inventory.graph, node))]
 
     async def snapshot_disks() -> None:
-        await background.snapshot_disks(plan.disk_tag, report.roots)
+        await background.snapshot_disks(plan.new.disk_tag, report.roots)
 
     try:
         with closing(
@@ -271,7 +243,9 @@ async def do_live_save(run: Run, request: SaveRequest, plan: LivePlan, watch: Wa
         raise
     finally:
         os.close(file)
-    return save_result(plan.save, plan.tag, plan.older.exists, began, pause=pause, is_live=True, file=found, left=left)
+    return save_result(
+        plan.save, plan.tag, plan.new.older.exists, began, pause=pause, is_live=True, file=found, left=left
+    )
 
 
 async def _reserved(monitor: Monitor, background: Background) -> int:
@@ -321,15 +295,15 @@ class LiveSaveAttempt:
         self._monitor = monitor
         self._journal = journal
         self._devices = devices
-        self._record = journal.record
-        assert journal.record.live is not None
-        self._live = journal.record.live
+        assert isinstance(journal.record.work, LiveWork)
+        self._work = journal.record.work
+        (self._tag,) = journal.record.tags
         self._undone = False
         self._file = file
 
     async def forget_disks(self) -> None:
         """Take the disks' new snapshots away."""
-        await delete_everywhere(self._monitor, self._devices, self._live.disk_tag)
+        await delete_everywhere(self._monitor, self._devices, self._work.disk_tag)
 
     async def content(self, vm_state_size: int, image: Path) -> state_file.Content:
         """What the state file is to say, with the clock as the disks' snapshots have it.
@@ -337,7 +311,7 @@ class LiveSaveAttempt:
         :raise VerifyFailed: those are not what they should be.
         """
         graph = await self._monitor.block_graph()
-        tag, saved = self._live.disk_tag, self._record.devices
+        tag, saved = self._work.disk_tag, self._work.devices
         rows = {node: graph.nodes[node].tagged(tag) if node in graph.nodes else () for node in saved}
         problems = [
             f"{node} holds it {len(found)} times instead of once" for node, found in rows.items() if len(found) != 1
@@ -345,8 +319,8 @@ class LiveSaveAttempt:
         if not problems and len({found[0].vm_clock_ns for found in rows.values()}) != 1:
             problems.append("the disks have it of different moments")
         if problems:
-            raise VerifyFailed(self._record.tags[0], problems)
-        row = rows[self._record.vmstate if self._record.vmstate in rows else saved[0]][0]
+            raise VerifyFailed(self._tag, problems)
+        row = rows[self._work.vmstate if self._work.vmstate in rows else saved[0]][0]
         return state_file.Content(
             tag=tag, image=str(image), vm_state_size=vm_state_size, date=row.date, vm_clock_ns=row.vm_clock_ns
         )
@@ -357,26 +331,26 @@ class LiveSaveAttempt:
         :return: it, and what is left of the older one.
         :raise VerifyFailed: it is not.
         """
-        found = read(Path(self._live.path))
+        found = read(Path(self._work.path))
         if found is None or not found.is_whole:
-            raise VerifyFailed(self._record.tags[0], [f"{self._live.path} is no state file"])
+            raise VerifyFailed(self._tag, [f"{self._work.path} is no state file"])
         await self._put_back()
-        older = [path for path in self._live.older_files if path != self._live.path]
-        left = await delete_replaced(self._monitor, self._devices, self._live.older, older)
-        self._journal.done(live=None)
+        older = [path for path in self._work.older_files if path != self._work.path]
+        left = await delete_replaced(self._monitor, self._devices, self._work.older, older)
+        self._journal.done(work=None)
         return found, left
 
     async def _put_back(self) -> None:
         background = _background(self._monitor)
         await background.tidy()
-        await background.put_back(self._record.settings)
+        await background.put_back(self._journal.record.settings)
 
     def _is_complete(self, graph: BlockGraph) -> bool:
         """Whether the new snapshot is there: a state file of its name, and of the moment of the disks' snapshots."""
-        file = read(Path(self._live.path))
-        if file is None or not file.is_whole or file.disk_tag != self._live.disk_tag:
+        file = read(Path(self._work.path))
+        if file is None or not file.is_whole or file.disk_tag != self._work.disk_tag:
             return False
-        rows = [graph.nodes[node].tagged(file.disk_tag) for node in self._record.devices if node in graph.nodes]
+        rows = [graph.nodes[node].tagged(file.disk_tag) for node in self._work.devices if node in graph.nodes]
         return bool(rows) and all(len(found) == 1 and found[0].vm_clock_ns == file.vm_clock_ns for found in rows)
 
     async def undo(self) -> str:
@@ -385,12 +359,13 @@ class LiveSaveAttempt:
         :return: what has become of it, in words.
         """
         await _background(self._monitor).end_stream()
-        parts.forget_name(Path(self._live.part), Path(self._live.path), self._live.made)
+        parts.forget_name(Path(self._work.part), Path(self._work.path), self._work.made)
         graph = await self._monitor.block_graph()
-        (tag,) = self._record.tags
         if self._is_complete(graph):
             _, left = await self.conclude()
-            return "; ".join((f"the new snapshot {tag!r} was complete and is kept", *(one.message for one in left)))
+            return "; ".join(
+                (f"the new snapshot {self._tag!r} was complete and is kept", *(one.message for one in left))
+            )
         self.remove_part()
         await self.forget_disks()
         try:
@@ -398,20 +373,20 @@ class LiveSaveAttempt:
             await _background(self._monitor).forget_failure()
         finally:
             await self._put_back()
-        self._journal.done(live=None)
+        self._journal.done(work=None)
         self._undone = True
-        replaced = self._live.older or self._live.older_files
-        return "nothing of it is left" + (f"; the older snapshot {tag!r} is as it was" if replaced else "")
+        replaced = self._work.older or self._work.older_files
+        return "nothing of it is left" + (f"; the older snapshot {self._tag!r} is as it was" if replaced else "")
 
     def remove_part(self) -> None:
         """Remove the state file that is not complete: see :func:`qsnap.inventory.state_part.remove`."""
-        parts.remove(Path(self._live.part), Path(self._live.path), self._live.made, file=self._file)
+        parts.remove(Path(self._work.part), Path(self._work.path), self._work.made, file=self._file)
 
     async def clear_up(self, failure: BaseException) -> None:
         """Undo the save after *failure*, and say there how things stand.
 
         :raise GuestLeftStopped: the guest runs no more, as it has no room for its own writes either.
-        :raise MonitorLost: QEMU has ended, or cannot be reached.
+        :raise JobFailed: QEMU refused a command in the middle of it.
         """
         runstate = RunState.RUNNING
         try:
@@ -422,32 +397,16 @@ class LiveSaveAttempt:
         except QsnapError as trouble:
             outcome = f"clearing up after it failed: {trouble}"
             if not isinstance(trouble, MonitorError):
-                self._journal.done(live=None)
+                self._journal.done(work=None)
             elif await has_ended(self._journal):
-                self._journal.done(live=None)
+                self._journal.done(work=None)
                 self.remove_part()
-                (tag,) = self._record.tags
                 outcome = (
-                    f"QEMU has ended; there is no guest any more. If its disks have snapshots of it: qsnap delete {tag}"
+                    "QEMU has ended; there is no guest any more. If its disks have snapshots of it: "
+                    f"qsnap delete {self._tag}"
                 )
-        if isinstance(failure, GuestLeftStopped):
-            return
-        if not is_live(runstate):
-            raise GuestLeftStopped(f"{failure}; {outcome}: {cure_of(runstate)}") from failure
-        if isinstance(failure, asyncio.CancelledError):
-            failure.add_note(outcome)
-            return
-        told: BaseException = failure
-        if isinstance(failure, (JobFailed, VerifyFailed)):
-            failure.outcome = outcome
-        elif isinstance(failure, MonitorLost):
-            told = MonitorLost(f"{failure}; {outcome}")
-        elif isinstance(failure, CommandFailed):
-            told = JobFailed(failure.command, failure.reason, outcome)
-        if isinstance(told, QsnapError):
-            told.undone = self._undone
-        if told is not failure:
-            raise told from failure
+        if not isinstance(failure, GuestLeftStopped):
+            explain(failure, outcome, runstate, undone=self._undone)
 
 
 async def _reconnected(monitor: Monitor, journal: Journal) -> None:
