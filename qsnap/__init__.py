@@ -8,7 +8,9 @@ from __future__ import annotations
 TYPE_CHECKING = False  # known to type checkers by its name; ``typing`` itself takes a tenth of our start
 if TYPE_CHECKING:
     from qsnap.errors import QsnapError
-    from qsnap.model.qemu import CheckReport, DeleteResult, LoadResult, SaveResult, Snapshot, Status
+    from qsnap.model.checks import CheckReport
+    from qsnap.model.results import DeleteResult, LoadResult, SaveResult, Status
+    from qsnap.model.snapshots import Snapshot
     from qsnap.vm import VM, connect
 
 __version__ = "0.1.0"
@@ -25,7 +27,9 @@ __all__ = [
     "connect",
 ]  # fmt: skip
 
-_HOMES = {"connect": "vm", "VM": "vm", "QsnapError": "errors"}
+_HOMES = {
+    "connect": "vm", "VM": "vm", "QsnapError": "errors", "CheckReport": "model.checks", "Snapshot": "model.snapshots",
+}  # fmt: skip
 
 
 def __getattr__(name: str) -> object:
@@ -33,4 +37,4 @@ def __getattr__(name: str) -> object:
         raise AttributeError(f"module 'qsnap' has no attribute {name!r}")
     from importlib import import_module
 
-    return getattr(import_module(f"qsnap.{_HOMES.get(name, 'model.qemu')}"), name)
+    return getattr(import_module(f"qsnap.{_HOMES.get(name, 'model.results')}"), name)

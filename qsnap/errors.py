@@ -34,7 +34,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, ClassVar
 
 if TYPE_CHECKING:
-    from qsnap.model.qemu import Finding
+    from qsnap.model.checks import Finding
 
 
 #: How things stand where something was refused in time.

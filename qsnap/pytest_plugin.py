@@ -25,7 +25,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import pytest
 
 if TYPE_CHECKING:
-    from qsnap.model.qemu import CheckReport, DeleteResult, LoadResult, SaveResult, Snapshot, Status
+    from qsnap.model.checks import CheckReport
+    from qsnap.model.results import DeleteResult, LoadResult, SaveResult, Status
+    from qsnap.model.snapshots import Snapshot
     from qsnap.targets.choose import Target
     from qsnap.vm import VM
 

@@ -28,18 +28,10 @@ from qsnap.errors import (
     VMLocked,
 )
 from qsnap.inventory.state_store import StateStore
-from qsnap.model.qemu import (
-    CheckReport,
-    DeleteResult,
-    Kind,
-    LoadResult,
-    NodeSnapshot,
-    PruneResult,
-    Recovered,
-    SaveResult,
-    Snapshot,
-    Status,
-)
+from qsnap.model.checks import CheckReport
+from qsnap.model.qemu import NodeSnapshot
+from qsnap.model.results import DeleteResult, LoadResult, PruneResult, Recovered, SaveResult, Status
+from qsnap.model.snapshots import Kind, Snapshot
 from qsnap.monitor import GREETING_TIMEOUT_S, HALF_RESTORED, Monitor, open_monitor
 from qsnap.monitor.address import Address, parse_address
 from qsnap.monitor.connection import peer_user
@@ -120,8 +112,9 @@ class VM:
         """
         from qsnap.inventory.notes import checked_description
         from qsnap.model.requests import OnExists, SaveRequest
-        from qsnap.operations import annotate, naming
+        from qsnap.operations import annotate
         from qsnap.operations.live.choose import save_live_or_not
+        from qsnap.tags import next_of_series
 
         if tag is not None and prefix is not None:
             raise BadUsage("a tag and a prefix exclude each other")
@@ -139,7 +132,7 @@ class VM:
         checked_description(description)
         async with self._claimed("save", (tag or prefix or "",), is_dry=dry_run) as run:
             if prefix is not None:
-                tag = naming.next_of_series(await run.monitor.block_graph(), prefix)
+                tag = next_of_series(await run.monitor.block_graph(), prefix)
                 request = msgspec.structs.replace(request, tag=tag)
             if description:
                 (await run.look()).notes_path()

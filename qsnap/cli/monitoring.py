@@ -13,7 +13,10 @@ from qsnap.cli.output.results import Outcome, PluginAnswer, exit_code_of
 from qsnap.cli.output.show import say
 from qsnap.cli.several import do
 from qsnap.errors import BadUsage, QsnapError
-from qsnap.model.qemu import SaveResult, Snapshot, Struct, is_of_series
+from qsnap.model.qemu import Struct
+from qsnap.model.results import SaveResult
+from qsnap.model.snapshots import Snapshot
+from qsnap.tags import is_of_series
 from qsnap.upkeep import metrics
 from qsnap.upkeep.freshness import Health, Level, is_sound, judge
 from qsnap.upkeep.metrics import Metric

@@ -13,7 +13,8 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Iterator, Sequence
 
 from qsnap.inventory.devices import BACKUP_FILTERS, displayed, path_to_image
-from qsnap.model.qemu import BlockGraph, BlockJob, Device, Finding, Severity, Verdict
+from qsnap.model.checks import Device, Finding, Severity, Verdict
+from qsnap.model.qemu import BlockGraph, BlockJob
 
 #: What becomes of it if the disk goes back under a job of that type.
 _AFTER_A_LOAD = {

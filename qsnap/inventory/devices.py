@@ -29,17 +29,8 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 from qsnap.model import outside
-from qsnap.model.qemu import (
-    BlockBackend,
-    BlockGraph,
-    BlockNode,
-    Device,
-    Finding,
-    Labels,
-    Peripheral,
-    Role,
-    Verdict,
-)
+from qsnap.model.checks import Device, Finding, Labels, Role, Verdict
+from qsnap.model.qemu import BlockBackend, BlockGraph, BlockNode, Peripheral
 
 #: Drivers with internal snapshots of their own. rbd keeps them on the server, and holds no VM state.
 SNAPSHOT_DRIVERS = frozenset({"qcow2", "rbd", "sheepdog"})

@@ -17,7 +17,9 @@ from qsnap.inventory.kept import Kept, kept
 from qsnap.inventory.notes import Notes, notes_path
 from qsnap.inventory.snapshots import Holding, NewName
 from qsnap.inventory.state_store import LeftBehind, StateStore
-from qsnap.model.qemu import BlockGraph, Device, InBacking, Snapshot, SnapshotTables, StateFile
+from qsnap.model.checks import Device
+from qsnap.model.qemu import BlockGraph, SnapshotTables
+from qsnap.model.snapshots import InBacking, Snapshot, StateFile
 from qsnap.monitor import Monitor
 
 

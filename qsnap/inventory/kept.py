@@ -25,7 +25,9 @@ from typing import NamedTuple
 from qsnap.inventory import devices as rules
 from qsnap.inventory import snapshots
 from qsnap.inventory.notes import Note, Notes
-from qsnap.model.qemu import BlockGraph, Device, Snapshot
+from qsnap.model.checks import Device
+from qsnap.model.qemu import BlockGraph
+from qsnap.model.snapshots import Snapshot
 from qsnap.monitor import Monitor
 
 #: What the names of the marks begin with.

@@ -25,7 +25,9 @@ from qsnap.errors import BadUsage, QsnapError
 from qsnap.host import files
 from qsnap.inventory import snapshots
 from qsnap.inventory.state_store import StateStore
-from qsnap.model.qemu import BlockGraph, Device, Snapshot, Struct
+from qsnap.model.checks import Device
+from qsnap.model.qemu import BlockGraph, Struct
+from qsnap.model.snapshots import Snapshot
 
 #: What the name of the file ends with.
 SUFFIX = ".qsnap-notes"

@@ -2,35 +2,18 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import msgspec
 
-from qsnap.errors import BadUsage, SnapshotNotFound
+from qsnap.errors import SnapshotNotFound
 from qsnap.inventory.devices import SNAPSHOT_DRIVERS, displayed, labels
-from qsnap.model.qemu import (
-    MAX_TAG_BYTES,
-    BlockGraph,
-    BlockNode,
-    Device,
-    InBacking,
-    Kind,
-    Labels,
-    NodeSnapshot,
-    Role,
-    Snapshot,
-    StateFile,
-    Verdict,
-)
-
-#: What the second name of a tag ends with. A snapshot that is made while the older one of its tag stays is on the disks
-#: under that, or under the tag itself if the older one has the second name.
-SECOND_SUFFIX = ".qsnap-2"
-#: What no tag of a user's ends with. The second one is what earlier versions of qsnap called such a snapshot.
-RESERVED_SUFFIXES = (SECOND_SUFFIX, ".qsnap-stand-in")
+from qsnap.model.checks import Device, Labels, Role, Verdict
+from qsnap.model.qemu import BlockGraph, BlockNode, NodeSnapshot
+from qsnap.model.snapshots import InBacking, Kind, Snapshot, StateFile
+from qsnap.tags import RESERVED_SUFFIXES, SECOND_SUFFIX, second_name
 
 
 def relevant_nodes(devices: Iterable[Device]) -> tuple[str, ...]:
@@ -345,28 +328,6 @@ def save_problems(graph: BlockGraph, tag: str, vmstate: str, devices: Sequence[s
     return problems
 
 
-def looks_like_id(tag: str) -> bool:
-    """Whether a tag could be an ID in a snapshot table, where those are numbers from 1 on.
-
-    QEMU looks for the snapshot that it goes back to by ID first, and then by tag (qcow2-snapshot.c).
-    """
-    return bool(re.fullmatch(r"[1-9][0-9]*", tag, re.ASCII))
-
-
 def is_loadable(snapshot: Snapshot) -> bool:
     """Whether there is a VM state in it, on no device twice and of one moment, and no device lacks it."""
     return snapshot.kind in (Kind.FULL, Kind.LIVE) and not snapshot.problems
-
-
-def second_name(tag: str) -> str:
-    """The other name under which the disks may have a snapshot of *tag*.
-
-    :raise BadUsage: it would be too long.
-    """
-    name = f"{tag}{SECOND_SUFFIX}"
-    if len(name.encode(errors="surrogateescape")) > MAX_TAG_BYTES:
-        raise BadUsage(
-            f"the tag {tag!r} is too long for a live save or a safe replacement: with the {len(SECOND_SUFFIX)} bytes "
-            f"of {SECOND_SUFFIX!r} behind it, it has more than {MAX_TAG_BYTES}"
-        )
-    return name

@@ -28,7 +28,9 @@ from qsnap.host import files, trust
 from qsnap.inventory import descriptors, state_file
 from qsnap.inventory import devices as rules
 from qsnap.inventory.state_part import remove_unused
-from qsnap.model.qemu import BlockGraph, Device, StateFile
+from qsnap.model.checks import Device
+from qsnap.model.qemu import BlockGraph
+from qsnap.model.snapshots import StateFile
 
 #: What the name of a state file ends with, and of one that is not complete.
 SUFFIX = ".qsnap"

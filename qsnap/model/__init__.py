@@ -1,1 +1,1 @@
-"""The typed words that all packages share: what QEMU tells, and what qsnap says about it. No I/O."""
+"""The typed words that all packages share: what QEMU tells, checks, snapshots, requests and results. No I/O."""

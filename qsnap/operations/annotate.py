@@ -14,8 +14,9 @@ import msgspec
 from qsnap.errors import QsnapError
 from qsnap.inventory import kept, snapshots
 from qsnap.inventory.inventory import Inventory
-from qsnap.model.qemu import SaveResult, Snapshot
+from qsnap.model.results import SaveResult
 from qsnap.model.runstates import trouble_of
+from qsnap.model.snapshots import Snapshot
 from qsnap.runs.run import Run
 
 

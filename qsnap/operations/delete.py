@@ -13,7 +13,9 @@ from qsnap.inventory import block_jobs, snapshots
 from qsnap.inventory import devices as rules
 from qsnap.inventory.inventory import Inventory
 from qsnap.inventory.snapshots import Holding
-from qsnap.model.qemu import DeleteResult, Device, Finding, SnapshotTables
+from qsnap.model.checks import Device, Finding
+from qsnap.model.qemu import SnapshotTables
+from qsnap.model.results import DeleteResult
 from qsnap.monitor import Monitor
 from qsnap.operations.findings import refuse_untransportable, runstate_findings
 from qsnap.operations.removal import refuse_removal

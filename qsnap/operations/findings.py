@@ -12,25 +12,13 @@ from qsnap.host import processes
 from qsnap.inventory import devices as rules
 from qsnap.inventory import snapshots
 from qsnap.inventory.inventory import Inventory
-from qsnap.model.qemu import (
-    MIGRATION_IDLE,
-    BlockGraph,
-    Device,
-    Finding,
-    Job,
-    Kind,
-    Migration,
-    QemuVersion,
-    Role,
-    RunState,
-    Snapshot,
-    StateFile,
-    Verdict,
-    tag_problem,
-)
+from qsnap.model.checks import Device, Finding, Role, Verdict
+from qsnap.model.qemu import MIGRATION_IDLE, BlockGraph, Job, Migration, QemuVersion, RunState
 from qsnap.model.requests import SaveRequest
 from qsnap.model.runstates import trouble_of
+from qsnap.model.snapshots import Kind, Snapshot, StateFile
 from qsnap.monitor import Monitor
+from qsnap.tags import RESERVED_SUFFIXES, looks_like_id, tag_problem
 
 #: Run states in which QEMU refuses a save, or crashes in it (before 9.0: an assertion on inactive images).
 _RUNSTATES_REFUSED = {
@@ -107,14 +95,14 @@ def tag_findings(tag: str | None) -> Iterator[Finding]:
         return
     if problem := tag_problem(tag):
         yield Finding.refusal("bad-tag", problem, "choose a tag of 1 to 255 bytes, without control characters")
-    elif snapshots.looks_like_id(tag):
+    elif looks_like_id(tag):
         yield Finding.refusal(
             "bad-tag",
             f"the tag {tag!r} is a number: a load looks it up among the IDs that QEMU gives snapshots first, and would "
             "bring back another one",
             f"choose a tag with a letter: v{tag}",
         )
-    elif suffix := next((end for end in snapshots.RESERVED_SUFFIXES if tag.endswith(end)), ""):
+    elif suffix := next((end for end in RESERVED_SUFFIXES if tag.endswith(end)), ""):
         yield Finding.refusal("bad-tag", f"tags that end with {suffix!r} are qsnap's own", "choose another tag")
 
 

@@ -23,7 +23,9 @@ from qsnap.errors import (
     QsnapError,
     SnapshotNotFound,
 )
-from qsnap.model.qemu import Finding, LoadResult, RunState
+from qsnap.model.checks import Finding
+from qsnap.model.qemu import RunState
+from qsnap.model.results import LoadResult
 from qsnap.model.runstates import cure_of, is_live, needs_reset, runs_after_load
 from qsnap.monitor import HALF_RESTORED, STATE_NODE_PREFIX, Monitor
 from qsnap.operations.delta.load import Load, Source, refuse_flawed, refuse_incomparable

@@ -15,15 +15,10 @@ from qsnap.host import processes
 from qsnap.inventory import block_jobs, descriptors
 from qsnap.inventory import devices as rules
 from qsnap.inventory.inventory import Inventory
-from qsnap.model.qemu import (
-    BlockGraph,
-    CheckReport,
-    QemuVersion,
-    RunState,
-    Snapshot,
-    Verdict,
-)
+from qsnap.model.checks import CheckReport, Verdict
+from qsnap.model.qemu import BlockGraph, QemuVersion, RunState
 from qsnap.model.requests import SaveRequest
+from qsnap.model.snapshots import Snapshot
 from qsnap.monitor import HALF_RESTORED, Monitor
 from qsnap.operations.findings import (
     OF_THE_VMSTATE_IMAGE,

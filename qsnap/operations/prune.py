@@ -6,19 +6,12 @@ from collections.abc import Iterable
 from datetime import datetime
 
 from qsnap.errors import PrecheckRefused
-from qsnap.model.qemu import (
-    Kind,
-    PruneDecision,
-    PruneResult,
-    SaveResult,
-    Snapshot,
-    is_of_series,
-    series_of,
-)
+from qsnap.model.results import PruneDecision, PruneResult, SaveResult
+from qsnap.model.snapshots import Kind, Snapshot
 from qsnap.operations.delete import do_delvm
-from qsnap.operations.naming import check_prefix
 from qsnap.operations.removal import unseen_notes
 from qsnap.runs.run import Run
+from qsnap.tags import check_prefix, is_of_series, series_of
 from qsnap.upkeep import retention
 from qsnap.upkeep.retention import Decision, Policy
 
@@ -36,7 +29,7 @@ async def do_prune(
 
     The guest keeps its run state; a running one stands still while QEMU deletes.
 
-    :param prefix: those that :func:`qsnap.model.qemu.series_tag` names: PREFIX-YYYYMMDDTHHMMSS. Any other is no
+    :param prefix: those that :func:`qsnap.tags.series_tag` names: PREFIX-YYYYMMDDTHHMMSS. Any other is no
         candidate.
     :param policy: see :func:`qsnap.upkeep.retention.decide`.
     :param allow_remove_all: delete the newest whole one too, if the policy does not keep it.

@@ -12,7 +12,8 @@ from qsnap.errors import PrecheckRefused
 from qsnap.host import files
 from qsnap.inventory.inventory import Inventory
 from qsnap.inventory.notes import Notes
-from qsnap.model.qemu import Finding, Snapshot
+from qsnap.model.checks import Finding
+from qsnap.model.snapshots import Snapshot
 from qsnap.monitor import Monitor
 from qsnap.operations.findings import left_behind_finding, link_finding, unreadable_finding, unseen_state_finding
 

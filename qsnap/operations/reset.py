@@ -12,7 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from qsnap.errors import PrecheckRefused
-from qsnap.model.qemu import Finding, RunState
+from qsnap.model.checks import Finding
+from qsnap.model.qemu import RunState
 from qsnap.model.runstates import needs_reset
 from qsnap.monitor import Monitor
 

@@ -21,28 +21,21 @@ from qsnap.inventory import devices as rules
 from qsnap.inventory import snapshots
 from qsnap.inventory.inventory import Inventory
 from qsnap.inventory.state_store import read
-from qsnap.model.qemu import (
-    BlockGraph,
-    Device,
-    Finding,
-    Kind,
-    NodeSnapshot,
-    RunState,
-    SaveResult,
-    StateFile,
-    Verdict,
-)
+from qsnap.model.checks import Device, Finding, Verdict
+from qsnap.model.qemu import BlockGraph, NodeSnapshot, RunState
 from qsnap.model.requests import OnExists, SaveRequest
+from qsnap.model.results import SaveResult
 from qsnap.model.runstates import cure_of, is_live, takes_stop
+from qsnap.model.snapshots import Kind, StateFile
 from qsnap.monitor import Monitor
 from qsnap.operations.delete import delete_all, delete_everywhere, delete_replaced
-from qsnap.operations.naming import free_automatic_tag
 from qsnap.operations.plan import SavePlan, plan_save
 from qsnap.operations.progress import Watcher, watched
 from qsnap.operations.removal import refuse_removal
 from qsnap.runs.journal import Journal, SaveWork, row_keys
 from qsnap.runs.pause import Pause, reconnect, stopped
 from qsnap.runs.run import Run
+from qsnap.tags import free_automatic_tag
 
 
 async def do_savevm(run: Run, request: SaveRequest, watch: Watcher | None = None) -> SaveResult:

@@ -13,7 +13,7 @@ from contextlib import asynccontextmanager
 
 from qsnap.errors import CommandFailed, MonitorBusy, MonitorError, MonitorLost, PrecheckRefused, QsnapError, VMLocked
 from qsnap.host.processes import is_alive, is_stopped, process
-from qsnap.model.qemu import Recovered, Unfinished
+from qsnap.model.results import Recovered, Unfinished
 from qsnap.model.runstates import takes_stop
 from qsnap.monitor import Monitor
 from qsnap.monitor.address import Address

@@ -15,7 +15,9 @@ from contextlib import suppress
 from qsnap.errors import CommandFailed, ConnectError, GuestLeftStopped, JobFailed, MonitorError, QsnapError
 from qsnap.inventory import devices as rules
 from qsnap.inventory import snapshots
-from qsnap.model.qemu import BlockGraph, Device, Recovered, RunState
+from qsnap.model.checks import Device
+from qsnap.model.qemu import BlockGraph, RunState
+from qsnap.model.results import Recovered
 from qsnap.model.runstates import HAS_ENDED, cure_of, is_live
 from qsnap.monitor import HALF_RESTORED, Monitor, adopt_monitor, open_monitor
 from qsnap.operations.delete import delete_all

@@ -7,7 +7,9 @@ from datetime import datetime
 from enum import StrEnum
 from typing import Any
 
-from qsnap.model.qemu import InBacking, Snapshot, Struct, is_of_series
+from qsnap.model.qemu import Struct
+from qsnap.model.snapshots import InBacking, Snapshot
+from qsnap.tags import is_of_series
 from qsnap.upkeep.retention import Duration
 
 

@@ -24,7 +24,7 @@ from typing import NamedTuple
 
 from qsnap.errors import BadUsage
 from qsnap.inventory.snapshots import is_loadable
-from qsnap.model.qemu import Snapshot
+from qsnap.model.snapshots import Snapshot
 
 #: A count without an end, as restic writes it.
 UNLIMITED = "unlimited"

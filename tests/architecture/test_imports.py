@@ -48,6 +48,7 @@ LAYERS = [
     ["targets"],
     ["monitor"],
     ["host"],
+    ["tags"],
     ["errors"],
     ["model"],
     ["guest"],

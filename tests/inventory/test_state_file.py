@@ -17,7 +17,9 @@ from qsnap.errors import BadUsage
 from qsnap.inventory import snapshots, state_file, state_store
 from qsnap.inventory.devices import survey
 from qsnap.inventory.state_file import CLUSTER, STREAM_OFFSET, Content
-from qsnap.model.qemu import MAX_TAG_BYTES, NodeSnapshot, StateFile
+from qsnap.model.qemu import NodeSnapshot
+from qsnap.model.snapshots import StateFile
+from qsnap.tags import MAX_TAG_BYTES, SECOND_SUFFIX, second_name
 from support.graphs import graph, node
 from support.guest import assert_sound, qemu_img, tags
 from support.state_files import DATE, written
@@ -172,10 +174,10 @@ def test_names() -> None:
 
 
 def test_the_longest_tag_that_has_a_second_name() -> None:
-    longest = "é" + "x" * (MAX_TAG_BYTES - len(snapshots.SECOND_SUFFIX) - 2)
-    assert snapshots.second_name(longest) == longest + snapshots.SECOND_SUFFIX
+    longest = "é" + "x" * (MAX_TAG_BYTES - len(SECOND_SUFFIX) - 2)
+    assert second_name(longest) == longest + SECOND_SUFFIX
     with pytest.raises(BadUsage, match="too long"):
-        snapshots.second_name(f"{longest}x")
+        second_name(f"{longest}x")
 
 
 def test_which_disks_a_file_belongs_to() -> None:

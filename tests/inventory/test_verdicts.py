@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 import qsnap
-from qsnap.model.qemu import CheckReport, Role, Verdict
+from qsnap.model.checks import CheckReport, Role, Verdict
 from support.disks import attached, disk
 from support.guest import Guest, Launch, blockdev, make_disk, needs_snapshot_jobs, qemu_img
 

@@ -6,7 +6,8 @@ from datetime import UTC, datetime
 
 import pytest
 
-from qsnap.model.qemu import RunState, automatic_tag, tag_problem
+from qsnap.model.qemu import RunState
+from qsnap.tags import automatic_tag, tag_problem
 
 pytestmark = pytest.mark.no_qemu
 

@@ -19,9 +19,10 @@ from hypothesis import strategies as st
 
 from qsnap.errors import MonitorError, NotSupported
 from qsnap.inventory import devices as rules
-from qsnap.model.qemu import QemuVersion, RunState, tag_problem
+from qsnap.model.qemu import QemuVersion, RunState
 from qsnap.monitor.hmp import tables as hmp_tables
 from qsnap.monitor.hmp import text as hmp_text
+from qsnap.tags import tag_problem
 from support.guest import RECORDED
 
 RECORDINGS = sorted(RECORDED.glob("hmp-*.json"))

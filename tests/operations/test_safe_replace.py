@@ -10,7 +10,7 @@ import pytest
 
 import qsnap
 from qsnap.errors import BadUsage
-from qsnap.inventory.snapshots import SECOND_SUFFIX
+from qsnap.tags import SECOND_SUFFIX
 from support.guest import (
     HAS_SNAPSHOT_JOBS,
     Guest,

@@ -19,8 +19,9 @@ import pytest
 import qsnap
 from qsnap.errors import MonitorLost, QsnapError, VMLocked
 from qsnap.host.processes import Process, is_alive, process, this_process
-from qsnap.model.qemu import RunState, SaveResult
+from qsnap.model.qemu import RunState
 from qsnap.model.requests import SaveRequest
+from qsnap.model.results import SaveResult
 from qsnap.monitor.address import TcpAddress
 from qsnap.operations.save import do_savevm
 from qsnap.runs import mark

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from datetime import UTC, datetime
 
-from qsnap.model.qemu import Kind, Snapshot
+from qsnap.model.snapshots import Kind, Snapshot
 
 
 def snapshot(date: datetime, kind: Kind = Kind.FULL, tag: str | None = None) -> Snapshot:

@@ -17,7 +17,7 @@ import msgspec
 import pytest
 
 from qsnap.errors import BadUsage, QsnapError
-from qsnap.model.qemu import Kind, Snapshot
+from qsnap.model.snapshots import Kind, Snapshot
 from qsnap.upkeep import metrics
 from qsnap.upkeep.freshness import Level, judge
 from qsnap.upkeep.retention import Duration

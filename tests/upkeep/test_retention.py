@@ -14,7 +14,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from qsnap.errors import BadUsage
-from qsnap.model.qemu import Kind, Snapshot
+from qsnap.model.snapshots import Kind, Snapshot
 from qsnap.upkeep.retention import PERIODS, Decision, Duration, Policy, decide, parse_count
 from support.series import snapshot
 

@@ -21,7 +21,9 @@ from qsnap.cli.output.show import say
 from qsnap.errors import BadUsage, Interrupted, QsnapError
 
 if TYPE_CHECKING:
-    from qsnap.model.qemu import LoadResult, RunState, SaveResult, Snapshot
+    from qsnap.model.qemu import RunState
+    from qsnap.model.results import LoadResult, SaveResult
+    from qsnap.model.snapshots import Snapshot
     from qsnap.targets.choose import Target
     from qsnap.targets.config import Settings
     from qsnap.vm import VM

@@ -21,7 +21,7 @@ from qsnap.cli.policy import policy_of, policy_options, wants_policy
 from qsnap.errors import BadUsage, GuestLeftStopped, PartialFailure, QsnapError
 
 if TYPE_CHECKING:
-    from qsnap.model.qemu import PruneResult, SaveResult
+    from qsnap.model.results import PruneResult, SaveResult
     from qsnap.targets.config import Settings
     from qsnap.upkeep.retention import Policy
     from qsnap.vm import VM

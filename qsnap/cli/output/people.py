@@ -23,24 +23,10 @@ from qsnap.cli.output.results import (
 )
 from qsnap.cli.output.text import age, clock, date, printable, seconds, shortened, size
 from qsnap.errors import QsnapError
-from qsnap.model.qemu import (
-    CheckReport,
-    DeleteResult,
-    Device,
-    Finding,
-    Kind,
-    Labels,
-    LoadResult,
-    PruneResult,
-    Recovered,
-    RunState,
-    SaveResult,
-    Snapshot,
-    StateFile,
-    Status,
-    Unfinished,
-    Verdict,
-)
+from qsnap.model.checks import CheckReport, Device, Finding, Labels, Verdict
+from qsnap.model.qemu import RunState
+from qsnap.model.results import DeleteResult, LoadResult, PruneResult, Recovered, SaveResult, Status, Unfinished
+from qsnap.model.snapshots import Kind, Snapshot, StateFile
 
 if TYPE_CHECKING:
     from qsnap.targets.choose import KnownVM

@@ -9,7 +9,10 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from qsnap.errors import GuestLeftStopped, PartialFailure, PrecheckRefused, QsnapError
-from qsnap.model.qemu import CheckReport, NodeSnapshot, Recovered, Snapshot, Struct
+from qsnap.model.checks import CheckReport
+from qsnap.model.qemu import NodeSnapshot, Struct
+from qsnap.model.results import Recovered
+from qsnap.model.snapshots import Snapshot
 
 if TYPE_CHECKING:
     from qsnap.targets.choose import KnownVM

@@ -16,7 +16,7 @@ from qsnap.inventory import descriptors, state_file, vm_state
 from qsnap.inventory.state_file import STREAM_OFFSET, Content
 from qsnap.inventory.stream import Unknown
 from qsnap.inventory.vm_state import Elsewhere, VmState
-from qsnap.model.qemu import Snapshot
+from qsnap.model.snapshots import Snapshot
 from qsnap.monitor import STATE_NODE_PREFIX, Monitor
 from qsnap.monitor.qmp.background import Background
 from qsnap.operations.delta import NoDelta, difference, ram

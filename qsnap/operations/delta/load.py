@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from qsnap.errors import UNTOUCHED, JobFailed, NotSupported, PrecheckRefused, VerifyFailed
 from qsnap.inventory import state_file
-from qsnap.model.qemu import Finding, Snapshot
+from qsnap.model.checks import Finding
+from qsnap.model.snapshots import Snapshot
 from qsnap.operations.delta import NoDelta
 from qsnap.runs.run import Run
 

@@ -7,8 +7,10 @@ from typing import Literal
 import msgspec
 
 from qsnap.errors import CommandFailed, JobFailed, NotSupported, PrecheckRefused, QsnapError
-from qsnap.model.qemu import Finding, RunState, SaveResult
+from qsnap.model.checks import Finding
+from qsnap.model.qemu import RunState
 from qsnap.model.requests import SaveRequest
+from qsnap.model.results import SaveResult
 from qsnap.operations.progress import Watcher
 from qsnap.operations.save import do_savevm
 from qsnap.runs.run import Run

@@ -30,13 +30,15 @@ from qsnap.host import files, processes
 from qsnap.inventory import block_jobs, snapshots, state_file
 from qsnap.inventory import state_part as parts
 from qsnap.inventory.state_store import PART_SUFFIX, read
-from qsnap.model.qemu import BlockGraph, Device, Finding, RunState, SaveResult, Severity, StateFile
+from qsnap.model.checks import Device, Finding, Severity
+from qsnap.model.qemu import BlockGraph, RunState
 from qsnap.model.requests import OnExists, SaveRequest
+from qsnap.model.results import SaveResult
+from qsnap.model.snapshots import StateFile
 from qsnap.monitor import Monitor
 from qsnap.monitor.qmp.background import Background
 from qsnap.operations.delete import delete_all, delete_everywhere, delete_replaced
 from qsnap.operations.live.freeze import FreezeBefore9, FreezeSince9
-from qsnap.operations.naming import free_automatic_tag
 from qsnap.operations.plan import SavePlan, plan_save
 from qsnap.operations.progress import Watcher
 from qsnap.operations.removal import refuse_removal
@@ -45,6 +47,7 @@ from qsnap.operations.writers import other_writers
 from qsnap.runs.journal import Journal, LiveWork
 from qsnap.runs.pause import has_ended, reconnect
 from qsnap.runs.run import Run
+from qsnap.tags import free_automatic_tag
 
 #: More than QEMU writes before there is any RAM in the stream: the names of devices and of blocks of RAM.
 _SETUP_BYTES = 1 << 20
@@ -159,9 +162,9 @@ async def _place_findings(monitor: Monitor, path: Path, force: bool, *, is_taken
 async def do_live_save(run: Run, request: SaveRequest, plan: LivePlan, watch: Watcher | None = None) -> SaveResult:
     """Save a running guest under one tag, and stop it for some milliseconds only.
 
-    RAM and device state go into a state file (:class:`qsnap.model.qemu.StateFile`), the disks' snapshots into their
-    images. An older snapshot of that tag is deleted when the new one is complete. The migration capability and the
-    bandwidth that this needs are put back as they were.
+    RAM and device state go into a state file (:class:`qsnap.model.snapshots.StateFile`), the disks' snapshots into
+    their images. An older snapshot of that tag is deleted when the new one is complete. The migration capability and
+    the bandwidth that this needs are put back as they were.
 
     :param plan: made of this request, in the same run.
     :param watch: called every 0.1 s while QEMU writes, with the bytes of RAM that are done and all of them.
