@@ -96,6 +96,7 @@ class VM:
         prefix: str | None = None,
         description: str = "",
         alive: bool = False,
+        prepare: bool | None = None,
     ) -> SaveResult:
         """Save RAM, device state and every writable disk under one tag: see :func:`qsnap.operations.save.do_savevm`.
 
@@ -108,6 +109,8 @@ class VM:
         :param live: while the guest runs: see :func:`qsnap.operations.live.save.do_live_save`. A guest that is paused
             gains nothing by it, and is saved the ordinary way. "auto" saves the ordinary way also where a live save is
             not possible, or has failed and was undone. The result's warnings say so.
+        :param prepare: have the clusters of the VM state made while the guest runs, which shortens the pause; False:
+            never. Default: where it pays, see :mod:`qsnap.operations.prepare`.
         :raise VMLocked: another qsnap is using this VM.
         """
         from qsnap.inventory.notes import checked_description
@@ -127,6 +130,7 @@ class VM:
             exclude=tuple(exclude),
             force=force,
             alive=alive or prefix is not None,
+            prepare=prepare,
             dry_run=dry_run,
         )
         checked_description(description)

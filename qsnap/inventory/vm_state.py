@@ -1,9 +1,14 @@
-"""Where the VM state of a snapshot lies in its file, to be read while QEMU has that open.
+"""Where VM states lie in an image, read while QEMU has that open: that of a snapshot, and the one that comes next.
 
 In a state file it is one stretch (:mod:`qsnap.inventory.state_file`). In an image it is found as QEMU finds it: the
 table of snapshots leads to the row, that to the snapshot's L1 table, whose entries behind those of the disk's contents
 lead to L2 tables, and these to clusters. What a snapshot refers to is never written again while the snapshot is there,
 and is in the file before its row is (qcow2-snapshot.c: qcow2_snapshot_create flushes what it has written).
+
+QEMU writes the next state through the active table, into the same place behind the disk's contents. After a save there
+is nothing (qcow2-snapshot.c: qcow2_snapshot_create discards it). After a load the active table shares the clusters of
+the state that was loaded (qcow2_snapshot_goto), so that each one is copied before it is written. An entry with the flag
+"copied" is of the active table alone.
 
 Facts: docs/interop/qcow2.txt of QEMU; block/qcow2.h: qcow2_vm_state_offset and size_to_l1, where the state begins.
 """
@@ -14,7 +19,7 @@ import errno
 import os
 import struct
 from array import array
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import NamedTuple
 
 from qsnap.inventory import state_file
@@ -27,12 +32,15 @@ _HEADER = struct.Struct(">4sIQIIQIIQQIIQ")
 _FEATURES = struct.Struct(">Q")
 #: Incompatible features that change nothing of where the state lies: dirty (1), and compression of another type (8).
 _HARMLESS = 1 | 8
+#: Entries of an L2 table have 16 bytes instead of 8.
+_EXTENDED_L2 = 16
 _ROW = struct.Struct(">QIHHIIQII")
 #: Behind that from version 3 on: the size of the state, and that of the disk.
 _ADDED = struct.Struct(">QQ")
 #: Bytes of a table of snapshots, of all rows up to the one that is looked for.
 _TABLE_BYTES = 16 << 20
 _OFFSET = 0x00FF_FFFF_FFFF_FE00
+_COPIED = 1 << 63
 _COMPRESSED = 1 << 62
 _ZERO = 1
 
@@ -104,56 +112,143 @@ def of_image(file: int, row: NodeSnapshot) -> VmState:
         raise Elsewhere(f"the image's tables cannot be read: {error}") from error
 
 
-def _of_image(file: int, row: NodeSnapshot) -> VmState:
-    head = os.pread(file, _HEADER.size + _FEATURES.size, 0)
-    magic, version, _, _, bits, disk_size, encryption, _, _, _, _, rows, rows_at = _HEADER.unpack_from(head)
+class _Head(NamedTuple):
+    """What the header of an image says; sizes in bytes, tables by their number of entries and offset."""
+
+    cluster: int
+    disk_size: int
+    is_encrypted: bool
+    l1_size: int
+    l1_at: int
+    rows: int
+    rows_at: int
+    features: int
+
+    def first(self, per_l2: int, disk_size: int) -> tuple[int, int]:
+        """The bytes that an L1 entry leads to, and the first entry that is not of the disk's contents."""
+        of_l1 = self.cluster * per_l2
+        return of_l1, -(-disk_size // of_l1)
+
+
+def _head(file: int) -> _Head:
+    data = os.pread(file, _HEADER.size + _FEATURES.size, 0)
+    magic, version, _, _, bits, disk_size, encryption, l1_size, l1_at, _, _, rows, rows_at = _HEADER.unpack_from(data)
     if magic != _MAGIC or version not in (2, 3) or not 9 <= bits <= 21:
         raise Elsewhere("the image is not qcow2")
-    features = _FEATURES.unpack_from(head, _HEADER.size)[0] if version == 3 else 0
-    if encryption or features & ~_HARMLESS:
-        raise Elsewhere("the image is encrypted" if encryption else f"the image has the features {features:#x}")
-    l1_at, l1_size, size, disk_size = _found(file, rows, rows_at, row, disk_size)
-    if size != row.vm_state_size or not size:
+    features = _FEATURES.unpack_from(data, _HEADER.size)[0] if version == 3 else 0
+    return _Head(1 << bits, disk_size, bool(encryption), l1_size, l1_at, rows, rows_at, features)
+
+
+def _of_image(file: int, row: NodeSnapshot) -> VmState:
+    head = _head(file)
+    if head.is_encrypted or head.features & ~_HARMLESS:
+        why = "is encrypted" if head.is_encrypted else f"has the features {head.features:#x}"
+        raise Elsewhere(f"the image {why}")
+    found = next((one for one in _rows(file, head) if _is_of(one, row)), None)
+    if found is None:
+        raise Elsewhere("the image's table of snapshots does not have it")
+    if found.size != row.vm_state_size or not found.size:
         raise Elsewhere("the image's table of snapshots tells of another state than QEMU does")
-    extents = [*_extents(file, bits, l1_at, l1_size, disk_size, size)]
-    return VmState(file, size, extents)
+    return VmState(file, found.size, [*_extents(file, head, found)])
 
 
-def _found(file: int, rows: int, at: int, wanted: NodeSnapshot, disk_size: int) -> tuple[int, int, int, int]:
-    """Of the snapshot: its L1 table's offset and entries, the size of its state, and of its disk, in bytes."""
-    table = os.pread(file, _TABLE_BYTES, at)
+class Stretch(NamedTuple):
+    """Bytes of the next VM state, from *begin* on, whose clusters QEMU would have to make first."""
+
+    begin: int
+    size: int
+    is_shared: bool
+    """They would be copied: a snapshot that was loaded has them, too."""
+
+
+def unprepared(file: int, size: int, going: Collection[NodeSnapshot] = ()) -> list[Stretch]:
+    """What of the next VM state, of *size* bytes, has no clusters of its own yet in an open qcow2 image.
+
+    :param going: snapshots that will be deleted before it is written. What is shared with no other is left out.
+    :raise Elsewhere: that cannot be told.
+    :raise OSError: the file cannot be read.
+    """
+    try:
+        return [*_unprepared(file, size, going)]
+    except (struct.error, IndexError) as error:
+        raise Elsewhere(f"the image's tables cannot be read: {error}") from error
+
+
+def _unprepared(file: int, size: int, going: Collection[NodeSnapshot]) -> Iterator[Stretch]:
+    head = _head(file)
+    if head.features & ~(_HARMLESS | _EXTENDED_L2):
+        raise Elsewhere(f"the image has the features {head.features:#x}")
+    step = 2 if head.features & _EXTENDED_L2 else 1
+    of_l1, first = head.first(head.cluster // 8 // step, head.disk_size)
+    l1 = _entries(os.pread(file, 8 * max(0, head.l1_size - first), head.l1_at + 8 * first))
+    # A table of the active one that a snapshot has, too, is shared with all that is in it
+    staying = [row for row in _rows(file, head) if not any(_is_of(row, one) for one in going)] if going else []
+    shared = {entry & _OFFSET for row in staying for entry in _entries(os.pread(file, 8 * row.l1_size, row.l1_at))}
+    current = Stretch(0, 0, is_shared=False)
+    for begin in range(0, size, head.cluster):
+        number, inside = divmod(begin, of_l1)
+        if not inside:
+            entry = l1[number] if number < len(l1) else 0
+            is_freed = bool(going) and not entry & _COPIED and entry & _OFFSET not in shared
+            table = _entries(os.pread(file, head.cluster, entry & _OFFSET)) if entry & _OFFSET else None
+        leaf = table[inside // head.cluster * step] if table is not None else 0
+        if leaf & entry & _COPIED or (is_freed and leaf & _OFFSET):
+            continue
+        is_shared = bool(leaf & _OFFSET)
+        length = min(head.cluster, size - begin)
+        if (begin, is_shared) == (current.begin + current.size, current.is_shared):
+            current = current._replace(size=current.size + length)
+        else:
+            if current.size:
+                yield current
+            current = Stretch(begin, length, is_shared)
+    if current.size:
+        yield current
+
+
+class _Row(NamedTuple):
+    """A row of the table of snapshots: its L1 table, the bytes of its state and of its disk, and what tells it."""
+
+    l1_at: int
+    l1_size: int
+    size: int
+    disk_size: int
+    name: tuple[str, str, int, int]
+
+
+def _rows(file: int, head: _Head) -> Iterator[_Row]:
+    table = os.pread(file, _TABLE_BYTES, head.rows_at)
     begin = 0
-    for _ in range(rows):
+    for _ in range(head.rows):
         l1_at, l1_size, id_size, name_size, seconds, _, clock_ns, size, added_size = _ROW.unpack_from(table, begin)
         added_at = begin + _ROW.size
         id_at = added_at + added_size
         end = id_at + id_size + name_size
+        disk_size = head.disk_size
         if added_size >= _ADDED.size:
-            size, row_disk_size = _ADDED.unpack_from(table, added_at)
-        else:
-            row_disk_size = disk_size
+            size, disk_size = _ADDED.unpack_from(table, added_at)
         identity = table[id_at : id_at + id_size].decode(errors="replace")
         tag = table[id_at + id_size : end].decode(errors="replace")
-        if (identity, tag, seconds, clock_ns) == (
-            wanted.id, wanted.tag, int(wanted.date.timestamp()), wanted.vm_clock_ns
-        ):  # fmt: skip
-            return l1_at, l1_size, size, row_disk_size
+        yield _Row(l1_at, l1_size, size, disk_size, (identity, tag, seconds, clock_ns // 1_000_000))
         begin = (end + 7) // 8 * 8
-    raise Elsewhere("the image's table of snapshots does not have it")
 
 
-def _extents(file: int, bits: int, l1_at: int, l1_size: int, disk_size: int, size: int) -> Iterator[Extent]:
+def _is_of(row: _Row, wanted: NodeSnapshot) -> bool:
+    """Whether they are the same; HMP tells the clock in milliseconds."""
+    return row.name == (wanted.id, wanted.tag, int(wanted.date.timestamp()), wanted.vm_clock_ns // 1_000_000)
+
+
+def _extents(file: int, head: _Head, row: _Row) -> Iterator[Extent]:
     """The stretches of the state, as long as the clusters of which they are follow each other."""
-    cluster = 1 << bits
-    of_l1 = cluster * (cluster // 8)
-    first = -(-disk_size // of_l1)
+    cluster, size = head.cluster, row.size
+    of_l1, first = head.first(cluster // 8, row.disk_size)
     last = first + -(-size // of_l1)
-    if last > l1_size:
+    if last > row.l1_size:
         raise Elsewhere("the state's tables are shorter than it is")
     file_size = os.fstat(file).st_size
     current = Extent(0, 0, 0)
     begin = 0
-    for entry in _entries(os.pread(file, 8 * (last - first), l1_at + 8 * first)):
+    for entry in _entries(os.pread(file, 8 * (last - first), row.l1_at + 8 * first)):
         if not entry & _OFFSET:
             raise Elsewhere("a part of the state is missing")
         for leaf in _entries(os.pread(file, cluster, entry & _OFFSET)):

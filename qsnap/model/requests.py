@@ -33,5 +33,8 @@ class SaveRequest(Struct, frozen=True):
     """Let a lack of room only warn."""
     alive: bool = False
     """Refuse a guest that could not go on from the snapshot, because it has panicked or shut down. Default: warn."""
+    prepare: bool | None = None
+    """Prepare the VM state's area of the image while the guest runs, so that the pause is shorter; False: never.
+    Default: where it pays, see :mod:`qsnap.operations.prepare`."""
     dry_run: bool = False
     """Decide everything and do nothing."""

@@ -42,6 +42,7 @@ from qsnap.operations.findings import (
     trouble_findings,
     unattached_findings,
 )
+from qsnap.operations.prepare import Preparation, plan_preparation
 from qsnap.operations.reset import reset_findings
 from qsnap.runs.run import Run
 
@@ -54,12 +55,14 @@ class SavePlan(NamedTuple):
 
     :ivar image: the vmstate image's file, where this process can stat it.
     :ivar estimate: how large the VM state will be, where that can be seen.
+    :ivar preparation: what is to be prepared in the image before the guest is stopped.
     """
 
     inventory: Inventory
     report: CheckReport
     image: Path | None
     estimate: processes.StateEstimate | None
+    preparation: Preparation = Preparation()
 
     @property
     def vmstate(self) -> str:
@@ -126,11 +129,14 @@ async def plan_save(run: Run, request: SaveRequest, *, state_elsewhere: bool = F
         *survey.findings,
         *block_jobs.save_findings(graph, survey.devices),
     ]
+    preparation = Preparation()
     if state_elsewhere:
         findings = [finding for finding in findings if finding.code not in OF_THE_VMSTATE_IMAGE]
     else:
         findings += room_findings(graph, survey, request, image, estimate)
         findings += fixed_size_findings(graph, survey, request, estimate, ram_bytes)
+        preparation = plan_preparation(inventory, request, runstate, monitor.version, image, estimate)
+        findings += preparation.findings
     report = CheckReport(
         ok=not any(finding.refuses for finding in findings),
         runstate=runstate,
@@ -138,7 +144,7 @@ async def plan_save(run: Run, request: SaveRequest, *, state_elsewhere: bool = F
         devices=survey.devices,
         findings=tuple(findings),
     )
-    return SavePlan(inventory, report, image, estimate)
+    return SavePlan(inventory, report, image, estimate, preparation)
 
 
 async def plan_load(

@@ -31,6 +31,7 @@ _STANDSTILL = 2
 class Phase(StrEnum):
     """What the save is doing."""
 
+    PREPARING = "preparing"
     SAVING = "saving"
     FLUSHING = "flushing"
 

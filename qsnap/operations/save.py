@@ -30,6 +30,7 @@ from qsnap.model.snapshots import Kind, StateFile
 from qsnap.monitor import Monitor
 from qsnap.operations.delete import delete_all, delete_everywhere, delete_replaced
 from qsnap.operations.plan import SavePlan, plan_save
+from qsnap.operations.prepare import prepare
 from qsnap.operations.progress import Watcher, watched
 from qsnap.operations.removal import refuse_removal
 from qsnap.runs.journal import Journal, SaveWork, row_keys
@@ -82,6 +83,9 @@ async def do_savevm(run: Run, request: SaveRequest, watch: Watcher | None = None
         disk_tag=new.disk_tag, vmstate=plan.vmstate, devices=report.saved, older=new.older.tags, older_files=older.files
     ))  # fmt: skip
     was_running = takes_stop(report.runstate, monitor.version)
+
+    # What the VM state's area of the image needs is done while the guest runs
+    await prepare(run, plan.preparation, watch)
     try:
         # saved_vm_running = runstate_is_running(); vm_stop(RUN_STATE_SAVE_VM)
         async with stopped(monitor, journal) as pause:

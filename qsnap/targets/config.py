@@ -13,6 +13,7 @@
     vmstate = "root"                # as --vmstate root
     no-replace = true               # as --no-replace
     safe-replace = true             # as --safe-replace
+    prepare = false                 # as --no-prepare
     lock-wait = 60                  # as --lock-wait 60
     live = "auto"                   # as --live=auto; true, as --live
     state-dir = "/var/vm/states"    # as --state-dir; relative to this file
@@ -44,6 +45,7 @@ class Settings(NamedTuple):
     exclude: tuple[str, ...] | None = None
     no_replace: bool | None = None
     safe_replace: bool | None = None
+    prepare: bool | None = None
     lock_wait: float | None = None
     live: bool | Literal["auto"] | None = None
     state_dir: str | None = None
@@ -189,6 +191,7 @@ OPTIONS: Mapping[str, tuple[Any, str]] = {
     "exclude": (tuple[_NAME, ...], 'a list of nodes, as ["scratch"]'),
     "no-replace": (bool, "true or false"),
     "safe-replace": (bool, "true or false"),
+    "prepare": (bool, "true or false"),
     "lock-wait": (Annotated[float, Meta(ge=0, lt=1e12)], "a number of seconds, or 0"),
     "live": (bool | Literal["auto"], 'true, false or "auto"'),
     "state-dir": (_NAME, "the name of a directory"),

@@ -192,6 +192,7 @@ class _Job:
                 vmstate=settings.vmstate,
                 exclude=self.excluded(settings),
                 live=settings.live or False,
+                prepare=settings.prepare,
                 dry_run=dry_run,
                 alive=alive,
             )

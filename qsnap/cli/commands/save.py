@@ -53,6 +53,11 @@ class _SaveCommand(Command):
     default=None,
     help="Replace it so that a complete snapshot exists at every moment; takes room for one more state.",
 )
+@click.option(
+    "--prepare/--no-prepare",
+    default=None,
+    help="Write the image's area for the VM state once while the guest runs, for a shorter pause. Default: if it pays.",
+)
 @vmstate_option
 @exclude_option
 @click.option("--description", metavar="TEXT", default="", help="One-line description, shown by list and show.")
@@ -70,6 +75,7 @@ def save(
     live_auto: bool,
     replace: bool | None,
     safe_replace: bool | None,
+    prepare: bool | None,
     vmstate: str | None,
     exclude: tuple[str, ...],
     description: str,
@@ -108,6 +114,7 @@ def save(
             dry_run=dry_run,
             watch=watch,
             live=_liveness(live, live_auto, settings),
+            prepare=settings.prepare if prepare is None else prepare,
             **_replacement(replace, safe_replace, settings),
         )
         if policy is None or prefix is None:

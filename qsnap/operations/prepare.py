@@ -1,0 +1,196 @@
+"""Prepare the VM state's area of an image: what QEMU would do for it in the pause is done before, while the guest runs.
+
+QEMU writes a VM state through the active table of the image. What has no clusters there is allocated in the pause.
+What a load has left shared with its snapshot is copied first, a cluster at a time, with a flush for each: with that the
+first save after a load pauses the guest 3 to 40 times as long as others. Zeroes that are written over all of it in
+large pieces break the sharing and allocate what is missing; the save then writes over them. Nothing of the disk and of
+any snapshot changes.
+
+The pieces are written by QEMU's own ``qemu-io`` command (HMP), whose ``-b`` addresses the VM state (qemu-io-cmds.c:
+do_save_vmstate). QEMU's main loop does nothing else meanwhile, and the guest's devices wait. So each piece is short,
+and the guest has as much time for itself as the piece took.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from qsnap.host import processes
+from qsnap.host.processes import StateEstimate
+from qsnap.inventory import vm_state
+from qsnap.inventory.inventory import Inventory
+from qsnap.inventory.vm_state import Elsewhere, Stretch
+from qsnap.model.checks import Finding
+from qsnap.model.qemu import BlockBackend, NodeSnapshot, QemuVersion, RunState
+from qsnap.model.requests import OnExists, SaveRequest
+from qsnap.model.runstates import takes_stop
+from qsnap.monitor.hmp import text as hmp_text
+from qsnap.operations.progress import Phase, Progress, Watcher
+from qsnap.runs.run import Run
+
+#: Bytes that must be missing for it to pay: below that the pause is short anyway.
+_PAYS_FROM = 64 << 20
+#: Bytes of the first piece, and of the largest. Each is a multiple of every cluster size.
+_PIECE = 2 << 20
+_LARGEST = 16 << 20
+#: Seconds that a piece is to take; the next one is half as large if one took longer, and twice if it took a third.
+_PIECE_S = 0.045
+
+
+class Preparation(NamedTuple):
+    """What is to be prepared.
+
+    :ivar image: the image's file; None: nothing is to be prepared.
+    :ivar name: by what ``qemu-io`` takes the guest's device above the image.
+    :ivar shared: bytes of the VM state up to which what is shared is copied.
+    :ivar missing: bytes of it up to which what is missing is allocated.
+    :ivar going: snapshots that the save deletes before it writes.
+    :ivar findings: what is to be said beforehand.
+    """
+
+    image: Path | None = None
+    name: str = ""
+    shared: int = 0
+    missing: int = 0
+    going: tuple[NodeSnapshot, ...] = ()
+    findings: tuple[Finding, ...] = ()
+
+    def stretches(self) -> list[Stretch]:
+        """What is to be written, as the image's file shows it now."""
+        found = _unprepared(self.image, max(self.shared, self.missing), self.going) if self.image else ()
+        ends = ((one, (self.shared if one.is_shared else self.missing) - one.begin) for one in found)
+        return [one._replace(size=min(one.size, size)) for one, size in ends if size > 0]
+
+
+def plan_preparation(
+    inventory: Inventory,
+    request: SaveRequest,
+    runstate: RunState,
+    version: QemuVersion,
+    image: Path | None,
+    estimate: StateEstimate | None,
+) -> Preparation:
+    """Find out what is to be prepared, and warn of a long pause where it would be needed and cannot be done.
+
+    What is shared is prepared unless the request forbids it, also for a guest that stands still: the whole save is
+    quicker by that. What is missing is prepared if the guest runs, and :data:`_PAYS_FROM` of it are.
+
+    :param image: the image's file, where it can be seen.
+    :param estimate: how large the VM state will be. Without one nothing is prepared.
+    """
+    vmstate = inventory.vmstate
+    if image is None or estimate is None or vmstate is None or request.prepare is False:
+        return Preparation()
+    tag = request.tag if request.on_exists is OnExists.REPLACE else None
+    name = _writable_as(inventory, vmstate)
+    plan = Preparation(
+        image,
+        name or "",
+        estimate.at_most,
+        estimate.expected if estimate.at_least else 0,
+        inventory.graph.nodes[vmstate].tagged(tag) if tag else (),
+    )
+    stretches = plan.stretches()
+    missing = _bytes(one for one in stretches if not one.is_shared)
+    if not request.prepare and (missing < _PAYS_FROM or not takes_stop(runstate, version)):
+        plan = plan._replace(missing=0)
+    for less in plan, plan._replace(missing=0):
+        if name and _has_room(image, less.stretches()):
+            return less
+    return Preparation(findings=tuple(_long_pause(inventory, vmstate, stretches, name)))
+
+
+def _long_pause(
+    inventory: Inventory, vmstate: str, stretches: Iterable[Stretch], name: str | None
+) -> Iterator[Finding]:
+    if shared := _bytes(one for one in stretches if one.is_shared):
+        (device,) = inventory.displayed([vmstate])
+        why = "there is not enough room to copy them beforehand" if name else "no device of the guest uses it"
+        message = (
+            f"{device}: the guest will pause much longer than usual: {shared:,} bytes of the image's area for VM "
+            f"states are shared with the snapshot that was loaded, and {why}"
+        )
+        cure = "make room, or save with --live" if name else "save with --live, or onto another disk: --vmstate NODE"
+        yield Finding.warning("long-pause", message, cure, vmstate)
+
+
+def _unprepared(image: Path, size: int, going: Collection[NodeSnapshot]) -> Sequence[Stretch]:
+    """What of a VM state of *size* bytes has no clusters of its own yet; nothing where that cannot be seen."""
+    try:
+        file = os.open(image, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except OSError:
+        return ()
+    try:
+        return vm_state.unprepared(file, size, going)
+    except (Elsewhere, OSError):
+        return ()
+    finally:
+        os.close(file)
+
+
+def _bytes(stretches: Iterable[Stretch]) -> int:
+    return sum(one.size for one in stretches)
+
+
+def _has_room(image: Path, stretches: Iterable[Stretch]) -> bool:
+    """Whether the image can grow by all of them."""
+    try:
+        return processes.free_bytes(image)[1] >= _bytes(stretches)
+    except OSError:
+        return False
+
+
+def _writable_as(inventory: Inventory, vmstate: str) -> str | None:
+    """By what ``qemu-io`` takes the guest's device above that image; None if no device of the guest is.
+
+    It takes the name of a ``-drive``, or a device; by a node-name it would not get the right to write.
+    """
+    roots = {device.node for device in inventory.devices if device.image == vmstate}
+    users = (user for user in inventory.graph.backends if user.root in roots)
+    return next((name for user in users if (name := _name(user))), None)
+
+
+def _name(user: BlockBackend) -> str:
+    if user.name:
+        return hmp_text.quoted(user.name)
+    return f"-d {hmp_text.quoted(user.qdev)}" if user.qdev else ""
+
+
+async def prepare(run: Run, preparation: Preparation, watch: Watcher | None) -> None:
+    """Have QEMU make the clusters of the next VM state.
+
+    If it is interrupted, or QEMU ends, nothing has to be undone: the next save does without what is done already.
+    """
+    stretches = preparation.stretches()
+    if any(one.is_shared for one in stretches):
+        # The file may still show what QEMU has discarded after a save, and not yet written down
+        await _qemu_io(run, preparation, "flush")
+        stretches = preparation.stretches()
+    began = time.monotonic()
+    total = _bytes(stretches)
+    done, piece = 0, _PIECE
+    for one in stretches:
+        begin, end = one.begin, one.begin + one.size
+        while begin < end:
+            size = min(piece, end - begin)
+            took = await _qemu_io(run, preparation, f"write -q -b -P 0 {begin} {size}")
+            begin, done = begin + size, done + size
+            if watch is not None:
+                watch(Progress(Phase.PREPARING, time.monotonic() - began, done, total))
+            if took > _PIECE_S:
+                piece = max(_PIECE // 2, piece // 2)
+            elif took < _PIECE_S / 3:
+                piece = min(_LARGEST, piece * 2)
+            await asyncio.sleep(took)
+
+
+async def _qemu_io(run: Run, preparation: Preparation, command: str) -> float:
+    """Have QEMU do it; the seconds that it took. Errors appear on QEMU's own standard output alone."""
+    began = time.monotonic()
+    await run.shielded(run.monitor.human_answer(f'qemu-io {preparation.name} "{command}"'))
+    return time.monotonic() - began

@@ -1,0 +1,262 @@
+"""What a save needs of the image is made before the guest is stopped, and nothing else changes by it.
+
+What QEMU does, and when, is told by its own trace.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+from pathlib import Path
+
+import pytest
+
+from qsnap.inventory.vm_state import Stretch, unprepared
+from support.guest import (
+    Guest,
+    Launch,
+    assert_nothing_left,
+    assert_sound,
+    blockdev,
+    both_monitors,
+    cli,
+    finish,
+    make_boot_disk,
+    make_disk,
+    start_cli,
+    tags,
+    until,
+)
+from support.killed import assert_all_is_well
+
+_EVENTS = re.compile(
+    r"(?P<allocate>qcow2_do_alloc_clusters_offset)|(?P<prepare>cmdline: qemu-io)"
+    r"|(?P<stop>vm_state_notify running 0)|(?P<cont>vm_state_notify running 1)"
+)
+#: Requests for clusters that a save of the guest makes which is not prepared: some 245.
+MANY = 100
+
+
+class Trace:
+    """What QEMU does from now on: "allocate" (clusters of an image), "prepare", "stop" and "cont"."""
+
+    def __init__(self, guest: Guest) -> None:
+        self._log = guest.directory / "log"
+        for event in ("qcow2_do_alloc_clusters_offset", "vm_state_notify", "handle_hmp_command"):
+            guest.qmp.hmp(f"trace-event {event} on")
+        self.begin()
+
+    def begin(self) -> None:
+        """Begin anew."""
+        self._seen = len(self._log.read_text())
+
+    @property
+    def events(self) -> list[str]:
+        """All of them, in order."""
+        return [match.lastgroup or "" for match in _EVENTS.finditer(self._log.read_text()[self._seen :])]
+
+    @property
+    def prepares(self) -> bool:
+        """Whether anything was prepared."""
+        return "prepare" in self.events
+
+    @property
+    def in_pause(self) -> int:
+        """How many requests for clusters there were while the guest stood still."""
+        events = self.events
+        return events[events.index("stop") : events.index("cont")].count("allocate")
+
+
+def look(image: Path, size: int = 1 << 20) -> list[Stretch]:
+    """What of a state is not prepared, read from the image itself."""
+    file = os.open(image, os.O_RDONLY)
+    try:
+        return unprepared(file, size)
+    finally:
+        os.close(file)
+
+
+@pytest.fixture(params=["-blockdev", "-drive"])
+def beside(request: pytest.FixtureRequest, launch: Launch, tmp_path: Path) -> Guest:
+    """A guest whose VM state goes to a disk that the guest itself does not write."""
+    spare, boot = make_disk(tmp_path / "spare"), make_boot_disk(tmp_path / "boot")
+    if request.param == "-blockdev":
+        disk = [*blockdev("spare", spare), "-device", "virtio-blk,drive=spare,id=s"]
+    else:
+        disk = ["-drive", f"format=qcow2,id=spare,if=virtio,file={spare}"]
+    guest = launch(*disk, *blockdev("boot", boot), "-device", "virtio-blk,drive=boot,bootindex=0")
+    guest.wait_for_ticks()
+    return guest
+
+
+@both_monitors
+def test_the_first_save_after_a_load_copies_nothing_in_the_pause(beside: Guest, tmp_path: Path, transport: str) -> None:
+    """Cluster by cluster it would take 3 to 40 times as long. The control is the same without."""
+    guest, trace, spare = beside, Trace(beside), tmp_path / "spare"
+    counts = {}
+    for tag, option in ("a", "--no-prepare"), ("b", "--no-prepare"), ("c", "--prepare"), ("d", None):
+        counts[tag] = guest.wait_for_ticks(20)
+        trace.begin()
+        cli("save", tag, *([option] if option else []), monitor=guest.address)
+        assert (trace.in_pause > MANY, trace.prepares) == (option == "--no-prepare", option != "--no-prepare")
+        cli("load", tag, monitor=guest.address)
+        assert look(spare)[0].is_shared, "after a load it is the snapshot's"
+    assert_nothing_left(guest, {spare: ["a", "b", "c", "d"], tmp_path / "boot": ["a", "b", "c", "d"]})
+    for tag in "adbc":
+        cli("load", tag, "--paused", monitor=guest.address)
+        assert guest.counter >= counts[tag]
+        cli("load", tag, "--running", monitor=guest.address)
+        guest.assert_running()
+    guest.quit()
+    assert_sound(spare)
+    assert_sound(tmp_path / "boot")
+
+
+@both_monitors
+def test_what_is_ready_is_left(guest: Guest, tmp_path: Path, transport: str) -> None:
+    """Whatever has loaded the state that is shared; and to delete the only other one that has it is enough."""
+    guest.qmp.hmp("savevm a")
+    guest.qmp.hmp("loadvm a")
+    trace = Trace(guest)
+
+    def saved(*arguments: str) -> tuple[bool, bool]:
+        trace.begin()
+        cli("save", *arguments, monitor=guest.address)
+        return trace.prepares, trace.in_pause > MANY
+
+    assert saved("b") == (True, False)
+    assert saved("c") == (False, True), "this state is small, and none is loaded"
+    cli("load", "c", monitor=guest.address)
+    assert saved("c") == (False, False), "it replaces what it shares with"
+    cli("load", "c", monitor=guest.address)
+    assert saved("c", "--safe-replace") == (True, False)
+    guest.qmp.hmp("loadvm a")
+    if transport == "qmp":  # the disks alone, as a live save has them
+        guest.qmp("blockdev-snapshot-internal-sync", device="disk0", name="disks")
+        assert saved("a") == (True, False), "another one has it, too"
+        assert sorted(tags(tmp_path / "disk0.qcow2")) == ["a", "b", "c.qsnap-2", "disks"]
+    assert_sound(tmp_path / "disk0.qcow2")
+    for tag in "abc":
+        cli("load", tag, monitor=guest.address)
+        guest.assert_running()
+
+
+@pytest.mark.parametrize(
+    "options", ["compat=0.10", "cluster_size=512", "cluster_size=2M", "extended_l2=on,cluster_size=128k"]
+)
+def test_other_images(launch: Launch, tmp_path: Path, options: str) -> None:
+    image = make_boot_disk(tmp_path / "a", "qcow2", "-o", options)
+    guest = launch(*blockdev("a", image), "-device", "virtio-blk,drive=a")
+    guest.wait_for_ticks()
+    cli("save", "a", monitor=guest.address)
+    cli("load", "a", monitor=guest.address)
+    assert look(image)[0].is_shared
+    cli("save", "b", monitor=guest.address)
+    for tag in ("a", "b"):
+        cli("load", tag, monitor=guest.address)
+        guest.assert_running()
+    guest.quit()
+    assert_sound(image)
+
+
+def test_what_is_missing(launch: Launch, tmp_path: Path) -> None:
+    """Of a large state that is made before, too; the options and the config file say whether."""
+    image = make_boot_disk(tmp_path / "a")
+    guest = launch(*blockdev("a", image), "-device", "virtio-blk,drive=a", memory="96")
+    guest.wait_for_ticks()
+    trace = Trace(guest)
+    config = tmp_path / "config.toml"
+    config.write_text("[defaults]\nprepare = false\n")
+    environment = {"QSNAP_CONFIG": str(config)}
+    for options, env, prepares in (
+        ((), None, True),
+        (("--no-prepare",), None, False),
+        ((), environment, False),
+        (("--prepare",), environment, True),
+    ):
+        trace.begin()
+        cli("save", "t", *options, monitor=guest.address, env=env)
+        assert (trace.prepares, trace.in_pause > MANY) == (prepares, not prepares)
+        cli("delete", "t", monitor=guest.address)
+    guest.qmp("stop")
+    trace.begin()
+    cli("save", "t", monitor=guest.address)
+    assert not trace.prepares, "a guest that stands still feels no pause"
+    guest.qmp("cont")
+    cli("load", "t", monitor=guest.address)
+    guest.assert_running()
+
+
+def test_no_device_of_the_guest(launch: Launch, tmp_path: Path) -> None:
+    """The area of such an image cannot be prepared: that is said beforehand, and the save does without."""
+    spare = make_disk(tmp_path / "spare")
+    guest = launch(
+        *blockdev("boot", make_boot_disk(tmp_path / "boot")), "-device", "virtio-blk,drive=boot",
+        *blockdev("spare", spare),
+    )  # fmt: skip
+    guest.wait_for_ticks()
+    where = ("--vmstate", "spare")
+    cli("save", "a", *where, monitor=guest.address)
+    cli("load", "a", monitor=guest.address)
+    for command, said in ("check", "findings"), ("save b -n", "warnings"):
+        (finding,) = cli(*command.split(), *where, "--json", monitor=guest.address).json[said]
+        assert finding["code"] == "long-pause"
+        assert "spare: the guest will pause much longer than usual" in finding["message"]
+    cli("save", "b", *where, monitor=guest.address)
+    cli("load", "b", monitor=guest.address)
+    guest.assert_running()
+
+
+@pytest.fixture
+def half_prepared(launch: Launch, tmp_path: Path) -> tuple[Guest, Trace, list[str]]:
+    """A guest with a large state, after a load; and what it was started with."""
+    disk = [*blockdev("a", make_boot_disk(tmp_path / "a")), "-device", "virtio-blk,drive=a"]
+    guest = launch(*disk, memory="128")
+    guest.wait_for_ticks()
+    cli("save", "a", monitor=guest.address)
+    cli("load", "a", monitor=guest.address)
+    return guest, Trace(guest), disk
+
+
+@both_monitors
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+def test_qsnap_ends_in_the_middle(
+    half_prepared: tuple[Guest, Trace, list[str]],
+    tmp_path: Path,
+    runtime_directory: Path,
+    transport: str,
+    number: signal.Signals,
+) -> None:
+    """The guest was never stopped, and nothing is to be undone."""
+    guest, trace, _ = half_prepared
+    saving = start_cli("save", "b", monitor=guest.address)
+    until("the first piece", lambda: trace.prepares)
+    saving.send_signal(number)
+    assert finish(saving).code == (-number if number is signal.SIGKILL else 128 + number)
+    assert_all_is_well(guest, runtime_directory, {tmp_path / "a": ["a"]})
+    assert "stop" not in trace.events
+    trace.begin()
+    cli("save", "b", monitor=guest.address)
+    assert trace.in_pause < MANY
+    for tag in "ab":
+        cli("load", tag, monitor=guest.address)
+        guest.assert_running()
+
+
+def test_qemu_ends_in_the_middle(half_prepared: tuple[Guest, Trace, list[str]], launch: Launch, tmp_path: Path) -> None:
+    """Older snapshots load, and the image is sound but for clusters that nobody has."""
+    guest, trace, disk = half_prepared
+    saving = start_cli("save", "b", monitor=guest.address)
+    until("the first piece", lambda: trace.prepares)
+    guest.process.kill()
+    assert finish(saving).code == 4
+    guest.process.wait(30)
+    assert "stop" not in trace.events
+    assert_sound(tmp_path / "a")
+    second = launch(*disk, memory="128")
+    cli("load", "a", monitor=second.address)
+    second.assert_running()
+    cli("save", "b", monitor=second.address)
+    cli("load", "b", monitor=second.address)
+    second.assert_running()
