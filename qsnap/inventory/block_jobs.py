@@ -82,23 +82,19 @@ def save_findings(graph: BlockGraph, devices: Sequence[Device]) -> Iterator[Find
 
     :param devices: all of the guest's.
     """
+    yield from _of_all_devices(graph, devices, "savevm cannot save")
     saved = [device for device in devices if device.verdict is Verdict.SAVED]
-    for job, device in _at_work(graph, saved if graph.chooses_devices else devices):
-        told = _told(job, device, devices)
-        if not graph.chooses_devices:
-            yield _beside(told, job, "savevm cannot save")
-        elif job.type in _AFTER_A_SAVE:
+    for job, device in _at_work(graph, saved) if graph.chooses_devices else ():
+        if job.type in _AFTER_A_SAVE:
             yield _finding(
                 "block-job",
-                f"{told}: {_AFTER_A_SAVE[job.type]}",
+                f"{_told(job, device, devices)}: {_AFTER_A_SAVE[job.type]}",
                 "save again when it has ended",
                 device,
                 Severity.WARN,
             )
     for device in saved:
         name = _name(device, devices)
-        if not graph.chooses_devices:
-            yield from _through(graph, device, devices, "savevm cannot save")
         if bitmaps := _bitmaps(graph, device):
             yield _finding(
                 "dirty-bitmaps",
@@ -134,30 +130,28 @@ def delete_findings(graph: BlockGraph, devices: Sequence[Device]) -> Iterator[Fi
 
     :param devices: all of the guest's.
     """
+    yield from _of_all_devices(graph, devices, "delvm cannot delete", beside="backup")
+
+
+def _of_all_devices(graph: BlockGraph, devices: Sequence[Device], what: str, beside: str = "") -> Iterator[Finding]:
+    """What refuses where QEMU takes all devices itself: a job, and a filter that a backup has left above a disk.
+
+    :param beside: the type of those jobs; any if it is "".
+    """
     if graph.chooses_devices:
         return
     for job, device in _at_work(graph, devices):
-        if job.type == "backup":
-            yield _beside(_told(job, device, devices), job, "delvm cannot delete")
+        if beside in ("", job.type):
+            told, cure = _told(job, device, devices), f"wait for its end, or {_ending(job)}"
+            yield _finding("block-job", f"{told}: QEMU's {what} beside it", cure)
     for device in devices:
-        if device.verdict is Verdict.SAVED:
-            yield from _through(graph, device, devices, "delvm cannot delete")
-
-
-def _beside(told: str, job: BlockJob, what: str) -> Finding:
-    """What refuses beside a job, where QEMU takes all devices itself."""
-    return _finding("block-job", f"{told}: QEMU's {what} beside it", f"wait for its end, or {_ending(job)}")
-
-
-def _through(graph: BlockGraph, device: Device, devices: Sequence[Device], what: str) -> Iterator[Finding]:
-    """The same where a backup has left its filter above a disk."""
-    if left := _left_filter(graph, device):
-        yield _finding(
-            "backup-filter",
-            f"the filter {left} stands above {_name(device, devices)}, for a backup: QEMU's {what} through it",
-            _END_BACKUP,
-            device,
-        )
+        if device.verdict is Verdict.SAVED and (left := _left_filter(graph, device)):
+            yield _finding(
+                "backup-filter",
+                f"the filter {left} stands above {_name(device, devices)}, for a backup: QEMU's {what} through it",
+                _END_BACKUP,
+                device,
+            )
 
 
 _END_BACKUP = "end the backup, and take the filter out: by QMP, qom-set the device's drive back, then blockdev-del"

@@ -176,7 +176,7 @@ def survey(
                 )
             )
     others = [_judge_outside(peripheral, exclude) for peripheral in _outside(graph)]
-    matched |= names_outside(graph)
+    matched |= _names_outside(graph)
     devices = (*blocks, *others)
     for device in devices:
         if device.verdict is Verdict.REFUSED:
@@ -216,8 +216,12 @@ def _outside(graph: BlockGraph) -> Iterator[Peripheral]:
     return (peripheral for peripheral in graph.peripherals if outside.kept(peripheral.model))
 
 
-def names_outside(graph: BlockGraph) -> set[str]:
-    """The names of the devices outside the block layer. QEMU leaves them out by itself, by HMP too."""
+def can_exclude(graph: BlockGraph, names: Iterable[str]) -> bool:
+    """Whether devices of these names can be left out. What is outside the block layer QEMU leaves out by itself."""
+    return graph.chooses_devices or _names_outside(graph).issuperset(names)
+
+
+def _names_outside(graph: BlockGraph) -> set[str]:
     return {name for peripheral in _outside(graph) for name in (peripheral.path, peripheral.label)}
 
 

@@ -37,6 +37,10 @@ def peripherals(parent: str, properties: Iterable[tuple[str, str]]) -> Iterator[
             yield Peripheral(path=f"{parent}/{name}", model=kind.removeprefix("child<").removesuffix(">"))
 
 
+#: See :attr:`Monitor.live_obstacle`.
+NO_FILES = "this monitor cannot hand QEMU a file, which takes QMP over a UNIX socket, and QEMU 6.0 or later"
+
+
 def ignore(_: JobFailed | None) -> None:
     """Nobody wants to know."""
 
@@ -61,8 +65,15 @@ class Monitor(Protocol):
     sock: socket.socket | None
 
     @property
-    def background(self) -> Background | None:
-        """What a live save needs; None where this monitor has not: QMP has, over a UNIX socket, from QEMU 6.0 on."""
+    def live(self) -> Background:
+        """What live snapshots need of QEMU.
+
+        :raise NotSupported: this monitor has nothing of that.
+        """
+
+    @property
+    def live_obstacle(self) -> str:
+        """Why no live snapshot can be made or loaded over this monitor; "" where they can."""
 
     @property
     def who(self) -> str:
@@ -147,11 +158,17 @@ class Monitor(Protocol):
         Return the error in which it ended, None where it ended well or nothing was under way.
         """
 
+    async def load_outcome(self, doubt: QsnapError, *, was_running: bool) -> QsnapError | None:
+        """How a load ended whose end was not seen; None if it went well, *doubt* where nothing tells."""
+
     async def leftover_jobs(self) -> Sequence[Job]:
         """Jobs of an earlier qsnap that has ended: they stay in QEMU until somebody dismisses them."""
 
     async def dismiss(self, jobs: Sequence[Job]) -> None:
         """Clear concluded jobs away."""
+
+    async def tidy(self) -> None:
+        """Take the state files out of QEMU again that it was handed; none there is no error."""
 
     async def reconnect(self, timeout_s: float) -> None:
         """Open the connection anew after it was lost. What was under way is then known to :meth:`settle`.

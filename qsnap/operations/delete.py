@@ -123,9 +123,9 @@ async def delete_all(
     """
     for tag in disk_tags:
         tables = await delete_everywhere(monitor, devices, tag, tables)
-    if files and monitor.background is not None:
+    if files:
         # QEMU may have one open still, and with it its room on the file system
-        await monitor.background.tidy()
+        await monitor.tidy()
     stay: list[str] = []
     for file in files:
         try:

@@ -76,12 +76,19 @@ def refuse_untransportable(monitor: Monitor, tag: str | None) -> None:
         raise NotSupported(f"{monitor.who} cannot be given the tag {tag!r}: {obstacle}. By QMP it can")
 
 
+def refuse_exclusion(monitor: Monitor, graph: BlockGraph, exclude: Collection[str], takes: str) -> None:
+    """Refuse to leave devices out, where QEMU itself takes all.
+
+    :param takes: what it does with them: "saves", "loads".
+    :raise NotSupported: it does; nothing has been done.
+    """
+    if not rules.can_exclude(graph, exclude):
+        raise NotSupported(f"{monitor.who} {takes} all devices or none: --exclude is beyond it")
+
+
 def refuse_hmp_choices(monitor: Monitor, graph: BlockGraph, vmstate: str | None, exclude: Collection[str]) -> None:
-    if graph.chooses_devices:
-        return
-    if not rules.names_outside(graph).issuperset(exclude):
-        raise NotSupported(f"{monitor.who} saves all devices or none: --exclude is beyond it")
-    if vmstate is not None:
+    refuse_exclusion(monitor, graph, exclude, "saves")
+    if vmstate is not None and not graph.chooses_devices:
         chosen = rules.survey(graph, vmstate=vmstate).vmstate
         default = rules.survey(graph).vmstate
         if chosen is None or chosen != default:

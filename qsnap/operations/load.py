@@ -231,8 +231,7 @@ async def _forget_failure(run: Run, tag: str) -> None:
 
     :raise PrecheckRefused: it does not; the guest was not touched.
     """
-    monitor, journal, background = run.monitor, run.journal, run.monitor.background
-    assert background is not None  # or the plan had been refused
+    monitor, journal, background = run.monitor, run.journal, run.monitor.live
     await journal.armed()
     journal.note(settings=await background.settings(), forgetting=True)
     try:
@@ -252,8 +251,8 @@ async def _source(run: Run, plan: LoadPlan) -> AsyncIterator[Source]:
     :raise PrecheckRefused: the state file is damaged, or is not to be opened for this QEMU; the guest was not touched.
     :raise JobFailed: QEMU cannot use the state file; the guest was not touched.
     """
-    snapshot, background = plan.snapshot, run.monitor.background
-    if snapshot.file is None or background is None:
+    snapshot = plan.snapshot
+    if snapshot.file is None:
         yield Source(plan.vmstate or "", plan.devices)
         return
     node = f"{STATE_NODE_PREFIX}-{secrets.token_hex(4)}"
@@ -270,12 +269,12 @@ async def _source(run: Run, plan: LoadPlan) -> AsyncIterator[Source]:
         raise JobFailed("open", f"{snapshot.file.path}: {error.strerror}", UNTOUCHED) from error
     try:
         await asyncio.to_thread(refuse_flawed, file, snapshot)
-        await background.add_state_node(file, node)
+        await run.monitor.live.add_state_node(file, node)
         yield Source(node, (*plan.devices, node), file)
     finally:
         os.close(file)
         with suppress(QsnapError):
-            await shielded(background.tidy(), AFTERMATH_TIMEOUT_S)
+            await shielded(run.monitor.tidy(), AFTERMATH_TIMEOUT_S)
 
 
 #: What QEMU says before it has touched anything (migration/savevm.c and block/snapshot.c: load_snapshot), 5.2 to 11.1.
@@ -342,17 +341,9 @@ async def outcome_after(
     """How a load ended whose connection was lost, as a new one tells; None if it is seen to have ended well."""
     try:
         await reconnect(monitor, journal)
-        return await outcome(lost, monitor, was_running=was_running)
+        return await monitor.load_outcome(lost, was_running=was_running)
     except QsnapError as error:
         return error
-
-
-async def outcome(doubt: QsnapError, monitor: Monitor, *, was_running: bool) -> QsnapError | None:
-    """How a load ended whose end was not seen; None if it went well, *doubt* where nothing tells."""
-    if monitor.chooses_devices:
-        return await monitor.settle()
-    # loadvm stops a guest that runs, and resumes it after success alone.
-    return None if was_running and is_live(await monitor.runstate()) else doubt
 
 
 async def _awaited(ending: Coroutine[Any, Any, QsnapError | None], pause: Pause, journal: Journal) -> QsnapError | None:

@@ -33,6 +33,7 @@ from qsnap.operations.findings import (
     no_device_findings,
     no_machine,
     nvme_findings,
+    refuse_exclusion,
     refuse_hmp_choices,
     refuse_untransportable,
     room_findings,
@@ -168,8 +169,7 @@ async def plan_load(
     except CommandFailed as error:
         raise PrecheckRefused(f"snapshot {tag!r} cannot be loaded now", [no_machine(error)], standing) from error
     graph, survey = inventory.graph, inventory.survey
-    if not graph.chooses_devices and not rules.names_outside(graph).issuperset(exclude):
-        raise NotSupported(f"{monitor.who} loads all devices or none: --exclude is beyond it")
+    refuse_exclusion(monitor, graph, exclude, "loads")
     snapshot = inventory.find(tag)
     if snapshot is None:
         raise inventory.not_found(tag, f"; {standing}")
@@ -177,7 +177,7 @@ async def plan_load(
     missing = [node for node in snapshot.missing if node not in left_out]
     unable = [node for d in survey.devices if d.verdict is Verdict.REFUSED and (node := d.image or d.node)]
     left_to_exclude = dict.fromkeys((*missing, *unable))
-    can_exclude = graph.chooses_devices or rules.names_outside(graph).issuperset(left_to_exclude)
+    can_exclude = rules.can_exclude(graph, left_to_exclude)
     exclude_all = " ".join(
         f"--exclude {rules.for_shell(node, snapshot.labels.get(node, ''))}" for node in left_to_exclude
     )
@@ -206,7 +206,7 @@ async def plan_load(
     if not graph.chooses_devices and monitor.version < _UNATTACHED_LEFT_OUT:
         findings += unattached_findings(inventory, snapshot)
     spoiled = migration.spoils_loads(monitor.version)
-    if spoiled and (monitor.background is None or runstate is RunState.RESTORE_VM):
+    if spoiled and (monitor.live_obstacle or runstate is RunState.RESTORE_VM):
         findings.append(spoiled_finding(migration, runstate))
     if any(finding.refuses for finding in findings):
         raise PrecheckRefused(f"snapshot {tag!r} cannot be loaded now", findings, standing)
@@ -228,17 +228,16 @@ def _refuse_unable(monitor: Monitor, inventory: Inventory, snapshot: Snapshot, s
     :raise NotSupported: it cannot.
     """
     survey, tag = inventory.survey, snapshot.tag
-    if snapshot.file is not None and monitor.background is None:
-        raise NotSupported(
-            f"{tag!r} is a live snapshot, and {monitor.who} cannot be given its state file: that takes QMP over a "
-            f"UNIX socket; {standing}"
-        )
-    if not inventory.graph.chooses_devices and snapshot.vmstate != survey.vmstate:
+    if snapshot.file is not None and monitor.live_obstacle:
+        raise NotSupported(f"{tag!r} is a live snapshot: {monitor.live_obstacle}; {standing}")
+    if inventory.graph.chooses_devices:
+        return
+    if snapshot.vmstate != survey.vmstate:
         raise NotSupported(
             f"the VM state of {tag!r} is on {snapshot.vmstate}, and {monitor.who} looks for it on "
             f"{survey.vmstate} alone; {standing}"
         )
-    if not inventory.graph.chooses_devices and any(d.image not in (d.node, None) for d in survey.devices):
+    if any(d.image not in (d.node, None) for d in survey.devices):
         raise NotSupported(
             f"{monitor.who} cannot load through the filters above a disk's image: the guest would "
             f"hang. With the guest off: qemu-img snapshot -a TAG IMAGE, on every disk; {standing}"

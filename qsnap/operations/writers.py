@@ -9,17 +9,16 @@ from qsnap.host import processes
 from qsnap.model import outside
 from qsnap.model.qemu import BlockGraph
 from qsnap.monitor import Monitor
-from qsnap.monitor.qmp.background import Background
 
 
-async def other_writers(monitor: Monitor, background: Background, graph: BlockGraph) -> Sequence[str]:
+async def other_writers(monitor: Monitor, graph: BlockGraph) -> Sequence[str]:
     """What may write into guest memory and is not QEMU, in words: a device has it written, or a process has it mapped.
 
     :raise OSError: the memory is shared, and it cannot be seen whether another process has it mapped.
     """
     writers = [f"device {one.label!r} ({one.model})" for one in graph.peripherals if outside.writes_ram(one.model)]
-    writers += await background.writers()
-    if writers or not await background.shares_memory():
+    writers += await monitor.live.writers()
+    if writers or not await monitor.live.shares_memory():
         return writers
     if monitor.pid is None:
         raise FileNotFoundError

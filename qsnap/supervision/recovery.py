@@ -22,7 +22,6 @@ from qsnap.model.runstates import HAS_ENDED, cure_of, is_live
 from qsnap.monitor import HALF_RESTORED, Monitor, adopt_monitor, open_monitor
 from qsnap.operations.delete import delete_all
 from qsnap.operations.live.save import LiveSaveAttempt
-from qsnap.operations.load import outcome
 from qsnap.operations.save import SaveAttempt
 from qsnap.operations.translation import leave_restore_vm
 from qsnap.runs import mark
@@ -140,7 +139,7 @@ async def _end_load(monitor: Monitor, journal: Journal, work: LoadWork) -> list[
         failure = QsnapError("QEMU reported an error")
     else:
         unseen = QsnapError("nobody has seen how the load ended")
-        failure = await outcome(unseen, monitor, was_running=work.was_running)
+        failure = await monitor.load_outcome(unseen, was_running=work.was_running)
     journal.done(work=None, stopped=record.stopped and failure is None)
     if failure is None:
         return []
@@ -184,13 +183,12 @@ async def _clear_up(monitor: Monitor, journal: Journal) -> list[str]:
     devices = rules.survey(graph).devices
     if isinstance(work, LiveWork):
         return [await LiveSaveAttempt(monitor, journal, devices).undo()]
-    if monitor.background is not None:
-        if record.forgetting:
-            await monitor.background.end_stream()
-        if record.settings:
-            await monitor.background.put_back(record.settings)
-        if record.operation == "load":
-            await monitor.background.tidy()
+    if record.forgetting:
+        await monitor.live.end_stream()
+    if record.settings:
+        await monitor.live.put_back(record.settings)
+    if record.operation == "load":
+        await monitor.tidy()
     if isinstance(work, SaveWork) and work.has_begun:
         _, sentence = await SaveAttempt(monitor, journal, devices).undo(keeps_whole=True)
         return [sentence]

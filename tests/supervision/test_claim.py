@@ -17,7 +17,7 @@ import msgspec
 import pytest
 
 import qsnap
-from qsnap.errors import MonitorLost, QsnapError, VMLocked
+from qsnap.errors import MonitorLost, NotSupported, QsnapError, VMLocked
 from qsnap.host.processes import Process, is_alive, process, this_process
 from qsnap.model.qemu import RunState
 from qsnap.model.requests import SaveRequest
@@ -27,6 +27,7 @@ from qsnap.operations.save import do_savevm
 from qsnap.runs import mark
 from qsnap.runs.journal import Journal, Record, SaveWork, found, new_record
 from qsnap.runs.run import Run
+from qsnap.supervision import recovery
 from support.busy import big_guest, in_the_write
 from support.fake_monitor import FakeMonitor
 from support.guest import (
@@ -424,6 +425,19 @@ async def test_a_journal_that_can_be_written_no_more() -> None:
     with pytest.raises(QsnapError, match="had been deleted by then; the guest is running"):
         await do_savevm(Run(monitor, journal=Full()), SaveRequest(tag="t"))
     assert monitor.state == "running"
+
+
+async def test_settings_that_only_qmp_can_put_back_are_not_given_up() -> None:
+    """The guest is resumed by any monitor; the claim and the record of the settings stay for QMP."""
+    record = msgspec.structs.replace(_record(), owner=this_process(), stopped=True, settings={"max-bandwidth": 1000})
+    monitor = FakeMonitor(state=RunState.PAUSED)
+    assert await monitor.set_mark(mark.CLAIM, mark.holder(record, None, was_running=True).encode())
+    dead = Journal(record)
+    with pytest.raises(NotSupported, match="take QMP"):
+        await recovery.recover(monitor, dead)
+    assert monitor.state == "running"
+    assert mark.CLAIM in monitor.texts
+    assert dead.record == msgspec.structs.replace(record, stopped=False)
 
 
 def test_a_wait_that_cannot_be_meant(guest: Guest) -> None:

@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 
 import msgspec
 
-from qsnap.errors import CommandFailed, JobFailed, QsnapError
+from qsnap.errors import CommandFailed, JobFailed, NotSupported, QsnapError
 from qsnap.model.qemu import (
     BlockBackend,
     BlockGraph,
@@ -24,7 +24,8 @@ from qsnap.model.qemu import (
     RunState,
     SnapshotTables,
 )
-from qsnap.monitor import ignore
+from qsnap.monitor import NO_FILES, ignore
+from qsnap.monitor.qmp.background import Background
 
 
 @dataclass
@@ -47,7 +48,7 @@ class FakeMonitor:
     transport: str = "fake"
     who: str = "the fake"
     chooses_devices: bool = True
-    background: None = None
+    live_obstacle: str = NO_FILES
     pid: int | None = None
     sock: socket.socket | None = None
 
@@ -56,6 +57,10 @@ class FakeMonitor:
     rows: dict[str, list[NodeSnapshot]] = field(default_factory=lambda: {"disk0": [], "disk1": []})
     calls: list[str] = field(default_factory=list)
     jobs: tuple[BlockJob, ...] = ()
+
+    @property
+    def live(self) -> Background:
+        raise NotSupported("live snapshots take QMP")
 
     def tag_obstacle(self, tag: str) -> str | None:
         return None
@@ -161,10 +166,16 @@ class FakeMonitor:
     async def settle(self) -> QsnapError | None:
         return None
 
+    async def load_outcome(self, doubt: QsnapError, *, was_running: bool) -> QsnapError | None:
+        return None if self.chooses_devices or self.state is RunState.RUNNING else doubt
+
     async def leftover_jobs(self) -> Sequence[Job]:
         return ()
 
     async def dismiss(self, jobs: Sequence[Job]) -> None:
+        pass
+
+    async def tidy(self) -> None:
         pass
 
     async def reconnect(self, timeout_s: float) -> None:

@@ -133,7 +133,6 @@ class HmpMonitor(HmpSnapshots, Objects):
 
     transport = "hmp"
     who = "the human monitor (HMP)"
-    background = None
 
     def __init__(self, line: _Line, version: QemuVersion, address: Address, link: Connection) -> None:
         super().__init__()

@@ -10,22 +10,37 @@ from __future__ import annotations
 import asyncio
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
-from qsnap.errors import JobFailed, QsnapError
-from qsnap.monitor import ignore
+from qsnap.errors import JobFailed, NotSupported, QsnapError
+from qsnap.model.qemu import RunState
+from qsnap.model.runstates import is_live
+from qsnap.monitor import NO_FILES, ignore
 from qsnap.monitor.hmp import text as hmp_text
+
+if TYPE_CHECKING:
+    from qsnap.monitor.qmp.background import Background
 
 
 class HmpSnapshots(ABC):
     """The snapshot verbs of :class:`qsnap.monitor.Monitor`, for a monitor that can give HMP a line."""
 
     chooses_devices = False
+    live_obstacle = NO_FILES
 
     _under_way: asyncio.Task[None] | None = None
+
+    @property
+    def live(self) -> Background:
+        raise NotSupported("live snapshots, and clearing up after one that was cut short, take QMP")
 
     @abstractmethod
     async def human_answer(self, line: str) -> str:
         """What HMP answers to *line*."""
+
+    @abstractmethod
+    async def runstate(self) -> RunState:
+        """The guest's run state."""
 
     async def snapshot_save(self, tag: str, vmstate: str, devices: Sequence[str]) -> None:
         await self._run("savevm", tag)
@@ -65,3 +80,10 @@ class HmpSnapshots(ABC):
         finally:
             self._under_way = None
         return None
+
+    async def load_outcome(self, doubt: QsnapError, *, was_running: bool) -> QsnapError | None:
+        # loadvm stops a guest that runs, and resumes it after success alone
+        return None if was_running and is_live(await self.runstate()) else doubt
+
+    async def tidy(self) -> None:
+        return  # HMP is handed no files

@@ -34,7 +34,7 @@ from qsnap.errors import (
     QsnapError,
 )
 from qsnap.model.qemu import BlockGraph, Job, Migration, QemuVersion, RunState, SnapshotTables
-from qsnap.monitor import ignore
+from qsnap.monitor import NO_FILES, ignore
 from qsnap.monitor.address import Address, UnixAddress
 from qsnap.monitor.connection import (
     AnotherAnswers,
@@ -274,10 +274,14 @@ class QmpMonitor(Objects):
         client.register_listener(self._seen)
 
     @property
-    def background(self) -> Background | None:
+    def live(self) -> Background:
         from qsnap.monitor.qmp.background import Background
 
-        return Background(self) if isinstance(self.address, UnixAddress) else None
+        return Background(self)
+
+    @property
+    def live_obstacle(self) -> str:
+        return "" if isinstance(self.address, UnixAddress) else NO_FILES
 
     async def execute(self, command: str, arguments: Mapping[str, object] | None = None) -> object:
         """Have QEMU execute a command; what it returns."""
@@ -470,6 +474,9 @@ class QmpMonitor(Objects):
             failure = failure or ended
         return failure
 
+    async def load_outcome(self, doubt: QsnapError, *, was_running: bool) -> QsnapError | None:
+        return await self.settle()
+
     async def leftover_jobs(self) -> Sequence[Job]:
         return [job for job in await self._jobs() if job.is_concluded and _is_abandoned(job.id)]
 
@@ -478,6 +485,9 @@ class QmpMonitor(Objects):
             # Whoever else dismissed it has done our work.
             with suppress(CommandFailed):
                 await self.execute("job-dismiss", {"id": job.id})
+
+    async def tidy(self) -> None:
+        await self.live.tidy()
 
     async def reconnect(self, timeout_s: float) -> None:
         hang_up(self.sock)
@@ -527,10 +537,7 @@ class LegacyQmpMonitor(HmpSnapshots, QmpMonitor):
 
     transport = "qmp-hmp"
     human_answer = QmpMonitor.human_answer
+    runstate = QmpMonitor.runstate
 
     async def block_graph(self) -> BlockGraph:
         return msgspec.structs.replace(await super().block_graph(), chooses_devices=False)
-
-    @property
-    def background(self) -> Background | None:
-        return None

@@ -129,8 +129,7 @@ async def comparison(monitor: Monitor, snapshot: Snapshot, state: int | None) ->
     graph = await monitor.block_graph()
     with _doubts():
         guest = await ram.find(monitor, graph)
-    background = monitor.background
-    assert background is not None  # or its RAM had not been found
+    background = monitor.live
     background.forget_stop_resume_events()
     if state is not None:
         yield Comparison(background, guest, vm_state.of_state_file(state, snapshot.vm_state_size), snapshot)

@@ -63,19 +63,18 @@ async def find(monitor: Monitor, graph: BlockGraph) -> GuestRam:
     """
     from qsnap.targets.running import is_qemu
 
-    background = monitor.background
-    if background is None:
-        raise NoDelta("a comparison takes QMP over a UNIX socket, and QEMU 6.0 or later")
+    if monitor.live_obstacle:
+        raise NoDelta(monitor.live_obstacle)
     if monitor.pid is None or not is_qemu(monitor.pid):
         raise NoDelta("QEMU's process cannot be seen from here")
     try:
-        writers = await other_writers(monitor, background, graph)
+        writers = await other_writers(monitor, graph)
     except OSError as error:
         raise NoDelta("the guest's memory is shared, and it cannot be seen with whom") from error
     if writers:
         raise NoDelta(f"{writers[0]} may write into the guest's memory")
     memdevs, text, roms = await asyncio.gather(
-        background.memdevs(), monitor.human_answer("info ramblock"), monitor.human_answer("info roms")
+        monitor.live.memdevs(), monitor.human_answer("info ramblock"), monitor.human_answer("info roms")
     )
     blocks = await _blocks(monitor, memdevs, ram.ram_blocks(text))
     if not blocks:

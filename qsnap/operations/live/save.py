@@ -85,7 +85,9 @@ async def plan_live(run: Run, request: SaveRequest) -> LivePlan:
     :raise NotSupported: this QEMU, its kernel, its memory or its monitor cannot do it.
     :raise PrecheckRefused: a save is not possible at all, or there is no place for the state file.
     """
-    background = _background(run.monitor)
+    if run.monitor.live_obstacle:
+        raise NotSupported(f"a live save is not possible: {run.monitor.live_obstacle}")
+    background = run.monitor.live
     save = await plan_save(run, request, state_elsewhere=True)
     save.refuse_if_needed()
     if obstacle := block_jobs.live_obstacle(save.inventory.graph, save.report.devices):
@@ -95,7 +97,7 @@ async def plan_live(run: Run, request: SaveRequest) -> LivePlan:
         cure = next((cure for words, cure in _CURES.items() if words in reason), "")
         raise NotSupported(f"a live save is not possible: {reason}{'. ' if cure else ''}{cure}")
     inventory = save.inventory
-    await _refuse_other_writers(run.monitor, background, inventory.graph)
+    await _refuse_other_writers(run.monitor, inventory.graph)
     tag = request.tag if request.tag is not None else free_automatic_tag(inventory.graph)
     new = inventory.new_name(tag, keeps_older=True)
     path = run.store.place(inventory.graph, save.vmstate, new.disk_tag)
@@ -106,13 +108,13 @@ async def plan_live(run: Run, request: SaveRequest) -> LivePlan:
     return LivePlan(save, tag, new, path)
 
 
-async def _refuse_other_writers(monitor: Monitor, background: Background, graph: BlockGraph) -> None:
+async def _refuse_other_writers(monitor: Monitor, graph: BlockGraph) -> None:
     """Refuse where RAM would change behind QEMU's back while it is saved.
 
     :raise NotSupported: a device has it written, or another process has it mapped, or may have and cannot be seen.
     """
     try:
-        writers = await other_writers(monitor, background, graph)
+        writers = await other_writers(monitor, graph)
     except OSError:
         raise NotSupported(
             "a live save is not possible: the guest's memory is shared, and from here it cannot be seen whether "
@@ -123,14 +125,6 @@ async def _refuse_other_writers(monitor: Monitor, background: Background, graph:
             f"a live save is not possible: {', '.join(writers)} may write into the guest's memory while it is saved, "
             "and QEMU does not notice that. Save it the ordinary way: --no-live"
         )
-
-
-def _background(monitor: Monitor) -> Background:
-    if monitor.background is None:
-        raise NotSupported(
-            "a live save is not possible over this monitor: it takes QMP over a UNIX socket, and QEMU 6.0 or later"
-        )
-    return monitor.background
 
 
 async def _place_findings(monitor: Monitor, path: Path, force: bool, *, is_taken: bool) -> Sequence[Finding]:
@@ -178,7 +172,7 @@ async def do_live_save(run: Run, request: SaveRequest, plan: LivePlan, watch: Wa
     :raise GuestLeftStopped: the guest could not be resumed; the first error is the context.
     """
     began = time.monotonic()
-    monitor, journal, background = run.monitor, run.journal, _background(run.monitor)
+    monitor, journal, background = run.monitor, run.journal, run.monitor.live
     inventory, report, vmstate = plan.save.inventory, plan.save.report, plan.save.vmstate
     if plan.new.older.exists and request.on_exists is OnExists.REFUSE:
         raise SnapshotExists(plan.tag, (*inventory.displayed(plan.new.older.nodes), *plan.new.older.files))
@@ -344,7 +338,7 @@ class LiveSaveAttempt:
         return found, left
 
     async def _put_back(self) -> None:
-        background = _background(self._monitor)
+        background = self._monitor.live
         await background.tidy()
         await background.put_back(self._journal.record.settings)
 
@@ -361,7 +355,7 @@ class LiveSaveAttempt:
 
         :return: what has become of it, in words.
         """
-        await _background(self._monitor).end_stream()
+        await self._monitor.live.end_stream()
         parts.forget_name(Path(self._work.part), Path(self._work.path), self._work.made)
         graph = await self._monitor.block_graph()
         if self._is_complete(graph):
@@ -373,7 +367,7 @@ class LiveSaveAttempt:
         await self.forget_disks()
         try:
             # Else the user's other snapshots could not be loaded
-            await _background(self._monitor).forget_failure()
+            await self._monitor.live.forget_failure()
         finally:
             await self._put_back()
         self._journal.done(work=None)

@@ -407,11 +407,14 @@ def test_a_human_monitor(guest: Guest) -> None:
     cli("save", "t", monitor=guest.address)
     result = load(guest, "t")
     assert (result["method"], result["ram_bytes"]) == ("full", None)
-    assert result["why_full"] == "a comparison takes QMP over a UNIX socket, and QEMU 6.0 or later"
+    assert (
+        result["why_full"]
+        == "this monitor cannot hand QEMU a file, which takes QMP over a UNIX socket, and QEMU 6.0 or later"
+    )
     guest.wait_for_ticks(3)
     count = guest.counter
     error = cli("load", "t", "--verify", "--json", monitor=guest.address, expect=5).error
-    assert "'t' cannot be verified: a comparison takes QMP" in error["message"]
+    assert "'t' cannot be verified: this monitor cannot hand QEMU a file" in error["message"]
     assert guest.counter >= count
     guest.assert_running()
 
