@@ -6,7 +6,8 @@ at an address. Errors of libraries and of the system are mapped to qsnap's own i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractAsyncContextManager
 from typing import TYPE_CHECKING, Protocol
 
 from qsnap.errors import JobFailed, QsnapError
@@ -39,10 +40,6 @@ def peripherals(parent: str, properties: Iterable[tuple[str, str]]) -> Iterator[
 
 #: See :attr:`Monitor.live_obstacle`.
 NO_FILES = "this monitor cannot hand QEMU a file, which takes QMP over a UNIX socket, and QEMU 6.0 or later"
-
-
-def ignore(_: JobFailed | None) -> None:
-    """Nobody wants to know."""
 
 
 class Monitor(Protocol):
@@ -118,12 +115,13 @@ class Monitor(Protocol):
     async def snapshot_save(self, tag: str, vmstate: str, devices: Sequence[str]) -> None:
         """Write RAM and device state to *vmstate* and snapshot *devices*, all under *tag*."""
 
-    async def snapshot_load(
-        self, tag: str, vmstate: str, devices: Sequence[str], *, ended: Callable[[JobFailed | None], None] = ignore
-    ) -> None:
+    def snapshot_load(
+        self, tag: str, vmstate: str, devices: Sequence[str]
+    ) -> AbstractAsyncContextManager[JobFailed | None]:
         """Put back what *tag* holds. A failure may leave RAM and disks half restored.
 
-        :param ended: called with the error, or None, while QEMU's own note of the job is still there.
+        The block gets the error, or None, while QEMU's own note of the job is still there: whoever dies before it has
+        written down how the load ended leaves that note to whoever comes after. The error is raised behind the block.
         """
 
     async def snapshot_delete(self, tag: str, devices: Sequence[str]) -> None:

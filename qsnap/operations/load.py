@@ -162,8 +162,8 @@ async def _begin(run: Run, pause: Pause, plan: LoadPlan, vmstate: str, devices: 
     monitor, journal = run.monitor, run.journal
     journal.note(work=LoadWork(was_running=pause.was_running, stage=LoadStage.BEGUN))
     try:
-        disk_tag = plan.snapshot.disk_tag
-        await monitor.snapshot_load(disk_tag, vmstate, devices, ended=lambda error: _note_end(journal, plan, error))
+        async with monitor.snapshot_load(plan.snapshot.disk_tag, vmstate, devices) as failure:
+            _note_end(journal, plan, failure)
     except MonitorLost as lost:
         outcome = outcome_after(lost, monitor, journal, was_running=pause.was_running)
         if error := await _awaited(outcome, pause, journal):
@@ -173,6 +173,7 @@ async def _begin(run: Run, pause: Pause, plan: LoadPlan, vmstate: str, devices: 
         # It goes on inside QEMU; only its end tells whether the guest may run
         if error := await _awaited(monitor.settle(), pause, journal):
             await _end_in(error, monitor, pause, journal, plan)
+        journal.done(work=None)
         cancelled.add_note(f"the load of {plan.snapshot.tag!r} had begun and was completed")
         raise
     return True

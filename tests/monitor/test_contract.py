@@ -77,7 +77,8 @@ async def test_save_load_delete(monitor: Monitor, paused: bool) -> None:
     ((size,), other) = (await held(monitor, "t")).values()
     assert size > 0
     assert other == [0]
-    await monitor.snapshot_load("t", "disk0", DISKS)
+    async with monitor.snapshot_load("t", "disk0", DISKS):
+        pass
     assert await monitor.runstate() is before
     await monitor.snapshot_delete("t", DISKS)
     assert await held(monitor, "t") == {"disk0": [], "disk1": []}
@@ -102,7 +103,9 @@ async def test_deleting_what_is_not_there_is_no_error(monitor: Monitor) -> None:
 async def test_loading_what_is_not_there_fails_with_the_reason(monitor: Monitor) -> None:
     await monitor.stop()
     with pytest.raises(JobFailed, match="nope") as failure:
-        await monitor.snapshot_load("nope", "disk0", DISKS)
+        async with monitor.snapshot_load("nope", "disk0", DISKS) as told:
+            pass
+    assert told is failure.value
     assert not failure.value.reason.startswith("Error:")
     assert await monitor.settle() is None
 
@@ -125,7 +128,8 @@ async def test_tags_are_data(monitor: Monitor) -> None:
         graph = await monitor.block_graph()
         for name in DISKS:
             assert [row.tag for row in graph.nodes[name].snapshots] == ["decoy", tag]
-        await monitor.snapshot_load(tag, "disk0", DISKS)
+        async with monitor.snapshot_load(tag, "disk0", DISKS):
+            pass
         await monitor.snapshot_delete(tag, DISKS)
         assert await held(monitor, tag) == {"disk0": [], "disk1": []}
         assert len((await held(monitor, "decoy"))["disk0"]) == 1
@@ -159,7 +163,8 @@ async def test_one_transport_loads_and_deletes_what_another_saved(guest: Guest, 
         assert {row.tag for row in graph.nodes["disk1"].snapshots} == everything
         for saver in TRANSPORTS:
             await monitor.stop()
-            await monitor.snapshot_load(f"by {saver} for {other}", "disk0", DISKS)
+            async with monitor.snapshot_load(f"by {saver} for {other}", "disk0", DISKS):
+                pass
             await monitor.cont()
             await monitor.snapshot_delete(f"by {saver} for {other}", DISKS)
             everything.remove(f"by {saver} for {other}")

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import os
-from contextlib import nullcontext
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, nullcontext
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -499,9 +500,11 @@ async def test_a_failed_load_leaves_the_guest_stopped() -> None:
     assert rules.survey(graph).vmstate == "disk0"
     broken = FakeMonitor(rows=monitor.rows)
 
-    async def fail(tag: str, vmstate: str, devices: Any, **_: Any) -> None:
+    @asynccontextmanager
+    async def fail(tag: str, vmstate: str, devices: Any) -> AsyncIterator[qsnap.errors.JobFailed]:
         broken.state = RunState.RUNNING  # as QEMU 6.0.0 does
-        raise qsnap.errors.JobFailed("snapshot-load", "Error -22 while loading VM state")
+        yield (failure := qsnap.errors.JobFailed("snapshot-load", "Error -22 while loading VM state"))
+        raise failure
 
     broken.snapshot_load = fail  # type: ignore[method-assign]
     with pytest.raises(GuestLeftStopped, match="left stopped on purpose"):

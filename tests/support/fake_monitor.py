@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
@@ -24,7 +25,7 @@ from qsnap.model.qemu import (
     RunState,
     SnapshotTables,
 )
-from qsnap.monitor import NO_FILES, ignore
+from qsnap.monitor import NO_FILES
 from qsnap.monitor.qmp.background import Background
 
 
@@ -130,14 +131,13 @@ class FakeMonitor:
                 size = 1 << 20 if name == vmstate else 0
                 self.rows[name].append(msgspec.structs.replace(row, vm_state_size=size))
 
-    async def snapshot_load(
-        self, tag: str, vmstate: str, devices: Sequence[str], *, ended: Callable[[JobFailed | None], None] = ignore
-    ) -> None:
+    @asynccontextmanager
+    async def snapshot_load(self, tag: str, vmstate: str, devices: Sequence[str]) -> AsyncIterator[JobFailed | None]:
         self.calls.append("load")
         failure = None
         if not all(any(row.tag == tag for row in self.rows[name]) for name in devices):
             failure = JobFailed("snapshot-load", f"Snapshot '{tag}' does not exist in one or more devices")
-        ended(failure)
+        yield failure
         if failure:
             raise failure
 

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import asyncio
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import TYPE_CHECKING
 
 from qsnap.errors import JobFailed, NotSupported, QsnapError
 from qsnap.model.qemu import RunState
 from qsnap.model.runstates import is_live
-from qsnap.monitor import NO_FILES, ignore
+from qsnap.monitor import NO_FILES
 from qsnap.monitor.hmp import text as hmp_text
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ class HmpSnapshots(ABC):
     chooses_devices = False
     live_obstacle = NO_FILES
 
-    _under_way: asyncio.Task[None] | None = None
+    _under_way: asyncio.Task[JobFailed | None] | None = None
 
     @property
     def live(self) -> Background:
@@ -43,43 +44,41 @@ class HmpSnapshots(ABC):
         """The guest's run state."""
 
     async def snapshot_save(self, tag: str, vmstate: str, devices: Sequence[str]) -> None:
-        await self._run("savevm", tag)
+        async with self._ended("savevm", tag):
+            pass
 
-    async def snapshot_load(
-        self, tag: str, vmstate: str, devices: Sequence[str], *, ended: Callable[[JobFailed | None], None] = ignore
-    ) -> None:
-        await self._run("loadvm", tag, ended)
+    def snapshot_load(
+        self, tag: str, vmstate: str, devices: Sequence[str]
+    ) -> AbstractAsyncContextManager[JobFailed | None]:
+        return self._ended("loadvm", tag)
 
     async def snapshot_delete(self, tag: str, devices: Sequence[str]) -> None:
-        await self._run("delvm", tag)
+        async with self._ended("delvm", tag):
+            pass
 
-    async def _run(self, command: str, tag: str, ended: Callable[[JobFailed | None], None] = ignore) -> None:
+    @asynccontextmanager
+    async def _ended(self, command: str, tag: str) -> AsyncIterator[JobFailed | None]:
         line = f"{command} {hmp_text.quoted(tag)}"
         # A task of its own: a cancelled caller must not lose the answer, which settle() waits for.
-        self._under_way = asyncio.create_task(self._done(command, line, ended))
+        self._under_way = asyncio.create_task(self._done(command, line))
         try:
-            await asyncio.shield(self._under_way)
+            failure = await asyncio.shield(self._under_way)
         finally:
             if self._under_way.done():
                 self._under_way = None
-
-    async def _done(self, command: str, line: str, ended: Callable[[JobFailed | None], None]) -> None:
-        reason = hmp_text.error_in(await self.human_answer(line))
-        failure = JobFailed(command, reason) if reason else None
-        ended(failure)
+        yield failure
         if failure:
             raise failure
 
+    async def _done(self, command: str, line: str) -> JobFailed | None:
+        reason = hmp_text.error_in(await self.human_answer(line))
+        return JobFailed(command, reason) if reason else None
+
     async def settle(self) -> QsnapError | None:
-        if self._under_way is None:
-            return None
         try:
-            await self._under_way
-        except JobFailed as failure:
-            return failure
+            return await self._under_way if self._under_way else None
         finally:
             self._under_way = None
-        return None
 
     async def load_outcome(self, doubt: QsnapError, *, was_running: bool) -> QsnapError | None:
         # loadvm stops a guest that runs, and resumes it after success alone

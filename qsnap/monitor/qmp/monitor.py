@@ -16,8 +16,8 @@ import os
 import re
 import secrets
 import socket
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager, suppress
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import msgspec
@@ -34,7 +34,7 @@ from qsnap.errors import (
     QsnapError,
 )
 from qsnap.model.qemu import BlockGraph, Job, Migration, QemuVersion, RunState, SnapshotTables
-from qsnap.monitor import NO_FILES, ignore
+from qsnap.monitor import NO_FILES
 from qsnap.monitor.address import Address, UnixAddress
 from qsnap.monitor.connection import (
     AnotherAnswers,
@@ -395,19 +395,21 @@ class QmpMonitor(Objects):
         return info.base_memory + info.plugged_memory
 
     async def snapshot_save(self, tag: str, vmstate: str, devices: Sequence[str]) -> None:
-        await self._run_job("save", {"tag": tag, "vmstate": vmstate, "devices": list(devices)})
+        async with self._job("save", {"tag": tag, "vmstate": vmstate, "devices": list(devices)}):
+            pass
 
-    async def snapshot_load(
-        self, tag: str, vmstate: str, devices: Sequence[str], *, ended: Callable[[JobFailed | None], None] = ignore
-    ) -> None:
-        await self._run_job("load", {"tag": tag, "vmstate": vmstate, "devices": list(devices)}, ended)
+    def snapshot_load(
+        self, tag: str, vmstate: str, devices: Sequence[str]
+    ) -> AbstractAsyncContextManager[JobFailed | None]:
+        return self._job("load", {"tag": tag, "vmstate": vmstate, "devices": list(devices)})
 
     async def snapshot_delete(self, tag: str, devices: Sequence[str]) -> None:
-        await self._run_job("delete", {"tag": tag, "devices": list(devices)})
+        async with self._job("delete", {"tag": tag, "devices": list(devices)}):
+            pass
 
-    async def _run_job(
-        self, verb: str, arguments: Mapping[str, object], ended: Callable[[JobFailed | None], None] = ignore
-    ) -> None:
+    @asynccontextmanager
+    async def _job(self, verb: str, arguments: Mapping[str, object]) -> AsyncIterator[JobFailed | None]:
+        """Run a snapshot job; the block gets the error in which it ended. It is dismissed behind the block."""
         command = f"snapshot-{verb}"
         # In two containers two qsnaps may have the same process id.
         job_id = f"{_JOB_PREFIX}{verb}-{os.getpid()}-{secrets.randbits(32)}"
@@ -417,13 +419,14 @@ class QmpMonitor(Objects):
         except (CommandFailed, NotSupported):
             del self._unsettled[job_id]
             raise
-        if failure := await self._concluded(job_id, command, ended):
+        async with self._concluded(job_id, command) as failure:
+            yield failure
+        if failure:
             raise failure
 
-    async def _concluded(
-        self, job_id: str, command: str, ended: Callable[[JobFailed | None], None] = ignore
-    ) -> JobFailed | None:
-        """Wait until the job has concluded, dismiss it, and return the error in which it ended.
+    @asynccontextmanager
+    async def _concluded(self, job_id: str, command: str) -> AsyncIterator[JobFailed | None]:
+        """Wait until the job has concluded; the block gets the error in which it ended. It is dismissed behind it.
 
         QEMU answers nobody while such a job works. One that is still there after many answers does not work.
         """
@@ -440,18 +443,15 @@ class QmpMonitor(Objects):
                 with suppress(TimeoutError):
                     async with asyncio.timeout(POLL_S):
                         await changes.get()
-        failure: JobFailed | None
         if job is None:
-            failure = JobFailed(command, "its job has vanished: another client has dismissed it")
+            yield JobFailed(command, "its job has vanished: another client has dismissed it")
         elif not job.is_concluded:
-            failure = JobFailed(command, f"its job does not end; QEMU answers, and calls it {job.status}")
+            yield JobFailed(command, f"its job does not end; QEMU answers, and calls it {job.status}")
         else:
-            failure = JobFailed(command, job.error) if job.error else None
-        ended(failure)
+            yield JobFailed(command, job.error) if job.error else None
         if job is not None:
             await self._rid_of(job)
         self._unsettled.pop(job_id, None)
-        return failure
 
     async def _rid_of(self, job: Job) -> None:
         if not job.is_concluded:
@@ -470,8 +470,8 @@ class QmpMonitor(Objects):
     async def settle(self) -> QsnapError | None:
         failure = None
         for job_id, command in list(self._unsettled.items()):
-            ended = await self._concluded(job_id, command)
-            failure = failure or ended
+            async with self._concluded(job_id, command) as ended:
+                failure = failure or ended
         return failure
 
     async def load_outcome(self, doubt: QsnapError, *, was_running: bool) -> QsnapError | None:
