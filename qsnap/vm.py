@@ -32,9 +32,10 @@ from qsnap.model.checks import CheckReport
 from qsnap.model.qemu import NodeSnapshot
 from qsnap.model.results import DeleteResult, LoadResult, PruneResult, Recovered, SaveResult, Status
 from qsnap.model.snapshots import Kind, Snapshot
-from qsnap.monitor import GREETING_TIMEOUT_S, HALF_RESTORED, Monitor, open_monitor
+from qsnap.monitor import GREETING_TIMEOUT_S, Monitor, open_monitor
 from qsnap.monitor.address import Address, parse_address
 from qsnap.monitor.connection import peer_user
+from qsnap.monitor.names import HALF_RESTORED
 
 if TYPE_CHECKING:
     from qsnap.inventory.inventory import Inventory
@@ -433,8 +434,8 @@ class VM:
 
     async def _recover_if_seen(self) -> None:
         """Clean up after a run that died, before its remains are looked at."""
+        from qsnap.monitor.names import CLAIM
         from qsnap.runs import journal
-        from qsnap.runs.mark import CLAIM
         from qsnap.supervision.claim import has_journals, recover_all
 
         if problem := journal.problem():

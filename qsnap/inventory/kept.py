@@ -29,10 +29,7 @@ from qsnap.model.checks import Device
 from qsnap.model.qemu import BlockGraph
 from qsnap.model.snapshots import Snapshot
 from qsnap.monitor import Monitor
-
-#: What the names of the marks begin with.
-PREFIXES = ("qsnap-kept-", "qsnap-noted-")
-_KEPT, _NOTED = PREFIXES
+from qsnap.monitor.names import KEPT, NOTED
 
 
 class Kept(NamedTuple):
@@ -53,10 +50,10 @@ class Kept(NamedTuple):
         """The marks to add, and those to take away, so that QEMU has those of the notes that can be read."""
         wanted = {_kept(note, path) for path, found in notes.by_place.items() for note in found if note.protected}
         places = tuple(_digest(path) for path in notes.by_place)
-        stale = {name for name in self.names if name.startswith(_KEPT) and name.endswith(places)} - wanted
+        stale = {name for name in self.names if name.startswith(KEPT) and name.endswith(places)} - wanted
         if not notes.unseen:
             wanted.add(_noted(graph, devices))
-            stale |= {name for name in self.names if name.startswith(_NOTED)} - wanted
+            stale |= {name for name in self.names if name.startswith(NOTED)} - wanted
         return frozenset(wanted - self.names), frozenset(stale)
 
     def tells_all(self, graph: BlockGraph, devices: Iterable[Device]) -> bool:
@@ -66,7 +63,7 @@ class Kept(NamedTuple):
 
 async def kept(monitor: Monitor) -> Kept:
     """Ask QEMU for the marks."""
-    return Kept(frozenset(await monitor.marks(PREFIXES)))
+    return Kept(frozenset(await monitor.marks((KEPT, NOTED))))
 
 
 async def protect(monitor: Monitor, notes: Iterable[Note], place: Path) -> None:
@@ -85,11 +82,11 @@ async def unprotect(monitor: Monitor, found: Iterable[Snapshot]) -> None:
 
 def _heads(snapshot: Snapshot) -> tuple[str, ...]:
     clock_ms = snapshot.vm_clock_ns // 1_000_000
-    return tuple(f"{_KEPT}{_digest(tag, clock_ms)}-" for tag in {snapshot.tag, snapshots.owner(snapshot)})
+    return tuple(f"{KEPT}{_digest(tag, clock_ms)}-" for tag in {snapshot.tag, snapshots.owner(snapshot)})
 
 
 def _kept(note: Note, place: Path) -> str:
-    return f"{_KEPT}{_digest(note.tag, note.vm_clock_ms)}-{_digest(place)}"
+    return f"{KEPT}{_digest(note.tag, note.vm_clock_ms)}-{_digest(place)}"
 
 
 def _noted(graph: BlockGraph, devices: Iterable[Device]) -> str:
@@ -102,7 +99,7 @@ def noted(images: Collection[str]) -> str:
 
     :param images: QEMU's names of the files: those are the same to everybody.
     """
-    return f"{_NOTED}{_digest(*sorted(images))}"
+    return f"{NOTED}{_digest(*sorted(images))}"
 
 
 def _digest(*parts: object) -> str:

@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from qsnap.errors import CommandFailed, NotSupported
 from qsnap.model.qemu import Peripheral
-from qsnap.monitor import PERIPHERALS, peripherals
+
+#: The QOM paths below which devices are that the user has made: with an id, and without.
+_PERIPHERALS = ("/machine/peripheral", "/machine/peripheral-anon")
+
+
+def _peripherals(parent: str, properties: Mapping[str, str]) -> Iterator[Peripheral]:
+    """The devices below one of :data:`_PERIPHERALS`, from the types of its properties."""
+    for name, kind in properties.items():
+        if kind.startswith("child<"):
+            yield Peripheral(path=f"{parent}/{name}", model=kind.removeprefix("child<").removesuffix(">"))
 
 
 class Objects(ABC):
@@ -43,7 +52,7 @@ class Objects(ABC):
 
     async def peripherals(self) -> Sequence[Peripheral]:
         """The devices that the user has given the guest."""
-        return [one for parent in PERIPHERALS for one in peripherals(parent, (await self.list_objects(parent)).items())]
+        return [one for parent in _PERIPHERALS for one in _peripherals(parent, await self.list_objects(parent))]
 
     async def learn_qdev_type(self, qdev: str) -> None:
         """Ask for the model of a device, unless that is known."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import os
 import re
-import secrets
 import time
 from collections.abc import AsyncIterator, Collection, Coroutine, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
@@ -27,7 +26,8 @@ from qsnap.model.checks import Finding
 from qsnap.model.qemu import RunState
 from qsnap.model.results import LoadResult
 from qsnap.model.runstates import cure_of, is_live, needs_reset, runs_after_load
-from qsnap.monitor import HALF_RESTORED, STATE_NODE_PREFIX, Monitor
+from qsnap.monitor import Monitor
+from qsnap.monitor.names import HALF_RESTORED, state_node
 from qsnap.operations.delta.load import Load, Source, refuse_flawed, refuse_incomparable
 from qsnap.operations.findings import spoiled_finding
 from qsnap.operations.plan import LoadPlan, plan_load
@@ -256,7 +256,7 @@ async def _source(run: Run, plan: LoadPlan) -> AsyncIterator[Source]:
     if snapshot.file is None:
         yield Source(plan.vmstate or "", plan.devices)
         return
-    node = f"{STATE_NODE_PREFIX}-{secrets.token_hex(4)}"
+    node = state_node()
     try:
         file = run.store.opened(snapshot.file)
     except PermissionError as error:

@@ -19,7 +19,8 @@ from qsnap.model.checks import CheckReport, Verdict
 from qsnap.model.qemu import BlockGraph, QemuVersion, RunState
 from qsnap.model.requests import SaveRequest
 from qsnap.model.snapshots import Snapshot
-from qsnap.monitor import HALF_RESTORED, Monitor
+from qsnap.monitor import Monitor
+from qsnap.monitor.names import HALF_RESTORED
 from qsnap.operations.findings import (
     OF_THE_VMSTATE_IMAGE,
     aftermath_findings,

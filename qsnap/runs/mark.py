@@ -19,11 +19,6 @@ from qsnap.model.qemu import Struct
 from qsnap.monitor import Monitor
 from qsnap.runs.journal import Record
 
-#: The mark's name: an object of that id in QEMU.
-CLAIM = "qsnap-claim"
-#: The same of who recovers a dead run by its mark alone: of two who come upon it, one.
-RECOVERY = "qsnap-recovery"
-
 #: Characters of a tag that are told: HMP takes a line of about a thousand.
 _TAG_CHARS = 40
 

@@ -18,9 +18,10 @@ from qsnap.model.runstates import takes_stop
 from qsnap.monitor import Monitor
 from qsnap.monitor.address import Address
 from qsnap.monitor.connection import AnotherAnswers, listener_pid
+from qsnap.monitor.names import CLAIM
 from qsnap.runs import journal, mark
 from qsnap.runs.journal import Found, Journal, LiveWork
-from qsnap.runs.mark import CLAIM, Holder
+from qsnap.runs.mark import Holder
 from qsnap.runs.pause import has_ended
 from qsnap.runs.shield import shielded
 from qsnap.supervision import guard

@@ -19,14 +19,15 @@ from qsnap.model.checks import Device
 from qsnap.model.qemu import BlockGraph, RunState
 from qsnap.model.results import Recovered
 from qsnap.model.runstates import HAS_ENDED, cure_of, is_live
-from qsnap.monitor import HALF_RESTORED, Monitor, adopt_monitor, open_monitor
+from qsnap.monitor import Monitor, adopt_monitor, open_monitor
+from qsnap.monitor.names import CLAIM, HALF_RESTORED, RECOVERY
 from qsnap.operations.delete import delete_all
 from qsnap.operations.live.save import LiveSaveAttempt
 from qsnap.operations.save import SaveAttempt
 from qsnap.operations.translation import leave_restore_vm
 from qsnap.runs import mark
 from qsnap.runs.journal import DeleteWork, Journal, LiveWork, LoadStage, LoadWork, Record, SaveWork
-from qsnap.runs.mark import CLAIM, decode
+from qsnap.runs.mark import decode
 
 #: Seconds between two tries to reach QEMU, or to have it resume the guest.
 _RETRY_S = 0.2
@@ -100,10 +101,10 @@ async def recover_by_mark(monitor: Monitor, text: str, *, force: bool = False) -
     """
     holder = decode(text)
     ours = mark.of_this_process("recover", holder.tag if holder else "")
-    if not await monitor.set_mark(mark.RECOVERY, ours.encode()):
-        other = decode(await monitor.mark(mark.RECOVERY) or "")
+    if not await monitor.set_mark(RECOVERY, ours.encode()):
+        other = decode(await monitor.mark(RECOVERY) or "")
         if not other.is_alive if other and other.is_here else force:
-            await monitor.clear_mark(mark.RECOVERY)  # and the next look at the claim will do
+            await monitor.clear_mark(RECOVERY)  # and the next look at the claim will do
         return None
     try:
         if await monitor.mark(CLAIM) != text:
@@ -118,7 +119,7 @@ async def recover_by_mark(monitor: Monitor, text: str, *, force: bool = False) -
             actions = tuple(await _resume(monitor))
         await monitor.clear_mark(CLAIM)
     finally:
-        await mark.give_up(monitor, mark.RECOVERY, ours.token)
+        await mark.give_up(monitor, RECOVERY, ours.token)
     if holder is None:
         return Recovered(operation="", tags=(), pid=0, began="", actions=actions)
     return Recovered(

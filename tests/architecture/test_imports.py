@@ -31,7 +31,7 @@ HOMES = {
         "cli/__init__.py", "cli/options.py", "cli/policy.py", "cli/completion.py",
         *(f"cli/commands/{name}.py" for name in ("save", "snapshots", "series", "notes", "guest", "job")),
     ),
-    "qemu": ("monitor/qmp/monitor.py",),
+    "qemu": ("monitor/qmp/channel.py",),
     "psutil": ("targets/running.py", "cli/child.py"),
     "pytest": ("pytest_plugin.py",),
 }  # fmt: skip

@@ -19,6 +19,7 @@ from qemu.qmp import Message
 
 import qsnap
 from qsnap.errors import VerifyFailed
+from qsnap.monitor.qmp import channel
 from qsnap.monitor.qmp import monitor as qmp
 from support.guest import (
     HAS_SNAPSHOT_JOBS,
@@ -203,7 +204,7 @@ def _of(answers: dict[str, bytes], asked: dict[str, Any]) -> bytes | None:
 @pytest.mark.parametrize("stamp", [{}, {"timestamp": {}}, {"timestamp": {"seconds": -1, "microseconds": -1}}])
 def test_events_without_a_time(stamp: dict[str, Any]) -> None:
     """As QEMU sends them where its clock fails: the pause is then measured by ours."""
-    assert qmp._stamp(Message({"event": "STOP", **stamp})) is None
+    assert channel._stamp(Message({"event": "STOP", **stamp})) is None
 
 
 @pytest.mark.parametrize(
@@ -409,7 +410,7 @@ def test_the_guest_shuts_down_by_itself(
     # Through a proxy it cannot be seen that QEMU has ended.
     assert run.code in (4, 20), run.err
     assert run.error["error"] in ("MonitorLost", "GuestLeftStopped")
-    assert "_Client" not in run.error["message"]
+    assert "Client" not in run.error["message"]
     assert ".." not in run.error["message"]
     assert_sound(image)
     assert tags(image) == ["old"]

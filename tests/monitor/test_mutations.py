@@ -18,6 +18,7 @@ import qsnap.cli
 from qsnap import vm
 from qsnap.errors import EXIT_TABLE
 from qsnap.host.processes import Process
+from qsnap.monitor.qmp import channel
 from qsnap.monitor.qmp import monitor as qmp
 from qsnap.runs import mark, pause
 from qsnap.runs.journal import Record
@@ -73,7 +74,7 @@ def quick(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         patch.setenv("QSNAP_RUNTIME_DIR", str(tmp_path_factory.mktemp("run", numbered=True)))
         patch.setattr(guard, "start", lambda *_: NoGuard())
         for module, name, value in (
-            (qmp, "POLL_S", 0.01), (qmp, "EVENT_S", 0.05), (qmp, "STUCK_POLLS", 3),
+            (qmp, "POLL_S", 0.01), (channel, "EVENT_S", 0.05), (qmp, "STUCK_POLLS", 3),
             (pause, "RECONNECT_TIMEOUT_S", 1.0), (vm, "TIMED_PATIENCE_S", 1.0), (claim, "_RELEASE_TIMEOUT_S", 0.5),
             (recovery, "_RETRY_S", 0.001), (recovery, "_CONT_TRIES", 3),
         ):  # fmt: skip

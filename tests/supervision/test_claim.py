@@ -23,6 +23,7 @@ from qsnap.model.qemu import RunState
 from qsnap.model.requests import SaveRequest
 from qsnap.model.results import SaveResult
 from qsnap.monitor.address import TcpAddress
+from qsnap.monitor.names import RECOVERY
 from qsnap.operations.save import do_savevm
 from qsnap.runs import mark
 from qsnap.runs.journal import Journal, Record, SaveWork, found, new_record
@@ -149,12 +150,12 @@ def test_of_two_who_come_upon_a_dead_claim_one_recovers(guest: Guest) -> None:
     set_claim(guest, mark.holder(_record(owner=dead), None, was_running=True))
     guest.qmp("stop")
     alive = mark.of_this_process("recover", "").encode()
-    guest.qmp("object-add", qom_type="authz-simple", id=mark.RECOVERY, identity=alive)
+    guest.qmp("object-add", qom_type="authz-simple", id=RECOVERY, identity=alive)
     cli("save", "x", "--lock-wait", "0.3", monitor=guest.address, expect=11)
     assert guest.runstate == "paused"
-    guest.qmp("object-del", id=mark.RECOVERY)
+    guest.qmp("object-del", id=RECOVERY)
     gone = mark.holder(_record(owner=dead), None, was_running=False).encode()
-    guest.qmp("object-add", qom_type="authz-simple", id=mark.RECOVERY, identity=gone)
+    guest.qmp("object-add", qom_type="authz-simple", id=RECOVERY, identity=gone)
     cli("save", "x", monitor=guest.address)
     guest.assert_running()
     assert marks_of(guest) == []
@@ -225,7 +226,7 @@ def test_a_holder_on_another_machine(guest: Guest, tmp_path: Path) -> None:
 def test_a_claim_that_cannot_be_read(guest: Guest, tmp_path: Path, damage: dict[str, str]) -> None:
     """As of a later qsnap: it is respected, and the message names the way out. No guest is resumed blindly."""
     guest.qmp("object-add", id=CLAIM, **damage)
-    guest.qmp("object-add", id=mark.RECOVERY, **damage)
+    guest.qmp("object-add", id=RECOVERY, **damage)
     guest.qmp("stop")
     for verb in (("save", "x"), ("recover",)):
         run = cli(*verb, "--lock-wait", "0", monitor=guest.address, expect=11)
@@ -431,12 +432,12 @@ async def test_settings_that_only_qmp_can_put_back_are_not_given_up() -> None:
     """The guest is resumed by any monitor; the claim and the record of the settings stay for QMP."""
     record = msgspec.structs.replace(_record(), owner=this_process(), stopped=True, settings={"max-bandwidth": 1000})
     monitor = FakeMonitor(state=RunState.PAUSED)
-    assert await monitor.set_mark(mark.CLAIM, mark.holder(record, None, was_running=True).encode())
+    assert await monitor.set_mark(CLAIM, mark.holder(record, None, was_running=True).encode())
     dead = Journal(record)
     with pytest.raises(NotSupported, match="take QMP"):
         await recovery.recover(monitor, dead)
     assert monitor.state == "running"
-    assert mark.CLAIM in monitor.texts
+    assert CLAIM in monitor.texts
     assert dead.record == msgspec.structs.replace(record, stopped=False)
 
 

@@ -25,7 +25,7 @@ from qsnap.model.qemu import (
     RunState,
     SnapshotTables,
 )
-from qsnap.monitor import NO_FILES
+from qsnap.monitor.protocol import NO_FILES
 from qsnap.monitor.qmp.background import Background
 
 

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING
 from qsnap.errors import JobFailed, NotSupported, QsnapError
 from qsnap.model.qemu import RunState
 from qsnap.model.runstates import is_live
-from qsnap.monitor import NO_FILES
 from qsnap.monitor.hmp import text as hmp_text
+from qsnap.monitor.protocol import NO_FILES
 
 if TYPE_CHECKING:
     from qsnap.monitor.qmp.background import Background

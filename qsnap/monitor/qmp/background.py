@@ -26,20 +26,16 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from qsnap.errors import CommandFailed, JobFailed, NotSupported
 from qsnap.model import outside
 from qsnap.model.qemu import MIGRATION_IDLE
-from qsnap.monitor import STATE_NODE_PREFIX
 from qsnap.monitor.hmp import tables as hmp_tables
+from qsnap.monitor.names import STATE_NODE
 from qsnap.monitor.qmp import replies
+from qsnap.monitor.qmp.channel import Channel
 
-if TYPE_CHECKING:
-    from qsnap.monitor.qmp.monitor import QmpMonitor
-
-#: The nodes and the sets of descriptors that are ours in QEMU have names that begin so.
-PREFIX = STATE_NODE_PREFIX
 #: Bytes a second; QEMU's own bound of it.
 UNBOUNDED = (1 << 63) - 1
 #: The first version that does not resume the guest by itself.
@@ -78,25 +74,25 @@ class Stream(NamedTuple):
 
 
 class Background:
-    """The verbs of a live save, on a QMP monitor of QEMU 6.0 or later.
+    """The verbs of a live save, on the channel to a QEMU 6.0 or later.
 
     :ivar is_before_9: QEMU resumes the guest by itself when it has taken the device state; and a stream that fails or
         is cancelled leaves the guest hanging.
     """
 
-    def __init__(self, monitor: QmpMonitor) -> None:
-        self._monitor = monitor
-        self.is_before_9 = monitor.version < RESUMED_BY_US_SINCE
+    def __init__(self, channel: Channel) -> None:
+        self._channel = channel
+        self.is_before_9 = channel.version < RESUMED_BY_US_SINCE
 
     async def settings(self) -> dict[str, int]:
         """What a live save and :meth:`forget_failure` change, as it is now: to be given to :meth:`put_back`."""
         capabilities, parameters = await asyncio.gather(
-            self._monitor.query(list[replies.CapabilityStatus], "query-migrate-capabilities"),
-            self._monitor.query(replies.MigrateParameters, "query-migrate-parameters"),
+            self._channel.query(list[replies.CapabilityStatus], "query-migrate-capabilities"),
+            self._channel.query(replies.MigrateParameters, "query-migrate-parameters"),
         )
         known = {item.capability: item.state for item in capabilities}
         if _CAPABILITY not in known:
-            raise NotSupported(f"QEMU {self._monitor.version} has no background snapshots; 6.0 and later have")
+            raise NotSupported(f"QEMU {self._channel.version} has no background snapshots; 6.0 and later have")
         return {
             _CAPABILITY: int(known[_CAPABILITY]),
             _BANDWIDTH: parameters.max_bandwidth,
@@ -108,7 +104,7 @@ class Background:
 
         It is asked by switching the capability on, and off again if it was off.
         """
-        parameters = await self._monitor.query(replies.MigrateParameters, "query-migrate-parameters")
+        parameters = await self._channel.query(replies.MigrateParameters, "query-migrate-parameters")
         if parameters.tls_creds:
             return f"the migration parameter tls-creds is set ({parameters.tls_creds}), and a file speaks no TLS"
         before = await self.settings()
@@ -122,8 +118,8 @@ class Background:
     async def writers(self) -> Sequence[str]:
         """What writes into guest memory from outside QEMU, and is not one of the guest's devices, in words."""
         objects, networks = await asyncio.gather(
-            self._monitor.query(list[replies.ObjectPropertyInfo], "qom-list", {"path": "/objects"}),
-            self._monitor.human_answer("info network"),
+            self._channel.query(list[replies.ObjectPropertyInfo], "qom-list", {"path": "/objects"}),
+            self._channel.human_answer("info network"),
         )
         return [
             *(f"object {one.name!r}" for one in objects if outside.writes_ram(one.type.removeprefix("child<"))),
@@ -132,7 +128,7 @@ class Background:
 
     async def memdevs(self) -> Sequence[replies.Memdev]:
         """The memory backends."""
-        return await self._monitor.query(list[replies.Memdev], "query-memdev")
+        return await self._channel.query(list[replies.Memdev], "query-memdev")
 
     async def shares_memory(self) -> bool:
         """Whether other processes could have mapped guest memory."""
@@ -146,9 +142,9 @@ class Background:
         """Set what :meth:`settings` returned."""
         if _CAPABILITY in settings:
             capability = {"capability": _CAPABILITY, "state": bool(settings[_CAPABILITY])}
-            await self._monitor.execute("migrate-set-capabilities", {"capabilities": [capability]})
+            await self._channel.execute("migrate-set-capabilities", {"capabilities": [capability]})
         if parameters := {name: settings[name] for name in (_BANDWIDTH, _DOWNTIME) if name in settings}:
-            await self._monitor.execute("migrate-set-parameters", parameters)
+            await self._channel.execute("migrate-set-parameters", parameters)
 
     async def snapshot_disks(self, tag: str, devices: Sequence[str]) -> None:
         """Take a snapshot of all *devices* at once, or of none.
@@ -160,7 +156,7 @@ class Background:
         kind = "blockdev-snapshot-internal-sync"
         actions = [{"type": kind, "data": {"device": node, "name": tag}} for node in devices]
         try:
-            await self._monitor.execute("transaction", {"actions": actions})
+            await self._channel.execute("transaction", {"actions": actions})
         except CommandFailed as error:
             raise JobFailed(kind, error.reason) from error
 
@@ -171,20 +167,20 @@ class Background:
         """
         if self.is_before_9:
             os.lseek(file, offset, os.SEEK_SET)
-            await self._monitor.send_file(file)
-            await self._monitor.execute("getfd", {"fdname": PREFIX})
-            uri = f"fd:{PREFIX}"
+            await self._channel.send_file(file)
+            await self._channel.execute("getfd", {"fdname": STATE_NODE})
+            uri = f"fd:{STATE_NODE}"
         else:
             uri = f"file:{await self._add_file(file)},offset={offset}"
-        self._monitor.forget_stop_resume_events()
+        self._channel.forget_stop_resume_events()
         try:
-            await self._monitor.execute("migrate", {"uri": uri})
+            await self._channel.execute("migrate", {"uri": uri})
         except CommandFailed as error:
             raise JobFailed("migrate", error.reason) from error
 
     async def stream(self) -> Stream:
         """How far it has come."""
-        info = await self._monitor.query(replies.MigrationInfo, "query-migrate")
+        info = await self._channel.query(replies.MigrationInfo, "query-migrate")
         ram = info.ram or replies.MigrationRam()
         return Stream(
             status=info.status,
@@ -199,7 +195,7 @@ class Background:
         while not (stream := await self.stream()).is_over:
             if not self.is_before_9 and stream.status != "setup":
                 with suppress(CommandFailed):
-                    await self._monitor.execute("migrate_cancel")
+                    await self._channel.execute("migrate_cancel")
             await asyncio.sleep(_POLL_S)
 
     async def forget_failure(self) -> None:
@@ -211,10 +207,10 @@ class Background:
         :raise JobFailed: QEMU does not forget it.
         """
         for _ in range(_FORGETTING_TRIES):
-            migration = await self._monitor.migration()
-            if not migration.spoils_loads(self._monitor.version):
+            migration = await self._channel.migration()
+            if not migration.spoils_loads(self._channel.version):
                 return
-            parameters = await self._monitor.query(replies.MigrateParameters, "query-migrate-parameters")
+            parameters = await self._channel.query(replies.MigrateParameters, "query-migrate-parameters")
             if parameters.mode != "normal" or "x-ignore-shared" in migration.capabilities:
                 break  # that one would stop the guest
             await self.put_back({_CAPABILITY: 0, _BANDWIDTH: _SLOW, _DOWNTIME: 0})
@@ -222,7 +218,7 @@ class Background:
         raise JobFailed("migrate", f"QEMU goes on to note that a migration has failed: {migration.error}")
 
     async def _begin_and_cancel(self) -> None:
-        memory = os.memfd_create(PREFIX, os.MFD_CLOEXEC)
+        memory = os.memfd_create(STATE_NODE, os.MFD_CLOEXEC)
         file = -1
         try:
             file = os.open(f"/proc/self/fd/{memory}", os.O_WRONLY | os.O_CLOEXEC)
@@ -236,11 +232,11 @@ class Background:
 
     def forget_stop_resume_events(self) -> None:
         """Begin anew to remember STOP and RESUME events; a stream that begins does so, too."""
-        self._monitor.forget_stop_resume_events()
+        self._channel.forget_stop_resume_events()
 
     def stop_resume_events(self) -> Sequence[tuple[str, float]]:
         """Those that have come since, with their time stamps in seconds since 1970."""
-        return self._monitor.stop_resume_events()
+        return self._channel.stop_resume_events()
 
     async def add_state_node(self, file: int, node: str) -> None:
         """Make a node of an open state file. It has no backing file, whatever its header says.
@@ -250,29 +246,29 @@ class Background:
         try:
             below = {"driver": "file", "filename": await self._add_file(file)}
             image = {"driver": "qcow2", "node-name": node, "file": below, "backing": None}
-            await self._monitor.execute("blockdev-add", image)
+            await self._channel.execute("blockdev-add", image)
         except CommandFailed as error:
             raise JobFailed("blockdev-add", error.reason) from error
 
     async def _add_file(self, file: int) -> str:
-        await self._monitor.send_file(file)
-        added = await self._monitor.query(replies.AddedFile, "add-fd", {"opaque": PREFIX})
+        await self._channel.send_file(file)
+        added = await self._channel.query(replies.AddedFile, "add-fd", {"opaque": STATE_NODE})
         return f"/dev/fdset/{added.fdset_id}"
 
     async def _state_nodes(self) -> Sequence[str]:
         """The names of our nodes. One whose image QEMU found to be broken makes it refuse to list any, and is named."""
         try:
-            nodes = await self._monitor.query(list[replies.NodeName], "query-named-block-nodes", {"flat": True})
+            nodes = await self._channel.query(list[replies.NodeName], "query-named-block-nodes", {"flat": True})
         except CommandFailed as error:
-            return re.findall(rf"{PREFIX}-[0-9a-f]+", error.reason)
-        return [node.node_name for node in nodes if node.node_name.startswith(PREFIX)]
+            return re.findall(rf"{STATE_NODE}-[0-9a-f]+", error.reason)
+        return [node.node_name for node in nodes if node.node_name.startswith(STATE_NODE)]
 
     async def tidy(self) -> None:
         """Take our nodes and files out of QEMU again; none there is no error."""
         for name in await self._state_nodes():
             with suppress(CommandFailed):
-                await self._monitor.execute("blockdev-del", {"node-name": name})
-        for files in await self._monitor.query(list[replies.FileSet], "query-fdsets"):
-            if any(file.opaque == PREFIX for file in files.fds):
+                await self._channel.execute("blockdev-del", {"node-name": name})
+        for files in await self._channel.query(list[replies.FileSet], "query-fdsets"):
+            if any(file.opaque == STATE_NODE for file in files.fds):
                 with suppress(CommandFailed):
-                    await self._monitor.execute("remove-fd", {"fdset-id": files.fdset_id})
+                    await self._channel.execute("remove-fd", {"fdset-id": files.fdset_id})

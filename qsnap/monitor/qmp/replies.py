@@ -24,7 +24,7 @@ from qsnap.model.qemu import (
     QemuVersion,
     SnapshotTables,
 )
-from qsnap.monitor import STATE_NODE_PREFIX
+from qsnap.monitor.names import STATE_NODE
 
 #: The types of jobs that copy disks (qapi/job.json: JobType).
 BLOCK_JOBS = frozenset({"mirror", "commit", "stream", "backup"})
@@ -338,7 +338,7 @@ def block_graph(
         nodes={
             info.node_name: block_node(info, children.get(info.node_name, ()))
             for info in reversed(infos)
-            if info.node_name and not info.node_name.startswith(STATE_NODE_PREFIX)
+            if info.node_name and not info.node_name.startswith(STATE_NODE)
         },
         backends=tuple(backends),
         with_parents=frozenset(with_parents),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import secrets
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
@@ -17,7 +16,8 @@ from qsnap.inventory.state_file import STREAM_OFFSET, Content
 from qsnap.inventory.stream import Unknown
 from qsnap.inventory.vm_state import Elsewhere, VmState
 from qsnap.model.snapshots import Snapshot
-from qsnap.monitor import STATE_NODE_PREFIX, Monitor
+from qsnap.monitor import Monitor
+from qsnap.monitor.names import STATE_NODE, state_node
 from qsnap.monitor.qmp.background import Background
 from qsnap.operations.delta import NoDelta, difference, ram
 from qsnap.operations.delta.difference import Found, Output, TooMuch
@@ -73,11 +73,11 @@ class Comparison:
 
         :raise NoDelta: it cannot be had, or gains nothing.
         """
-        file = os.memfd_create(STATE_NODE_PREFIX, os.MFD_CLOEXEC)
+        file = os.memfd_create(STATE_NODE, os.MFD_CLOEXEC)
         try:
             with _doubts():
                 found = await _in_thread(lambda ended: self._written(file, ended))
-                node = f"{STATE_NODE_PREFIX}-{secrets.token_hex(4)}"
+                node = state_node()
                 await self._background.add_state_node(file, node)
             if self.was_resumed:
                 raise NoDelta("another client has resumed the guest during the comparison")

@@ -31,6 +31,7 @@ from qsnap.errors import JobFailed, QsnapError
 from qsnap.host import bulk_io, files, hugepages
 from qsnap.host.hugepages import Layout
 from qsnap.monitor import Monitor
+from qsnap.monitor.names import PACE
 from qsnap.monitor.qmp.background import Background, Stream
 from qsnap.operations.live.timing import ReadTime, SnapshotThread
 from qsnap.operations.progress import INTERVAL_S, Phase, Progress, Watcher
@@ -38,8 +39,6 @@ from qsnap.runs.journal import Journal
 from qsnap.runs.pause import Pause, stopped
 from qsnap.runs.shield import shielded
 
-#: The mark that keeps QEMU's pace.
-PACE = "qsnap-pace"
 _GIB = 1 << 30
 #: The share of it after which the guest is stopped. It was seen to vary by a tenth.
 _SHARE = 0.85

@@ -32,6 +32,7 @@ from qsnap.host import hugepages
 from qsnap.host.hugepages import Layout
 from qsnap.inventory import state_file
 from qsnap.inventory import state_part as parts
+from qsnap.monitor.names import PACE
 from qsnap.operations.live import freeze
 from qsnap.operations.live.timing import ReadTime, SnapshotThread
 from qsnap.runs.pause import stopped
@@ -265,7 +266,7 @@ async def test_late_stops(heavy: Guest, monkeypatch: pytest.MonkeyPatch, pace: i
     never_plain(monkeypatch, layout)
     if pace is not None:
         text = ReadTime(pace, layout.base).encode()
-        heavy.qmp("object-add", **{"qom-type": "authz-simple", "id": freeze.PACE, "identity": text})
+        heavy.qmp("object-add", **{"qom-type": "authz-simple", "id": PACE, "identity": text})
     async with qsnap.connect(heavy.address) as vm:
         for tag in ("a", "b"):
             before = heavy.counter
@@ -277,8 +278,8 @@ async def test_late_stops(heavy: Guest, monkeypatch: pytest.MonkeyPatch, pace: i
             heavy.qmp("cont")
             assert_in_order(heavy)
     found = [item["name"] for item in heavy.qmp("qom-list", path="/objects")]
-    if pace is not None or freeze.PACE in found:  # where nothing was seen there is none
-        kept = ReadTime.decode(heavy.qmp("qom-get", path=f"/objects/{freeze.PACE}", property="identity"))
+    if pace is not None or PACE in found:  # where nothing was seen there is none
+        kept = ReadTime.decode(heavy.qmp("qom-get", path=f"/objects/{PACE}", property="identity"))
         assert kept is not None
         assert kept.is_of(layout)
     assert_settings_are_as_they_were(heavy)
@@ -317,14 +318,14 @@ async def test_that_nothing_was_seen_is_not_remembered(guest: Guest) -> None:
         taken = object.__new__(freeze.FreezeSince9)
         taken._monitor = vm._monitor
         await taken._remember(0, 0, Layout(7, 0))
-        assert await vm._monitor.mark(freeze.PACE) is None
+        assert await vm._monitor.mark(PACE) is None
         await taken._remember(5, 0, Layout(7, 0))
         await taken._remember(0, 5, Layout(7, 0))
-        assert await vm._monitor.mark(freeze.PACE) == ReadTime(5, 7).encode()
+        assert await vm._monitor.mark(PACE) == ReadTime(5, 7).encode()
         assert await taken._known_pace(Layout(7, 0)) == 5
         # RAM in huge pages is rehearsed anew every time, where that is possible
         await taken._remember(9, 0, Layout(0, 7))
-        assert await vm._monitor.mark(freeze.PACE) == ReadTime(5, 7).encode()
+        assert await vm._monitor.mark(PACE) == ReadTime(5, 7).encode()
         await taken._remember(9, 0, Layout(7, 0))
         assert await taken._known_pace(Layout(7, 6)) == 9
         assert await taken._known_pace(Layout(7, 8)) == 0
@@ -360,7 +361,7 @@ async def test_a_stop_that_comes_too_late_is_seen(
     monkeypatch.setattr(freeze, "stopped", too_late)
     monkeypatch.setattr(SnapshotThread, "until_it_has_spent", at_once)
     monkeypatch.setattr(freeze.Freeze, "_has_begun", not_yet)
-    heavy.qmp("object-add", **{"qom-type": "authz-simple", "id": freeze.PACE, "identity": f"100 {96 << 20}"})
+    heavy.qmp("object-add", **{"qom-type": "authz-simple", "id": PACE, "identity": f"100 {96 << 20}"})
     heavy.qmp.events.clear()
     async with qsnap.connect(heavy.address) as vm:
         result = await vm.save("t", live=True)

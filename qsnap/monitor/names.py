@@ -1,0 +1,41 @@
+"""All names that qsnap leaves in a QEMU, and what they are for.
+
+Marks are objects of no effect, which keep a text: see :meth:`qsnap.monitor.protocol.Monitor.mark`.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import secrets
+
+#: The mark of the run that uses the VM.
+CLAIM = "qsnap-claim"
+#: The mark of whoever recovers a run that died, where nothing but its claim is to be had.
+RECOVERY = "qsnap-recovery"
+#: The mark of a load that failed midway: RAM and disks may be of different moments.
+HALF_RESTORED = "qsnap-half-restored"
+#: The mark that keeps QEMU's pace.
+PACE = "qsnap-pace"
+#: What the names of the marks begin with that tell which snapshots are protected, and whose notes they know of.
+KEPT, NOTED = "qsnap-kept-", "qsnap-noted-"
+#: What the node-name of a state file begins with while QEMU uses it, and what the set of its descriptor is called.
+STATE_NODE = "qsnap-state"
+
+_JOB = re.compile(r"qsnap-[a-z]+-(\d+)-\d+")
+
+
+def state_node() -> str:
+    """A new node-name for a state file."""
+    return f"{STATE_NODE}-{secrets.token_hex(4)}"
+
+
+def job_id(verb: str) -> str:
+    """The name of a snapshot job of this process. In two containers two qsnaps may have the same process id."""
+    return f"qsnap-{verb}-{os.getpid()}-{secrets.randbits(32)}"
+
+
+def pid_of_job(job_id: str) -> int | None:
+    """The process that has begun a snapshot job; None if that was not a qsnap."""
+    match = _JOB.fullmatch(job_id)
+    return int(match[1]) if match else None

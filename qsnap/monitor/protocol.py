@@ -1,0 +1,159 @@
+"""A QEMU, as the sequences see it: the verbs that they need, whatever the transport."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractAsyncContextManager
+from typing import TYPE_CHECKING, Protocol
+
+from qsnap.errors import JobFailed, QsnapError
+from qsnap.model.qemu import BlockGraph, Job, Migration, QemuVersion, RunState, SnapshotTables
+
+if TYPE_CHECKING:
+    import socket
+
+    from qsnap.monitor.qmp.background import Background
+
+#: See :attr:`Monitor.live_obstacle`.
+NO_FILES = "this monitor cannot hand QEMU a file, which takes QMP over a UNIX socket, and QEMU 6.0 or later"
+
+
+class Monitor(Protocol):
+    """A QEMU.
+
+    The ``snapshot_*`` verbs return when the work has ended well and nothing of it is left in QEMU's job list,
+    or raise JobFailed with QEMU's own sentence. They have no time-out of their own: QEMU answers nobody while
+    it writes. Any verb may raise MonitorLost. When one is cancelled, the work goes on inside QEMU;
+    :meth:`settle` waits for its end.
+    """
+
+    version: QemuVersion
+    #: "qmp" (snapshot jobs), "qmp-hmp" (savevm by human-monitor-command) or "hmp", for people and logs.
+    transport: str
+    #: False: QEMU itself chooses the devices and the vmstate node (HMP savevm).
+    chooses_devices: bool
+    #: The process at the other end, where it is on this machine and the socket tells: QEMU, or a proxy before it.
+    pid: int | None
+    #: The connection itself, for a guard to inherit; None where there is none.
+    sock: socket.socket | None
+
+    @property
+    def live(self) -> Background:
+        """What live snapshots need of QEMU.
+
+        :raise NotSupported: this monitor has nothing of that.
+        """
+
+    @property
+    def live_obstacle(self) -> str:
+        """Why no live snapshot can be made or loaded over this monitor; "" where they can."""
+
+    @property
+    def who(self) -> str:
+        """Who it is that cannot do what HMP cannot, for messages."""
+
+    def tag_obstacle(self, tag: str) -> str | None:
+        """Why a good *tag* cannot go over this transport; None where it can."""
+
+    async def runstate(self) -> RunState:
+        """The guest's run state."""
+
+    async def stop(self) -> float | None:
+        """Stop the guest; return QEMU's time stamp of it in seconds since 1970, None where there is none."""
+
+    async def cont(self) -> float | None:
+        """Resume the guest; return QEMU's time stamp of it in seconds since 1970, None where there is none.
+
+        :raise CommandFailed: QEMU will not resume it.
+        """
+
+    async def reset(self) -> None:
+        """Ask for a reset of the guest; QEMU does it a little later. With -no-reboot it shuts the guest down."""
+
+    async def name(self) -> str:
+        """The guest's -name; "" without."""
+
+    async def human_answer(self, line: str) -> str:
+        """What HMP answers to *line*; an error is text, too."""
+
+    async def block_graph(self) -> BlockGraph:
+        """Every block node with its snapshots, and who uses it; and all devices that the user has given the guest."""
+
+    async def snapshot_tables(self) -> SnapshotTables:
+        """The snapshot tables alone, by node-name, with one command: to see what has become of them."""
+
+    async def migration(self) -> Migration:
+        """The state of migration, which shares its code with savevm."""
+
+    async def memory_size(self) -> int:
+        """Bytes of RAM, hot-plugged memory included."""
+
+    async def snapshot_save(self, tag: str, vmstate: str, devices: Sequence[str]) -> None:
+        """Write RAM and device state to *vmstate* and snapshot *devices*, all under *tag*."""
+
+    def snapshot_load(
+        self, tag: str, vmstate: str, devices: Sequence[str]
+    ) -> AbstractAsyncContextManager[JobFailed | None]:
+        """Put back what *tag* holds. A failure may leave RAM and disks half restored.
+
+        The block gets the error, or None, while QEMU's own note of the job is still there: whoever dies before it has
+        written down how the load ended leaves that note to whoever comes after. The error is raised behind the block.
+        """
+
+    async def snapshot_delete(self, tag: str, devices: Sequence[str]) -> None:
+        """Remove one snapshot of that *tag* from each of *devices*; none there is no error to QEMU."""
+
+    async def mark(self, name: str) -> str | None:
+        """The text of a mark that some qsnap has set since this QEMU was started; None where there is none.
+
+        "" where an object has that name that is not a mark.
+
+        A mark is an object of no effect in QEMU. It is the same over every monitor of a VM, and ends with its QEMU.
+        """
+
+    async def marks(self, prefixes: tuple[str, ...]) -> Sequence[str]:
+        """The names of the marks that begin with one of these."""
+
+    async def set_mark(self, name: str, text: str) -> bool:
+        """Set a mark; False if there is one of that name already. Of two who try at once, one succeeds.
+
+        :param text: at most 900 of the characters that base64 has in URLs.
+        """
+
+    async def clear_mark(self, name: str) -> None:
+        """Take a mark away, if it is there."""
+
+    async def take_over(self, pid: int) -> None:
+        """Count what the qsnap of process *pid* began as begun here, so that :meth:`settle` waits for it."""
+
+    async def settle(self) -> QsnapError | None:
+        """Wait until nothing that a cancelled verb began is under way any more, and clear it away.
+
+        Return the error in which it ended, None where it ended well or nothing was under way.
+        """
+
+    async def load_outcome(self, doubt: QsnapError, *, was_running: bool) -> QsnapError | None:
+        """How a load ended whose end was not seen; None if it went well, *doubt* where nothing tells."""
+
+    async def leftover_jobs(self) -> Sequence[Job]:
+        """Jobs of an earlier qsnap that has ended: they stay in QEMU until somebody dismisses them."""
+
+    async def dismiss(self, jobs: Sequence[Job]) -> None:
+        """Clear concluded jobs away."""
+
+    async def tidy(self) -> None:
+        """Take the state files out of QEMU again that it was handed; none there is no error."""
+
+    async def reconnect(self, timeout_s: float) -> None:
+        """Open the connection anew after it was lost. What was under way is then known to :meth:`settle`.
+
+        Whether it leads to the same QEMU the mark of a claim tells, and nothing else: see
+        :func:`qsnap.runs.pause.reconnect`.
+
+        :param timeout_s: seconds until the greeting; QEMU sends none while it writes.
+        :raise AnotherAnswers: a QEMU of another version, or another kind of monitor, is there.
+        :raise MonitorError: as :func:`qsnap.monitor.opening.open_monitor`.
+        """
+
+    async def aclose(self) -> None:
+        """Close the connection. Never raises, and takes no time."""
