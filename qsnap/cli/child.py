@@ -73,12 +73,11 @@ def executed(command: Sequence[str], timeout_s: float | None, signals_seen: Sequ
 
 
 def _adopt_orphans() -> None:
-    """Become the parent of what the command starts and leaves behind, so that it can be ended with it (prctl(2))."""
-    import ctypes
+    """Become the parent of what the command starts and leaves behind, so that it can be ended with it."""
+    from qsnap.host import syscalls
 
-    set_child_subreaper = 36
-    with suppress(OSError, AttributeError):
-        ctypes.CDLL(None).prctl(set_child_subreaper, 1, 0, 0, 0)
+    with suppress(OSError):
+        syscalls.become_subreaper()
 
 
 def _children() -> set[int]:

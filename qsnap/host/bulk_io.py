@@ -28,8 +28,6 @@ _DELETED_AT_ONCE = 64 << 20
 #: Seconds after which the rest of a file is given back in one go.
 _PATIENCE_S = 30.0
 
-_WAIT_BEFORE, _WRITE, _WAIT_AFTER = 1, 2, 4
-
 
 def write_back(file: int, begin: int, end: int, time_s: float) -> int:
     """Have the kernel write what *file* holds from *begin* to *end*, for as long as *time_s*.
@@ -37,15 +35,12 @@ def write_back(file: int, begin: int, end: int, time_s: float) -> int:
     :return: how far it has come.
     :raise OSError: it cannot be written.
     """
-    import ctypes
+    from qsnap.host import syscalls
 
-    libc = ctypes.CDLL(None, use_errno=True)
-    how = _WAIT_BEFORE | _WRITE | _WAIT_AFTER
     deadline = time.monotonic() + time_s
     while begin < end and time.monotonic() < deadline:
         size = min(_WRITTEN_AT_ONCE, end - begin)
-        if libc.sync_file_range(file, ctypes.c_int64(begin), ctypes.c_int64(size), how):
-            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+        syscalls.sync_file_range(file, begin, size)
         begin += size
     return begin
 

@@ -35,8 +35,6 @@ _MOST_LINKS = 40
 #: FS_IOC_GETFLAGS, as most machines number it, and the flags of what is not removed (linux/fs.h).
 _GET_FLAGS = 0x80086601
 _KEEPING = {0x10: "immutable", 0x20: "append-only"}
-#: renameat2: do not replace what is there.
-_NOREPLACE = 1
 
 
 class Identity(NamedTuple):
@@ -344,18 +342,15 @@ def _renamed(where: int, old: str, new: str) -> bool:
 
     :raise OSError: as :func:`rename`.
     """
-    import ctypes
+    from qsnap.host import syscalls
 
     try:
-        renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
-    except AttributeError:
-        return False
-    if not renameat2(where, os.fsencode(old), where, os.fsencode(new), _NOREPLACE):
-        return True
-    error = ctypes.get_errno()
-    if error in (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
-        return False
-    raise OSError(error, os.strerror(error), new)
+        syscalls.rename_exclusively(where, old, new)
+    except OSError as error:
+        if error.errno in (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
+            return False
+        raise
+    return True
 
 
 def sync(where: int) -> None:

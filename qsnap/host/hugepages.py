@@ -39,8 +39,6 @@ _MISSING_AT_MOST = 16
 _THERE = b"\x81"
 _ENTRY = 8
 
-_SYS_PROCESS_MADVISE = 440
-_MADV_COLLAPSE = 25
 #: They will come every time.
 _HOPELESS = {errno.EPERM, errno.ENOSYS, errno.ESRCH, errno.EBADF, errno.EACCES}
 
@@ -156,13 +154,10 @@ def _pagemap(pid: int, start: int, end: int) -> Iterator[tuple[int, bytes]]:
 
 def _asked(process: int, start: int, size: int) -> int:
     """Ask the kernel for huge pages there; its errno, 0 for none."""
-    import ctypes
+    from qsnap.host import syscalls
 
-    class Iovec(ctypes.Structure):
-        _fields_ = (("base", ctypes.c_void_p), ("size", ctypes.c_size_t))
-
-    libc = ctypes.CDLL(None, use_errno=True)
-    libc.syscall.restype = ctypes.c_long
-    number, advice, one = ctypes.c_long(_SYS_PROCESS_MADVISE), ctypes.c_long(_MADV_COLLAPSE), ctypes.c_long(1)
-    done = libc.syscall(number, ctypes.c_long(process), ctypes.byref(Iovec(start, size)), one, advice, ctypes.c_long(0))
-    return ctypes.get_errno() if done < 0 else 0
+    try:
+        syscalls.collapse(process, start, size)
+    except OSError as error:
+        return error.errno or 0
+    return 0

@@ -14,13 +14,12 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
+from qsnap.host import syscalls
+from qsnap.host.syscalls import Iovec
+
 PAGE = 4096
 #: Pages that are compared with one call.
 _AT_ONCE = 256
-
-
-class _Vector(ctypes.Structure):
-    _fields_ = (("base", ctypes.c_void_p), ("size", ctypes.c_size_t))
 
 
 class Comparison:
@@ -30,23 +29,15 @@ class Comparison:
     """
 
     def __init__(self, pid: int) -> None:
-        libc = ctypes.CDLL(None, use_errno=True)
-        try:
-            self._readv = libc.process_vm_readv
-        except AttributeError:
-            raise OSError(errno.ENOSYS, "this system has no process_vm_readv") from None
-        vectors = ctypes.POINTER(_Vector)
-        self._readv.argtypes = [ctypes.c_int, vectors, ctypes.c_ulong, vectors, ctypes.c_ulong, ctypes.c_ulong]
-        self._readv.restype = ctypes.c_ssize_t
-        self._memcmp = libc.memcmp
-        self._memcmp.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t]
+        self._readv = syscalls.process_vm_readv()
+        self._memcmp = syscalls.memcmp()
         self._pid = pid
-        self._theirs = _Vector()
+        self._theirs = Iovec()
         self._nothing = memoryview(bytearray(_AT_ONCE * PAGE))
         self._zeroes = _address(self._nothing)
         self._buffer = memoryview(bytearray(_AT_ONCE * 2 * PAGE))
         self._base = _address(self._buffer)
-        self._ours: dict[int, ctypes.Array[_Vector]] = {}
+        self._ours: dict[int, ctypes.Array[Iovec]] = {}
 
     def differing(
         self, data: memoryview, begin: int, stride: int, address: int, count: int
@@ -82,7 +73,7 @@ class Comparison:
         """Read *pages* into the buffer, *stride* bytes from each other."""
         if stride not in self._ours:
             base = self._base
-            self._ours[stride] = (_Vector * _AT_ONCE)(*(_Vector(base + n * stride, PAGE) for n in range(_AT_ONCE)))
+            self._ours[stride] = (Iovec * _AT_ONCE)(*(Iovec(base + n * stride, PAGE) for n in range(_AT_ONCE)))
         self._theirs.base, self._theirs.size = address, pages * PAGE
         got = self._readv(self._pid, self._ours[stride], pages, ctypes.byref(self._theirs), 1, 0)
         if got != pages * PAGE:
