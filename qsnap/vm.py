@@ -196,7 +196,7 @@ class VM:
                 self._tell_of_backing(inventory, [tag for tag, nodes in result.deleted.items() if nodes])
                 return result
             finally:
-                await forget_notes(run)
+                await forget_notes(run, inventory)
 
     async def prune(
         self,
@@ -215,11 +215,16 @@ class VM:
         from qsnap.operations.prune import do_prune
 
         async with self._claimed("delete", (f"{prefix}-*",), is_dry=dry_run) as run:
-            if not dry_run:
-                await self._tidied(run)
+            inventory = await run.look() if dry_run else await self._tidied(run)
             try:
                 result = await do_prune(
-                    run, prefix, policy, allow_remove_all=allow_remove_all, dry_run=dry_run, pending=pending
+                    run,
+                    prefix,
+                    policy,
+                    allow_remove_all=allow_remove_all,
+                    dry_run=dry_run,
+                    pending=pending,
+                    inventory=inventory,
                 )
                 if not result.keep and not result.remove:
                     others = f"; there is {', '.join(result.other_series)}" if result.other_series else ""
@@ -227,7 +232,7 @@ class VM:
                 return result
             finally:
                 if not dry_run:
-                    await forget_notes(run)
+                    await forget_notes(run, inventory)
 
     async def note(
         self, *tags: str, protected: bool | None = None, description: str | None = None

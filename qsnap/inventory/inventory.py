@@ -100,6 +100,15 @@ class Inventory:
             self._marks = await kept(monitor)
         return self._marks
 
+    async def change_marks(self, monitor: Monitor, to_set: Collection[str], to_clear: Collection[str]) -> None:
+        """Set marks, and take others away; those that are there already, or are not, stay as they are."""
+        names = (await self.marks(monitor)).names
+        for name in sorted(set(to_set) - names):
+            await monitor.set_mark(name, "yes")
+        for name in sorted(names.intersection(to_clear)):
+            await monitor.clear_mark(name)
+        self._marks = Kept((names | set(to_set)) - set(to_clear))
+
     def find(self, tag: str) -> Snapshot | None:
         """The snapshot *tag*, or None."""
         return snapshots.named(self.snapshots, tag)

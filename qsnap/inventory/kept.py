@@ -44,6 +44,10 @@ class Kept(NamedTuple):
         """Whether any notes protect it."""
         return any(name.startswith(_heads(snapshot)) for name in self.names)
 
+    def of(self, found: Iterable[Snapshot]) -> frozenset[str]:
+        """The marks of snapshots, whatever notes they are of."""
+        return frozenset(name for one in found for name in self.names if name.startswith(_heads(one)))
+
     def changes(
         self, notes: Notes, graph: BlockGraph, devices: Iterable[Device]
     ) -> tuple[frozenset[str], frozenset[str]]:
@@ -66,18 +70,9 @@ async def kept(monitor: Monitor) -> Kept:
     return Kept(frozenset(await monitor.marks((KEPT, NOTED))))
 
 
-async def protect(monitor: Monitor, notes: Iterable[Note], place: Path) -> None:
-    """Mark what the notes at *place* are about to protect: before they do, so that it is never unmarked."""
-    for note in notes:
-        if note.protected:
-            await monitor.set_mark(_kept(note, place), "yes")
-
-
-async def unprotect(monitor: Monitor, found: Iterable[Snapshot]) -> None:
-    """Take the marks of snapshots away, whatever notes they are of."""
-    marks = await kept(monitor)
-    for name in sorted(name for one in found for name in marks.names if name.startswith(_heads(one))):
-        await monitor.clear_mark(name)
+def of_notes(notes: Iterable[Note], place: Path) -> frozenset[str]:
+    """The marks of what the notes at *place* protect. They are set before those are written: it is never unmarked."""
+    return frozenset(_kept(note, place) for note in notes if note.protected)
 
 
 def _heads(snapshot: Snapshot) -> tuple[str, ...]:

@@ -41,10 +41,10 @@ async def annotate(
     notes = inventory.notes
     changed = [msgspec.structs.replace(notes.of(one), **given) for one in chosen]
     place = inventory.notes_path()
-    await kept.protect(run.monitor, changed, place)
+    await inventory.change_marks(run.monitor, kept.of_notes(changed, place), ())
     notes.write(place, changed, inventory.snapshots)
     if protected is False:
-        await kept.unprotect(run.monitor, chosen)
+        await inventory.change_marks(run.monitor, (), (await inventory.marks(run.monitor)).of(chosen))
     await mirror_notes(run, inventory)
     return notes.added_to(chosen)
 
@@ -83,10 +83,12 @@ def note_save(run: Run, inventory: Inventory, saved: SaveResult, description: st
     return ""
 
 
-async def forget_notes(run: Run) -> None:
-    """Leave out the notes of snapshots that are gone. They do no harm, so an error is none."""
+async def forget_notes(run: Run, inventory: Inventory) -> None:
+    """Leave out the notes of snapshots that are gone. They do no harm, so an error is none.
+
+    :param inventory: taken in this run, and told of what was deleted since.
+    """
     with suppress(QsnapError):
-        inventory = await run.look()
         inventory.notes.forget(inventory.snapshots)
         await mirror_notes(run, inventory)
 
@@ -97,9 +99,5 @@ async def mirror_notes(run: Run, inventory: Inventory) -> None:
         notes = inventory.notes
     except QsnapError:
         return  # they are damaged: who is about to delete something is told
-    marks = await kept.kept(run.monitor)
-    to_set, to_clear = marks.changes(notes, inventory.graph, inventory.devices)
-    for name in sorted(to_set):
-        await run.monitor.set_mark(name, "yes")
-    for name in sorted(to_clear):
-        await run.monitor.clear_mark(name)
+    marks = await inventory.marks(run.monitor)
+    await inventory.change_marks(run.monitor, *marks.changes(notes, inventory.graph, inventory.devices))

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from datetime import datetime
 
 from qsnap.errors import PrecheckRefused
+from qsnap.inventory.inventory import Inventory
 from qsnap.model.results import PruneDecision, PruneResult, SaveResult
 from qsnap.model.snapshots import Kind, Snapshot
 from qsnap.operations.delete import do_delvm
@@ -24,6 +25,7 @@ async def do_prune(
     allow_remove_all: bool = False,
     dry_run: bool = False,
     pending: SaveResult | None = None,
+    inventory: Inventory | None = None,
 ) -> PruneResult:
     """Delete the snapshots of series *prefix* that *policy* does not keep, the oldest first; no others are looked at.
 
@@ -35,6 +37,7 @@ async def do_prune(
     :param allow_remove_all: delete the newest whole one too, if the policy does not keep it.
     :param dry_run: decide everything and do nothing.
     :param pending: of a dry run: a snapshot that would be there by then.
+    :param inventory: as of :func:`qsnap.operations.delete.do_delvm`.
     :return: what was kept, and why, and what was deleted.
     :raise BadUsage: the policy is empty, or *prefix* cannot be one; nothing was done.
     :raise QsnapError: it cannot be read which ones are protected; nothing was done.
@@ -43,7 +46,7 @@ async def do_prune(
         :func:`qsnap.operations.delete.do_delvm`.
     """
     check_prefix(prefix)
-    inventory = await run.look()
+    inventory = inventory or await run.look()
     marks = await inventory.marks(run.monitor)
     series = [one for one in inventory.notes.added_to(inventory.snapshots) if is_of_series(one.tag, prefix)]
     if pending is not None:

@@ -8,7 +8,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -22,6 +22,7 @@ from qsnap.inventory.state_file import Content
 from qsnap.inventory.state_store import StateStore
 from qsnap.model.qemu import NodeSnapshot
 from qsnap.model.requests import OnExists, SaveRequest
+from qsnap.monitor.names import KEPT, NOTED
 from qsnap.operations.delete import do_delvm
 from qsnap.operations.plan import plan_load
 from qsnap.operations.prune import do_prune
@@ -303,3 +304,29 @@ def test_a_directory_that_may_not_be_listed(open_directory: Path) -> None:
         path.symlink_to(open_directory / "else")
         (link,) = store.files(both, devices)
         assert (link.is_link, link.is_whole, link.vm_state_size) == (True, False, 0), "nothing of it is read"
+
+
+async def test_the_marks_are_asked_for_once(far: Guest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody else changes them under the claim; what a command itself has changed it knows."""
+    for tag in ("a", "n-20260101T000000", "n-20260102T000000"):
+        cli("save", tag, monitor=far.address)
+    asked: list[tuple[str, ...]] = []
+    async with qsnap.connect(far.address) as vm:
+        ask = vm._monitor.marks
+
+        async def counted(prefixes: tuple[str, ...]) -> Sequence[str]:
+            asked.append(prefixes)
+            return await ask(prefixes)
+
+        monkeypatch.setattr(vm._monitor, "marks", counted)
+        for deed in (
+            lambda: vm.note("a", protected=True, description="x"),
+            lambda: vm.note("a", protected=False),
+            lambda: vm.delete("a"),
+            lambda: vm.prune("n", Policy(last=1)),
+        ):
+            await deed()
+            assert asked.count((KEPT, NOTED)) == 1
+            asked.clear()
+        assert len(await ask((KEPT,))) == 0
+        assert [one.tag for one in await vm.list()] == ["n-20260102T000000"]
