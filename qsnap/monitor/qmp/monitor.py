@@ -176,7 +176,6 @@ class QmpMonitor(Channel, Objects):
 
         QEMU answers nobody while such a job works. One that is still there after many answers does not work.
         """
-
         with self.job_changes(job_id) as changes:
             for _ in range(STUCK_POLLS):
                 job = next((job for job in await self._jobs() if job.id == job_id), None)
