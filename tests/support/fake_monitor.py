@@ -167,7 +167,8 @@ class FakeMonitor:
         return None
 
     async def load_outcome(self, doubt: QsnapError, *, was_running: bool) -> QsnapError | None:
-        return None if self.chooses_devices or self.state is RunState.RUNNING else doubt
+        ended_well = self.chooses_devices or (was_running and self.state is RunState.RUNNING)
+        return None if ended_well else doubt
 
     async def leftover_jobs(self) -> Sequence[Job]:
         return ()
