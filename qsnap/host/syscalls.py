@@ -1,7 +1,7 @@
 """Functions of the C library that Python lacks, by their own names. Each raises OSError, as those of ``os`` do.
 
-A C library that lacks one counts as a kernel that does (ENOSYS). Whoever needs one imports this module where it is
-used: ctypes takes longer to load than all the rest of a command's start.
+A C library that lacks one counts as a kernel that does (ENOSYS). Whoever needs one seldom imports this module where it
+is used: ctypes takes some milliseconds to load.
 """
 
 from __future__ import annotations
