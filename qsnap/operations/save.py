@@ -107,7 +107,7 @@ async def do_savevm(run: Run, request: SaveRequest, watch: Watcher | None = None
         # the_end: if (saved_vm_running) vm_start(): done by leaving the block
 
         # An error on one device is not passed over
-        row = await attempt.read_back(was_running=pause.was_running)
+        row = await attempt.read_back(inventory.graph, was_running=pause.was_running)
         left = await run.shielded(attempt.conclude())
     except BaseException as failure:
         hint = next((finding.message for finding in report.findings if finding.code == "cannot-grow"), "")
@@ -168,14 +168,15 @@ class SaveAttempt:
         self._journal.advance(rows=rows, qemu_replaces=by_qemu)
         return by_qemu
 
-    async def read_back(self, *, was_running: bool) -> NodeSnapshot:
+    async def read_back(self, graph: BlockGraph, *, was_running: bool) -> NodeSnapshot:
         """The new snapshot as every device has it: the row of the one with the VM state.
 
+        :param graph: the block nodes; their snapshot tables are read again.
         :param was_running: the guest was, so that two saves are of two moments. Two saves of a paused guest in one
             second look the same in HMP's tables.
         :raise VerifyFailed: what is there is not what it should be.
         """
-        graph = await self._monitor.block_graph()
+        graph = graph.with_tables(await self._monitor.snapshot_tables())
         problems = self._problems(graph)
         if not problems and was_running and not self._has_made_something(graph):
             problems = ["the older snapshot is still there, and no new one"]
