@@ -15,7 +15,7 @@ from qsnap.errors import CommandFailed, MonitorBusy, MonitorError, MonitorLost, 
 from qsnap.host.processes import is_alive, is_stopped, process
 from qsnap.model.results import Recovered, Unfinished
 from qsnap.model.runstates import takes_stop
-from qsnap.monitor import Monitor
+from qsnap.monitor import GREETING_TIMEOUT_S, Monitor
 from qsnap.monitor.address import Address
 from qsnap.monitor.connection import AnotherAnswers, listener_pid
 from qsnap.monitor.names import CLAIM
@@ -74,6 +74,8 @@ async def _acquired(
 ) -> Journal:
     clock = asyncio.get_running_loop().time
     deadline = clock() + wait_s
+    if monitor.sock is None:
+        await monitor.reconnect(max(wait_s, GREETING_TIMEOUT_S))  # a refusal before has let go of it
     while True:
         text = await monitor.mark(CLAIM)
         if text is None:

@@ -7,6 +7,7 @@ import fcntl
 import json
 import os
 import signal
+import socket
 import subprocess
 import threading
 from collections.abc import Iterator
@@ -364,6 +365,20 @@ async def test_a_library_that_is_refused_can_go_on(guest: Guest) -> None:
         guest.qmp("object-add", qom_type="authz-simple", id=CLAIM, identity=mine)
         with pytest.raises(VMLocked):
             await vm.save("a")
+        guest.qmp("object-del", id=CLAIM)
+        await vm.save("a")
+        assert [snapshot.tag for snapshot in await vm.list()] == ["a"]
+
+
+async def test_a_library_that_is_refused_by_a_busy_monitor_can_go_on(guest: Guest) -> None:
+    """While it waits it lets go of the monitor, and somebody else is next: it makes a new connection later."""
+    mine = mark.holder(_record(), None, was_running=True).encode()
+    async with qsnap.connect(guest.address, lock_wait_s=0.3) as vm:
+        guest.qmp("object-add", qom_type="authz-simple", id=CLAIM, identity=mine)
+        with socket.socket(socket.AF_UNIX) as other:
+            other.connect(guest.address)
+            with pytest.raises(VMLocked):
+                await vm.save("a")
         guest.qmp("object-del", id=CLAIM)
         await vm.save("a")
         assert [snapshot.tag for snapshot in await vm.list()] == ["a"]
