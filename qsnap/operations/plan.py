@@ -230,7 +230,9 @@ def _refuse_unable(monitor: Monitor, inventory: Inventory, snapshot: Snapshot, s
     """
     survey, tag = inventory.survey, snapshot.tag
     if snapshot.file is not None and monitor.live_obstacle:
-        raise NotSupported(f"{tag!r} is a live snapshot: {monitor.live_obstacle}; {standing}")
+        raise NotSupported(
+            f"{tag!r} is a live snapshot, with its RAM in a state file: {monitor.live_obstacle}; {standing}"
+        )
     if inventory.graph.chooses_devices:
         return
     if snapshot.vmstate != survey.vmstate:
