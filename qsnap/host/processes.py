@@ -146,6 +146,15 @@ def allocated_bytes(path: Path) -> int:
     return path.stat().st_blocks * 512
 
 
+def written_bytes(pid: int | None) -> int:
+    """Bytes that the process has given the kernel to write (proc(5), /proc/PID/io); 0 where that may not be read."""
+    try:
+        lines = Path(f"/proc/{pid}/io").read_text().splitlines()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) for line in lines if line.startswith("wchar:")), 0)
+
+
 def free_bytes(path: Path) -> tuple[int, int]:
     """Free space of the file's file system: what any user may take, and with root's reserve."""
     info = os.statvfs(path)

@@ -30,7 +30,7 @@ from qsnap.model.qemu import BlockBackend, NodeSnapshot, QemuVersion, RunState
 from qsnap.model.requests import OnExists, SaveRequest
 from qsnap.model.runstates import takes_stop
 from qsnap.monitor.hmp import text as hmp_text
-from qsnap.operations.progress import Phase, Progress, Watcher
+from qsnap.operations.progress import Phase, Progress, Watcher, cannot_watch
 from qsnap.runs.run import Run
 
 #: Bytes that must be missing for it to pay: below that the pause is short anyway.
@@ -137,9 +137,12 @@ def _bytes(stretches: Iterable[Stretch]) -> int:
     return sum(one.size for one in stretches)
 
 
-def _has_room(image: Path, stretches: Iterable[Stretch]) -> bool:
-    """Whether the image can grow by all of them."""
+def _has_room(image: Path, stretches: Sequence[Stretch]) -> bool:
+    """Whether the image can grow by all of them. Of what is not a file that cannot be told: what is shared the save
+    itself would copy, and has room for."""
     try:
+        if not image.is_file():
+            return all(one.is_shared for one in stretches)
         return processes.free_bytes(image)[1] >= _bytes(stretches)
     except OSError:
         return False
@@ -181,7 +184,11 @@ async def prepare(run: Run, preparation: Preparation, watch: Watcher | None) -> 
             took = await _qemu_io(run, preparation, f"write -q -b -P 0 {begin} {size}")
             begin, done = begin + size, done + size
             if watch is not None:
-                watch(Progress(Phase.PREPARING, time.monotonic() - began, done, total))
+                try:
+                    watch(Progress(Phase.PREPARING, time.monotonic() - began, done, total))
+                except Exception as error:  # noqa: BLE001 (of the watcher's own)
+                    cannot_watch(error)
+                    watch = None
             if took > _PIECE_S:
                 piece = max(_PIECE // 2, piece // 2)
             elif took < _PIECE_S / 3:

@@ -1,8 +1,9 @@
 """How far a save is, although QEMU says nothing while it writes.
 
-QEMU's main loop is frozen and its job only ever shows 0/1 or 1/1. What moves is the image: the blocks
-that its file takes grow with the state, and stand still while it is flushed at the end. (The file's
-length does not do: a save that reuses freed clusters does not change it.)
+QEMU's main loop is frozen and its job only ever shows 0/1 or 1/1. What moves are the bytes that its process writes, as
+the kernel counts them. Where that may not be seen, and of a disk with aio=native or io_uring, where it is not counted,
+the blocks that the image's file takes grow with the state. (Its length does not do: a save that reuses freed clusters
+does not change it.) Both stand still while the image is flushed at the end.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import NamedTuple
 
-from qsnap.host.processes import allocated_bytes
+from qsnap.host.processes import allocated_bytes, written_bytes
 
 _log = logging.getLogger(__name__)
 
@@ -49,29 +50,37 @@ Watcher = Callable[[Progress], None]
 
 
 @asynccontextmanager
-async def watched(watch: Watcher | None, image: Path | None, expected: int | None) -> AsyncIterator[None]:
+async def watched(
+    watch: Watcher | None, pid: int | None, image: Path | None, expected: int | None
+) -> AsyncIterator[None]:
     """Call *watch* every 0.1 s for the duration of a block.
 
+    :param pid: QEMU's process, if it is on this machine.
     :param image: the file that holds the vmstate image, if it can be seen.
     :param expected: bytes that the VM state is likely to have.
     """
     if watch is None:
         yield
         return
-    looking = asyncio.create_task(_look(watch, image, expected))
+    looking = asyncio.create_task(_look(watch, pid, image, expected))
     try:
         yield
     finally:
         looking.cancel()
         await asyncio.wait([looking])
         if not looking.cancelled() and (error := looking.exception()):
-            # Neither a file that is gone nor a fault of the watcher's is a fault of the save.
-            _log.warning("the save cannot be watched: %s", error)
+            cannot_watch(error)
 
 
-async def _look(watch: Watcher, image: Path | None, expected: int | None) -> None:
+def cannot_watch(error: BaseException) -> None:
+    """Say so. Neither a file that is gone nor a fault of the watcher's is a fault of the save."""
+    _log.warning("the save cannot be watched: %s", error)
+
+
+async def _look(watch: Watcher, pid: int | None, image: Path | None, expected: int | None) -> None:
     began = time.monotonic()
-    base = allocated_bytes(image) if image is not None else 0
+    blocks = allocated_bytes(image) if image is not None else 0
+    bytes_before = written_bytes(pid)
     written = standstill = 0
     while True:
         elapsed_s = time.monotonic() - began
@@ -79,7 +88,7 @@ async def _look(watch: Watcher, image: Path | None, expected: int | None) -> Non
             watch(Progress(Phase.SAVING, elapsed_s))
         else:
             # A file system may give back what it had reserved ahead; the state does not shrink for that.
-            now = max(written, allocated_bytes(image) - base)
+            now = max(written, allocated_bytes(image) - blocks, written_bytes(pid) - bytes_before)
             standstill = standstill + 1 if now == written else 0
             written = now
             flushing = standstill >= _STANDSTILL and written >= _NEARLY_ALL * expected

@@ -102,7 +102,7 @@ async def do_savevm(run: Run, request: SaveRequest, watch: Watcher | None = None
 
             # Save the VM state, and create the snapshots
             journal.advance(saving=True)
-            async with watched(watch, plan.image, plan.estimate and plan.estimate.expected):
+            async with watched(watch, monitor.pid, plan.image, plan.estimate and plan.estimate.expected):
                 await monitor.snapshot_save(new.disk_tag, plan.vmstate, report.saved)
         # the_end: if (saved_vm_running) vm_start(): done by leaving the block
 
