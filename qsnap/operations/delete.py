@@ -19,7 +19,7 @@ from qsnap.model.results import DeleteResult
 from qsnap.monitor import Monitor
 from qsnap.operations.findings import refuse_untransportable, runstate_findings
 from qsnap.operations.removal import refuse_removal
-from qsnap.runs.journal import DeleteWork
+from qsnap.runs.record import DeleteWork
 from qsnap.runs.run import Run
 
 #: What failed where a state file cannot be removed.

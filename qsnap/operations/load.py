@@ -33,8 +33,9 @@ from qsnap.operations.findings import spoiled_finding
 from qsnap.operations.plan import LoadPlan, plan_load
 from qsnap.operations.reset import RESET_CURE, reboots, reset
 from qsnap.operations.translation import flush_translations, leave_own_stop, leave_restore_vm
-from qsnap.runs.journal import AFTERMATH_TIMEOUT_S, Journal, LoadStage, LoadWork
+from qsnap.runs.journal import AFTERMATH_TIMEOUT_S, Journal
 from qsnap.runs.pause import Pause, has_ended, reconnect, stopped
+from qsnap.runs.record import LoadStage, LoadWork
 from qsnap.runs.run import Run
 from qsnap.runs.shield import shielded
 

@@ -33,8 +33,9 @@ from qsnap.operations.plan import SavePlan, plan_save
 from qsnap.operations.prepare import prepare
 from qsnap.operations.progress import Watcher, watched
 from qsnap.operations.removal import refuse_removal
-from qsnap.runs.journal import Journal, SaveWork, row_keys
+from qsnap.runs.journal import Journal
 from qsnap.runs.pause import Pause, reconnect, stopped
+from qsnap.runs.record import SaveWork, row_keys
 from qsnap.runs.run import Run
 from qsnap.tags import free_automatic_tag
 

@@ -17,7 +17,7 @@ import msgspec
 from qsnap.host.processes import Process, this_process
 from qsnap.model.qemu import Struct
 from qsnap.monitor import Monitor
-from qsnap.runs.journal import Record
+from qsnap.runs.record import Record
 
 #: Characters of a tag that are told: HMP takes a line of about a thousand.
 _TAG_CHARS = 40

@@ -14,8 +14,9 @@ from qsnap.model.runstates import HAS_ENDED, cure_of, happened, is_live, takes_s
 from qsnap.monitor import Monitor
 from qsnap.monitor.connection import AnotherAnswers
 from qsnap.monitor.names import CLAIM
-from qsnap.runs.journal import Journal, LiveWork
+from qsnap.runs.journal import Journal
 from qsnap.runs.mark import is_of
+from qsnap.runs.record import LiveWork
 from qsnap.runs.shield import shielded
 
 #: Seconds for a new connection, where the old one is lost: QEMU greets nobody either while it writes.

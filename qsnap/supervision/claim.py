@@ -20,9 +20,10 @@ from qsnap.monitor.address import Address
 from qsnap.monitor.connection import AnotherAnswers, listener_pid
 from qsnap.monitor.names import CLAIM
 from qsnap.runs import journal, mark
-from qsnap.runs.journal import Found, Journal, LiveWork
+from qsnap.runs.journal import Found, Journal
 from qsnap.runs.mark import Holder
 from qsnap.runs.pause import has_ended
+from qsnap.runs.record import LiveWork, Record
 from qsnap.runs.shield import shielded
 from qsnap.supervision import guard
 
@@ -268,7 +269,7 @@ async def wait_for_monitor(address: Address, deadline: float, wait_s: float) -> 
     # Asked once, and only if need be: each time QEMU has to take a connection for nothing
     pid = listener_pid(address) if runs and not any(run.place == place for run in runs) else None
 
-    def run_there() -> journal.Record | None:
+    def run_there() -> Record | None:
         held = (other.record for other in journal.found() if other.is_held)
         return next((run for run in held if _is_of(run, place, pid)), None)
 
@@ -284,7 +285,7 @@ async def wait_for_monitor(address: Address, deadline: float, wait_s: float) -> 
     return True
 
 
-def _is_of(run: journal.Record, place: tuple[str, ...], pid: int | None) -> bool:
+def _is_of(run: Record, place: tuple[str, ...], pid: int | None) -> bool:
     """Whether a run is on the VM whose monitor is at that place, and its process that *pid*."""
     if place and run.place == place:
         return True

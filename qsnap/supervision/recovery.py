@@ -26,8 +26,9 @@ from qsnap.operations.live.save import LiveSaveAttempt
 from qsnap.operations.save import SaveAttempt
 from qsnap.operations.translation import leave_restore_vm
 from qsnap.runs import mark
-from qsnap.runs.journal import DeleteWork, Journal, LiveWork, LoadStage, LoadWork, Record, SaveWork
+from qsnap.runs.journal import Journal
 from qsnap.runs.mark import decode
+from qsnap.runs.record import DeleteWork, LiveWork, LoadStage, LoadWork, Record, SaveWork
 
 #: Seconds between two tries to reach QEMU, or to have it resume the guest.
 _RETRY_S = 0.2

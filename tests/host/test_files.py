@@ -30,6 +30,7 @@ from qsnap.errors import BadUsage, QsnapError
 from qsnap.host import bulk_io, files, processes, trust
 from qsnap.monitor.address import parse_address
 from qsnap.runs import journal
+from qsnap.runs.record import Record
 from qsnap.supervision import guard
 from qsnap.upkeep import metrics
 from support.fake_proc import IS_ROOT, NOBODY
@@ -486,7 +487,7 @@ def test_a_runtime_directory_whatever_the_umask(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setenv("QSNAP_RUNTIME_DIR", str(tmp_path / "run"))
     before = os.umask(0o777)
     try:
-        ours = journal.Journal.create(journal.Record(token="a" * 16))
+        ours = journal.Journal.create(Record(token="a" * 16))
     finally:
         os.umask(before)
     assert stat.S_IMODE((tmp_path / "run").stat().st_mode) == 0o700
@@ -507,7 +508,7 @@ def room(size: int) -> Iterator[None]:
 
 
 def test_what_cannot_be_written_down_whole_is_not_done(runtime_directory: Path) -> None:
-    ours = journal.Journal.create(journal.Record(token="a" * 16))
+    ours = journal.Journal.create(Record(token="a" * 16))
     assert ours.path
     with room(ours.path.stat().st_size + 4):
         with pytest.raises(QsnapError, match="cannot be written"):
@@ -524,7 +525,7 @@ def test_what_cannot_be_written_down_whole_is_not_done(runtime_directory: Path) 
 def test_a_guard_keeps_no_secrets(runtime_directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("API_TOKEN", "secret")
     monkeypatch.setenv("TZ", "Asia/Tokyo")
-    ours = journal.Journal.create(journal.Record(token="a" * 16))
+    ours = journal.Journal.create(Record(token="a" * 16))
     started = guard.start(ours, None)
     try:
         asyncio.run(started.ready())

@@ -21,7 +21,7 @@ from qsnap.host.processes import Process
 from qsnap.monitor.qmp import channel
 from qsnap.monitor.qmp import monitor as qmp
 from qsnap.runs import mark, pause
-from qsnap.runs.journal import Record
+from qsnap.runs.record import Record
 from qsnap.supervision import claim, guard, recovery
 from support.guest import Guest, blockdev, make_boot_disk, make_disk, qemu_version
 from support.killed import set_claim

@@ -29,8 +29,9 @@ from qsnap.monitor.address import UnixAddress
 from qsnap.operations.delete import do_delvm
 from qsnap.operations.load import do_loadvm
 from qsnap.operations.save import do_savevm
-from qsnap.runs.journal import Journal, LiveWork, Record
+from qsnap.runs.journal import Journal
 from qsnap.runs.pause import stopped
+from qsnap.runs.record import LiveWork, Record
 from qsnap.runs.run import Run
 from support.disks import disk, filters, one_disk, pflash_raw
 from support.fake_monitor import FakeMonitor

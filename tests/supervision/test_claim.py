@@ -27,7 +27,8 @@ from qsnap.monitor.address import TcpAddress
 from qsnap.monitor.names import RECOVERY
 from qsnap.operations.save import do_savevm
 from qsnap.runs import mark
-from qsnap.runs.journal import Journal, Record, SaveWork, found, new_record
+from qsnap.runs.journal import Journal, found, new_record
+from qsnap.runs.record import Record, SaveWork
 from qsnap.runs.run import Run
 from qsnap.supervision import recovery
 from support.busy import big_guest, in_the_write

@@ -44,8 +44,9 @@ from qsnap.operations.progress import Watcher
 from qsnap.operations.removal import refuse_removal
 from qsnap.operations.save import explain, save_result, unchanged
 from qsnap.operations.writers import other_writers
-from qsnap.runs.journal import Journal, LiveWork
+from qsnap.runs.journal import Journal
 from qsnap.runs.pause import has_ended, reconnect
+from qsnap.runs.record import LiveWork
 from qsnap.runs.run import Run
 from qsnap.tags import free_automatic_tag
 
