@@ -216,7 +216,7 @@ class SnapshotExists(QsnapError):
     def __init__(self, tag: str, node_names: Sequence[str]) -> None:
         super().__init__(
             f"snapshot {tag!r} already exists on {', '.join(node_names)}; nothing was changed. "
-            "Leave out --no-replace to replace it, or choose another tag"
+            "Choose another tag, or leave out --no-replace to replace it; if the name was chosen by qsnap, try again"
         )
         self.tag = tag
         self.node_names = tuple(node_names)

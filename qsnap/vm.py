@@ -138,7 +138,8 @@ class VM:
         async with self._claimed("save", (tag or prefix or "",), is_dry=dry_run) as run:
             if prefix is not None:
                 tag = next_of_series(await run.monitor.block_graph(), prefix)
-                request = msgspec.structs.replace(request, tag=tag)
+                # Nobody asked to replace anything
+                request = msgspec.structs.replace(request, tag=tag, on_exists=OnExists.REFUSE)
             if description:
                 (await run.look()).notes_path()
             result = await save_live_or_not(run, request, live, watch)
@@ -158,24 +159,26 @@ class VM:
         full: bool = False,
         verify: bool = False,
     ) -> LoadResult:
-        """Put RAM, device state and disks back: see :func:`qsnap.operations.load.do_loadvm`.
+        """Put RAM, device state and disks back: see :func:`qsnap.operations.load.do_loadvm`, and
+        :class:`qsnap.model.requests.LoadRequest` for the arguments.
 
         :raise VMLocked: another qsnap is using this VM.
         """
+        from qsnap.model.requests import LoadRequest
         from qsnap.operations.load import do_loadvm
 
+        request = LoadRequest(
+            tag=tag,
+            running=running,
+            exclude=tuple(exclude),
+            force=force,
+            may_sleep=may_sleep,
+            full=full,
+            verify=verify,
+        )
         async with self._claimed("load", (tag,)) as run:
             await self._tidied(run)
-            return await do_loadvm(
-                run,
-                tag,
-                running=running,
-                exclude=exclude,
-                force=force,
-                may_sleep=may_sleep,
-                full=full,
-                verify=verify,
-            )
+            return await do_loadvm(run, request)
 
     async def delete(self, *tags: str, missing_ok: bool = False, ignore_unseen: bool = False) -> DeleteResult:
         """Delete snapshots from every device that holds them: see :func:`qsnap.operations.delete.do_delvm`.

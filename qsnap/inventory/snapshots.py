@@ -156,11 +156,6 @@ def _clock(row: NodeSnapshot) -> object:
     return row.vm_clock_ns
 
 
-def find(graph: BlockGraph, devices: Sequence[Device], tag: str) -> Snapshot | None:
-    """The snapshot *tag* as the devices alone have it, or None."""
-    return named(snapshots(graph, devices), tag)
-
-
 def named(found: Iterable[Snapshot], tag: str) -> Snapshot | None:
     """The one of that tag, or None. One that the devices hold goes before a file whose disks are gone."""
     candidates = [one for one in found if one.tag == tag]

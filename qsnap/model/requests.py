@@ -18,6 +18,25 @@ class OnExists(StrEnum):
     """Replace it so that a whole snapshot exists at every moment."""
 
 
+class LoadRequest(Struct, frozen=True):
+    """A load that is asked for."""
+
+    tag: str
+    running: bool | None = None
+    """True to run the guest afterwards, False to leave it paused. Default: paused if it was paused."""
+    exclude: tuple[str, ...] = ()
+    """Devices that keep the contents they have now, as they did when the tag was saved."""
+    force: bool = False
+    """Load also where a disk stands on other images than when the tag was saved."""
+    may_sleep: bool = False
+    """With *running*, it is not an error if the guest was saved in S3."""
+    full: bool = False
+    """Have QEMU load all of RAM."""
+    verify: bool = False
+    """Compare all of RAM with the snapshot after the load, before the guest runs. If it differs after a delta load, all
+    is loaded; if it differs then, too, QEMU's devices have written it as they were loaded."""
+
+
 class SaveRequest(Struct, frozen=True):
     """A save that is asked for."""
 

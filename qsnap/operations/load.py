@@ -6,7 +6,7 @@ import asyncio
 import os
 import re
 import time
-from collections.abc import AsyncIterator, Collection, Coroutine, Sequence
+from collections.abc import AsyncIterator, Coroutine, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from functools import partial
 from typing import Any, NoReturn
@@ -24,6 +24,7 @@ from qsnap.errors import (
 )
 from qsnap.model.checks import Finding
 from qsnap.model.qemu import RunState
+from qsnap.model.requests import LoadRequest
 from qsnap.model.results import LoadResult
 from qsnap.model.runstates import cure_of, is_live, needs_reset, runs_after_load
 from qsnap.monitor import Monitor
@@ -40,18 +41,8 @@ from qsnap.runs.run import Run
 from qsnap.runs.shield import shielded
 
 
-async def do_loadvm(
-    run: Run,
-    tag: str,
-    *,
-    running: bool | None = None,
-    exclude: Collection[str] = (),
-    force: bool = False,
-    may_sleep: bool = False,
-    full: bool = False,
-    verify: bool = False,
-) -> LoadResult:
-    """Put RAM, device state and disks back to what *tag* holds.
+async def do_loadvm(run: Run, request: LoadRequest) -> LoadResult:
+    """Put RAM, device state and disks back to what the snapshot holds.
 
     The guest is left running, or paused if its user has paused it: QEMU goes by the state before the load too, not by
     the one in which it was saved. A guest that had stopped by itself (it has panicked, shut down, ...) runs. One that a
@@ -68,25 +59,19 @@ async def do_loadvm(
     The state file of a live snapshot becomes a node for the time of the load. QEMU writes to it: it counts the uses of
     its clusters, as in any image that it goes back to a snapshot of.
 
-    :param running: True to run the guest afterwards, False to leave it paused. Default: paused if it was paused.
-    :param exclude: devices that keep the contents they have now, as they did when the tag was saved.
-    :param force: load also where a disk stands on other images than when the tag was saved.
-    :param may_sleep: with *running*, it is no error if the guest was saved in S3.
-    :param full: have QEMU load all of RAM.
-    :param verify: compare all of RAM with the snapshot after the load, before the guest runs. If it differs after a
-        delta load, all is loaded; if it differs then, too, QEMU's devices have written it as they were loaded.
     :return: what was loaded.
     :raise SnapshotNotFound: no device holds the tag, or one lacks it; the guest was not touched.
     :raise PrecheckRefused: it would fail, or mix moments; the guest was not touched.
-    :raise NotSupported: HMP cannot do it, or *verify* was asked for, and RAM cannot be compared; nothing was loaded.
-    :raise VerifyFailed: the snapshot is loaded, and the comparison that *verify* asks for could not be made.
-    :raise QsnapError: *running* was asked for, without *may_sleep*, and the guest was saved in S3; it is loaded.
+    :raise NotSupported: HMP cannot do it, or RAM cannot be compared and the request asks for that; nothing was loaded.
+    :raise VerifyFailed: the snapshot is loaded, and the comparison that the request asks for could not be made.
+    :raise QsnapError: the guest was to run, and was saved in S3; it is loaded.
     :raise GuestLeftStopped: QEMU failed midway and the guest was running; QEMU's error is the cause.
     :raise JobFailed: the same where the guest was not running.
     """
     began = time.monotonic()
     monitor, journal = run.monitor, run.journal
-    plan = await plan_load(run, tag, exclude=exclude, force=force)
+    tag, running = request.tag, request.running
+    plan = await plan_load(run, tag, exclude=request.exclude, force=request.force)
     if plan.spoiled:
         await _forget_failure(run, tag)
         plan = plan._replace(spoiled=False)
@@ -95,7 +80,7 @@ async def do_loadvm(
     was_reset = needs_reset(plan.runstate, monitor.version)
     async with AsyncExitStack() as stack:
         source = await stack.enter_async_context(_source(run, plan))
-        if verify:
+        if request.verify:
             await refuse_incomparable(run, plan.snapshot, source)
         if was_reset:
             await reset(monitor)
@@ -103,7 +88,7 @@ async def do_loadvm(
         pause = await stack.enter_async_context(stopped(monitor, journal, by_qemu=by_qemu))
         # Nothing can change from here on, so look once more
         standing = _standing(was_reset=was_reset, was_stopped=pause.was_running and not by_qemu)
-        again = await plan_load(run, tag, exclude=exclude, force=force, standing=standing)
+        again = await plan_load(run, tag, exclude=request.exclude, force=request.force, standing=standing)
         if again._replace(runstate=plan.runstate) != plan:
             change = Finding.refusal(
                 "snapshots-changed",
@@ -121,9 +106,9 @@ async def do_loadvm(
             source,
             begin=partial(_begin, run, pause, plan),
             fail=partial(_end_in, monitor=monitor, pause=pause, journal=journal, plan=plan),
-            verify=verify,
+            verify=request.verify,
         )
-        await after_resume.enter_async_context(load.compared("it was asked for" if full else "", standing))
+        await after_resume.enter_async_context(load.compared("it was asked for" if request.full else "", standing))
         await load.load()
         with suppress(QsnapError):
             await monitor.clear_mark(HALF_RESTORED)
@@ -132,7 +117,7 @@ async def do_loadvm(
         pause.resume = runs
         pause.deed = f"{tag!r} was loaded"
         await load.verify()
-    if running and not may_sleep and pause.runstate is RunState.SUSPENDED:
+    if running and not request.may_sleep and pause.runstate is RunState.SUSPENDED:
         raise QsnapError(f"{tag!r} was loaded, but the guest does not run: as it was saved, {cure_of(pause.runstate)}")
     snapshot = plan.snapshot
     return LoadResult(

@@ -94,7 +94,7 @@ async def do_savevm(run: Run, request: SaveRequest, watch: Watcher | None = None
 
             # Old snapshots of the same name, wherever they are
             replaced = inventory.holders(new.disk_tag)
-            if replaced and request.on_exists is OnExists.REFUSE:
+            if replaced and (request.on_exists is OnExists.REFUSE or request.tag is None):
                 raise SnapshotExists(tag, inventory.displayed(replaced))
 
             # Delete them

@@ -9,6 +9,8 @@ from __future__ import annotations
 import inspect
 import json
 import os
+import pkgutil
+from importlib import import_module
 from typing import Any
 
 import click
@@ -17,6 +19,7 @@ import pytest
 import qsnap
 import qsnap.cli
 from qsnap import errors
+from qsnap.cli import commands
 from support.guest import RECORDED, Guest, cli, needs_snapshot_jobs
 
 SURFACE = RECORDED / "surface.json"
@@ -28,7 +31,7 @@ def hold(name: str, now: Any) -> None:
     if os.environ.get("QSNAP_RECORD"):
         SURFACE.write_text(json.dumps(recorded | {name: now}, indent=1, sort_keys=True) + "\n")
         return
-    assert now == recorded[name]
+    assert now == recorded[name], "if that is meant, record it: QSNAP_RECORD=1"
 
 
 def option(parameter: click.Parameter) -> dict[str, Any]:
@@ -42,6 +45,15 @@ def option(parameter: click.Parameter) -> dict[str, Any]:
     return told
 
 
+@pytest.mark.no_qemu
+def test_every_command_is_listed() -> None:
+    """One that is written and not listed would be found by nobody."""
+    modules = (import_module(f"qsnap.cli.commands.{one.name}") for one in pkgutil.iter_modules(commands.__path__))
+    written = {one.name for module in modules for one in vars(module).values() if isinstance(one, click.Command)}
+    assert written == set(qsnap.cli.cli.commands)
+
+
+@pytest.mark.no_qemu
 def test_options() -> None:
     hold("options", {
         name: sorted((option(one) for one in command.params), key=lambda told: told["names"])
@@ -49,11 +61,13 @@ def test_options() -> None:
     })  # fmt: skip
 
 
+@pytest.mark.no_qemu
 def test_exit_codes() -> None:
     classes = [one for _, one in inspect.getmembers(errors, inspect.isclass) if issubclass(one, errors.QsnapError)]
     hold("exit codes", {one.__name__: one.exit_code for one in classes})
 
 
+@pytest.mark.no_qemu
 def test_the_library_s_names() -> None:
     methods = inspect.getmembers(qsnap.VM, lambda member: inspect.isfunction(member) or isinstance(member, property))
     hold("library", {

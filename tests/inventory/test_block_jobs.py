@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from qsnap.errors import PrecheckRefused
+from qsnap.model.requests import LoadRequest
 from qsnap.operations.load import do_loadvm
 from qsnap.runs.run import Run
 from support.fake_monitor import FakeMonitor
@@ -126,7 +127,7 @@ async def test_a_job_that_begins_after_the_check_is_noticed() -> None:
     monitor = FakeMonitor(mirrors=True)
     await monitor.snapshot_save("t", "disk0", ["disk0", "disk1"])
     with pytest.raises(PrecheckRefused, match=r"block job 'j' \(mirror\) works on disk1") as refusal:
-        await do_loadvm(Run(monitor), "t")
+        await do_loadvm(Run(monitor), LoadRequest(tag="t"))
     assert "cannot be loaded now; the guest was stopped for a moment, and resumed" in str(refusal.value)
     assert monitor.calls == ["save", "stop", "cont"]
 

@@ -24,6 +24,7 @@ from support.guest import (
     finish,
     make_boot_disk,
     make_disk,
+    needs_snapshot_jobs,
     start_cli,
     tags,
     until,
@@ -188,6 +189,7 @@ def test_what_is_missing(launch: Launch, tmp_path: Path) -> None:
     guest.assert_running()
 
 
+@needs_snapshot_jobs
 def test_no_device_of_the_guest(launch: Launch, tmp_path: Path) -> None:
     """The area of such an image cannot be prepared: that is said beforehand, and the save does without."""
     spare = make_disk(tmp_path / "spare")

@@ -13,7 +13,7 @@ import qsnap.guest
 from qsnap.errors import PrecheckRefused
 from qsnap.model import runstates
 from qsnap.model.qemu import QemuVersion, RunState
-from qsnap.model.requests import SaveRequest
+from qsnap.model.requests import LoadRequest, SaveRequest
 from qsnap.operations.load import do_loadvm
 from qsnap.operations.save import do_savevm
 from qsnap.runs.run import Run
@@ -267,8 +267,8 @@ async def test_no_reset_where_it_is_not_seen_whether_it_would_end_qemu() -> None
     monitor.state = RunState.INTERNAL_ERROR
     monitor.calls.clear()
     with pytest.raises(PrecheckRefused, match="-no-reboot, which is not seen"):
-        await do_loadvm(Run(monitor), "t")
+        await do_loadvm(Run(monitor), LoadRequest(tag="t"))
     monitor.state = RunState.SHUTDOWN  # QEMU has shown that it does not end at a shutdown
-    await do_loadvm(Run(monitor), "t")
+    await do_loadvm(Run(monitor), LoadRequest(tag="t"))
     assert "reset" in monitor.calls
     assert monitor.state is RunState.RUNNING

@@ -18,12 +18,13 @@ from qsnap.errors import (
     NotSupported,
     OperationTimeout,
     PrecheckRefused,
+    SnapshotExists,
     SnapshotNotFound,
     VerifyFailed,
 )
 from qsnap.inventory import devices as rules
 from qsnap.model.qemu import RunState
-from qsnap.model.requests import SaveRequest
+from qsnap.model.requests import LoadRequest, SaveRequest
 from qsnap.monitor import open_monitor
 from qsnap.monitor.address import UnixAddress
 from qsnap.operations.delete import do_delvm
@@ -329,6 +330,26 @@ async def test_a_guest_that_qemu_pauses_again_at_once(is_live: bool) -> None:
     assert monitor.state is (RunState.RUNNING if is_live else RunState.PAUSED)
 
 
+@needs_snapshot_jobs
+async def test_a_name_that_qsnap_has_chosen_replaces_nothing(guest: Guest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Somebody else has made one of that name since: it stays, and the guest runs."""
+    monkeypatch.setattr("qsnap.operations.save.free_automatic_tag", lambda graph: "vm-auto")
+
+    async def save_another(*_: object) -> None:
+        guest.qmp.hmp("savevm vm-auto")
+
+    monkeypatch.setattr("qsnap.operations.save.prepare", save_another)
+    async with qsnap.connect(guest.address) as vm:
+        with pytest.raises(SnapshotExists, match="try again"):
+            await vm.save()
+        (theirs,) = await vm.list()
+        monkeypatch.setattr("qsnap.tags.next_of_series", lambda *_: "vm-auto")
+        with pytest.raises(SnapshotExists):
+            await vm.save(prefix="vm")
+        assert await vm.list() == (theirs,)
+    guest.assert_running()
+
+
 async def test_half_a_set_is_removed() -> None:
     monitor = FakeMonitor(forgets=frozenset({"disk1"}))
     with pytest.raises(VerifyFailed, match="disk1 holds it 0 times") as failure:
@@ -509,7 +530,7 @@ async def test_a_failed_load_leaves_the_guest_stopped() -> None:
 
     broken.snapshot_load = fail  # type: ignore[method-assign]
     with pytest.raises(GuestLeftStopped, match="left stopped on purpose"):
-        await do_loadvm(Run(broken), "t")
+        await do_loadvm(Run(broken), LoadRequest(tag="t"))
     assert broken.state is RunState.PAUSED
 
 
