@@ -1,4 +1,7 @@
-"""What a tag may be, and every name that qsnap makes of one. Pure."""
+"""What a tag may be, and every name that qsnap makes of one. Pure.
+
+Which of these names the disks have is decided by ``qsnap/inventory/snapshots.py``.
+"""
 
 from __future__ import annotations
 

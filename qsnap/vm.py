@@ -106,7 +106,8 @@ class VM:
         :param alive: refuse such a guest in any case. It has panicked, shut down, its watchdog has run out, a request
             to a disk has failed; or it is in S3, before QEMU 9.0. Default: warn, and write it down with the snapshot.
         :param description: written down beside the image: see :mod:`qsnap.inventory.notes`.
-        :param safe_replace: a live save never is without a whole snapshot, with this or without.
+        :param safe_replace: keep the older snapshot until the new one is complete. A live save always keeps a whole
+            snapshot; this changes nothing there.
         :param live: while the guest runs: see :func:`qsnap.operations.live.save.do_live_save`. A guest that is paused
             gains nothing by it, and is saved the ordinary way. "auto" saves the ordinary way also where a live save is
             not possible, or has failed and was undone. The result's warnings say so.
@@ -406,7 +407,7 @@ class VM:
             )
 
     def _unclaimed(self) -> Run:
-        """For who only looks."""
+        """A run for read-only methods: no claim."""
         from qsnap.runs.run import Run
 
         return Run(self._monitor, self._store)
@@ -491,7 +492,7 @@ async def _opened(where: Address, greeting_s: float, lock_wait_s: float, snapsho
         except MonitorBusy as busy:
             from qsnap.targets.running import explained
 
-            # Of two who began at once, the other may be another qsnap: by now that shows
+            # If another qsnap began at the same time, its claim shows by now.
             if not await wait_for_monitor(where, deadline, lock_wait_s):
                 raise explained(busy, where) from busy
 

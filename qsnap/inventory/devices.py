@@ -10,8 +10,8 @@ each was held against HMP savevm on real QEMU):
   their creation, and then every node that nobody uses. Inserted and writable ones must snapshot.
 * qcow2 and rbd can snapshot. A driver that cannot hands over to its child if it has just one besides a
   backing file (raw, throttle, copy-on-read, …); one over several images (quorum, blkverify) cannot.
-* A job's own copy is nobody's device: what a mirror or a commit writes to is not whole before it ends, so it gets no
-  snapshot. (HMP savevm makes one there.)
+* The target of a block job does not count as a device: what a mirror or a commit writes to is not whole before the job
+  ends, so it gets no snapshot. (HMP savevm makes one there.)
 * Only qcow2 can hold the VM state. Without a name for it, QEMU takes the first counted device.
 * QEMU crashes when it writes the VM state into an encrypted qcow2 (qcow2_co_encdec: its writes are not aligned; seen
   on 5.2 to 11.1): another one is taken where QEMU can be told which.

@@ -290,7 +290,7 @@ def _write(path: Path, notes: Sequence[Note]) -> None:
 
 
 def _owner(path: Path) -> int | None:
-    """Whose new notes are to be that root makes: the image's owner is to read them whatever root's umask."""
+    """The owner to give notes that root creates: the image's, so that its owner can read them whatever root's umask."""
     try:
         return files.status(path.with_name(path.name.removesuffix(SUFFIX))).st_uid
     except OSError:

@@ -58,8 +58,8 @@ def snapshots(graph: BlockGraph, devices: Sequence[Device], files: Sequence[Stat
 def _named(found: Iterable[Snapshot]) -> Iterator[Snapshot]:
     """Give the snapshots the tags that users know them by, where the devices may have them under a second name.
 
-    The tag belongs to the one that can be loaded, of two such to the newer. What else there is of it, as a replacement
-    was cut short, has the second name, whatever the devices call it.
+    The tag belongs to the snapshot that can be loaded. If both can be loaded, to the newer. Leftovers of an interrupted
+    replacement get the second name, whatever the devices call them.
     """
     groups: dict[str, list[Snapshot]] = {}
     for snapshot in found:
@@ -83,7 +83,7 @@ def owner(snapshot: Snapshot) -> str:
 def _file_of(tag: str, held: dict[str, list[NodeSnapshot]], files: Iterable[StateFile]) -> StateFile | None:
     """The state file of what the devices hold; None where the state is in an image, or nowhere.
 
-    Over HMP the clock has milliseconds. One whose clock cannot be read is taken for that of its tag.
+    Over HMP the clock has milliseconds. A file with an unreadable clock is matched by tag alone.
     """
     first = [rows[0] for rows in held.values()]
     if any(row.vm_state_size for row in first):
@@ -256,7 +256,7 @@ def meant(found: Iterable[Snapshot], tag: str) -> tuple[Snapshot, ...]:
 def holding(found: Iterable[Snapshot], devices: Sequence[Device], tag: str) -> Holding:
     """All that is there of *tag*, whole or not: what goes when it is deleted or replaced.
 
-    Of a second name it is what is listed so; not the snapshot that has the tag itself.
+    For ``TAG.qsnap-2``, the snapshot listed under that name, not TAG.
     """
     of_it = meant(found, tag)
     held = {one.disk_tag: one.devices for one in of_it if one.devices}
@@ -283,8 +283,8 @@ class NewName(NamedTuple):
 def new_name(found: Iterable[Snapshot], devices: Sequence[Device], tag: str, *, keeps_older: bool) -> NewName:
     """The name of a new snapshot of *tag*.
 
-    :param keeps_older: what can be loaded under the tag must not go before the new snapshot is complete. Of two that
-        have its names, as a replacement was cut short, the one that does not count goes.
+    :param keeps_older: what can be loaded under the tag must not go before the new snapshot is complete. If an
+        interrupted replacement left both names, the one not listed as TAG is deleted.
     :raise BadUsage: the tag is too long to have a second name.
     """
     found = tuple(found)

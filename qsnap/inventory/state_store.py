@@ -3,7 +3,7 @@
 There is no database. A file lies beside the image that would hold the state, or in a directory of the user's choice,
 under a name that is made of the image's and the tag's. It says itself of which image it is, and under which tag the
 disks have its snapshot. The pair is known by that tag and by the guest's clock, which stands in the disks' snapshot
-tables too. A copy under another name is nobody's but the user's.
+tables too. qsnap ignores copies under other names.
 
 A snapshot in an image cannot be renamed. So that a live save can replace another without ever being without one, the
 disks may have the new one under a second name, TAG.qsnap-2: when the older one is gone, that *is* TAG.
@@ -95,7 +95,7 @@ class StateStore:
         self.ignores_unseen = ignores_unseen
 
     def ignoring_unseen(self) -> StateStore:
-        """This store, for whom what cannot be seen does not matter."""
+        """A copy of this store that ignores what it cannot see."""
         return StateStore(self._pid, self.state_dir, self._listener, ignores_unseen=True)
 
     def place(self, graph: BlockGraph, vmstate: str, disk_tag: str) -> Path:
@@ -165,7 +165,7 @@ class StateStore:
     def identity(self, graph: BlockGraph, node: str) -> Path:
         """What stands in a state file for the image that it belongs to: its real path, or what QEMU calls it.
 
-        One of another user's that we cannot see may not be called as one of somebody else's.
+        Another user's QEMU whose image we cannot see must not claim the name of a third user's image.
         """
         if (image := self.image(graph, node)) is not None:
             return image
@@ -212,7 +212,7 @@ class StateStore:
                 file = _looked_at(path)
             except OSError as error:
                 file, trouble = None, _why_unread(path, error)
-            # Beside a snapshot with its state in the image it is somebody's own file, unless that cannot be told
+            # If the snapshot has its state in the image, this file is the user's; unless we cannot tell.
             if (
                 file is None
                 and path in expected
@@ -226,14 +226,15 @@ class StateStore:
     def unseen(self, graph: BlockGraph, devices: Iterable[Device]) -> tuple[str, ...]:
         """Where files of this VM may lie that cannot be looked for: the images beside which that is, and directories.
 
-        Another directory that somebody else chose is not among them.
+        Directories chosen by other runs are not included.
         """
         devices = tuple(devices)
         closed = (path for path in self._directories(self._images(graph, devices)) if not _is_open(path))
         return (*self.unseen_images(graph, devices), *map(str, closed))
 
     def unseen_images(self, graph: BlockGraph, devices: Iterable[Device]) -> tuple[str, ...]:
-        """The images whose directories cannot be seen from here; and those that have none, if no other was chosen."""
+        """The images whose directories cannot be seen from here; and images without a directory, if no --state-dir was
+        given."""
         nodes = dict.fromkeys(device.image for device in devices if device.image)
         has_place = {node for node in nodes if self.state_dir is None or not _why_no_file(graph, node)}
         unseen = [node for node in nodes if node in has_place and self.image(graph, node) is None]
@@ -282,7 +283,7 @@ class StateStore:
             if file is None or image is None:
                 continue
             old = Path(file.filename)
-            # In what directory it was is not known of a relative name: most likely where it is
+            # A relative name does not tell its directory; assume the present one.
             old = Path(os.path.realpath(old.parent), old.name) if old.is_absolute() else image.with_name(old.name)
             if Path(os.path.realpath(old)) != image:
                 yield image, old, node
@@ -330,7 +331,7 @@ class StateStore:
     def _is_ours(self, file: StateFile, images: Iterable[Path]) -> bool:
         """Whether a file lies where one of that tag lies of one of our images.
 
-        One of another name may say that it is of our image, and is a copy: of the user's own, or another VM's.
+        A file under any other name is a copy, even if it names our image.
         """
         path, ending = Path(file.path), _ending(file.disk_tag)
         for image in images:
@@ -342,7 +343,7 @@ class StateStore:
 
 
 def _why_no_file(graph: BlockGraph, node: str) -> str:
-    """Why there is no directory that a node's image lies in, in words; "" if it lies in a file, or that is not told."""
+    """Why there is no directory that a node's image lies in, in words; "" if it does, or if QEMU does not tell."""
     protocol = rules.protocol(graph, node)
     if protocol is None:
         return ""
@@ -353,7 +354,7 @@ def _why_no_file(graph: BlockGraph, node: str) -> str:
     return "" if protocol.driver == "file" else f"it is not in a file of this machine (driver {protocol.driver})"
 
 
-#: That of a VM without state files, or where nobody wants to know.
+#: The store for a VM without state files, or when they do not matter.
 NO_STORE = StateStore(None, ignores_unseen=True)
 
 
@@ -364,7 +365,7 @@ def _real(state_dir: Path) -> Path:
     except OSError as error:
         if error.errno == errno.ELOOP:
             raise BadUsage(f"{state_dir} cannot be the directory for state files: {error.strerror}") from error
-        return state_dir.absolute()  # it is told when it is needed
+        return state_dir.absolute()  # reported when it is used
 
 
 def _unique(image: Path) -> str:

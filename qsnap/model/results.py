@@ -102,7 +102,7 @@ class Recovered(Struct, frozen=True):
     """What was done about a run that died."""
 
     operation: str
-    """"save", "load" or "delete"; "" where its claim could not be read, and nothing is known of it."""
+    """"save", "load", "delete" (also of a prune) or "note"; "" if its claim could not be read, so nothing is known."""
     tags: tuple[str, ...]
     pid: int
     """Its process, which is no more; 0 where it is not known."""

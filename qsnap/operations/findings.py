@@ -36,7 +36,7 @@ _NO_MACHINE = ("permitted only after machine initialization", "isn't permitted i
 
 #: Capabilities with which savevm fails or crashes QEMU, and the version from which they are harmless.
 #: multifd: seen to crash 7.2, refused since 10.2. mapped-ram: since 10.2 savevm can write it, but only a QEMU with it
-#: set loads that, and a QEMU that is started anew has it not; a live snapshot with it is never loaded (seen in 11.1).
+#: set loads that, and a restarted QEMU does not have it set; a live snapshot with it is never loaded (seen in 11.1).
 #: block: "Block migration and snapshots are incompatible"; it went in 9.1.
 _CAPABILITIES_REFUSED: dict[str, QemuVersion | None] = {
     "multifd": None,
@@ -47,7 +47,7 @@ _CAPABILITIES_REFUSED: dict[str, QemuVersion | None] = {
 #: From here on nvme can be saved; and QEMU crashes in it where a controller has no drive of its own (seen in 11.1).
 _NVME_IS_SAVED = QemuVersion(11, 0, 0)
 
-#: Protocol drivers of what has the size that it has (block/*.c: those without bdrv_co_truncate that makes it larger).
+#: Protocol drivers whose images cannot grow (block/*.c: those without bdrv_co_truncate that makes it larger).
 _FIXED_SIZE = frozenset({"nbd", "host_device", "iscsi", "nvme", "nvme-io_uring", "virtio-blk-vhost-vdpa"})
 
 #: What is found of the image that is to hold the VM state, and does not matter where the state goes elsewhere.
@@ -207,7 +207,7 @@ def _blocker(reason: str, graph: BlockGraph, devices: Sequence[Device]) -> tuple
 
 
 def spoiled_finding(migration: Migration, runstate: RunState) -> Finding:
-    """The refusal of a load where :meth:`Migration.spoils_loads`, and QEMU cannot be made to forget that.
+    """The refusal of a load if :meth:`qsnap.model.qemu.Migration.spoils_loads`, and QEMU cannot be made to forget it.
 
     In "restore-vm" QEMU aborts if any migration begins ("invalid runstate transition"; seen on 7.2, 10.0 and 11.1).
     """
@@ -295,7 +295,7 @@ def fixed_size_findings(
     estimate: processes.StateEstimate | None,
     ram_bytes: int,
 ) -> Iterator[Finding]:
-    """What is to be said where the VM state goes into what cannot grow. A save that reaches its end fails with EIO.
+    """Findings if the vmstate image cannot grow. A save that reaches its end fails with EIO.
 
     How much of it is in use QEMU does not tell. So it warns where a disk that is written all over would leave no room.
     """

@@ -84,7 +84,8 @@ class LoadPlan(NamedTuple):
     :ivar vmstate: the device that holds the VM state; None where it is in the snapshot's state file.
     :ivar first: what QEMU calls the device that goes back before all others; "" if it is not certain which one that is.
     :ivar runstate: the guest's, before the load.
-    :ivar spoiled: a migration has failed, and QEMU must forget that first: see :meth:`Migration.spoils_loads`.
+    :ivar spoiled: a migration has failed, and QEMU must forget that first: see
+        :meth:`qsnap.model.qemu.Migration.spoils_loads`.
     """
 
     snapshot: Snapshot

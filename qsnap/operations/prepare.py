@@ -149,7 +149,7 @@ def _has_room(image: Path, stretches: Sequence[Stretch]) -> bool:
 
 
 def _writable_as(inventory: Inventory, vmstate: str) -> str | None:
-    """By what ``qemu-io`` takes the guest's device above that image; None if no device of the guest is.
+    """The name by which ``qemu-io`` addresses the guest device above the image; None if there is none.
 
     It takes the name of a ``-drive``, or a device; by a node-name it would not get the right to write.
     """

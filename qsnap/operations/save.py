@@ -43,8 +43,8 @@ from qsnap.tags import free_automatic_tag
 async def do_savevm(run: Run, request: SaveRequest, watch: Watcher | None = None) -> SaveResult:
     """Save RAM, device state and every writable disk under one tag.
 
-    The guest is stopped from the look-up to the read-back, and left as it was found: running again, or
-    still paused.
+    The guest is stopped from the second look until QEMU has written, and left as it was found: running again, or still
+    paused. What was saved is read back after that.
 
     The order is that of the old do_savevm (seed of savevm.c). Newer QEMU deletes the old snapshot before it
     stops the guest; here the stop comes first, so that nothing can change between the look-up and the save,

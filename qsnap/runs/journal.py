@@ -30,12 +30,12 @@ from qsnap.monitor.address import Address, UnixAddress
 from qsnap.runs.record import Record
 
 _SUFFIX = ".journal"
-#: Of one that does not hold its record yet.
+#: Suffix of a journal whose record is not written yet.
 _BEGINNING = ".beginning"
 _CURE = "set QSNAP_RUNTIME_DIR to a directory of your own"
-#: The names that qsnap gives, after the token of the run: what is called otherwise is somebody else's.
+#: The names that qsnap gives, after the token of the run: other files are ignored.
 _NAME = re.compile(rf"[0-9a-f]{{16}}({re.escape(_SUFFIX)}|{re.escape(_BEGINNING)})")
-#: Seconds after which one that is not whole is of a run that died. Until it is locked it cannot be told from that.
+#: Seconds after which an incomplete journal counts as a dead run's; before it is locked, the two look alike.
 _BEGINNING_S = 60.0
 
 #: Seconds that a resume and a clean-up may take. QEMU answers nobody while it writes, and after an interrupt
@@ -54,7 +54,7 @@ class Guard(Protocol):
 class Journal:
     """The journal of a run of ours.
 
-    One that was not given a file keeps the record alone: for a sequence that is run without a claim.
+    Without a file the record is kept in memory only: for a sequence that is run without a claim.
 
     :ivar record: what it says.
     :ivar path: where it lies; None without a file.
@@ -126,7 +126,7 @@ class Journal:
         self.record = msgspec.structs.replace(self.record, **facts)
 
     def done(self, **facts: Any) -> None:  # noqa: ANN401 (fields of Record)
-        """The same of what has been done: if it cannot be written, it still holds here, and nobody is disturbed."""
+        """As :meth:`note`, for what is finished: a write error is ignored, and the record in memory is updated."""
         with suppress(QsnapError):
             self.note(**facts)
         self.record = msgspec.structs.replace(self.record, **facts)
@@ -139,7 +139,7 @@ class Journal:
         self.note(work=self._advanced(facts))
 
     def has_advanced(self, **facts: Any) -> None:  # noqa: ANN401 (fields of what is under way)
-        """The same of what has been done: as :meth:`done`."""
+        """As :meth:`advance`, for what is finished: a write error is ignored, as in :meth:`done`."""
         self.done(work=self._advanced(facts))
 
     def _advanced(self, facts: Mapping[str, Any]) -> Struct:

@@ -129,8 +129,8 @@ async def _resume(monitor: Monitor, pause: Pause, journal: Journal) -> None:
 async def reconnect(monitor: Monitor, journal: Journal) -> None:
     """Make a new connection to the same QEMU: the one that has the mark of the run of *journal*.
 
-    Over TCP no process is to be seen, behind a proxy that of the proxy, and a number may be given to another process:
-    only the mark tells. What answers without it is left as it is, and :func:`has_ended` knows of that.
+    Over TCP we see no process, behind a proxy only the proxy's, and process ids are reused: only the mark tells. What
+    answers without it is left as it is, and :func:`has_ended` knows of that.
 
     :raise AnotherAnswers: it is another QEMU.
     :raise MonitorError: none of several tries came through.

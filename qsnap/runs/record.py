@@ -90,7 +90,7 @@ class Record(Struct, frozen=True):
     token: str = ""
     """What the mark of this run in QEMU holds too: a QEMU without it is another one."""
     operation: str = ""
-    """"save", "load" or "delete"."""
+    """"save", "load", "delete" (also of a prune) or "note"."""
     tags: tuple[str, ...] = ()
     began: str = ""
     """ISO 8601, with the time zone."""
@@ -111,7 +111,7 @@ class Record(Struct, frozen=True):
     settings: Mapping[str, int] = {}
     """What a live save changes in QEMU, as it was before."""
     forgetting: bool = False
-    """A stream of ours may be under way, which QEMU is to forget by that a migration has failed."""
+    """We may have begun a stream only to make QEMU forget a failed migration."""
     work: SaveWork | LiveWork | DeleteWork | LoadWork | None = None
     """What is half done, if anything is."""
 

@@ -48,7 +48,7 @@ async def claimed(
 
     If the block leaves a guest stopped that it should have resumed, the guard goes on with that.
 
-    :param operation: "save", "load" or "delete", for others to see.
+    :param operation: "save", "load", "delete" (also of a prune) or "note", for others to see.
     :param wait_s: seconds to wait for another qsnap; 0 refuses at once.
     :param patience_s: see :class:`Journal`.
     :param tell: is given what had to be done first about a run that had died.
@@ -266,7 +266,7 @@ async def wait_for_monitor(address: Address, deadline: float, wait_s: float) -> 
         return False  # nothing there tells; who is to write there is told
     runs = [other.record for other in journal.found() if other.is_held]
     place = journal.place(address)
-    # Asked once, and only if need be: each time QEMU has to take a connection for nothing
+    # Ask at most once, because it costs QEMU a connection.
     pid = listener_pid(address) if runs and not any(run.place == place for run in runs) else None
 
     def run_there() -> Record | None:
@@ -286,7 +286,7 @@ async def wait_for_monitor(address: Address, deadline: float, wait_s: float) -> 
 
 
 def _is_of(run: Record, place: tuple[str, ...], pid: int | None) -> bool:
-    """Whether a run is on the VM whose monitor is at that place, and its process that *pid*."""
+    """Whether the run uses this VM: same monitor socket, or same QEMU process."""
     if place and run.place == place:
         return True
     if pid is None or run.qemu is None or run.qemu.pid != pid:

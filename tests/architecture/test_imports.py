@@ -1,4 +1,4 @@
-"""The pure parts: addresses, HMP's quoting, text for people, the device rules without a QEMU."""
+"""The source itself: which module may import which, the drawn tree of errors, and the table of scripts/mutate."""
 
 from __future__ import annotations
 

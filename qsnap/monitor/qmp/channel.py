@@ -37,7 +37,7 @@ EVENT_S = 0.5
 
 #: Of one message. An image takes 65536 snapshots, and tells some 200 bytes of each; with pretty=on twice as many.
 MAX_MESSAGE_BYTES = 64 << 20
-#: Of what cannot be read, for a message of ours.
+#: How much of an unreadable reply an error shows.
 _SHOWN = 40
 
 

@@ -5,7 +5,8 @@ unchanged puts back the same as the whole one, in the time that the changed ones
 devices, the video memory, the firmware. The order inside QEMU is that of any load (disks, reset, RAM, devices).
 
 ``ram`` finds out whether that is right for this guest, and where its RAM lies; ``difference`` compares and writes the
-stream; ``delta`` is what a load uses. Whatever is not certain makes a full load, and says why (:class:`NoDelta`).
+stream; ``delta`` gives that to QEMU as a node; ``load`` is what ``qsnap.operations.load`` uses. Whatever is not certain
+makes a full load, and says why (:class:`NoDelta`).
 """
 
 

@@ -13,8 +13,8 @@ the guest stands still from before the one until after the other. There are two 
 First RAM is put back into huge pages (:mod:`qsnap.host.hugepages`), where that is possible. If that is not enough for
 the plain way, a stream that nobody wants is begun and cancelled, from 9.0 on: what QEMU has read a moment ago it reads
 in a fraction of the time (4 GiB in huge pages in 10 to 20 ms, instead of up to 300 where the host has to find the
-memory first), and that time is known then. Up to 8.2 a stream must not be cancelled. There that is done once, with a
-stream to nowhere, and only for RAM in base pages.
+memory first), and that time is known then. Up to 8.2 a stream must not be cancelled. There qsnap does it once,
+with a stream that runs to its end and is thrown away, and only for RAM in base pages.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class Freeze(ABC):
 
     What differs before QEMU 9.0 and since then is in subclasses.
 
-    :cvar PLAIN_NS: nanoseconds that QEMU may take to read RAM in the pause: to stop late is no better.
+    :cvar PLAIN_NS: nanoseconds that QEMU may take to read RAM in the pause: stopping late gains nothing below this.
     :cvar LATE_ATTEMPTS: attempts to stop late, before the guest is stopped first.
     :param file: the state file to be, open.
     :param offset: where in it the stream begins.
@@ -361,7 +361,7 @@ class FreezeSince9(Freeze):
 
     PLAIN_NS = 10_000_000
     LATE_ATTEMPTS = 3
-    #: The same as it was seen, where RAM is read again: meanwhile the disks are snapshotted, which takes as long.
+    #: As PLAIN_NS, but measured for a second read, which overlaps the disks' snapshots.
     PLAIN_READ_AGAIN_NS = 25_000_000
     #: Streams that nobody wants, after the first one.
     MORE_REHEARSALS = 3

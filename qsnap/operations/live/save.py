@@ -194,7 +194,7 @@ async def do_live_save(run: Run, request: SaveRequest, plan: LivePlan, watch: Wa
         part=str(part),
     )
     journal.note(tags=(plan.tag,), work=work)
-    # Now, as they are known by their contents too: :mod:`qsnap.inventory.descriptors`
+    # Look up paths before the new file exists: images are recognised by content too (qsnap.inventory.descriptors).
     image, identity = run.store.image(inventory.graph, vmstate), run.store.identity(inventory.graph, vmstate)
     try:
         file = _created(part, image, await _reserved(monitor, background))
@@ -230,7 +230,7 @@ async def do_live_save(run: Run, request: SaveRequest, plan: LivePlan, watch: Wa
         ) as freeze:
             await background.prepare()
             pause = await freeze.freeze()
-            # What had changed before is seen yet; and to look would take a part of the pause
+            # An earlier change is still visible here; looking sooner would lengthen the pause.
             await unchanged(run, request, plan.save)
             await freeze.wait_until_written(watch)
             content = await attempt.content(freeze.stream_size, identity)
