@@ -1,4 +1,4 @@
-"""What all commands have in common: their options, and how the work is done and shown. Light: no click, no asyncio."""
+"""What all commands have in common: their options, and how a result is shown. Light: no click, no asyncio."""
 
 from __future__ import annotations
 
@@ -53,13 +53,6 @@ class Options(NamedTuple):
 
         show(result, as_json=self.as_json, quiet=self.quiet, stream=stream)
         return exit_code_of(result)
-
-
-def work(options: Options, action: Action) -> int:
-    """Do *action* with each VM that is meant, and show what comes of it; the exit code."""
-    from qsnap.cli.several import do
-
-    return options.shown(do(options, action))
 
 
 def excluded(given: tuple[str, ...], settings: Settings) -> tuple[str, ...]:

@@ -71,17 +71,17 @@ async def do_savevm(run: Run, request: SaveRequest, watch: Watcher | None = None
     plan.refuse_if_needed()
     inventory, report = plan.inventory, plan.report
     tag = request.tag if request.tag is not None else free_automatic_tag(inventory.graph)
-    older = inventory.holding(tag)
-    if older.exists and request.on_exists is OnExists.REFUSE:
-        raise SnapshotExists(tag, (*inventory.displayed(older.nodes), *older.files))
+    held = inventory.holding(tag)
+    if held.exists and request.on_exists is OnExists.REFUSE:
+        raise SnapshotExists(tag, (*inventory.displayed(held.nodes), *held.files))
     await refuse_removal(monitor, inventory, tag, "saved")
     new = inventory.new_name(tag, keeps_older=request.on_exists is OnExists.SAFE)
     if request.dry_run:
-        return save_result(plan, tag, older.exists, began, dry_run=True)
+        return save_result(plan, tag, held.exists, began, dry_run=True)
 
     attempt = SaveAttempt(monitor, journal, report.devices)
     attempt.begin(tag, SaveWork(
-        disk_tag=new.disk_tag, vmstate=plan.vmstate, devices=report.saved, older=new.older.tags, older_files=older.files
+        disk_tag=new.disk_tag, vmstate=plan.vmstate, devices=report.saved, older=new.older.tags, older_files=held.files
     ))  # fmt: skip
     was_running = takes_stop(report.runstate, monitor.version)
 
@@ -114,7 +114,7 @@ async def do_savevm(run: Run, request: SaveRequest, watch: Watcher | None = None
         hint = next((finding.message for finding in report.findings if finding.code == "cannot-grow"), "")
         await run.shielded(attempt.clear_up(failure, was_running=was_running, hint=hint))
         raise
-    return save_result(plan, tag, bool(replaced) or older.exists, began, row=row, pause=pause, left=left)
+    return save_result(plan, tag, bool(replaced) or held.exists, began, row=row, pause=pause, left=left)
 
 
 async def unchanged(run: Run, request: SaveRequest, plan: SavePlan) -> Inventory:

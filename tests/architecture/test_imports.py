@@ -78,6 +78,23 @@ def test_imports_run_one_way(path: Path) -> None:
         assert library != "qsnap" or not rest or rest[0] not in above, f"{relative} imports {name}"
 
 
+def test_no_modules_import_each_other_in_a_circle() -> None:
+    """What only looks downwards can be read from the bottom up."""
+    paths = {
+        ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(".__init__"): path
+        for path in PACKAGE.rglob("*.py")
+    }
+    left: dict[str, set[str]] = {}
+    for name, path in paths.items():
+        found = imports(path) & paths.keys() - {name}
+        # To import a module of a package is not to use what the package itself says
+        left[name] = {one for one in found if not any(other.startswith(f"{one}.") for other in found)}
+    while free := [name for name, used in left.items() if not used & left.keys()]:
+        for name in free:
+            del left[name]
+    assert left == {}
+
+
 def test_every_module_says_what_it_is_for() -> None:
     for path in PACKAGE.rglob("*.py"):
         assert ast.get_docstring(ast.parse(path.read_text())), path

@@ -1,1 +1,12 @@
 """The commands, each parsed by click and handed on. ``cli`` adds them to its group."""
+
+from __future__ import annotations
+
+from qsnap.cli.common import Action, Options
+
+
+def work(options: Options, action: Action) -> int:
+    """Do *action* with each VM that is meant, and show what comes of it; the exit code."""
+    from qsnap.cli.several import do
+
+    return options.shown(do(options, action))

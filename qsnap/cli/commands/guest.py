@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from qsnap.cli.common import Options, excluded, work
+from qsnap.cli.commands import work
+from qsnap.cli.common import Options, excluded
 from qsnap.cli.options import (
     Command,
     common_options,

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from qsnap.cli.common import Options, work
+from qsnap.cli.commands import work
+from qsnap.cli.common import Options
 from qsnap.cli.options import Command, common_options, tag_argument, tags_argument
 
 if TYPE_CHECKING:

@@ -6,7 +6,8 @@ from typing import Any
 
 import click
 
-from qsnap.cli.common import Options, work
+from qsnap.cli.commands import work
+from qsnap.cli.common import Options
 from qsnap.cli.options import Command, common_options, prefix_option
 from qsnap.cli.policy import policy_of, policy_options
 from qsnap.errors import BadUsage

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from qsnap.cli.common import Options, excluded, work
+from qsnap.cli.commands import work
+from qsnap.cli.common import Options, excluded
 from qsnap.cli.options import Command, common_options, exclude_option, tag_argument, tags_argument
 from qsnap.errors import BadUsage
 
