@@ -25,10 +25,10 @@ def main() -> NoReturn:
 
 
 def _speak_utf8() -> None:
-    """Begin anew in Python's UTF-8 mode, if the locale has another encoding.
+    """Restart in Python's UTF-8 mode, if the locale has another encoding.
 
-    Tags and file names are UTF-8 to QEMU. Else those of the command line would be others than those that QEMU tells of,
-    and a file with a character that the locale does not have could not be named at all.
+    QEMU takes tags and file names as UTF-8. In another encoding, those on the command line would differ from those that
+    QEMU reports, and a file with a character that the locale lacks could not be named at all.
     """
     if not sys.flags.utf8_mode and sys.getfilesystemencoding() != "utf-8" and sys.executable:
         os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])  # noqa: S606 (ourselves)

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from qsnap.model.checks import Finding
 
 
-#: How things stand where something was refused in time.
+#: The state of the guest after a refusal before any change.
 UNTOUCHED = "the guest was not touched"
 
 
@@ -48,9 +48,9 @@ class QsnapError(Exception):
     exit_code = 1
     #: What the code means, as the exit table prints it.
     meaning: ClassVar[str] = "any other failure"
-    #: What that leaves behind, and the state of the guest, as far as they are known; the sequences fill it in.
+    #: What the failure leaves behind, and the state of the guest, as far as known; the sequences fill it in.
     outcome = ""
-    #: Of a live save that failed: it was undone. The guest runs, and nothing of it is left.
+    #: A live save failed and was undone. The guest runs, and nothing of the new snapshot is left.
     undone = False
 
     def __str__(self) -> str:
@@ -91,7 +91,7 @@ class OperationTimeout(QsnapError):
 
 
 class BadUsage(QsnapError):
-    """What was asked for is not valid; nothing was tried."""
+    """The request is not valid; nothing was tried."""
 
     exit_code = 2
     meaning = "usage"
@@ -133,13 +133,13 @@ class ConnectError(MonitorError):
 
 
 class NoVM(ConnectError):
-    """No VM runs that is meant, or it has no monitor that qsnap could use."""
+    """The VM that is meant does not run, or has no monitor that qsnap could use."""
 
 
 class MonitorBusy(MonitorError):
     """The socket takes the connection, and then no greeting comes.
 
-    :ivar silence: that, in words: at which address, and for how long.
+    :ivar silence: a sentence that says which address is silent, and for how long.
     """
 
     def __init__(self, silence: str, why: str) -> None:
@@ -161,8 +161,8 @@ class NotSupported(QsnapError):
 class PrecheckRefused(QsnapError):
     """The pre-checks found reasons why it would fail or do harm.
 
-    :param outcome: how things stand.
-    :ivar findings: all that was found, warnings included.
+    :param outcome: the state of the guest.
+    :ivar findings: all findings, warnings included.
     """
 
     exit_code = 6
@@ -274,8 +274,8 @@ class VerifyFailed(QsnapError):
 class VMLocked(QsnapError):
     """Another qsnap is using this VM; nothing was changed.
 
-    :ivar holder: who that is, in words.
-    :ivar pid: its process, where it is known and on this machine.
+    :ivar holder: a description of that qsnap, in words.
+    :ivar pid: its process id, if that is known and the process is on this machine.
     """
 
     exit_code = 11

@@ -14,17 +14,17 @@ from qsnap.model.qemu import BlockGraph
 
 #: A tag's greatest length in bytes of UTF-8: QEMUSnapshotInfo.name is char[256] (block/snapshot.h).
 MAX_TAG_BYTES = 255
-#: What the second name of a tag ends with. A snapshot that is made while the older one of its tag stays is on the disks
-#: under that, or under the tag itself if the older one has the second name.
+#: The suffix of a tag's second name. If an older snapshot stays while a new one is made, the disks hold the new one
+#: under the second name, or under the tag itself if the older one has the second name.
 SECOND_SUFFIX = ".qsnap-2"
-#: What no tag of a user's ends with. The second one is what earlier versions of qsnap called such a snapshot.
+#: Suffixes that no user's tag may have. Earlier versions of qsnap used the last one for such a snapshot.
 RESERVED_SUFFIXES = (SECOND_SUFFIX, ".qsnap-stand-in")
 
 
 def tag_problem(tag: str) -> str | None:
-    """Why QEMU or a terminal would make something else of this tag; None for a good one.
+    """Why QEMU or a terminal would change this tag; None for a good tag.
 
-    QEMU takes an empty tag, cuts a long one without a word, and HMP is wrecked by control characters.
+    QEMU accepts an empty tag, silently cuts a long one, and control characters break HMP.
     """
     if not tag:
         return "the tag is empty"
@@ -40,9 +40,9 @@ def tag_problem(tag: str) -> str | None:
 
 
 def looks_like_id(tag: str) -> bool:
-    """Whether a tag could be an ID in a snapshot table, where those are numbers from 1 on.
+    """Whether a tag could be an ID in a snapshot table: IDs are numbers from 1 on.
 
-    QEMU looks for the snapshot that it goes back to by ID first, and then by tag (qcow2-snapshot.c).
+    For a load, QEMU looks a snapshot up by ID first, and then by tag (qcow2-snapshot.c).
     """
     return bool(re.fullmatch(r"[1-9][0-9]*", tag, re.ASCII))
 
@@ -53,18 +53,18 @@ def series_tag(prefix: str, now: datetime) -> str:
 
 
 def series_of(tag: str) -> str | None:
-    """The prefix of the series that a tag is of; None if :func:`series_tag` has not made it."""
+    """The prefix of the series that a tag belongs to; None if :func:`series_tag` did not make it."""
     match = re.fullmatch(r"(.+)-[0-9]{8}T[0-9]{6}", tag, re.DOTALL)
     return match[1] if match else None
 
 
 def is_of_series(tag: str, prefix: str) -> bool:
-    """Whether :func:`series_tag` has made that name of *prefix*; a name made by hand is not of a series."""
+    """Whether :func:`series_tag` made that tag from *prefix*; a tag made by hand belongs to no series."""
     return series_of(tag) == prefix
 
 
 def automatic_tag(now: datetime) -> str:
-    """The name of a snapshot that was given none: do_savevm's, from the local time *now*."""
+    """The tag of a snapshot without a name from the user: as do_savevm makes it, from the local time *now*."""
     return now.strftime("vm-%Y%m%d%H%M%S")
 
 
@@ -83,9 +83,9 @@ def second_name(tag: str) -> str:
 
 
 def free_automatic_tag(graph: BlockGraph, name: Callable[[datetime], str] = automatic_tag) -> str:
-    """The automatic tag; that of a later second where it is taken, as nobody asked to replace anything.
+    """The automatic tag; if it is taken, that of a later second, because nobody asked to replace anything.
 
-    :param name: makes it of the local time.
+    :param name: makes the tag from the local time.
     """
     taken = {row.tag for node in graph.nodes.values() for row in node.snapshots}
     now = datetime.now().astimezone()
@@ -97,16 +97,16 @@ def free_automatic_tag(graph: BlockGraph, name: Callable[[datetime], str] = auto
 def next_of_series(graph: BlockGraph, prefix: str) -> str:
     """The tag of the next snapshot of a series.
 
-    :raise BadUsage: *prefix* cannot begin the names of one.
+    :raise BadUsage: *prefix* cannot begin the tags of a series.
     """
     check_prefix(prefix)
     return free_automatic_tag(graph, lambda now: series_tag(prefix, now))
 
 
 def check_prefix(prefix: str) -> None:
-    """Refuse what cannot begin the names of a series.
+    """Refuse a prefix that cannot begin the tags of a series.
 
-    :raise BadUsage: it cannot.
+    :raise BadUsage: *prefix* cannot.
     """
     if not prefix:
         raise BadUsage("the prefix is empty")

@@ -1,4 +1,4 @@
-"""What the pre-checks say: what a save does with each device, and what is in its way. No I/O."""
+"""The results of the pre-checks: what a save does with each device, and what prevents it. No I/O."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Verdict(StrEnum):
     IGNORED = "ignored"
     """Empty or read-only: there is nothing to save."""
     EXCLUDED = "excluded"
-    """Left out because the user said so."""
+    """The user excluded it."""
     REFUSED = "refused"
     """Writable and unable to snapshot."""
 
@@ -82,12 +82,12 @@ class Finding(Struct, frozen=True):
 
     @property
     def refuses(self) -> bool:
-        """Whether it stands in the way, rather than only warns."""
+        """Whether it refuses the operation, rather than only warns."""
         return self.severity is Severity.REFUSE
 
 
 class CheckReport(Struct, frozen=True):
-    """The answer of the pre-checks."""
+    """The result of the pre-checks."""
 
     ok: bool
     runstate: RunState
@@ -102,13 +102,13 @@ class CheckReport(Struct, frozen=True):
 
     @property
     def roots(self) -> tuple[str, ...]:
-        """For each of :attr:`saved` the topmost node of a device: what a snapshot without a job is asked of."""
+        """For each of :attr:`saved` the topmost node of a device: a snapshot without a job is requested for that."""
         above = {d.image: d.node for d in reversed(self.devices) if d.verdict is Verdict.SAVED and d.image and d.node}
         return tuple(above[image] for image in self.saved)
 
     @property
     def excluded(self) -> tuple[str, ...]:
-        """The node-names that are left out because the user said so."""
+        """The node-names that the user excluded."""
         left_out = (d.image or d.node for d in self.devices if d.verdict is Verdict.EXCLUDED)
         return tuple(name for name in left_out if name)
 

@@ -1,13 +1,13 @@
-"""Devices of which a part lies outside QEMU: what the block layer and the VM state do not know of. Pure.
+"""Devices with a part outside QEMU, which the block layer and the VM state do not know. Pure.
 
-Those that write into the guest's RAM from there spoil a live save: what protects RAM meanwhile (userfaultfd) protects
-QEMU's own page tables alone, so that RAM of several moments is saved (seen with a process that has the guest's memory
-mapped, on 7.2 and 11.1).
+Devices that write into the guest's RAM from outside spoil a live save: the protection of RAM during a live save
+(userfaultfd) covers QEMU's own page tables alone, so that the save mixes RAM of several moments (seen with a process
+that has the guest's memory mapped, on 7.2 and 11.1).
 
-QEMU's savevm says nothing of them: it saves, reports success, and a load puts RAM back beside contents of another
-moment (seen with vhost-user-blk, virtio-pmem and cxl-type3 on 7.2 and 11.1). They are known by their model (QOM type)
-alone. nvdimm and ivshmem are not among them: their memory is in the VM state. virtio-9p is not either: QEMU refuses to
-save while the guest has it mounted.
+QEMU's savevm does not report them: it saves, reports success, and a load puts RAM back beside contents of another
+moment (seen with vhost-user-blk, virtio-pmem and cxl-type3 on 7.2 and 11.1). They are recognised by their model (QOM
+type) alone. nvdimm and ivshmem are not among them: their memory is in the VM state. virtio-9p is not either: QEMU
+refuses to save while the guest has it mounted.
 """
 
 from __future__ import annotations

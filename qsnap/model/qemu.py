@@ -1,4 +1,4 @@
-"""What QEMU tells us, typed. No I/O here.
+"""What QEMU reports, typed. No I/O here.
 
 Sizes are bytes, dates are aware datetimes, and times that QEMU counts in nanoseconds say so in their name.
 """
@@ -18,7 +18,7 @@ MIGRATION_IDLE = frozenset({None, "none", "completed", "failed", "cancelled"})
 
 
 class RunState(StrEnum):
-    """The guest's run state, in QEMU's words (qapi/run-state.json). One that is not known is kept as it is."""
+    """The guest's run state, in QEMU's words (qapi/run-state.json). An unknown one is kept as it is."""
 
     RUNNING = "running"
     PAUSED = "paused"
@@ -55,7 +55,7 @@ class QemuVersion(NamedTuple):
         return ".".join(map(str, self))
 
 
-#: See :meth:`Migration.spoils_loads`; between 7.2 and 10.0 it was not looked for.
+#: See :meth:`Migration.spoils_loads`; versions between 7.2 and 10.0 were not tried.
 _ERRORS_SPOIL_LOADS_SINCE = QemuVersion(9, 0, 0)
 
 
@@ -90,12 +90,12 @@ class BlockNode(Struct, frozen=True):
     driver: str
     read_only: bool = False
     active: bool = True
-    """False: an image that is inactive because of a migration (QEMU 10.0 and later tell)."""
+    """False: the image is inactive because of a migration (QEMU 10.0 and later report it)."""
     filename: str = ""
     virtual_size: int = 0
-    """Bytes, as those above see it; 0 where QEMU does not tell."""
+    """Bytes, as its parents see it; 0 if QEMU does not report it."""
     encrypted: bool = False
-    """The image itself is (a qcow2 of format luks or aes), whatever lies below it."""
+    """The image itself is encrypted (a qcow2 of format luks or aes), whatever lies below it."""
     external_data_file: bool = False
     refcount_bits: int | None = None
     dirty_bitmaps: tuple[str, ...] = ()
@@ -108,13 +108,13 @@ class BlockNode(Struct, frozen=True):
     def is_temporary(self) -> bool:
         """Whether this is the overlay of ``snapshot=on``, which QEMU deletes when it ends.
 
-        QEMU names it vl.XXXXXX, in $TMPDIR or /var/tmp (block.c: create_tmp_file), and tells no other way.
+        QEMU names it vl.XXXXXX, in $TMPDIR or /var/tmp (block.c: create_tmp_file); nothing else identifies it.
         """
         has_backing = any(name == "backing" for name, _ in self.children)
         return has_backing and bool(re.search(r"(^|/)vl\.\w{6}$", self.filename))
 
     def tagged(self, tag: str) -> tuple[NodeSnapshot, ...]:
-        """This node's snapshots of that tag: in one image the same tag can stand more than once."""
+        """This node's snapshots of that tag: one image can hold the same tag more than once."""
         return tuple(snapshot for snapshot in self.snapshots if snapshot.tag == tag)
 
 
@@ -139,7 +139,7 @@ class Peripheral(Struct, frozen=True):
 
     @property
     def label(self) -> str:
-        """What a user calls it, and an option takes: its id, or its path where it has none."""
+        """The name that users and options use: its id, or its path if it has none."""
         return self.device_id or self.path
 
 
@@ -151,7 +151,7 @@ class BlockBackend(Struct, frozen=True):
     qdev: str = ""
     """The guest device: its id or its path in the object tree; "" where it is no guest device."""
     qdev_type: str = ""
-    """The device model, such as ``cfi.pflash01``; "" where it was not asked for."""
+    """The device model, such as ``cfi.pflash01``; "" if qsnap did not query it."""
     removable: bool = False
     root: str | None = None
     """The node-name; None in an empty drive."""
@@ -179,7 +179,7 @@ class Job(Struct, frozen=True):
 
     @property
     def is_concluded(self) -> bool:
-        """Whether it only waits for job-dismiss."""
+        """Whether the job only waits for job-dismiss."""
         return self.status == "concluded"
 
 
@@ -187,8 +187,8 @@ class BlockJob(Job, frozen=True):
     """A job that copies disks: mirror, commit, stream or backup, that has not concluded."""
 
     nodes: tuple[tuple[str, str], ...] = ()
-    """(name of the edge, node-name) of each node that it works on: "main node", "source", "target", …; none where the
-    monitor does not tell."""
+    """(name of the edge, node-name) of each node that it works on: "main node", "source", "target", …; none if the
+    monitor does not report them."""
 
     @property
     def targets(self) -> frozenset[str]:
@@ -197,14 +197,14 @@ class BlockJob(Job, frozen=True):
 
 
 class BlockGraph(Struct, frozen=True):
-    """All block nodes and their users, in QEMU's own order; and the guest's devices, among which others may hold data.
+    """All block nodes and their users, in QEMU's own order; and the guest's devices, because others may hold data too.
 
     :ivar nodes: by node-name, oldest first.
     :ivar backends: in the order of QEMU's ``blk_all``, which is the order of their creation.
     :ivar with_parents: the node-names that another node, a device, an export or a job uses.
-    :ivar has_edges: False where QEMU does not tell how nodes are connected.
-    :ivar chooses_devices: False where QEMU itself takes all devices (HMP): none can be left out, or carried.
-    :ivar jobs: what it is busy with.
+    :ivar has_edges: False if QEMU does not report how nodes are connected.
+    :ivar chooses_devices: False if QEMU itself takes all devices (HMP): none can be left out, or carried.
+    :ivar jobs: the jobs that copy disks now.
     :ivar peripherals: the devices that the user has given the guest, of whatever kind.
     """
 
@@ -217,7 +217,7 @@ class BlockGraph(Struct, frozen=True):
     peripherals: tuple[Peripheral, ...] = ()
 
     def with_tables(self, tables: SnapshotTables) -> BlockGraph:
-        """This graph with the snapshot tables of a later moment; a node that is gone by then holds nothing."""
+        """This graph with snapshot tables that were read later; a node without a table then holds no snapshots."""
         nodes = {
             name: msgspec.structs.replace(node, snapshots=tables.get(name, ())) for name, node in self.nodes.items()
         }
@@ -231,10 +231,10 @@ class Migration(Struct, frozen=True):
     blocked_reasons: tuple[str, ...] = ()
     capabilities: frozenset[str] = frozenset()
     error: str | None = ""
-    """What QEMU notes of a migration that failed, or that was cancelled while it was set up; None where the monitor
-    does not tell."""
+    """The error that QEMU keeps of a migration that failed, or that was cancelled while it was set up; None if the
+    monitor does not report it."""
 
     def spoils_loads(self, version: QemuVersion) -> bool:
-        """Whether that error is there, or may be, and QEMU fails for it in the middle of any load, with the disks
+        """Whether QEMU keeps that error, or may keep it, so that it fails in the middle of any load, with the disks
         reverted already (seen in 10.0 and 11.1; 7.2 loads)."""
         return self.error != "" and version >= _ERRORS_SPOIL_LOADS_SINCE

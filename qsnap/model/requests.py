@@ -1,4 +1,4 @@
-"""What a user asks for, whole: it goes from the command line to the sequence as it is."""
+"""A user's whole request: it passes from the command line to the sequence unchanged."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class OnExists(StrEnum):
 
 
 class LoadRequest(Struct, frozen=True):
-    """A load that is asked for."""
+    """The request for a load."""
 
     tag: str
     running: bool | None = None
@@ -34,22 +34,22 @@ class LoadRequest(Struct, frozen=True):
     """Have QEMU load all of RAM."""
     verify: bool = False
     """Compare all of RAM with the snapshot after the load, before the guest runs. If it differs after a delta load, all
-    is loaded; if it differs then, too, QEMU's devices have written it as they were loaded."""
+    is loaded; if it still differs then, QEMU's devices have written it as they were loaded."""
 
 
 class SaveRequest(Struct, frozen=True):
-    """A save that is asked for."""
+    """The request for a save."""
 
     tag: str | None = None
     """1 to 255 bytes, 247 for a live save. Default: vm-%Y%m%d%H%M%S in local time, as do_savevm names it."""
     on_exists: OnExists = OnExists.REPLACE
     vmstate: str | None = None
-    """The device that holds the VM state. Default: QEMU's own choice, which loadvm expects. Of a live save: the one
-    beside whose image the state file goes."""
+    """The device that holds the VM state. Default: QEMU's own choice, which loadvm expects. For a live save: the
+    device beside whose image the state file goes."""
     exclude: tuple[str, ...] = ()
-    """Devices to leave out; the snapshot is not whole then."""
+    """Devices to leave out; the snapshot is then not whole."""
     force: bool = False
-    """Let a lack of room only warn."""
+    """Only warn if room is short."""
     alive: bool = False
     """Refuse a guest that could not go on from the snapshot, because it has panicked or shut down. Default: warn."""
     prepare: bool | None = None

@@ -1,4 +1,4 @@
-"""What each command answers: results for scripts (``--json``) and for the library. No I/O."""
+"""The result of each command: results for scripts (``--json``) and for the library. No I/O."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from qsnap.model.snapshots import InBacking, Kind, StateFile
 
 
 class PruneDecision(Struct, frozen=True):
-    """What becomes of a snapshot of a series."""
+    """Whether a prune keeps a snapshot of a series."""
 
     tag: str
     kind: Kind
     date: datetime
     vm_state_size: int
     reasons: tuple[str, ...]
-    """Why it is kept; none: it is not."""
+    """Why it is kept; empty: it is removed."""
 
 
 class PruneResult(Struct, frozen=True):
-    """What a prune has kept and removed, each the newest first. ``dry_run``: what one would."""
+    """What a prune kept and removed, each the newest first. ``dry_run``: what it would keep and remove."""
 
     prefix: str
     keep: tuple[PruneDecision, ...]
@@ -35,7 +35,7 @@ class PruneResult(Struct, frozen=True):
 
 
 class SaveResult(Struct, frozen=True):
-    """What a save has made. ``dry_run`` results describe what one would make, with sizes and times 0."""
+    """What a save made. ``dry_run`` results describe what it would make, with sizes and times 0."""
 
     tag: str
     replaced: bool
@@ -49,7 +49,7 @@ class SaveResult(Struct, frozen=True):
     date: datetime
     vm_clock_ns: int
     pause_ms: float
-    """Milliseconds from QEMU's STOP to its RESUME; 0 where the guest was not running."""
+    """Milliseconds from QEMU's STOP to its RESUME; 0 if the guest was not running."""
     duration_ms: float
     runstate: RunState
     warnings: tuple[Finding, ...] = ()
@@ -59,11 +59,11 @@ class SaveResult(Struct, frozen=True):
     """Of a live save."""
     description: str = ""
     pruned: PruneResult | None = None
-    """What was pruned after it."""
+    """What was pruned after the save."""
 
 
 class LoadResult(Struct, frozen=True):
-    """What a load has put back."""
+    """What a load put back."""
 
     tag: str
     vmstate: str | None
@@ -79,23 +79,23 @@ class LoadResult(Struct, frozen=True):
     file: StateFile | None = None
     """Of a live save."""
     method: Literal["delta", "full"] = "full"
-    """"delta": QEMU has loaded what of RAM differed from the snapshot, and all else; "full": everything."""
+    """"delta": QEMU loaded only the RAM that differed from the snapshot, and all else; "full": everything."""
     why_full: str = ""
-    """Why everything was loaded; "" where only what differed was."""
+    """Why everything was loaded; "" after a delta load."""
     ram_bytes: int | None = None
-    """Bytes of RAM that differed; None where everything was loaded."""
+    """Bytes of RAM that differed; None after a full load."""
     differing_pages: int | None = None
-    """Pages of 4 KiB that differ from the snapshot after the load, as a device of QEMU's has written them while it was
-    loaded; None where they were not compared."""
+    """Pages of 4 KiB that differ from the snapshot after the load, because a device of QEMU wrote them while it was
+    loaded; None if they were not compared."""
 
 
 class DeleteResult(Struct, frozen=True):
-    """What a delete has removed: for each tag the node-names that held it; no names where none did."""
+    """What a delete removed: for each tag the node-names that held it; no names if none did."""
 
     deleted: dict[str, tuple[str, ...]]
     labels: Labels = msgspec.field(default_factory=dict)
     files: dict[str, tuple[str, ...]] = msgspec.field(default_factory=dict)
-    """For each tag the paths of the state files that went with it."""
+    """For each tag the paths of the state files that were deleted with it."""
 
 
 class Recovered(Struct, frozen=True):
@@ -105,26 +105,26 @@ class Recovered(Struct, frozen=True):
     """"save", "load", "delete" (also of a prune) or "note"; "" if its claim could not be read, so nothing is known."""
     tags: tuple[str, ...]
     pid: int
-    """Its process, which is no more; 0 where it is not known."""
+    """The id of its process, which has ended; 0 if unknown."""
     began: str
     """ISO 8601."""
     actions: tuple[str, ...]
-    """What was done, a sentence each; none where nothing was left to do."""
+    """What was done, a sentence each; empty if nothing was left to do."""
 
 
 class Unfinished(Struct, frozen=True):
-    """A run that goes on, or that died and has not been cleaned up after yet."""
+    """A run that goes on, or a dead one that nobody has cleaned up after yet."""
 
     operation: str
     tags: tuple[str, ...]
     pid: int
     began: str
     is_alive: bool | None
-    """None where it cannot be told: it is of another machine, container or version."""
+    """None if unknown: the run belongs to another machine, container or version."""
 
 
 class Status(Struct, frozen=True):
-    """The guest, and what of ours is left behind on it."""
+    """The guest, and what earlier runs of qsnap left behind on it."""
 
     version: str
     name: str
@@ -136,10 +136,10 @@ class Status(Struct, frozen=True):
     devices: tuple[Device, ...]
     leftover_jobs: tuple[Job, ...]
     run: Unfinished | None = None
-    """Whose claim on this VM there is."""
+    """The run that holds the claim on this VM."""
     is_half_restored: bool = False
-    """A load has failed midway."""
+    """A load failed midway."""
     trouble: str = ""
-    """Why a snapshot of the guest as it is now would be of little use to go on from; "" where it is of use."""
+    """Why a guest could not go on from a snapshot made now; "" if it could."""
     in_backing: tuple[InBacking, ...] = ()
-    """What is out of reach below an overlay; not counted in :attr:`snapshots`."""
+    """Tags out of reach below an overlay; not counted in :attr:`snapshots`."""

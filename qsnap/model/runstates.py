@@ -1,4 +1,4 @@
-"""What a guest's run state means: who has brought it about, and what makes the guest run again. Pure.
+"""What a guest's run state means: who caused it, and what makes the guest run again. Pure.
 
 ::
 
@@ -35,12 +35,12 @@ _BY_ITSELF = {
 
 
 def is_live(runstate: RunState) -> bool:
-    """Whether the guest runs, or sleeps of its own will (S3): nobody has to resume it."""
+    """Whether the guest runs, or sleeps by its own request (S3): nobody has to resume it."""
     return runstate in (RunState.RUNNING, RunState.SUSPENDED)
 
 
 def takes_stop(runstate: RunState, version: QemuVersion) -> bool:
-    """Whether `stop` stops the guest, and `cont` then brings back what there was."""
+    """Whether `stop` stops the guest, and `cont` then restores the state before."""
     return runstate is RunState.RUNNING or (runstate is RunState.SUSPENDED and version >= S3_IS_SAVED)
 
 
@@ -50,22 +50,22 @@ def needs_reset(runstate: RunState, version: QemuVersion) -> bool:
 
 
 def runs_after_load(runstate: RunState) -> bool:
-    """Whether a guest in that state is to run once it is put back: all but one that its user has paused."""
+    """Whether a guest in that state should run after a load: every guest but one that its user paused."""
     return is_live(runstate) or runstate in _BY_ITSELF
 
 
 def is_own_stop(runstate: RunState) -> bool:
-    """Whether the guest has come to a stop by itself, and `cont` ends that."""
+    """Whether the guest stopped by itself, and `cont` ends that."""
     return runstate in _BY_ITSELF and runstate not in HAS_ENDED
 
 
 def happened(runstate: RunState) -> str:
-    """What has brought a guest into that state by itself; "" where nothing of the kind has."""
+    """What happened to a guest that came into that state by itself; "" for any other state."""
     return _BY_ITSELF.get(runstate, "")
 
 
 def trouble_of(runstate: RunState, version: QemuVersion) -> str:
-    """Why a snapshot of a guest in that state is of little use to go on from; "" where it is of use."""
+    """Why a guest could not go on from a snapshot in that state; "" if it could."""
     if runstate in _BY_ITSELF:
         return f"the guest is {runstate}: {_BY_ITSELF[runstate]}"
     if runstate is RunState.SUSPENDED and version < S3_IS_SAVED:
@@ -74,7 +74,7 @@ def trouble_of(runstate: RunState, version: QemuVersion) -> str:
 
 
 def cure_of(runstate: RunState) -> str:
-    """What makes a guest run again that is in that state."""
+    """What makes a guest in that state run again."""
     match runstate:
         case RunState.IO_ERROR:
             return "its own writes fail. Make room on the file system of its images, then `cont` in its monitor"

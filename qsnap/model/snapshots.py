@@ -1,4 +1,4 @@
-"""What a tag names, over all devices, and the file that has the state of a live save. No I/O."""
+"""What a tag names, over all devices, and the file that holds the state of a live save. No I/O."""
 
 from __future__ import annotations
 
@@ -33,24 +33,24 @@ class StateFile(Struct, frozen=True):
     size: int
     """Bytes of the file."""
     disk_tag: str
-    """The tag under which the disks have the snapshot that belongs to it, and itself too."""
+    """The tag under which the disks hold the snapshot that belongs to the file; the file names it too."""
     image: str
-    """The absolute path of the image beside which the state would be; as it was when it was made."""
+    """The absolute path of the image beside which the file belongs, as it was when the file was made."""
     vm_state_size: int
     date: datetime
     vm_clock_ns: int
     is_whole: bool = True
-    """False: it is cut short. Where even what stands at its end is gone, size and clock are 0."""
+    """False: the file is cut short. If the data at its end are missing, size and clock are 0."""
     is_readable: bool = True
-    """False: this user may not read it. It is known by its name alone; size and clock are 0."""
+    """False: this user may not read the file. Only its name is known; size and clock are 0."""
     trouble: str = ""
     """What is wrong with it, a clause that "it" begins: it is a symbolic link, empty, cut short. "" if it is whole."""
     is_link: bool = False
-    """It is a symbolic link. That is not followed: it could lead to anything."""
+    """The file is a symbolic link. qsnap does not follow it, because it could lead to anything."""
 
 
 class InBacking(Struct, frozen=True):
-    """A tag that no device holds, but an image that one stands on: an overlay was made above it (blockdev-snapshot)."""
+    """A tag that no device holds, but a backing image of one: an overlay was made above it (blockdev-snapshot)."""
 
     tag: str
     image: str
@@ -65,28 +65,28 @@ class Snapshot(Struct, frozen=True):
     tag: str
     kind: Kind
     vm_state_size: int
-    """Bytes of VM state: RAM and devices; 0 without."""
+    """Bytes of VM state (RAM and devices); 0 without one."""
     date: datetime
     vm_clock_ns: int
     vmstate: str | None
     """The node-name that holds the VM state."""
     devices: tuple[str, ...]
     missing: tuple[str, ...] = ()
-    """The node-names of writable devices without it."""
+    """The node-names of writable devices that lack the snapshot."""
     problems: tuple[str, ...] = ()
     """Why it cannot be trusted, a sentence each: held twice by a node, or made at different moments."""
     labels: Labels = msgspec.field(default_factory=dict)
     file: StateFile | None = None
-    """Where the VM state is, if it is not in the image of :attr:`vmstate`."""
+    """The file with the VM state, if that is not in the image of :attr:`vmstate`."""
     disk_tag: str = ""
     """The tag under which the devices hold it: :attr:`tag`, or its second name after a live save has replaced it."""
     protected: bool = False
-    """It is neither replaced nor deleted nor pruned."""
+    """qsnap refuses to replace, delete or prune it."""
     description: str = ""
     runstate: str = ""
-    """The guest's run state at the save, where that was written down: one that it could not go on from."""
+    """The guest's run state at the save, if the guest could not go on from it; "" otherwise."""
 
     @property
     def has_state(self) -> bool:
-        """Whether there is a VM state in it."""
+        """Whether it holds a VM state."""
         return self.vmstate is not None or (self.file is not None and bool(self.devices))

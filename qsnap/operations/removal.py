@@ -21,8 +21,8 @@ _WORD = "--ignore-unseen (config file: ignore-unseen = true)"
 
 
 async def refuse_removal(monitor: Monitor, inventory: Inventory, tag: str, what: str) -> None:
-    """Refuse to delete or replace *tag* if it is, or may be, protected, or its state file could not be removed (useless
-    without the disks).
+    """Refuse to delete or replace *tag* if it is, or may be, protected; or if its state file may be out of sight, or
+    could not be removed (useless without the disks).
 
     :param what: what is not done, for people: "saved".
     :raise PrecheckRefused: one of these; nothing has been done.
