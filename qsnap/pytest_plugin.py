@@ -33,16 +33,16 @@ if TYPE_CHECKING:
 
 _T = TypeVar("_T")
 
-#: Bytes of a tag that a test's id may take.
+#: The most bytes of a tag that a test's id may take.
 _ID_MAX = 200
 
 
 class GuestVM:
     """The VM under test: the methods of :class:`qsnap.VM`, for tests that do not await.
 
-    Each has a connection of its own; the monitor is free between two of them.
+    Each call has a connection of its own; the monitor is free between two calls.
 
-    :ivar timeout_s: seconds that each may take; None for no bound.
+    :ivar timeout_s: seconds that each call may take; None for no bound.
     """
 
     def __init__(self, target: Target, timeout_s: float | None) -> None:
@@ -105,7 +105,7 @@ class GuestVM:
 def tag_of(nodeid: str) -> str:
     """The tag under which the guest of a failed test is saved.
 
-    What is cut or cannot be told by its letters is told from others by a sum.
+    If the id is cut or has characters that a tag cannot take, a checksum makes the tag unique.
     """
     function, bracket, parameters = nodeid.removeprefix("tests/").partition("[")
     clean = re.sub(r"[^\w.\[\]-]+", "-", parameters)
@@ -137,7 +137,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_itemcollected(item: pytest.Item) -> None:
-    """A marked test gets the fixture, and before all others: they are to find the guest as it was saved."""
+    """Give a marked test the fixture, before all others, so that those find the guest as it was saved."""
     if item.get_closest_marker("qsnap") and (names := getattr(item, "fixturenames", None)) is not None:
         if "qsnap_vm" in names:
             names.remove("qsnap_vm")
@@ -148,7 +148,7 @@ def pytest_itemcollected(item: pytest.Item) -> None:
 def qsnap_vm(request: pytest.FixtureRequest) -> Iterator[GuestVM]:
     """The VM under test; put back to the snapshot that the marker ``qsnap`` names, if there is one.
 
-    The tests of several processes (pytest-xdist) that are about the same guest wait for each other.
+    Tests of several processes (pytest-xdist) that use the same guest wait for each other.
     """
     from qsnap.errors import QsnapError
 
@@ -169,7 +169,7 @@ def qsnap_vm(request: pytest.FixtureRequest) -> Iterator[GuestVM]:
 
 @contextmanager
 def _alone_with(vm: GuestVM) -> Iterator[None]:
-    """Hold this guest, so that no other process's test drives it meanwhile: a lock (flock) that ends with us."""
+    """Lock this guest (flock), so that no test of another process uses it. The lock ends with this process."""
     import fcntl
     import hashlib
 
@@ -186,7 +186,7 @@ def _alone_with(vm: GuestVM) -> Iterator[None]:
 
 @pytest.hookimpl(hookwrapper=True)
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Generator[None, Any, None]:
-    """Save the guest of a test that failed, before anything is torn down."""
+    """Save the guest of a failed test, before anything is torn down."""
     outcome = yield
     report: pytest.TestReport = outcome.get_result()
     vm = getattr(item, "funcargs", {}).get("qsnap_vm")

@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 
 #: Seconds to wait for another qsnap.
 LOCK_WAIT_S = 5.0
-#: Seconds that a command whose time is over waits for QEMU to answer, before it leaves the guest to its guard.
+#: Seconds that a command waits for QEMU to answer after its time-out, before it leaves the guest to its guard.
 TIMED_PATIENCE_S = 10.0
 
 
@@ -53,8 +53,8 @@ class VM:
     """A running QEMU, by its monitor. Made by :func:`connect`.
 
     :ivar address: where its monitor is.
-    :ivar recovered: what had to be done about runs that had died, by whichever method came upon them.
-    :ivar remarks: what else is to be said to the user, a sentence each.
+    :ivar recovered: what any method of this object did about runs that had died.
+    :ivar remarks: further messages for the user, a sentence each.
     :ivar lock_wait_s: how many seconds to wait for another qsnap that is using this VM; 0 refuses at once.
     """
 
@@ -79,7 +79,7 @@ class VM:
 
     @property
     def pid(self) -> int | None:
-        """The QEMU process, where it is on this machine and the socket tells."""
+        """The QEMU process, if it is on this machine and the socket reports it."""
         return self._monitor.pid
 
     async def save(
@@ -101,18 +101,18 @@ class VM:
     ) -> SaveResult:
         """Save RAM, device state and every writable disk under one tag: see :func:`qsnap.operations.save.do_savevm`.
 
-        :param prefix: instead of a tag: save the next one of that series, as PREFIX-YYYYMMDDTHHMMSS in local time.
-            A guest that could not go on from it is refused: it would push good snapshots out of the series.
+        :param prefix: instead of a tag: save the next snapshot of that series, as PREFIX-YYYYMMDDTHHMMSS in local time.
+            A guest that could not go on from it is refused, because it would push good snapshots out of the series.
         :param alive: refuse such a guest in any case. It has panicked, shut down, its watchdog has run out, a request
-            to a disk has failed; or it is in S3, before QEMU 9.0. Default: warn, and write it down with the snapshot.
-        :param description: written down beside the image: see :mod:`qsnap.inventory.notes`.
+            to a disk has failed; or it is in S3, before QEMU 9.0. Default: warn, and note it with the snapshot.
+        :param description: is stored beside the image: see :mod:`qsnap.inventory.notes`.
         :param safe_replace: keep the older snapshot until the new one is complete. A live save always keeps a whole
             snapshot; this changes nothing there.
-        :param live: while the guest runs: see :func:`qsnap.operations.live.save.do_live_save`. A guest that is paused
-            gains nothing by it, and is saved the ordinary way. "auto" saves the ordinary way also where a live save is
-            not possible, or has failed and was undone. The result's warnings say so.
-        :param prepare: have the clusters of the VM state made while the guest runs, which shortens the pause; False:
-            never. Default: where it pays, see :mod:`qsnap.operations.prepare`.
+        :param live: save while the guest runs: see :func:`qsnap.operations.live.save.do_live_save`. A paused guest
+            gains nothing by it, and is saved the ordinary way. "auto" saves the ordinary way also if a live save is
+            not possible, or failed and was undone. The result's warnings say so.
+        :param prepare: allocate the clusters of the VM state while the guest runs, which shortens the pause; False:
+            never. Default: if it pays, see :mod:`qsnap.operations.prepare`.
         :raise VMLocked: another qsnap is using this VM.
         """
         from qsnap.inventory.notes import checked_description
@@ -184,7 +184,7 @@ class VM:
     async def delete(self, *tags: str, missing_ok: bool = False, ignore_unseen: bool = False) -> DeleteResult:
         """Delete snapshots from every device that holds them: see :func:`qsnap.operations.delete.do_delvm`.
 
-        :param ignore_unseen: what cannot be seen from here does not matter, as with the same word of :func:`connect`.
+        :param ignore_unseen: ignore notes and state files that cannot be seen from here: see :func:`connect`.
         :raise VMLocked: another qsnap is using this VM.
         """
         from qsnap.operations.annotate import forget_notes
@@ -256,10 +256,10 @@ class VM:
     async def recover(self, *, force: bool = False) -> tuple[Recovered, ...]:
         """Clean up after runs that died on this VM: resume the guest, remove what they left half made.
 
-        Every other method but :meth:`status` does that too, before its own work.
+        Every other method except :meth:`status` does that too, before its own work.
 
-        :param force: also one of another machine or container, where it cannot be told whether it is dead.
-        :return: what was done; nothing where nothing was left to do.
+        :param force: also after a run of another machine or container, although it may still be alive.
+        :return: what was done; empty if nothing was left to do.
         :raise VMLocked: a run is using this VM.
         """
         from qsnap.supervision.claim import recover_all
@@ -267,12 +267,12 @@ class VM:
         done = await recover_all(self._monitor, self.address, force=force)
         with suppress(CommandFailed):  # under -preconfig there is nothing to tidy
             inventory = await self._tidied(self._unclaimed())
-            with suppress(QsnapError):  # damaged notes: who is about to delete something is told
+            with suppress(QsnapError):  # damaged notes: reported when something is deleted
                 await self._warn_of_unseen_notes(inventory)
         return tuple(done)
 
     async def list(self) -> tuple[Snapshot, ...]:
-        """All snapshots, oldest first; those on some devices only and those that others made too."""
+        """All snapshots, oldest first, including those on some devices only and those that qsnap did not make."""
         await self._recover_if_seen()
         inventory = await self._unclaimed().look()
         found = await self._with_notes(inventory, inventory.snapshots)
@@ -304,7 +304,7 @@ class VM:
         exclude: Collection[str] = (),
         force: bool = False,
     ) -> CheckReport:
-        """Run the pre-checks of a save alone. The guest is not touched.
+        """Run only the pre-checks of a save. The guest is not touched.
 
         :raise NotSupported: HMP cannot honour *vmstate* or *exclude*.
         """
@@ -316,9 +316,9 @@ class VM:
         return (await plan_save(self._unclaimed(), request)).report
 
     async def check_load(self, tag: str, *, exclude: Collection[str] = ()) -> Snapshot:
-        """Run the pre-checks of a load alone: see :func:`qsnap.operations.plan.plan_load`. The guest is not touched.
+        """Run only the pre-checks of a load: see :func:`qsnap.operations.plan.plan_load`. The guest is not touched.
 
-        :return: what would be loaded.
+        :return: the snapshot that a load would put back.
         """
         from qsnap.operations.plan import plan_load
 
@@ -326,7 +326,7 @@ class VM:
         return (await plan_load(self._unclaimed(), tag, exclude=exclude)).snapshot
 
     async def status(self) -> Status:
-        """The guest, and what an earlier qsnap has left behind on it. Changes nothing."""
+        """The guest's state, and what earlier runs of qsnap left behind on it. Changes nothing."""
         from qsnap.model.runstates import trouble_of
         from qsnap.supervision.claim import run_of
 
@@ -355,7 +355,7 @@ class VM:
         )
 
     def _tell_of_backing(self, inventory: Inventory, only: Collection[str] | None = None) -> None:
-        """Say so where snapshots, or their parts, are out of reach below an overlay; *only* those of some tags."""
+        """Add a remark if snapshots, or their parts, are out of reach below an overlay; *only* for some tags."""
         tags: dict[tuple[str, str], list[str]] = {}
         for one in inventory.in_backing if only is None else (one for one in inventory.in_backing if one.tag in only):
             tags.setdefault((one.image, one.device), []).append(one.tag)
@@ -366,13 +366,13 @@ class VM:
         )
 
     def _warn_of_files_left(self, inventory: Inventory, found: Iterable[Snapshot]) -> None:
-        """Say so where what looks like disks alone has its RAM in a file beside the former name of an image."""
+        """Add a remark if a disk-only snapshot has its RAM in a file beside the former name of an image."""
         for snapshot in found:
             if snapshot.kind is Kind.DISK_ONLY and (left := inventory.left_behind(snapshot.disk_tag)):
                 self.remarks.append(left.sentence(f"{snapshot.tag!r} is a live snapshot, and its state file"))
 
     def _warn_of_unseen_files(self, inventory: Inventory, tags: Collection[str]) -> None:
-        """Say so where what looks like disks alone may have its RAM in a file that cannot be seen from here."""
+        """Add a remark if a disk-only snapshot may have its RAM in a file that cannot be seen from here."""
         disks = [one.tag for one in inventory.snapshots if one.kind is Kind.DISK_ONLY and one.tag in tags]
         if disks and not inventory.store.ignores_unseen and (places := inventory.unseen):
             self.remarks.append(
@@ -381,7 +381,7 @@ class VM:
             )
 
     async def _with_notes(self, inventory: Inventory, found: Sequence[Snapshot]) -> tuple[Snapshot, ...]:
-        """These snapshots, with what is written down about them as far as that can be seen from here."""
+        """These snapshots, with their notes as far as those can be seen from here."""
         if not found:
             return ()
         marks = await inventory.marks(self._monitor)
@@ -393,9 +393,9 @@ class VM:
         return tuple(msgspec.structs.replace(one, protected=True) if marks.protects(one) else one for one in found)
 
     async def _warn_of_unseen_notes(self, inventory: Inventory) -> None:
-        """Say so where there may be notes that cannot be seen from here, and QEMU does not tell what they protect.
+        """Add a remark if there may be notes that cannot be seen from here, and QEMU does not report what they protect.
 
-        :raise QsnapError: they are damaged.
+        :raise QsnapError: the notes are damaged.
         """
         notes, marks = inventory.notes, await inventory.marks(self._monitor)
         self.remarks += (left.sentence("a file with notes") for left in notes.left)
@@ -442,7 +442,7 @@ class VM:
             yield run
 
     async def _recover_if_seen(self) -> None:
-        """Clean up after a run that died, before its remains are looked at."""
+        """Clean up after a run that died, before this one reads the VM's state."""
         from qsnap.monitor.names import CLAIM
         from qsnap.runs import journal
         from qsnap.supervision.claim import has_journals, recover_all
@@ -450,15 +450,15 @@ class VM:
         if problem := journal.problem():
             self.remarks.append(f"it is not known whether a run has died: {problem}")
         elif has_journals(self._monitor, self.address) or await self._monitor.mark(CLAIM) is not None:
-            # It lives, or somebody else is at it already
+            # The run lives, or another qsnap recovers it already
             with suppress(VMLocked):
                 self.recovered += await recover_all(self._monitor, self.address)
 
     async def _tidied(self, run: Run) -> Inventory:
-        """The VM, once what earlier runs have left is gone."""
+        """The VM's inventory, after the leftovers of earlier runs are removed."""
         from qsnap.operations.annotate import mirror_notes
 
-        # Housekeeping: where QEMU will not hear of jobs (-preconfig), the pre-checks say so better.
+        # Housekeeping: if QEMU refuses to list jobs (-preconfig), the pre-checks report that better.
         with suppress(CommandFailed):
             await run.monitor.dismiss(await run.monitor.leftover_jobs())
         inventory = await run.look()
@@ -468,9 +468,9 @@ class VM:
 
 
 def _positive(what: str, value: float | None) -> float | None:
-    """*value*, if it can be a number of seconds or is None.
+    """*value*, if it is a valid number of seconds or None.
 
-    :raise BadUsage: it is not above 0.
+    :raise BadUsage: *value* is not above 0.
     """
     if value is not None and not value > 0:
         raise BadUsage(f"{what} must be above 0, not {value:g}")
@@ -478,10 +478,10 @@ def _positive(what: str, value: float | None) -> float | None:
 
 
 async def _opened(where: Address, greeting_s: float, lock_wait_s: float, snapshot_jobs: bool | None) -> Monitor:
-    """The monitor, once no other qsnap holds it."""
+    """The open monitor, as soon as no other qsnap holds it."""
     from qsnap.supervision.claim import wait_for_monitor
 
-    if not lock_wait_s >= 0:  # nor is it if that is no number
+    if not lock_wait_s >= 0:  # also refuses NaN
         raise BadUsage(f"the time to wait for another qsnap must not be below 0, as {lock_wait_s:g} is")
     deadline = asyncio.get_running_loop().time() + lock_wait_s
     while True:
@@ -510,15 +510,15 @@ async def connect(
     """Connect to the monitor of a running QEMU, for the duration of a block.
 
     :param address: a path, ``unix:PATH``, ``tcp:HOST:PORT``, or QEMU's own argument pasted whole.
-    :param timeout_s: seconds for the whole block, None for no bound. What is under way then is ended as by an
-        interrupt: the guest is resumed, nothing half made is left. The greeting has its own bound of 5 s. Where
-        QEMU does not answer for 10 s after that, the rest is left to the guard.
+    :param timeout_s: seconds for the whole block, None for no bound. An operation that is under way then ends as after
+        an interrupt: the guest is resumed, nothing half made is left. The greeting has its own bound of 5 s. If QEMU
+        does not answer for 10 s after the time-out, qsnap leaves the rest to the guard.
     :param lock_wait_s: seconds to wait for another qsnap that is using this VM; 0 refuses at once.
-    :param snapshot_jobs: False goes by HMP's savevm inside QMP also where QEMU has snapshot jobs.
-    :param state_dir: where the state files of live saves lie. Default: beside the images; they are looked for there
-        in any case.
-    :param ignore_unseen: delete, prune and replace also where there may be notes that protect a snapshot, or a state
-        file that belongs to it, which cannot be seen from here (over TCP, as another user). Default: that is refused.
+    :param snapshot_jobs: False uses HMP's savevm inside QMP even if QEMU has snapshot jobs.
+    :param state_dir: the directory for the state files of live saves. Default: beside the images; qsnap looks there in
+        any case.
+    :param ignore_unseen: delete, prune and replace even if notes that protect the snapshot, or a state file that
+        belongs to it, may exist and cannot be seen from here (over TCP, as another user). Default: refuse.
     :raise BadUsage: *address* is not valid.
     :raise ConnectError: nothing listens there, or it may not be opened.
     :raise MonitorBusy: another client holds it, or QEMU does not answer.

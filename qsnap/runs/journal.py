@@ -1,9 +1,9 @@
 """The journal of a run: the file in which its record stands, written before anything is done.
 
-It is a file in the user's runtime directory, mode 0600, of JSON texts a line, each adding to those before it: a last
-line that was cut short does no harm. It holds names, tags and process ids, and nothing secret. The run keeps it locked
-(flock), and so does the guard that inherits it; so a journal that nobody holds is that of a run that died, whatever
-has become of its process id. It is deleted when the run has ended and its guest runs as it should.
+It is a file in the user's runtime directory, mode 0600, with one JSON text a line. Each line adds to those before it; a
+last line that was cut short does no harm. The file holds names, tags and process ids, and nothing secret. The run keeps
+it locked (flock), and so does the guard that inherits it. So a journal without a lock belongs to a dead run, even if
+its process id was reused. It is deleted when the run has ended and its guest runs as it should.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ AFTERMATH_TIMEOUT_S = 900.0
 
 
 class Guard(Protocol):
-    """Who sees to the guest if the run is killed: see :class:`qsnap.supervision.guard.Guard`."""
+    """The process that resumes the guest if the run is killed: see :class:`qsnap.supervision.guard.Guard`."""
 
     pid: int
 
@@ -52,16 +52,16 @@ class Guard(Protocol):
 
 
 class Journal:
-    """The journal of a run of ours.
+    """The journal of a run of this process.
 
     Without a file the record is kept in memory only: for a sequence that is run without a claim.
 
-    :ivar record: what it says.
-    :ivar path: where it lies; None without a file.
-    :ivar patience_s: how many seconds an interrupted run waits itself for QEMU to answer, before it leaves the guest to
-        its guard.
+    :ivar record: its contents.
+    :ivar path: its file; None without one.
+    :ivar patience_s: the seconds that an interrupted run waits for QEMU to answer, before it leaves the guest to its
+        guard.
     :ivar guard: the run's guard; None without one.
-    :ivar another_answers: another QEMU than that of the run was met at the monitor's address.
+    :ivar another_answers: at the monitor's address another QEMU answered than that of the run.
     """
 
     def __init__(self, record: Record | None = None, file: int | None = None, path: Path | None = None) -> None:
@@ -73,21 +73,21 @@ class Journal:
         self._file = file
 
     async def armed(self) -> None:
-        """Return once it is certain that the guard resumes the guest if this process is killed.
+        """Return as soon as the guard is ready to resume the guest if this process is killed.
 
-        :raise QsnapError: it cannot be made certain; nothing was done.
+        :raise QsnapError: the guard does not get ready; nothing was done.
         """
         if self.guard is not None:
             await self.guard.ready()
 
     @property
     def guard_pid(self) -> int | None:
-        """The process of its guard; None without one."""
+        """The process id of its guard; None without one."""
         return self.guard.pid if self.guard is not None else None
 
     @classmethod
     def create(cls, record: Record) -> Journal:
-        """Begin one; others see it when it is locked and *record* stands in it.
+        """Create a journal. It becomes visible to others when it is locked and holds *record*.
 
         :raise QsnapError: the runtime directory cannot be used.
         """
@@ -115,11 +115,11 @@ class Journal:
     def note(self, **facts: Any) -> None:  # noqa: ANN401 (fields of Record)
         """Write down what is about to be done, or has been.
 
-        :raise QsnapError: it cannot be written, not all of it; then it must not be done.
+        :raise QsnapError: the journal cannot be written, or not in full; then the step must not be done.
         """
         if self._file is not None:
             try:
-                # Should the line before be cut short, this one is not lost with it.
+                # If the line before was cut short, this one is not lost with it.
                 files.write(self._file, b"\n" + msgspec.json.encode(facts) + b"\n")
             except OSError as error:
                 raise QsnapError(f"the journal {self.path} cannot be written: {error.strerror}") from error
@@ -147,7 +147,7 @@ class Journal:
         return msgspec.structs.replace(self.record.work, **facts)
 
     def close(self, *, remove: bool) -> None:
-        """Let go of it; *remove* it if nothing is left to do."""
+        """Close the journal; *remove* the file if nothing is left to do."""
         if self._file is None:
             return
         if remove and self.path is not None:
@@ -158,13 +158,13 @@ class Journal:
 
 
 def taken_over(file: int, path: Path) -> Journal | None:
-    """The journal that an open, locked *file* is; None if it cannot be read."""
+    """The journal in an open, locked *file*; None if it cannot be read."""
     record = _read(file)
     return Journal(record, file, path) if record else None
 
 
 class Found(Struct, frozen=True):
-    """A journal that lies in the runtime directory.
+    """A journal in the runtime directory.
 
     :ivar is_held: its run goes on, or its guard is at work.
     """
@@ -174,7 +174,7 @@ class Found(Struct, frozen=True):
     is_held: bool
 
     def take(self) -> Journal | None:
-        """Lock it, to do what is left to do; None if somebody else has it, or has been quicker."""
+        """Lock the journal, to finish its run; None if another process holds it, or was faster."""
         try:
             file = files.opened(self.path, os.O_RDWR | os.O_APPEND)
         except OSError:
@@ -190,9 +190,9 @@ class Found(Struct, frozen=True):
 
 
 def found() -> Iterator[Found]:
-    """All journals of this user. Those of runs whose QEMU has ended are deleted on the way.
+    """All journals of this user. Journals of runs whose QEMU has ended are deleted on the way.
 
-    :raise QsnapError: others may write the runtime directory, so that nothing in it can be believed.
+    :raise QsnapError: other users may write to the runtime directory, so that its contents cannot be trusted.
     """
     place = _ours()
     for path in sorted(path for path in place.iterdir() if _NAME.fullmatch(path.name)) if place else ():
@@ -218,7 +218,7 @@ def found() -> Iterator[Found]:
 
 def _can_lock(file: int) -> bool:
     try:
-        # Shared: two that only look must not take each other for the holder.
+        # Shared: two readers must not take each other for the holder.
         fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except OSError:
         return False
@@ -227,7 +227,7 @@ def _can_lock(file: int) -> bool:
 
 
 def _read(file: int) -> Record | None:
-    """The record in an open journal; None where there is none."""
+    """The record in an open journal; None if there is none."""
     facts: dict[str, Any] = {}
     for line in os.pread(file, 1 << 22, 0).split(b"\n")[:-1]:
         with suppress(msgspec.DecodeError):
@@ -257,7 +257,7 @@ def new_record(
 
 
 def place(address: Address) -> tuple[str, ...]:
-    """Where a monitor is, the same for all names of one socket; () where there is none."""
+    """The identity of a monitor's socket, the same for all its names; () if there is none."""
     if not isinstance(address, UnixAddress):
         host = "127.0.0.1" if address.host == "localhost" else address.host
         return "tcp", host, str(address.port)
@@ -271,7 +271,7 @@ def place(address: Address) -> tuple[str, ...]:
 def _location() -> Path:
     """The runtime directory: the same for a person, for cron and for a service of one user.
 
-    So it does not depend on the environment, but for ``QSNAP_RUNTIME_DIR``.
+    So it does not depend on the environment, except on ``QSNAP_RUNTIME_DIR``.
     """
     if given := os.environ.get("QSNAP_RUNTIME_DIR"):
         if not given.startswith("/"):
@@ -283,9 +283,9 @@ def _location() -> Path:
 
 
 def _ours() -> Path | None:
-    """The real path of the runtime directory, which is this user's own and closed to all others; None where none is.
+    """The real path of the runtime directory, owned by this user and closed to all others; None if there is none.
 
-    :raise QsnapError: it is not so.
+    :raise QsnapError: another user owns it or may open it, or it is not a directory.
     """
     path = _location()
     try:
@@ -309,9 +309,9 @@ def _ours() -> Path | None:
 
 
 def problem() -> str:
-    """Why nothing in the runtime directory can be believed, in words; "" if it can, or none is there.
+    """Why the contents of the runtime directory cannot be trusted; "" if they can, or if there is no such directory.
 
-    :raise BadUsage: it is named by a path that is not absolute.
+    :raise BadUsage: the path of the directory is not absolute.
     """
     try:
         _ours()
@@ -323,9 +323,9 @@ def problem() -> str:
 
 
 def directory() -> Path:
-    """The runtime directory, made if needed: this user's own, and closed to all others.
+    """The runtime directory, created if needed: owned by this user, and closed to all others.
 
-    :raise QsnapError: it is not, and cannot be made so.
+    :raise QsnapError: it is not, or cannot be created.
     """
     path = _location()
     try:

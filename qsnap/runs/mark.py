@@ -1,4 +1,4 @@
-"""The mark of a claim: who is using a VM, written into QEMU itself, where every qsnap sees it.
+"""The mark of a claim: who is using a VM, written into QEMU itself, where it is visible to every qsnap.
 
 Whichever monitor it comes by, from whichever user, container or machine: the VM is the same. The mark alone does not
 tell whether that qsnap lives; on the same machine its process does, elsewhere nothing.
@@ -19,12 +19,12 @@ from qsnap.model.qemu import Struct
 from qsnap.monitor import Monitor
 from qsnap.runs.record import Record
 
-#: Characters of a tag that are told: HMP takes a line of about a thousand.
+#: Characters of a tag that a mark keeps: HMP takes a line of about a thousand.
 _TAG_CHARS = 40
 
 
 class Holder(Struct, frozen=True):
-    """Who holds a VM, and what for."""
+    """The run that holds a VM, and its operation."""
 
     token: str
     operation: str
@@ -37,20 +37,20 @@ class Holder(Struct, frozen=True):
     machine: str
     """Where process ids mean the same: this boot of the machine, and the process-id namespace."""
     was_running: bool
-    """The guest ran when the claim was made."""
+    """The guest was running when the claim was made."""
 
     def encode(self) -> str:
-        """As the text of a mark."""
+        """The text of a mark for this holder."""
         return base64.urlsafe_b64encode(msgspec.json.encode(self)).decode().rstrip("=")
 
     @property
     def is_here(self) -> bool:
-        """Whether its process ids mean something to us."""
+        """Whether its process ids are valid in our process-id namespace."""
         return self.machine == _machine()
 
     @property
     def is_alive(self) -> bool:
-        """Whether it, or its guard, runs. Only of one that :attr:`is_here`."""
+        """Whether the run or its guard is alive. Valid only if :attr:`is_here`."""
         return self.owner.is_alive or (self.guard is not None and self.guard.is_alive)
 
     def __str__(self) -> str:
@@ -59,7 +59,7 @@ class Holder(Struct, frozen=True):
 
 
 def holder(record: Record, guard: Process | None, *, was_running: bool) -> Holder:
-    """The holder that the run of *record* is."""
+    """The holder that stands for the run of *record*."""
     assert record.owner is not None
     return Holder(
         token=record.token,
@@ -76,13 +76,13 @@ def holder(record: Record, guard: Process | None, *, was_running: bool) -> Holde
 
 
 def of_this_process(operation: str, tag: str) -> Holder:
-    """The holder that this process is, without a journal and a guard."""
+    """The holder that stands for this process, without a journal and a guard."""
     record = Record(token=secrets.token_hex(8), operation=operation, tags=(tag,), owner=this_process())
     return holder(record, None, was_running=False)
 
 
 def decode(text: str) -> Holder | None:
-    """The holder in a mark's *text*; None where it is not ours to read, as from another version of qsnap."""
+    """The holder in a mark's *text*; None if it cannot be read, as from another version of qsnap."""
     try:
         return msgspec.json.decode(base64.urlsafe_b64decode(text + "=" * (-len(text) % 4)), type=Holder)
     except (ValueError, msgspec.DecodeError):
@@ -90,13 +90,13 @@ def decode(text: str) -> Holder | None:
 
 
 async def is_of(monitor: Monitor, name: str, token: str) -> bool:
-    """Whether the mark of that *name* is there, and is that of *token*."""
+    """Whether the mark *name* exists and belongs to *token*."""
     found = decode(await monitor.mark(name) or "")
     return found is not None and found.token == token
 
 
 async def give_up(monitor: Monitor, name: str, token: str) -> None:
-    """Take a mark away, if it is that of *token*: nobody else's."""
+    """Remove a mark, but only if it belongs to *token*."""
     if await is_of(monitor, name, token):
         await monitor.clear_mark(name)
 

@@ -19,19 +19,19 @@ from qsnap.runs.mark import is_of
 from qsnap.runs.record import LiveWork
 from qsnap.runs.shield import shielded
 
-#: Seconds for a new connection, where the old one is lost: QEMU greets nobody either while it writes.
+#: Seconds for a new connection after the old one was lost: QEMU greets nobody while it writes.
 RECONNECT_TIMEOUT_S = 120.0
-#: New connections that are tried, with a little time between them: what cut one may cut the next.
+#: Attempts to make a new connection, with a little time between them: what cut one may cut the next.
 RECONNECT_ATTEMPTS = 4
 
 
 class Pause:
     """A stop of the guest.
 
-    :ivar was_running: whether the guest was running before, or slept (S3) where QEMU resumes it to that.
-    :ivar resume: whether it will run afterwards; the sequence may change its mind.
-    :ivar runstate: the guest's run state, before and, once the block is left, after it.
-    :ivar deed: what has been done to the guest by then, for a message: a clause.
+    :ivar was_running: whether the guest was running before, or slept (S3) if QEMU resumes it to that.
+    :ivar resume: whether the guest will run afterwards; the sequence may change this.
+    :ivar runstate: the guest's run state: before the block, and after it when the block is left.
+    :ivar deed: a clause for a message: what was done to the guest so far.
     """
 
     def __init__(self, runstate: RunState, version: QemuVersion, *, by_qemu: bool = False) -> None:
@@ -72,7 +72,7 @@ class Pause:
         self.runstate = await monitor.runstate()
 
     def runs_no_more(self, runstate: RunState) -> QsnapError:
-        """The error of a guest that was to run, and has come into *runstate* by itself."""
+        """The error for a guest that was to run, and came into *runstate* by itself."""
         kind, was = (GuestLeftStopped, "was running") if self.was_running else (QsnapError, "was to run")
         if self.deed:
             why = f" ({words})" if (words := happened(runstate)) else ""
@@ -84,13 +84,13 @@ class Pause:
 async def stopped(monitor: Monitor, journal: Journal, *, by_qemu: bool = False) -> AsyncIterator[Pause]:
     """Keep the guest stopped for the duration of a block.
 
-    On leaving, however that comes about (an error, a cancellation, several of them), a guest that was running
-    runs again, and one that was paused stays paused: unless the block set ``pause.resume`` otherwise. If this
-    process is killed in the block, the guard of *journal* does that; it is there before the guest is stopped.
+    However the block is left (by an error, a cancellation, several of them), a guest that was running runs again, and
+    one that was paused stays paused, unless the block set ``pause.resume`` otherwise. If this process is killed in the
+    block, the guard of *journal* resumes the guest; it is ready before the guest is stopped.
 
     :param by_qemu: leave the stop to the command in the block, and see that the guest runs afterwards.
     :raise GuestLeftStopped: the guest was running and could not be resumed; what happened first is the context.
-    :raise QsnapError: the same of a guest that was not running before, and was to run.
+    :raise QsnapError: a guest that was not running before, and was to run, could not be resumed.
     """
     pause = Pause(await monitor.runstate(), monitor.version, by_qemu=by_qemu)
     await journal.armed()
@@ -171,9 +171,9 @@ async def _explain_failed_resume(monitor: Monitor, pause: Pause, journal: Journa
 
 
 async def has_ended(journal: Journal) -> bool:
-    """Whether the QEMU of a run is seen to end within a second: its sockets are closed a little before it is gone.
+    """Whether the QEMU of a run ends within a second: its sockets close a little before its process ends.
 
-    Where its own process cannot be seen, it has ended when another QEMU has taken its place.
+    If its own process cannot be seen, it has ended when another QEMU has taken its place.
     """
     qemu = journal.record.qemu
     if qemu is not None:

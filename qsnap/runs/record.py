@@ -1,4 +1,4 @@
-"""What a journal says of a run: whose it is, what is half done, and how far it has come."""
+"""The contents of a journal: whose run it is, what is half done, and how far the run has come."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ RowKey = tuple[int, int]
 
 
 class NewSnapshot(Struct, frozen=True):
-    """What a save is about to make, and what that replaces."""
+    """The snapshot that a save is about to make, and what it replaces."""
 
     disk_tag: str
-    """The tag that the devices have the new snapshot under."""
+    """The tag under which the devices hold the new snapshot."""
     vmstate: str
-    """The node that the VM state is on; of a live save, the one beside whose image its state file is."""
+    """The node that holds the VM state; for a live save, the node beside whose image the state file lies."""
     devices: tuple[str, ...]
-    """The nodes that a snapshot is taken of."""
+    """The nodes that get a snapshot."""
     older: tuple[str, ...]
-    """The other tags on the devices, and the state files, of what goes when the new snapshot is complete."""
+    """The other tags on the devices, and the state files, that are deleted when the new snapshot is complete."""
     older_files: tuple[str, ...]
 
 
@@ -32,11 +32,11 @@ class SaveWork(NewSnapshot, frozen=True, tag="save"):
     """How far a save has come."""
 
     rows: dict[str, tuple[RowKey, ...]] | None = None
-    """The rows that stood under the tag itself when their deletion began; None before."""
+    """The rows under the tag itself when their deletion began; None before."""
     qemu_replaces: bool = False
-    """The deletion of those rows is QEMU's own (HMP's savevm)."""
+    """QEMU itself deletes those rows (HMP's savevm)."""
     saving: bool = False
-    """QEMU may have been told to save under the tag."""
+    """QEMU may have got the command to save under the tag."""
     is_complete: bool = False
     """The new snapshot was read back, and is whole."""
 
@@ -50,10 +50,10 @@ class LiveWork(NewSnapshot, frozen=True, tag="live"):
     """How far a live save has come."""
 
     path: str
-    """Of the state file; and of what will be it, until it is complete."""
+    """The path of the state file; and, in :attr:`part`, its path until it is complete."""
     part: str
     made: Identity | None = None
-    """The file itself; None before it was made."""
+    """The identity of the file; None before it was made."""
 
 
 class DeleteWork(Struct, frozen=True, tag="delete"):
@@ -71,24 +71,24 @@ class LoadStage(StrEnum):
     FLUSHING = "flushing"
     """Translated code is being dropped; nothing is loaded yet."""
     BEGUN = "begun"
-    """QEMU may have been told to load."""
+    """QEMU may have got the command to load."""
     FAILED = "failed"
-    """QEMU reported an error after it had begun."""
+    """QEMU reported an error after the load had begun."""
 
 
 class LoadWork(Struct, frozen=True, tag="load"):
     """How far a load has come."""
 
     was_running: bool
-    """The guest ran before it."""
+    """The guest ran before the load."""
     stage: LoadStage = LoadStage.FLUSHING
 
 
 class Record(Struct, frozen=True):
-    """What a journal says: whose run it is, and how far it has come."""
+    """The contents of a journal: whose run it is, and how far the run has come."""
 
     token: str = ""
-    """What the mark of this run in QEMU holds too: a QEMU without it is another one."""
+    """The run's mark in QEMU holds it too: a QEMU without that mark is another one."""
     operation: str = ""
     """"save", "load", "delete" (also of a prune) or "note"."""
     tags: tuple[str, ...] = ()
@@ -97,7 +97,7 @@ class Record(Struct, frozen=True):
     owner: Process | None = None
     user: int = -1
     address: tuple[str, ...] = ()
-    """The kind of address, and what it is made of: see :attr:`where`."""
+    """The kind of address, and its parts: see :attr:`where`."""
     place: tuple[str, ...] = ()
     """The monitor's socket, the same under all its names: see :func:`place`."""
     qemu: Process | None = None
@@ -105,28 +105,28 @@ class Record(Struct, frozen=True):
     """The connection is to a human monitor."""
 
     is_done: bool = False
-    """It has come to its end, and what it has made stays: nothing is left but the claim."""
+    """The run has ended, and its results stay: only the claim is left."""
     stopped: bool = False
-    """The guest was running, and this run has it stopped or is about to stop it."""
+    """The guest was running, and this run stopped it or is about to stop it."""
     settings: Mapping[str, int] = {}
-    """What a live save changes in QEMU, as it was before."""
+    """The settings of QEMU that a live save changes, as they were before."""
     forgetting: bool = False
     """We may have begun a stream only to make QEMU forget a failed migration."""
     work: SaveWork | LiveWork | DeleteWork | LoadWork | None = None
-    """What is half done, if anything is."""
+    """The work that is half done, if any."""
 
     @property
     def where(self) -> Address:
-        """The monitor's address, as it was given to the run."""
+        """The monitor's address, as the run got it."""
         kind, *parts = self.address
         return UnixAddress(parts[0]) if kind == "unix" else TcpAddress(parts[0], int(parts[1]))
 
     @property
     def deed(self) -> str:
-        """What it is about, for people: ``save 'nightly'``."""
+        """A description of the run for people: ``save 'nightly'``."""
         return f"{self.operation} {', '.join(map(repr, self.tags))}".rstrip()
 
 
 def row_keys(rows: tuple[NodeSnapshot, ...]) -> tuple[RowKey, ...]:
-    """What tells the rows of a snapshot table apart, over every monitor: HMP shows no more of them."""
+    """The keys that distinguish the rows of a snapshot table over every monitor: HMP shows no more."""
     return tuple((int(row.date.timestamp()), row.vm_clock_ns // 1_000_000) for row in rows)

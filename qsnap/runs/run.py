@@ -15,11 +15,11 @@ _T = TypeVar("_T")
 
 
 class Run:
-    """What a sequence works with.
+    """The objects that a sequence works with.
 
-    :ivar monitor: QEMU's.
-    :ivar store: where the state files of live saves are. Default: none are looked for.
-    :ivar journal: of the claim that this is done under. Without one nobody completes or undoes it if we are killed.
+    :ivar monitor: QEMU's monitor.
+    :ivar store: the store of the state files of live saves. Default: qsnap looks for none.
+    :ivar journal: the journal of the claim. Without a claim, nobody completes or undoes the work if we are killed.
     """
 
     def __init__(self, monitor: Monitor, store: StateStore = NO_STORE, journal: Journal | None = None) -> None:
@@ -32,5 +32,5 @@ class Run:
         return await look(self.monitor, self.store, vmstate=vmstate, exclude=exclude)
 
     async def shielded(self, work: Coroutine[Any, Any, _T]) -> _T:
-        """Do *work* to its end, whatever interrupts us: see :func:`qsnap.runs.shield.shielded`."""
+        """Do *work* to its end, whatever interrupts it: see :func:`qsnap.runs.shield.shielded`."""
         return await shielded(work, self.journal.patience_s)

@@ -1,8 +1,8 @@
 """The claim on a VM: one qsnap at a time, and each with a guard that finishes for it if it dies.
 
 A run that changes something makes, in this order: its journal, its guard, and its mark in QEMU. The mark is the claim:
-QEMU itself decides who has it, over whatever monitor. Before the claim of a dead run is taken, what that run had under
-way is recovered. Nobody waits with a monitor in hand: the holder, or its guard, may need just that one.
+QEMU itself decides who has it, over whatever monitor. Before the claim of a dead run is taken, that run is recovered.
+Nobody keeps a monitor while waiting, because the holder, or its guard, may need just that one.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from qsnap.supervision import guard
 
 #: Seconds between two looks at a claim.
 _LOOK_S = 0.1
-#: Seconds for giving a claim back; its guard does it otherwise.
+#: Seconds for giving a claim back; after that, its guard does it.
 _RELEASE_TIMEOUT_S = 10.0
 
 
@@ -46,13 +46,13 @@ async def claimed(
 ) -> AsyncIterator[Journal]:
     """Hold the claim on a VM for the duration of a block, and have its run guarded.
 
-    If the block leaves a guest stopped that it should have resumed, the guard goes on with that.
+    If the block should have resumed the guest and left it stopped, the guard goes on with that.
 
     :param operation: "save", "load", "delete" (also of a prune) or "note", for others to see.
     :param wait_s: seconds to wait for another qsnap; 0 refuses at once.
     :param patience_s: see :class:`Journal`.
-    :param tell: is given what had to be done first about a run that had died.
-    :return: the journal, to be told what is about to be done.
+    :param tell: is called with what had to be done first about a dead run.
+    :return: the journal, for noting what is about to be done.
     :raise VMLocked: another qsnap is using this VM.
     :raise QsnapError: no journal or guard can be made; nothing was done.
     """
@@ -76,7 +76,7 @@ async def _acquired(
     clock = asyncio.get_running_loop().time
     deadline = clock() + wait_s
     if monitor.sock is None:
-        await monitor.reconnect(max(wait_s, GREETING_TIMEOUT_S))  # a refusal before has let go of it
+        await monitor.reconnect(max(wait_s, GREETING_TIMEOUT_S))  # an earlier refusal closed it
     while True:
         text = await monitor.mark(CLAIM)
         if text is None:
@@ -101,11 +101,11 @@ async def _acquired(
 
 
 async def _claim(monitor: Monitor, address: Address, operation: str, tags: tuple[str, ...]) -> Journal | None:
-    """Make the claim; None if somebody was quicker."""
+    """Make the claim; None if another qsnap was faster."""
     was_running = takes_stop(await monitor.runstate(), monitor.version)
     record = journal.new_record(operation, tags, address, monitor.pid, is_human=monitor.transport == "hmp")
     if monitor.pid is not None and not is_alive(monitor.pid):
-        # Nothing would tell later that the journal is of a QEMU that has ended
+        # Nothing would show later that the journal's QEMU has ended
         raise MonitorLost("QEMU has ended; nothing was done")
     ours = Journal.create(record)
     watching: guard.Guard | None = None
@@ -114,7 +114,7 @@ async def _claim(monitor: Monitor, address: Address, operation: str, tags: tuple
         holder = mark.holder(record, process(watching.pid), was_running=was_running)
         is_ours = await monitor.set_mark(CLAIM, holder.encode())
     except (MonitorLost, asyncio.CancelledError):
-        # QEMU may have set it all the same: the guard will look
+        # QEMU may have set the mark nevertheless: the guard will look
         await _hand_over(monitor, ours, watching)
         raise
     except CommandFailed as error:
@@ -131,7 +131,7 @@ async def _claim(monitor: Monitor, address: Address, operation: str, tags: tuple
 
 
 async def _hand_over(monitor: Monitor, ours: Journal, watching: guard.Guard | None) -> None:
-    """Leave it all to the guard. It goes on with our connection, which two cannot use at once."""
+    """Leave the rest to the guard. It goes on with our connection, which two processes cannot use at once."""
     await monitor.aclose()
     ours.close(remove=watching is None)
     if watching is not None:
@@ -145,7 +145,7 @@ def _drop(ours: Journal, watching: guard.Guard | None) -> None:
 
 
 async def _release(monitor: Monitor, ours: Journal) -> None:
-    """Give the claim back; or leave it all to the guard, where something is left to do that we cannot."""
+    """Give the claim back; or leave it to the guard, if something is left to do that we cannot."""
     watching = ours.guard
     assert isinstance(watching, guard.Guard)
     is_done = not ours.record.stopped and not isinstance(ours.record.work, LiveWork)
@@ -172,16 +172,16 @@ def _locked(holder: Holder | None, waited_s: float) -> VMLocked:
 
 
 def _cure_of_stopped(pid: int) -> str:
-    """What to do about a holder that does nothing, as somebody has stopped it; "" for one that works."""
+    """What to do about a holder that somebody stopped; "" for one that works."""
     if not is_stopped(pid):
         return ""
     return f"It is stopped itself (SIGSTOP): kill -CONT {pid}; or kill -KILL {pid}, and its guard sees to the guest"
 
 
 async def _recovered(monitor: Monitor, text: str, *, force: bool = False) -> Recovered | None:
-    """Recover the run whose claim's mark has that *text*, if it is dead; None if it lives, or that cannot be told.
+    """Recover the run whose claim's mark has that *text*, if it is dead; None if it lives, or if that is unknown.
 
-    :param force: take it for dead where that cannot be told.
+    :param force: if that is unknown, treat it as dead.
     """
     from qsnap.supervision import recovery
 
@@ -208,7 +208,7 @@ async def _recover(monitor: Monitor, dead: Found) -> Recovered | None:
 async def recover_all(monitor: Monitor, address: Address, *, force: bool = False) -> list[Recovered]:
     """Recover every run on this VM that died.
 
-    :param force: also one that cannot be told to be dead: it is of another machine or container, or its claim cannot be
+    :param force: also a run that may still live: it belongs to another machine or container, or its claim cannot be
         read.
     :raise VMLocked: a run lives.
     """
@@ -218,14 +218,14 @@ async def recover_all(monitor: Monitor, address: Address, *, force: bool = False
         if recovered is None:
             raise _locked(mark.decode(text), 0)
         done.append(recovered)
-    # Journals without a mark: of a QEMU that is gone, or of a run that died before it began or after it had ended; one
-    # that is held is not to be had
+    # Journals without a mark belong to a QEMU that has ended, or to a run that died before it began or after it had
+    # ended; one that is held cannot be taken
     done += [await _recover(monitor, other) for other in _journals(monitor, address)]
     return [item for item in done if item and item.actions]
 
 
 async def run_of(monitor: Monitor) -> Unfinished | None:
-    """The run that has claimed this VM; None where there is none."""
+    """The run that holds the claim on this VM; None if there is none."""
     text = await monitor.mark(CLAIM)
     if text is None:
         return None
@@ -241,7 +241,7 @@ async def run_of(monitor: Monitor) -> Unfinished | None:
 
 
 def has_journals(monitor: Monitor, address: Address) -> bool:
-    """Whether there are any of runs on this VM, dead or alive."""
+    """Whether there are journals of runs on this VM, dead or alive."""
     return any(True for _ in _journals(monitor, address))
 
 
@@ -256,14 +256,14 @@ def _journals(monitor: Monitor, address: Address) -> Iterator[Found]:
 async def wait_for_monitor(address: Address, deadline: float, wait_s: float) -> bool:
     """Wait until no qsnap of this user is using the VM at *address*.
 
-    While it writes, QEMU answers over no monitor; and each serves one client.
+    While QEMU writes, it answers over no monitor; and each monitor serves one client.
 
-    :return: whether one was.
+    :return: whether a qsnap was using it.
     :param deadline: by the loop's clock.
-    :raise VMLocked: one is, and the *wait_s* seconds to the deadline are over.
+    :raise VMLocked: a qsnap still uses it, and the *wait_s* seconds to the deadline are over.
     """
     if journal.problem():
-        return False  # nothing there tells; who is to write there is told
+        return False  # nothing there can be trusted; a run that writes there reports it
     runs = [other.record for other in journal.found() if other.is_held]
     place = journal.place(address)
     # Ask at most once, because it costs QEMU a connection.

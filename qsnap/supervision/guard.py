@@ -1,9 +1,9 @@
-"""The guard: a process that outlives a run which is killed, and then does what that run can do no more.
+"""The guard: a process that outlives a killed run, and then finishes what that run cannot.
 
 It holds the other end of a socket, does nothing until that breaks, and then resumes the guest and clears up
 (``guard_process``, ``recovery``). It has the run's locked journal, so that nobody else begins meanwhile, and the run's
-own connection to QEMU: a monitor serves one client, and whoever waits for it would be served before a new connection.
-It is in a session of its own: what ends a process group or a terminal does not end it.
+own connection to QEMU: a monitor serves one client, and any client that waits would be served before a new connection.
+It has a session of its own, so that the end of a process group or a terminal does not end it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pathlib import Path
 from qsnap.errors import QsnapError
 from qsnap.runs.journal import Journal
 
-#: Seconds for the guard to say that it is there; it takes some hundredths.
+#: Seconds for the guard to report that it is ready; it takes some hundredths.
 _READY_S = 20.0
 
 _READY = b"r"
@@ -40,9 +40,9 @@ _ENVIRONMENT = ("LANG", "LC_ALL", "LC_CTYPE", "TZ", "LD_LIBRARY_PATH", "PATH", "
 
 
 class Guard:
-    """A guard that is there, or about to be.
+    """A guard that is ready, or starting.
 
-    :ivar pid: its process.
+    :ivar pid: its process id.
     """
 
     def __init__(self, process: subprocess.Popen[bytes], control: socket.socket) -> None:
@@ -52,9 +52,9 @@ class Guard:
         self._is_ready = False
 
     async def ready(self) -> None:
-        """Wait until it is there: before that, nothing may be done that would need it.
+        """Wait until the guard is ready: before that, nothing may be done that would need it.
 
-        :raise QsnapError: it has not come.
+        :raise QsnapError: it did not get ready.
         """
         if self._is_ready:
             return
@@ -75,13 +75,13 @@ class Guard:
         )
 
     def dismiss(self) -> None:
-        """End it: nothing is left for it to do."""
+        """End the guard: nothing is left for it to do."""
         self._process.kill()
         self._process.wait()
         self._control.close()
 
     def hand_over(self) -> None:
-        """Let it go to work, as if we had died."""
+        """Let the guard go to work, as if this process had died."""
         self._control.close()
         _left.append(self._process)
 
@@ -89,7 +89,7 @@ class Guard:
 def start(journal: Journal, connection: socket.socket | None) -> Guard:
     """Start a guard for the run of *journal*, and do not wait for it.
 
-    :param connection: the run's connection to QEMU, to go on with.
+    :param connection: the run's connection to QEMU, with which the guard goes on.
     :raise QsnapError: no process can be started.
     """
     _left[:] = [process for process in _left if process.poll() is None]

@@ -43,7 +43,7 @@ _UNREACHABLE_S = 10.0
 async def after_death(journal: Journal, connection: socket.socket | None) -> None:
     """The guard's work: see the dead run's affairs through, however long QEMU takes to answer.
 
-    :param connection: the dead run's own; where it is broken, new ones are made as long as that QEMU is there.
+    :param connection: the dead run's connection; if it is broken, the guard makes new ones as long as that QEMU runs.
     """
     monitor = await _inherited(journal, connection) if connection else None
     while monitor is not None or (monitor := await _reached(journal)) is not None:
@@ -54,7 +54,7 @@ async def after_death(journal: Journal, connection: socket.socket | None) -> Non
             continue
         except QsnapError as error:
             _report(f"the guest of a qsnap that died ({journal.record.deed}) could not be cleaned up after: {error}")
-            return  # the journal stays, and so does the mark: the next qsnap will tell
+            return  # the journal stays, and so does the mark: the next qsnap reports them
         finally:
             if monitor is not None:
                 await monitor.aclose()
@@ -65,16 +65,16 @@ async def after_death(journal: Journal, connection: socket.socket | None) -> Non
 
 
 async def recover(monitor: Monitor, journal: Journal) -> Recovered:
-    """Do what is left to do of the run that *journal* is of, and remove it and the run's mark.
+    """Finish the run that *journal* belongs to, and remove the journal and the run's mark.
 
-    The guest comes first. What the run had half made is removed, as by an interrupted run of our own.
+    The guest comes first. Half-made results of the run are removed, as after an interrupt.
 
     :raise GuestLeftStopped: QEMU does not resume it.
     """
     record = journal.record
     assert record.owner is not None
     actions: list[str] = []
-    # Without its mark this is another QEMU, or the run had not begun, or was at its very end
+    # Without the run's mark this is another QEMU, or the run had not begun, or was at its very end
     if await mark.is_of(monitor, CLAIM, record.token):
         await monitor.take_over(record.owner.pid)
         if isinstance(record.work, LoadWork):
@@ -105,7 +105,7 @@ async def recover_by_mark(monitor: Monitor, text: str, *, force: bool = False) -
     if not await monitor.set_mark(RECOVERY, ours.encode()):
         other = decode(await monitor.mark(RECOVERY) or "")
         if not other.is_alive if other and other.is_here else force:
-            await monitor.clear_mark(RECOVERY)  # and the next look at the claim will do
+            await monitor.clear_mark(RECOVERY)  # the next look at the claim tries again
         return None
     try:
         if await monitor.mark(CLAIM) != text:
@@ -177,7 +177,7 @@ async def _resume(monitor: Monitor) -> list[str]:
 
 
 async def _clear_up(monitor: Monitor, journal: Journal) -> list[str]:
-    """Undo what the dead run had half done, or complete it; what was done, in words."""
+    """Undo or complete the half-done work of the dead run; return what was done, in words."""
     record, work = journal.record, journal.record.work
     if record.is_done:
         return []
@@ -223,7 +223,7 @@ async def _inherited(journal: Journal, connection: socket.socket) -> Monitor | N
 
 
 async def _reached(journal: Journal) -> Monitor | None:
-    """A new connection to the same QEMU; None when that has ended, or nobody listens there any more."""
+    """A new connection to the same QEMU; None if that has ended, or nobody listens there any more."""
     clock = asyncio.get_running_loop().time
     deadline = clock() + _UNREACHABLE_S
     while _may_live(journal):
@@ -244,7 +244,7 @@ def _may_live(journal: Journal) -> bool:
 
 
 def _report(sentence: str) -> None:
-    """Nobody waits for a guard; the system's log is where such things are looked for."""
+    """Write to the system's log, because nobody waits for a guard."""
     import syslog
 
     with suppress(OSError):
