@@ -1,4 +1,4 @@
-"""What the block layer is busy with, and what that means for a save and a load. Pure.
+"""The block layer's jobs and bitmaps, and their meaning for a save and a load. Pure.
 
 Block jobs copy a disk while the guest runs, and dirty bitmaps note what a backup has to copy next. A load takes the
 disk back behind their backs: the copy, or the next backup, would then be of two moments. QEMU refuses to take back a
@@ -16,7 +16,7 @@ from qsnap.inventory.devices import BACKUP_FILTERS, displayed, path_to_image
 from qsnap.model.checks import Device, Finding, Severity, Verdict
 from qsnap.model.qemu import BlockGraph, BlockJob
 
-#: What becomes of it if the disk goes back under a job of that type.
+#: What happens to a job of that type if a load puts the disk back.
 _AFTER_A_LOAD = {
     "mirror": "its copy would not go back with it",
     "backup": "its copy would be of two moments",
@@ -34,10 +34,10 @@ _AFTER_A_SAVE = {
 
 
 def load_findings(graph: BlockGraph, devices: Sequence[Device], going_back: Collection[str]) -> Iterator[Finding]:
-    """What stands in the way of a load.
+    """Findings that prevent a load.
 
-    :param devices: all of the guest's.
-    :param going_back: the images that are taken back.
+    :param devices: all devices of the guest.
+    :param going_back: the images that the load puts back.
     """
     affected = [device for device in devices if device.image in going_back and device.verdict is not Verdict.IGNORED]
     for job, device in _at_work(graph, affected):
@@ -75,9 +75,9 @@ def load_findings(graph: BlockGraph, devices: Sequence[Device], going_back: Coll
 
 
 def save_findings(graph: BlockGraph, devices: Sequence[Device]) -> Iterator[Finding]:
-    """What there is to say about a save.
+    """Findings for a save.
 
-    Where QEMU takes all devices itself, it fails at the filter of a backup (seen on 5.2 to 11.1), and would make a
+    If QEMU takes all devices itself, it fails at the filter of a backup (seen on 5.2 to 11.1), and would make a
     snapshot in an unfinished copy.
 
     :param devices: all of the guest's.
@@ -106,7 +106,7 @@ def save_findings(graph: BlockGraph, devices: Sequence[Device]) -> Iterator[Find
 
 
 def live_obstacle(graph: BlockGraph, devices: Sequence[Device]) -> str:
-    """What a live save cannot be made beside, and what to do about it, as the rest of a sentence; "" if nothing is.
+    """The job beside which no live save can be made, and what to do about it, as the rest of a sentence; "" if none.
 
     There QEMU makes no snapshot of a disk alone: blockdev-snapshot-internal-sync says "Need a root block node" beside a
     mirror, commit, backup or stream (seen on 7.2 and 11.1). Nor does it make one through the filter of a backup.
@@ -123,9 +123,9 @@ def live_obstacle(graph: BlockGraph, devices: Sequence[Device]) -> str:
 
 
 def delete_findings(graph: BlockGraph, devices: Sequence[Device]) -> Iterator[Finding]:
-    """What stands in the way of a deletion.
+    """Findings that prevent a deletion.
 
-    Where QEMU takes all devices itself, delvm fails at the filter of a backup (seen on 7.2 and 11.1), or passes that
+    If QEMU takes all devices itself, delvm fails at the filter of a backup (seen on 7.2 and 11.1), or passes that
     disk over and deletes from the others (5.2).
 
     :param devices: all of the guest's.
@@ -134,9 +134,9 @@ def delete_findings(graph: BlockGraph, devices: Sequence[Device]) -> Iterator[Fi
 
 
 def _of_all_devices(graph: BlockGraph, devices: Sequence[Device], what: str, beside: str = "") -> Iterator[Finding]:
-    """What refuses where QEMU takes all devices itself: a job, and a filter that a backup has left above a disk.
+    """Refusals if QEMU takes all devices itself: a job, and a filter that a backup left above a disk.
 
-    :param beside: the type of those jobs; any if it is "".
+    :param beside: the type of those jobs; "" means any type.
     """
     if graph.chooses_devices:
         return
@@ -163,7 +163,7 @@ def _at_work(graph: BlockGraph, devices: Iterable[Device]) -> Iterator[tuple[Blo
     below = [(device, _at_or_below(graph, device.node)) for device in devices if device.node]
     for job in graph.jobs:
         nodes = {node for _, node in job.nodes}
-        # Where it is not told what a job works on, it may be any of them
+        # If QEMU does not report what a job works on, it may be any of them
         if found := next((device for device, reached in below if not nodes or nodes & reached), None):
             yield job, found
 
@@ -179,7 +179,7 @@ def _at_or_below(graph: BlockGraph, node_name: str) -> set[str]:
 
 
 def _left_filter(graph: BlockGraph, device: Device) -> str | None:
-    """The filter of a backup above the image that belongs to no job."""
+    """The backup filter above the image that belongs to no job."""
     if any(not job.nodes for job in graph.jobs):
         return None
     of_jobs = {node for job in graph.jobs for _, node in job.nodes}
@@ -212,7 +212,7 @@ def _ending(job: BlockJob) -> str:
     cancelling = f"block-job-cancel device={job.id} (by HMP: block_job_cancel {job.id})"
     if job.status:
         return cancelling
-    # One that was begun with auto-dismiss=false stays when it has ended, and HMP shows no difference
+    # A job with auto-dismiss=false stays in the list after its end, and HMP shows no difference
     return f"{cancelling}; if it has ended: job-dismiss id={job.id}, by QMP"
 
 

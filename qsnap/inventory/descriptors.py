@@ -1,7 +1,7 @@
-"""By which of a QEMU's descriptors a node's image is open: where it is now, whatever it was called when it was opened.
+"""The descriptor by which QEMU has a node's image open: it shows where the image is now, whatever its name was then.
 
-QEMU goes on calling an image as it was called then. So the name leads astray where the image was renamed since, and
-where it is relative to a directory that QEMU has left (with ``-daemonize`` it works in ``/``); or it is not a path
+QEMU keeps the name that an image had when it was opened. So the name is wrong if the image was renamed since, or if
+it is relative to a directory that QEMU has left (with ``-daemonize`` it works in ``/``); or it is not a path
 ("/dev/fdset/1"). What is found by name is taken. Else the image is among QEMU's other descriptors: it is the only one
 that holds a qcow2 image; of several the only one with the snapshots that QEMU tells of; of several such the only one
 with that file name, or without that of another node; or it cannot be told.
@@ -35,9 +35,9 @@ _Row = tuple[str, str, int, bool]
 
 
 def ways(pid: int | None, graph: BlockGraph, node: str) -> Sequence[Path]:
-    """Paths by which this process can stat the image file of a node; none where it cannot be seen, or not be told.
+    """Paths by which this process can stat the image file of a node; none if it cannot be seen or identified.
 
-    :param pid: the QEMU process, None if it is not on this machine.
+    :param pid: the QEMU process; None if it is not on this machine.
     :param node: the image's node-name.
     """
     file = rules.image_file(graph, node)
@@ -78,7 +78,7 @@ def _base(descriptor: Path) -> str:
 
 
 def _identity(descriptor: Path) -> files.Identity | None:
-    """Which regular file it is; None for another kind, and for one that was deleted."""
+    """The identity of a regular file; None for another kind, and for a deleted file."""
     try:
         info = descriptor.stat()
     except OSError:
@@ -87,9 +87,9 @@ def _identity(descriptor: Path) -> files.Identity | None:
 
 
 def _snapshots(image: Path) -> Sequence[_Row] | None:
-    """Of each snapshot of a qcow2 image ID, tag, clock in ms, and whether there is a VM state.
+    """For each snapshot of a qcow2 image its ID, tag, clock in ms, and whether it has a VM state.
 
-    None if it is not one, or may not be read.
+    None if it is not a qcow2 image, or may not be read.
     """
     with suppress(OSError, struct.error, ValueError):
         opened = os.open(image, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)

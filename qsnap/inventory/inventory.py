@@ -1,7 +1,7 @@
 """One look at a VM: its devices, its snapshots, their state files, and what is written down about them.
 
-An inventory answers all questions from what was read at one moment. Who wants to know how things are later looks again:
-a sequence does so after it has stopped the guest, and after QEMU has saved.
+An inventory answers all questions from one reading of the VM. A caller that needs the later state looks again: a
+sequence does so after it has stopped the guest, and after QEMU has saved.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ async def look(
 
 
 class Inventory:
-    """What was there at one moment.
+    """The state of a VM at one moment.
 
-    State files, notes and marks change under a claim alone, so who holds that reads them once. The snapshot tables
-    belong to QEMU: whoever deletes a snapshot hands in what it reads afterwards, by :meth:`without`.
+    State files, notes and marks change only under a claim, so a run that holds the claim reads them once. The snapshot
+    tables belong to QEMU: after a deletion the caller passes the tables that it read then to :meth:`without`.
 
     :ivar graph: the block nodes, with their snapshot tables.
     :ivar store: where state files and notes are.
@@ -81,27 +81,27 @@ class Inventory:
 
     @property
     def snapshots(self) -> tuple[Snapshot, ...]:
-        """All snapshots, oldest first, without what is written down about them."""
+        """All snapshots, oldest first, without their notes."""
         if self._snapshots is None:
             self._snapshots = snapshots.snapshots(self.graph, self.devices, self.files)
         return self._snapshots
 
     @cached_property
     def notes(self) -> Notes:
-        """What is written down about them.
+        """The notes on the snapshots.
 
-        :raise QsnapError: that is damaged.
+        :raise QsnapError: the notes are damaged.
         """
         return Notes(self.store, self.graph, self.devices)
 
     async def marks(self, monitor: Monitor) -> Kept:
-        """What QEMU itself shows to be protected."""
+        """The marks in QEMU that show which snapshots are protected."""
         if self._marks is None:
             self._marks = await kept(monitor)
         return self._marks
 
     async def change_marks(self, monitor: Monitor, to_set: Collection[str], to_clear: Collection[str]) -> None:
-        """Set marks, and take others away; those that are there already, or are not, stay as they are."""
+        """Set and remove marks. A mark that exists already, or is missing already, is no error."""
         names = (await self.marks(monitor)).names
         for name in sorted(set(to_set) - names):
             await monitor.set_mark(name, "yes")
@@ -114,15 +114,15 @@ class Inventory:
         return snapshots.named(self.snapshots, tag)
 
     def meant(self, tag: str) -> tuple[Snapshot, ...]:
-        """The snapshots that go when *tag* is deleted or replaced."""
+        """The snapshots that are deleted when *tag* is deleted or replaced."""
         return snapshots.meant(self.snapshots, tag)
 
     def holding(self, tag: str) -> Holding:
-        """All that is there of *tag*, whole or not."""
+        """Everything that exists under *tag*, whole or not."""
         return snapshots.holding(self.snapshots, self.devices, tag)
 
     def new_name(self, tag: str, *, keeps_older: bool) -> NewName:
-        """Under which name the devices get a new snapshot of *tag*: see :func:`qsnap.inventory.snapshots.new_name`."""
+        """The name under which the devices get a new snapshot: see :func:`qsnap.inventory.snapshots.new_name`."""
         return snapshots.new_name(self.snapshots, self.devices, tag, keeps_older=keeps_older)
 
     def holders(self, tag: str) -> tuple[str, ...]:
@@ -130,7 +130,7 @@ class Inventory:
         return snapshots.holders(self.graph, self.devices, tag)
 
     def not_found(self, tag: str, hint: str = "") -> SnapshotNotFound:
-        """The error that no device holds *tag*; it says so if an image below one does."""
+        """The error that no device holds *tag*; it says so if a backing image does."""
         return snapshots.not_found(self.graph, self.devices, tag, hint)
 
     @property
@@ -139,16 +139,16 @@ class Inventory:
         return snapshots.in_backing(self.graph, self.devices)
 
     def displayed(self, nodes: Collection[str]) -> list[str]:
-        """What people call the devices of these node-names."""
+        """The names that messages use for the devices of these node-names."""
         return rules.displayed(nodes, self.devices)
 
     def left_behind(self, disk_tag: str) -> LeftBehind | None:
-        """The state file of a tag that is where it was before its image was renamed."""
+        """The state file of a tag that stayed at its former place when its image was renamed."""
         return self.store.left_behind(self.graph, self.devices, disk_tag)
 
     @cached_property
     def unseen(self) -> Sequence[str]:
-        """Where state files of this VM may be that cannot be looked for."""
+        """Places where state files of this VM may lie, but qsnap cannot look."""
         return self.store.unseen(self.graph, self.devices)
 
     def notes_path(self) -> Path:
@@ -163,7 +163,7 @@ class Inventory:
         return notes_path(self.store, self.graph, self.notes, node)
 
     def without(self, files: Collection[str], tables: SnapshotTables) -> None:
-        """Take in that something was deleted.
+        """Update the inventory after a deletion.
 
         :param files: the paths of the state files that are gone.
         :param tables: the snapshot tables as they are now.

@@ -1,16 +1,15 @@
-"""Protection as QEMU itself shows it, so that whoever cannot read the notes does not delete what they protect.
+"""Protection as QEMU itself shows it, so that a user who cannot read the notes does not delete what they protect.
 
 The notes lie in a file beside the image (:mod:`qsnap.inventory.notes`). Over TCP, from another container or as another
-user they may be out of sight. So QEMU is given marks of them, which every one of its monitors shows, and which end with
-it:
+user they may be out of sight. So qsnap sets marks in QEMU, which all its monitors show, and which end with its process:
 
 * ``qsnap-kept-SNAPSHOT-PLACE``: a snapshot is protected by the notes at that place.
 * ``qsnap-noted-IMAGES``: the notes beside these images have been read, and what they protect has such marks.
 
-SNAPSHOT, PLACE and IMAGES are digests, so that the names say all, and one command lists them. Every command that holds
-the VM and can read the notes sets them right.
+SNAPSHOT, PLACE and IMAGES are digests, so that the names carry all the data, and one command lists them. Every command
+that holds the claim and can read the notes updates the marks.
 
-There is no better place that survives QEMU. A persistent dirty bitmap would lie in the image, but QEMU loads no
+No better place survives QEMU. A persistent dirty bitmap would lie in the image, but QEMU loads no
 snapshot of an image that has one, even if it is disabled ("Device has active dirty bitmaps"; seen on 7.2, 10.0 and
 11.1). A disk-only snapshot as a mark would keep a copy of every cluster that the guest goes on to write.
 """
@@ -33,25 +32,25 @@ from qsnap.monitor.names import KEPT, NOTED
 
 
 class Kept(NamedTuple):
-    """What the marks of a VM say.
+    """The marks of a VM.
 
-    :ivar names: those of the marks.
+    :ivar names: the names of the marks.
     """
 
     names: frozenset[str]
 
     def protects(self, snapshot: Snapshot) -> bool:
-        """Whether any notes protect it."""
+        """Whether any notes protect the snapshot."""
         return any(name.startswith(_heads(snapshot)) for name in self.names)
 
     def of(self, found: Iterable[Snapshot]) -> frozenset[str]:
-        """The marks of snapshots, whatever notes they are of."""
+        """The marks of snapshots, whichever notes protect them."""
         return frozenset(name for one in found for name in self.names if name.startswith(_heads(one)))
 
     def changes(
         self, notes: Notes, graph: BlockGraph, devices: Iterable[Device]
     ) -> tuple[frozenset[str], frozenset[str]]:
-        """The marks to add, and those to take away, so that QEMU has those of the notes that can be read."""
+        """The marks to add and to remove, so that QEMU's marks match the notes that can be read."""
         wanted = {_kept(note, path) for path, found in notes.by_place.items() for note in found if note.protected}
         places = tuple(_digest(path) for path in notes.by_place)
         stale = {name for name in self.names if name.startswith(KEPT) and name.endswith(places)} - wanted
@@ -61,7 +60,7 @@ class Kept(NamedTuple):
         return frozenset(wanted - self.names), frozenset(stale)
 
     def tells_all(self, graph: BlockGraph, devices: Iterable[Device]) -> bool:
-        """Whether what the notes beside the images protect is among it."""
+        """Whether the marks include everything that the notes beside the images protect."""
         return _noted(graph, devices) in self.names
 
 
@@ -71,7 +70,7 @@ async def kept(monitor: Monitor) -> Kept:
 
 
 def of_notes(notes: Iterable[Note], place: Path) -> frozenset[str]:
-    """The marks of what the notes at *place* protect. They are set before those are written: it is never unmarked."""
+    """The marks for the notes at *place*. They are set before the notes are written, so that none is ever missing."""
     return frozenset(_kept(note, place) for note in notes if note.protected)
 
 
@@ -92,7 +91,7 @@ def _noted(graph: BlockGraph, devices: Iterable[Device]) -> str:
 def noted(images: Collection[str]) -> str:
     """The name of the mark that says that the notes beside all *images* have been read.
 
-    :param images: QEMU's names of the files: those are the same to everybody.
+    :param images: QEMU's names of the files, which are the same for every user.
     """
     return f"{NOTED}{_digest(*sorted(images))}"
 

@@ -1,14 +1,13 @@
-"""What is written down about snapshots: which are protected, a description of each, and what the disks stood on.
+"""The notes on snapshots: which are protected, a description of each, and the disks' backing chains.
 
-There is no place for it in an image that QEMU has open. So it stands in a file beside the one that would hold the VM
-state, ``IMAGE.qsnap-notes``: move or copy it together with the images. (Where the image cannot be seen, it is in the
-directory for state files.) It is JSON, and small. A note belongs to the snapshot of its tag and VM clock: one of
-the same tag that is made later has none of it. Notes of snapshots that are gone are left out when the file is next
-written.
+An image that QEMU has open has no place for notes. So they lie in a file beside the image that would hold the VM state,
+``IMAGE.qsnap-notes``: move or copy it together with the images. (If the image cannot be seen, the file is in the
+directory for state files.) It is JSON, and small. A note belongs to the snapshot with its tag and VM clock: a later
+snapshot with the same tag does not inherit it. Notes of deleted snapshots are dropped when the file is next written.
 
 If the file is lost, so are descriptions and protection, and nothing else. If it cannot be read, nothing that might be
-protected is replaced, deleted or pruned. To those from whom it is hidden QEMU tells what is protected, if it has been
-told: see :mod:`qsnap.inventory.kept`.
+protected is replaced, deleted or pruned. Users who cannot see the file learn from QEMU what is protected, if qsnap has
+marked it there: see :mod:`qsnap.inventory.kept`.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ from qsnap.model.checks import Device
 from qsnap.model.qemu import BlockGraph, Struct
 from qsnap.model.snapshots import Snapshot
 
-#: What the name of the file ends with.
+#: The suffix of the file's name.
 SUFFIX = ".qsnap-notes"
 #: The greatest length of a description, in characters: it is a line in a table.
 MAX_DESCRIPTION = 1000
@@ -37,9 +36,9 @@ _VERSION = 1
 
 
 class Note(Struct, frozen=True):
-    """What is written down about one snapshot. Tag and clock say which that is.
+    """The note on one snapshot. Tag and clock identify the snapshot.
 
-    The date does not: over a human monitor it is local time, and another one in another time zone.
+    The date does not, because a human monitor shows local time, which differs between time zones.
     """
 
     tag: str
@@ -49,23 +48,23 @@ class Note(Struct, frozen=True):
     protected: bool = False
     description: str = ""
     runstate: str = ""
-    """The guest's at the save, where it was one that it could not go on from. qsnap itself writes that down."""
+    """The guest's run state at the save, if the guest could not go on from it. qsnap itself notes that."""
     chains: dict[str, tuple[str, ...]] = msgspec.field(default_factory=dict)
-    """What each image stood on, if any did: see :func:`qsnap.inventory.snapshots.chains`.
+    """The backing chain of each image, if any had one: see :func:`qsnap.inventory.snapshots.chains`.
 
-    qsnap writes that down, too.
+    qsnap itself notes that.
     """
     state_dir: str = ""
-    """The directory of its state file, where that was not put beside the image. qsnap writes that down, too."""
+    """The directory of its state file, if that is not beside the image. qsnap itself notes that."""
 
     @property
     def says_something(self) -> bool:
-        """Whether it is worth keeping."""
+        """Whether the note is worth keeping."""
         return self.protected or bool(self.description or self.runstate or self.chains or self.state_dir)
 
 
 class ChangeBelow(NamedTuple):
-    """An image that stands on others than when a snapshot was saved.
+    """An image whose backing chain has changed since a snapshot was saved.
 
     :ivar node: the image's node-name.
     :ivar then: file names, the nearest first.
@@ -76,7 +75,7 @@ class ChangeBelow(NamedTuple):
     now: tuple[str, ...]
 
     def told(self, name: str) -> str:
-        """In words, of the disk that people call *name*."""
+        """The change in words, for the disk with the user's *name*."""
         then, now = (" and ".join(names) or "no other image" for names in (self.then, self.now))
         return f"{name} stood on {then} when it was saved, and stands on {now} now"
 
@@ -91,18 +90,18 @@ def _key(note: Note) -> tuple[str, int]:
 
 
 def blank(snapshot: Snapshot) -> Note:
-    """The note of a snapshot about which nothing is written down."""
+    """An empty note for a snapshot."""
     return Note(tag=snapshot.tag, date=int(snapshot.date.timestamp()), vm_clock_ms=snapshot.vm_clock_ns // 1_000_000)
 
 
 class Notes:
-    """The notes of one VM, as they stand.
+    """The notes of one VM, as they were read.
 
-    :ivar by_place: those in each file that they may be in; none for one that is not there.
+    :ivar by_place: the notes in each file that may hold some; empty for a missing file.
     :ivar unseen: the images beside which there may be notes that cannot be seen from here, and files of notes that may
         not be read, or that lie beside the former name of an image.
-    :ivar left: the last of these. They are not used before they lie beside the image again.
-    :raise QsnapError: what is there is damaged, or not a file.
+    :ivar left: the files beside former names. qsnap does not use them until they lie beside the image again.
+    :raise QsnapError: the notes are damaged, or not a file.
     """
 
     def __init__(self, store: StateStore, graph: BlockGraph, devices: Sequence[Device]) -> None:
@@ -127,9 +126,9 @@ class Notes:
         )
 
     def refuse_unread(self) -> None:
-        """Refuse to write beside notes that cannot be read.
+        """Refuse to write if other notes cannot be read.
 
-        :raise QsnapError: there are such.
+        :raise QsnapError: there are notes that cannot be read.
         """
         for path, why in self._unread.items():
             raise _unreadable(path, why)
@@ -141,7 +140,7 @@ class Notes:
         return [note for notes in self.by_place.values() for note in notes]
 
     def of(self, snapshot: Snapshot) -> Note:
-        """The note of a snapshot, by whichever of its names it is known here; one that says nothing without one."""
+        """The note of a snapshot, under any of its names; an empty note if there is none."""
         wanted = blank(snapshot)
         tags = (wanted.tag, snapshots.owner(snapshot))
         for note in self._notes:
@@ -150,7 +149,7 @@ class Notes:
         return wanted
 
     def added_to(self, found: Iterable[Snapshot]) -> tuple[Snapshot, ...]:
-        """These snapshots, with what is written down about each, and what has become wrong with it since."""
+        """These snapshots, with their notes, and with the problems that came up since the save."""
         return tuple(
             msgspec.structs.replace(
                 one,
@@ -167,9 +166,9 @@ class Notes:
         )
 
     def changes_below(self, snapshot: Snapshot) -> tuple[ChangeBelow, ...]:
-        """The images of a snapshot that stand on others than when it was saved: it lacks what was in those.
+        """The images whose backing chain has changed since the snapshot was saved: it lacks the data of the former one.
 
-        After a block-stream that is so, and nothing else tells: the clusters that it read from there read as zeroes.
+        After a block-stream nothing else shows this: the clusters that the snapshot read from the chain read as zeroes.
         """
         then = self.of(snapshot).chains
         found = []
@@ -180,16 +179,16 @@ class Notes:
         return tuple(found)
 
     def write(self, place: Path, changed: Collection[Note], present: Collection[Snapshot]) -> None:
-        """Write down *changed* notes, and leave out those of tags that are not *present*.
+        """Write *changed* notes, and drop those of tags that are not *present*.
 
         :param place: the file for them, if there is none yet.
-        :raise QsnapError: it cannot be written, or others cannot be read; what stood there stands.
+        :raise QsnapError: it cannot be written, or other notes cannot be read; the file is unchanged.
         """
         self.refuse_unread()
         tags = _tags(present)
         new = {note.tag for note in changed}
         there = {(tag, blank(one).vm_clock_ms) for one in present for tag in _tags([one])} - set(map(_key, changed))
-        # A tag that was saved anew has none of what was written down about the older one
+        # A tag that was saved again does not inherit the note of the older snapshot
         old = [note for note in self._notes if note.tag in tags and (note.tag not in new or _key(note) in there)]
         kept = [note for note in (*old, *changed) if note.says_something]
         existing = [path for path in self._paths if os.path.lexists(path)]
@@ -201,9 +200,9 @@ class Notes:
         self.by_place = {**dict.fromkeys(self._paths, ()), place: kept}
 
     def forget(self, present: Collection[Snapshot]) -> None:
-        """Leave out the notes of tags that are not *present*.
+        """Drop the notes of tags that are not *present*.
 
-        :raise QsnapError: that cannot be written.
+        :raise QsnapError: the file cannot be written.
         """
         if {note.tag for note in self._notes} - _tags(present):
             self.write(self._paths[0], (), present)
@@ -212,9 +211,9 @@ class Notes:
 def notes_path(store: StateStore, graph: BlockGraph, notes: Notes, node: str) -> Path:
     """The file for notes: beside the image of *node*, which would hold the VM state.
 
-    :param notes: those that are there.
+    :param notes: the existing notes.
 
-    :raise NotSupported: that cannot be seen from here, and no directory was chosen.
+    :raise NotSupported: the image cannot be seen from here, and no directory was chosen.
     :raise QsnapError: the directory cannot be written, or notes that are there cannot be read.
     """
     path = store.beside(graph, node, "", SUFFIX, always=True)
@@ -225,9 +224,9 @@ def notes_path(store: StateStore, graph: BlockGraph, notes: Notes, node: str) ->
 
 
 def checked_description(text: str) -> str:
-    """*text*, if it can be a description: one line.
+    """*text*, if it is a valid description: one line.
 
-    :raise BadUsage: it cannot.
+    :raise BadUsage: *text* is not valid.
     """
     if len(text) > MAX_DESCRIPTION:
         raise BadUsage(f"the description has {len(text)} characters, and may have {MAX_DESCRIPTION}")
@@ -250,7 +249,7 @@ def _unreadable(path: Path, why: str) -> QsnapError:
 
 
 def _tags(present: Iterable[Snapshot]) -> set[str]:
-    """The tags that notes of these snapshots may have."""
+    """The tags under which notes of these snapshots may be stored."""
     return {tag for one in present for tag in (one.tag, snapshots.owner(one))}
 
 
@@ -270,7 +269,7 @@ def _read(path: Path) -> Sequence[Note]:
 
 
 def _is_about(path: Path, clocks: Collection[int]) -> bool:
-    """Whether a file holds notes of snapshots of these clocks (in ms), or cannot be read."""
+    """Whether a file holds notes on snapshots with these clocks (in ms), or cannot be read."""
     try:
         return any(note.vm_clock_ms in clocks for note in _read(path))
     except (OSError, QsnapError):
@@ -278,7 +277,7 @@ def _is_about(path: Path, clocks: Collection[int]) -> bool:
 
 
 def _write(path: Path, notes: Sequence[Note]) -> None:
-    """Replace the file by one that holds *notes*, and is whole at every instant; none for no notes."""
+    """Replace the file with one that holds *notes*, at once; remove it if there are no notes."""
     try:
         if not notes:
             files.remove(path)

@@ -1,4 +1,4 @@
-"""Rows of many snapshot tables, gathered into snapshots: what each tag holds, over all devices. Pure."""
+"""Snapshots, gathered from the rows of many snapshot tables: what each tag holds, over all devices. Pure."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ def holders(graph: BlockGraph, devices: Iterable[Device], tag: str) -> tuple[str
 def snapshots(graph: BlockGraph, devices: Sequence[Device], files: Sequence[StateFile] = ()) -> tuple[Snapshot, ...]:
     """All snapshots, oldest first.
 
-    QEMU gives all rows of one save the same date and VM clock, and a node that holds a tag twice is read
-    from its first row alone (bdrv_snapshot_find); both are looked at here.
+    QEMU gives all rows of one save the same date and VM clock, and reads a node that holds a tag twice from its first
+    row alone (bdrv_snapshot_find); qsnap checks for both.
 
     :param files: the state files of this VM: those of live saves.
     """
     nodes = [node for node in relevant_nodes(devices) if node in graph.nodes]
-    # What nobody uses cannot change either, and QEMU 10.0's savevm leaves it out.
+    # A node that nobody uses cannot change either, and QEMU 10.0's savevm leaves it out.
     required = relevant_nodes(device for device in devices if device.role is not Role.NODE)
     names = labels(devices)
     rows: dict[str, dict[str, list[NodeSnapshot]]] = {}
@@ -56,7 +56,7 @@ def snapshots(graph: BlockGraph, devices: Sequence[Device], files: Sequence[Stat
 
 
 def _named(found: Iterable[Snapshot]) -> Iterator[Snapshot]:
-    """Give the snapshots the tags that users know them by, where the devices may have them under a second name.
+    """Give the snapshots the tags that users know, because the devices may hold them under a second name.
 
     The tag belongs to the snapshot that can be loaded. If both can be loaded, to the newer. Leftovers of an interrupted
     replacement get the second name, whatever the devices call them.
@@ -75,13 +75,13 @@ def _named(found: Iterable[Snapshot]) -> Iterator[Snapshot]:
 
 
 def owner(snapshot: Snapshot) -> str:
-    """The user's tag that a snapshot is, or was, under."""
+    """The user's tag to which a snapshot belongs, or belonged."""
     suffix = next((ending for ending in RESERVED_SUFFIXES if snapshot.disk_tag.endswith(ending)), "")
     return snapshot.disk_tag.removesuffix(suffix)
 
 
 def _file_of(tag: str, held: dict[str, list[NodeSnapshot]], files: Iterable[StateFile]) -> StateFile | None:
-    """The state file of what the devices hold; None where the state is in an image, or nowhere.
+    """The state file of what the devices hold; None if the state is in an image, or nowhere.
 
     Over HMP the clock has milliseconds. A file with an unreadable clock is matched by tag alone.
     """
@@ -105,7 +105,7 @@ def _gathered(
     vmstate = next((node for node, row in first.items() if row.vm_state_size > 0), None)
     main = first[vmstate] if vmstate else next(iter(first.values()))
     problems = [f"{node} holds it {len(rows)} times" for node, rows in held.items() if len(rows) > 1]
-    # Where QEMU makes snapshots without a state, each has the date of its own; the guest's clock stands still
+    # If QEMU makes snapshots without a state, each has a date of its own; the guest's clock stands still
     moment = _moment if vmstate else _clock
     if others := sorted(node for node, row in first.items() if moment(row) != moment(main)):
         problems.append(f"{', '.join(others)}: made at another moment than the rest")
@@ -157,13 +157,13 @@ def _clock(row: NodeSnapshot) -> object:
 
 
 def named(found: Iterable[Snapshot], tag: str) -> Snapshot | None:
-    """The one of that tag, or None. One that the devices hold goes before a file whose disks are gone."""
+    """The snapshot with that tag, or None. One on the devices goes before a state file whose disks are gone."""
     candidates = [one for one in found if one.tag == tag]
     return next((one for one in candidates if one.devices), candidates[0] if candidates else None)
 
 
 def in_backing(graph: BlockGraph, devices: Sequence[Device]) -> tuple[InBacking, ...]:
-    """The tags that a device does not hold, but an image that it stands on. They are back after a block-commit."""
+    """The tags that a device does not hold, but one of its backing images. A block-commit brings them back."""
     images = tuple(dict.fromkeys(device.image for device in devices if device.image))
     return tuple(
         InBacking(tag=tag, image=_file_name(node), device=label)
@@ -175,15 +175,15 @@ def in_backing(graph: BlockGraph, devices: Sequence[Device]) -> tuple[InBacking,
 
 
 def unattached(devices: Iterable[Device], nodes: Iterable[str]) -> tuple[str, ...]:
-    """Those of the *nodes* that no device of the guest uses: a block job may have switched a device away from them."""
+    """The *nodes* that no device of the guest uses: a block job may have switched a device away from them."""
     used = {device.image for device in devices if device.role is not Role.NODE}
     return tuple(node for node in nodes if node not in used)
 
 
 def chains(graph: BlockGraph, images: Iterable[str]) -> dict[str, tuple[str, ...]]:
-    """The file names of what each image stands on, the nearest first, by its own; empty where none stands on anything.
+    """For each image its file name, and those of its backing chain, the nearest first; empty if no image has a chain.
 
-    A snapshot holds of an overlay what is in that; the rest it reads from there.
+    A snapshot of an overlay holds only what is in the overlay; it reads the rest from the chain.
 
     :param images: node-names.
     """
@@ -192,22 +192,22 @@ def chains(graph: BlockGraph, images: Iterable[str]) -> dict[str, tuple[str, ...
 
 
 def chain_of(graph: BlockGraph, image: str) -> tuple[str, tuple[str, ...]]:
-    """The same of one image: its own file name, and those of what it stands on."""
+    """The same for one image: its own file name, and those of its backing chain."""
     below = map(_file_name, _chain_below(graph, image))
     return _file_name(graph.nodes[image]), tuple(dict.fromkeys(name for name in below if name))
 
 
 def _file_name(node: BlockNode) -> str:
-    """Without the directory: images are moved together."""
+    """The name without the directory, because images are moved together."""
     return Path(node.filename).name
 
 
 def _chain_below(graph: BlockGraph, image: str) -> Iterator[BlockNode]:
-    """The nodes that *image* stands on, the nearest first; none twice."""
+    """The backing chain of *image*, the nearest node first; no node twice."""
     seen = {image}
     node: BlockNode | None = graph.nodes[image]
     while node is not None:
-        # Down from an image by its backing file, and through a filter by whatever there is
+        # Down from an image by its backing file, and through a filter by whichever edge it has
         edges = ("backing",) if node.driver in SNAPSHOT_DRIVERS else ("backing", "file")
         below = next((child for edge in edges for name, child in node.children if name == edge), None)
         node = None if below in seen or below is None else graph.nodes.get(below)
@@ -217,9 +217,9 @@ def _chain_below(graph: BlockGraph, image: str) -> Iterator[BlockNode]:
 
 
 def not_found(graph: BlockGraph, devices: Sequence[Device], tag: str, hint: str = "") -> SnapshotNotFound:
-    """The error that no device holds *tag*; it says so if an image below one does.
+    """The error that no device holds *tag*; it says so if a backing image does.
 
-    :param hint: what else there is to say.
+    :param hint: text to add.
     """
     below = next((one for one in in_backing(graph, devices) if one.tag in (tag, f"{tag}{SECOND_SUFFIX}")), None)
     if below is not None:
@@ -231,10 +231,10 @@ def not_found(graph: BlockGraph, devices: Sequence[Device], tag: str, hint: str 
 
 
 class Holding(NamedTuple):
-    """All that is there of a tag.
+    """Everything that exists under a tag.
 
-    :ivar tags: those that devices have it under: itself, and its second name.
-    :ivar nodes: the node-names that have any of them, QEMU's first device first.
+    :ivar tags: the tags under which devices hold it: itself, and its second name.
+    :ivar nodes: the node-names that hold any of these, QEMU's first device first.
     :ivar files: the paths of its state files.
     """
 
@@ -244,17 +244,17 @@ class Holding(NamedTuple):
 
     @property
     def exists(self) -> bool:
-        """Whether there is anything."""
+        """Whether anything exists."""
         return bool(self.tags or self.files)
 
 
 def meant(found: Iterable[Snapshot], tag: str) -> tuple[Snapshot, ...]:
-    """Those of the snapshots that *tag* means, whole or not: they go when it is deleted or replaced."""
+    """The snapshots that *tag* means, whole or not: they are deleted when it is deleted or replaced."""
     return tuple(one for one in found if tag in (one.tag, owner(one)))
 
 
 def holding(found: Iterable[Snapshot], devices: Sequence[Device], tag: str) -> Holding:
-    """All that is there of *tag*, whole or not: what goes when it is deleted or replaced.
+    """Everything under *tag*, whole or not: it is deleted when the tag is deleted or replaced.
 
     For ``TAG.qsnap-2``, the snapshot listed under that name, not TAG.
     """
@@ -268,11 +268,11 @@ def holding(found: Iterable[Snapshot], devices: Sequence[Device], tag: str) -> H
 
 
 class NewName(NamedTuple):
-    """Under which name the devices get a new snapshot, and what it replaces.
+    """The name under which the devices hold a new snapshot, and what it replaces.
 
     :ivar disk_tag: that name.
-    :ivar spare: what has that name already, and goes before the new snapshot is made.
-    :ivar older: the rest of what is there of the tag: it goes when the new snapshot is complete.
+    :ivar spare: what has that name already; it is deleted before the new snapshot is made.
+    :ivar older: the rest under the tag; it is deleted when the new snapshot is complete.
     """
 
     disk_tag: str
@@ -283,7 +283,7 @@ class NewName(NamedTuple):
 def new_name(found: Iterable[Snapshot], devices: Sequence[Device], tag: str, *, keeps_older: bool) -> NewName:
     """The name of a new snapshot of *tag*.
 
-    :param keeps_older: what can be loaded under the tag must not go before the new snapshot is complete. If an
+    :param keeps_older: keep a loadable snapshot of the tag until the new one is complete. If an
         interrupted replacement left both names, the one not listed as TAG is deleted.
     :raise BadUsage: the tag is too long to have a second name.
     """
@@ -309,7 +309,7 @@ def new_name(found: Iterable[Snapshot], devices: Sequence[Device], tag: str, *, 
 
 
 def save_problems(graph: BlockGraph, tag: str, vmstate: str, devices: Sequence[str]) -> list[str]:
-    """What is wrong with a snapshot just saved: nothing, if it is once on each device, its state on *vmstate*."""
+    """What is wrong with a new snapshot; empty if each device holds it once, with the state on *vmstate*."""
     problems = []
     for name in devices:
         node = graph.nodes.get(name)
@@ -324,5 +324,5 @@ def save_problems(graph: BlockGraph, tag: str, vmstate: str, devices: Sequence[s
 
 
 def is_loadable(snapshot: Snapshot) -> bool:
-    """Whether there is a VM state in it, on no device twice and of one moment, and no device lacks it."""
+    """Whether it has a VM state, all its rows are of one moment, and each device holds it exactly once."""
     return snapshot.kind in (Kind.FULL, Kind.LIVE) and not snapshot.problems

@@ -56,10 +56,10 @@ _U32_MAX = (1 << 32) - 1
 
 
 class Content(NamedTuple):
-    """What a state file holds.
+    """The contents of a state file.
 
-    :ivar tag: of its snapshot: the one that the disks have it under.
-    :ivar image: the absolute path of the image that it belongs to, as it was when it was made.
+    :ivar tag: the tag under which the disks hold the snapshot.
+    :ivar image: the absolute path of its image, as it was when the file was made.
     :ivar vm_state_size: bytes of the stream.
     :ivar date: to the microsecond, in UTC.
     :ivar vm_clock_ns: the guest's clock at that moment.
@@ -120,18 +120,18 @@ class _Layout(NamedTuple):
 
 
 class _Use(NamedTuple):
-    """What QEMU has done with a state file.
+    """QEMU's changes to a state file.
 
-    :ivar is_grown: it has put a longer active L1 table at the end.
-    :ivar is_active: that table leads to the stream, as it does after a load. A QEMU that was killed in the middle of
-        one may leave the one without the other.
+    :ivar is_grown: QEMU put a longer active L1 table at the end.
+    :ivar is_active: that table leads to the stream, as after a load. A QEMU that was killed in the middle of a load may
+        leave one change without the other.
     """
 
     is_grown: bool = False
     is_active: bool = False
 
 
-#: None has loaded it.
+#: No QEMU has loaded it.
 _UNUSED = _Use()
 
 
@@ -152,13 +152,13 @@ def file_size(vm_state_size: int) -> int:
 
 
 def envelope(content: Content) -> Iterator[tuple[int, bytes]]:
-    """All that a state file has around its stream: (offset, whole clusters), the header last, on its own."""
+    """All parts of a state file around its stream: (offset, whole clusters), the header last, on its own."""
     for _, offset, data in _parts(content, _UNUSED):
         yield offset, data + bytes(-len(data) % CLUSTER)
 
 
 def _parts(content: Content, use: _Use) -> Iterator[tuple[str, int, bytes]]:
-    """What each part is called, where it begins, and what stands there; zeroes up to the next cluster."""
+    """For each part its name, its offset and its contents, followed by zeroes up to the next cluster."""
     layout = _layout(content.vm_state_size)
     l1 = _numbers(chain([0], range(layout.l2_at, layout.rows_at, CLUSTER)))
     # The active L1 table: one entry that leads nowhere
@@ -182,7 +182,7 @@ def _parts(content: Content, use: _Use) -> Iterator[tuple[str, int, bytes]]:
 
 
 def _counts(layout: _Layout, use: _Use) -> array[int]:
-    """How many uses each cluster has."""
+    """The reference count of each cluster."""
     counts = array("H", [1]) * layout.clusters
     if use.is_grown:
         counts[layout.active_l1_at // CLUSTER] = 0
@@ -228,7 +228,7 @@ _EPOCH = datetime.fromtimestamp(0, UTC)
 
 
 def image_of(pread: Callable[[int, int], bytes]) -> str | None:
-    """The image that a state file says that it belongs to, which stands at its beginning; None where this is none."""
+    """The image that a state file names at its beginning; None if this is not a state file."""
     try:
         fields, ours = _read_header(pread)
         return None if ours is None or fields[0] != _MAGIC else str(json.loads(ours)["image"])
@@ -243,7 +243,7 @@ def _read_header(pread: Callable[[int, int], bytes]) -> tuple[tuple[Any, ...], b
 
 
 def content_of(pread: Callable[[int, int], bytes]) -> Content | None:
-    """What a state file says that it holds; None where this is none of ours.
+    """The contents that a state file declares; None if it is not a state file of qsnap.
 
     :param pread: (bytes, offset) to those bytes of the file.
     """
@@ -268,9 +268,9 @@ def content_of(pread: Callable[[int, int], bytes]) -> Content | None:
 
 
 def flaw(pread: Callable[[int, int], bytes], size: int) -> str:
-    """What in a state file is not as qsnap wrote it, nor as a load leaves it; "" where nothing is.
+    """The part of a state file that differs from what qsnap wrote and from what a load leaves; "" if none does.
 
-    All that is around the stream is compared. Of the stream itself, its first bytes and its last one are.
+    Everything around the stream is compared. Of the stream itself, the first bytes and the last one are.
 
     :param pread: (bytes, offset) to those bytes of the file.
     :param size: bytes of the file.

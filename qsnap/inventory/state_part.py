@@ -1,7 +1,8 @@
 """The state file of a live save while it is made: under a name that does not count, until all of it is on the disk.
 
-It will hold the guest's memory, and lies in a directory that may belong to another user. So it is its maker's
-descriptor that is written and emptied; who has none, as the guard, takes only the very file that was made.
+It will hold the guest's memory, and lies in a directory that may belong to another user. So qsnap writes and empties it
+through the descriptor from its creation; a process without that, like the guard, accepts only the very file that was
+made.
 """
 
 from __future__ import annotations
@@ -17,9 +18,10 @@ from qsnap.host.files import Identity
 
 
 def remove_unused(part: Path) -> bool:
-    """Remove a state file that is not complete, unless somebody is writing it; whether it is gone.
+    """Remove an incomplete state file, unless a run is writing it; return whether it is gone.
 
-    Who is holds a lock on it (flock). QEMU does not: what is left of a run that died goes, whoever still writes to it.
+    A run that writes it holds a lock on it (flock). QEMU does not: a dead run's file is removed even if QEMU still
+    writes to it.
 
     :raise OSError: it cannot be removed.
     """
@@ -38,13 +40,13 @@ def remove_unused(part: Path) -> bool:
 
 
 def create(part: Path, image: Path | None, reserved: int) -> int:
-    """Make it: of mode 0600, locked, open to read and write.
+    """Create the file: mode 0600, locked, open to read and write.
 
-    :param image: root's file is to belong to the owner of this one.
-    :param reserved: bytes to take on the file system beforehand.
+    :param image: a file that root creates gets the owner of this image.
+    :param reserved: bytes to reserve on the file system.
     :raise OSError: it cannot be made; nothing of it is left.
     """
-    remove_unused(part)  # of a run that died: the claim is ours now
+    remove_unused(part)  # a dead run's file: the claim is ours now
     file = files.created(part)
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -61,11 +63,11 @@ def create(part: Path, image: Path | None, reserved: int) -> int:
 
 
 def complete(file: int, part: Path, path: Path, size: int, envelope: Iterable[tuple[int, bytes]]) -> None:
-    """Write what is around the stream, and give the file its name when all of it is on the disk.
+    """Write the envelope around the stream, and give the file its name when all of it is on the disk.
 
     :param size: bytes of the whole file.
     :param envelope: (offset, bytes), what makes it a state file, at offset 0, last.
-    :raise FileExistsError: something has come to be at *path* meanwhile; it is as it was.
+    :raise FileExistsError: another file appeared at *path* meanwhile; it is unchanged.
     :raise OSError: it cannot be written, or somebody has put another file in the place of *part*.
     """
     os.ftruncate(file, size)

@@ -1,12 +1,12 @@
 """State files: where they lie, and which snapshot each belongs to.
 
 There is no database. A file lies beside the image that would hold the state, or in a directory of the user's choice,
-under a name that is made of the image's and the tag's. It says itself of which image it is, and under which tag the
-disks have its snapshot. The pair is known by that tag and by the guest's clock, which stands in the disks' snapshot
+under a name that is made from the image's name and the tag. The file itself records its image, and the tag under which
+the disks hold its snapshot. The pair is known by that tag and by the guest's clock, which stands in the disks' snapshot
 tables too. qsnap ignores copies under other names.
 
-A snapshot in an image cannot be renamed. So that a live save can replace another without ever being without one, the
-disks may have the new one under a second name, TAG.qsnap-2: when the older one is gone, that *is* TAG.
+A snapshot in an image cannot be renamed. So that a live save can replace another and always keep one, the disks may
+hold the new one under a second name, TAG.qsnap-2: when the older one is deleted, that *is* TAG.
 """
 
 from __future__ import annotations
@@ -32,21 +32,21 @@ from qsnap.model.checks import Device
 from qsnap.model.qemu import BlockGraph
 from qsnap.model.snapshots import StateFile
 
-#: What the name of a state file ends with, and of one that is not complete.
+#: The suffix of a state file's name, and that of an incomplete one.
 SUFFIX = ".qsnap"
 PART_SUFFIX = ".qsnap-part"
-#: Bytes of a file name on Linux.
+#: The most bytes of a file name on Linux.
 _NAME_MAX = 255
-#: Why a file that is there cannot be read.
+#: The errors for a file that exists and cannot be read.
 _MAY_NOT = (errno.EACCES, errno.EIO)
 
 
 class LeftBehind(NamedTuple):
-    """A file of this VM that lies where it was before the image was renamed or moved, while QEMU had it open.
+    """A file of this VM that stayed behind when its image was renamed or moved while QEMU had that open.
 
-    :ivar path: where it is.
-    :ivar image: where the image is.
-    :ivar place: where it belongs now; None where its name cannot be made to fit.
+    :ivar path: the path of the file.
+    :ivar image: the present path of the image.
+    :ivar place: where the file belongs now; None if no name for it would fit.
     """
 
     path: Path
@@ -55,7 +55,7 @@ class LeftBehind(NamedTuple):
 
     @property
     def told(self) -> str:
-        """In words: a clause about what lies there."""
+        """A clause that says where the file lies, and why."""
         return f"lies at {self.path}, and the image was renamed since QEMU opened it: it is {self.image} now"
 
     @property
@@ -66,18 +66,18 @@ class LeftBehind(NamedTuple):
         return f"give {self.image} the name that it had: its files in {self.path.parent} go by that"
 
     def sentence(self, subject: str) -> str:
-        """Both, for people."""
+        """Both clauses as a sentence for people."""
         return f"{subject} {self.told}. {self.cure[0].upper()}{self.cure[1:]}"
 
 
 class StateStore:
-    """Where the state files of one VM lie.
+    """The places of one VM's state files.
 
-    :param pid: the QEMU process; None where it is not on this machine.
-    :param listener: the user who listens at its socket; None where that is not told.
+    :param pid: the QEMU process; None if it is not on this machine.
+    :param listener: the user who listens at its socket; None if unknown.
     :ivar state_dir: the directory that the user chose; None for the images' own.
-    :ivar ignores_unseen: what cannot be seen from here does not matter, as the user said.
-    :raise BadUsage: that is reached by a link of another user's.
+    :ivar ignores_unseen: the user said to ignore what cannot be seen from here.
+    :raise BadUsage: the way to *state_dir* leads over another user's symbolic link.
     """
 
     def __init__(
@@ -99,7 +99,7 @@ class StateStore:
         return StateStore(self._pid, self.state_dir, self._listener, ignores_unseen=True)
 
     def place(self, graph: BlockGraph, vmstate: str, disk_tag: str) -> Path:
-        """The path of the state file of a snapshot that the disks have as *disk_tag*.
+        """The path of the state file of a snapshot that the disks hold as *disk_tag*.
 
         :param vmstate: the node that would hold the state.
         :raise NotSupported: the image cannot be seen from here, and no directory was chosen.
@@ -107,9 +107,9 @@ class StateStore:
         return self.beside(graph, vmstate, _ending(disk_tag), SUFFIX)
 
     def beside(self, graph: BlockGraph, node: str, end: str, suffix: str, *, always: bool = False) -> Path:
-        """The path of a file that belongs to a node's image, made of the image's name, *end* and *suffix*.
+        """The path of a file that belongs to a node's image, made from the image's name, *end* and *suffix*.
 
-        :param always: beside the image wherever that can be seen, whatever directory was chosen.
+        :param always: if the image can be seen, beside it, whatever directory was chosen.
         :raise NotSupported: the image cannot be seen from here, and no directory was chosen.
         """
         image = self.image(graph, node)
@@ -124,7 +124,7 @@ class StateStore:
         )
 
     def all_beside(self, graph: BlockGraph, devices: Iterable[Device], suffix: str) -> tuple[Path, ...]:
-        """The paths of the files of that *suffix* that this VM may have, whether they are there or not."""
+        """The paths of the files with that *suffix* that this VM may have, whether they exist or not."""
         images = self._images(graph, devices)
         paths = [image.with_name(_fitting(image.name, suffix)) for image, is_seen in images.items() if is_seen]
         if self.state_dir is not None:
@@ -132,7 +132,7 @@ class StateStore:
         return tuple(paths)
 
     def image(self, graph: BlockGraph, node: str) -> Path | None:
-        """The real path of a node's image, where it can be seen and QEMU may lead us there: :mod:`qsnap.host.trust`."""
+        """The real path of a node's image, if it can be seen and QEMU may lead us there: :mod:`qsnap.host.trust`."""
         try:
             return self._image(graph, node)
         except OSError:
@@ -156,14 +156,14 @@ class StateStore:
 
     @cached_property
     def _user(self) -> int | None:
-        """Whose the QEMU is.
+        """The user to whom the QEMU belongs.
 
-        :raise OSError: that cannot be told.
+        :raise OSError: that user is unknown.
         """
         return None if self._pid is None else trust.user_of(self._pid, self._listener)
 
     def identity(self, graph: BlockGraph, node: str) -> Path:
-        """What stands in a state file for the image that it belongs to: its real path, or what QEMU calls it.
+        """The image's name as a state file records it: its real path, or the name that QEMU uses.
 
         Another user's QEMU whose image we cannot see must not claim the name of a third user's image.
         """
@@ -178,15 +178,15 @@ class StateStore:
         return Path(name) if trust.is_believed(user) else Path(f"~{user}", name.lstrip("/"))
 
     def opened(self, file: StateFile) -> int:
-        """A state file, open for a QEMU to read and write.
+        """Open a state file, for a QEMU to read and write.
 
-        :raise OSError: it cannot be opened, or belongs to somebody whom the VM's images do not belong to.
+        :raise OSError: it cannot be opened, or belongs to a user who does not own the VM's images.
         """
         opened = files.opened(Path(file.path), os.O_RDWR)
         try:
             info = os.fstat(opened)
             owners = self._owners | trust.owners(self._user)
-            # Who owns a directory can put a file of others there by a second name, where fs.protected_hardlinks is 0
+            # The owner of a directory can link another user's file into it, if fs.protected_hardlinks is 0
             if info.st_uid not in (owners if info.st_nlink == 1 else self._owners):
                 images = ", ".join(map(str, sorted(self._owners)))
                 reason = f"it belongs to user {info.st_uid}, and the images to user {images}"
@@ -224,7 +224,7 @@ class StateStore:
         return tuple(found)
 
     def unseen(self, graph: BlockGraph, devices: Iterable[Device]) -> tuple[str, ...]:
-        """Where files of this VM may lie that cannot be looked for: the images beside which that is, and directories.
+        """Places of files that qsnap cannot look for: the images beside which they may lie, and directories.
 
         Directories chosen by other runs are not included.
         """
@@ -241,7 +241,7 @@ class StateStore:
         return tuple((file and file.filename) or node for node in unseen for file in [rules.image_file(graph, node)])
 
     def left_behind(self, graph: BlockGraph, devices: Iterable[Device], disk_tag: str) -> LeftBehind | None:
-        """The state file of a tag that lies where it did before its image was renamed; None if there is none."""
+        """The state file of a tag that stayed at its former place when its image was renamed; None if there is none."""
         for image, old, node in self._renamed(graph, devices):
             clocks = {row.vm_clock_ns // 1_000_000 for row in graph.nodes[node].tagged(disk_tag)}
             for path in self._expected(old, disk_tag) if clocks else ():
@@ -253,14 +253,14 @@ class StateStore:
         return None
 
     def left_beside(self, graph: BlockGraph, devices: Iterable[Device], suffix: str) -> Iterator[LeftBehind]:
-        """Files of that suffix beside the former names of images, where there are none beside the present ones."""
+        """Files with that suffix beside the former names of images, if there are none beside the present names."""
         for image, old, _ in self._renamed(graph, devices):
             path, place = (one.with_name(_fitting(one.name, suffix)) for one in (old, image))
             if not os.path.lexists(place) and self._may_be_told(path):
                 yield LeftBehind(path, image, place)
 
     def _is_left(self, path: Path, disk_tag: str, clocks: Collection[int]) -> bool:
-        """Whether a state file of that tag and one of these clocks (in ms) lies there, or one that may not be read."""
+        """Whether a state file with that tag and one of these clocks (in ms) lies there, or an unreadable one."""
         if not self._may_be_told(path):
             return False
         try:
@@ -270,14 +270,14 @@ class StateStore:
         return file is not None and file.disk_tag == disk_tag and file.vm_clock_ns // 1_000_000 in clocks
 
     def _may_be_told(self, path: Path) -> bool:
-        """Whether something lies there that belongs to somebody to whose files this QEMU may lead us."""
+        """Whether a file lies there, and belongs to a user to whose files this QEMU may lead us."""
         try:
             return files.status(path).st_uid in self._owners | trust.owners(self._user)
         except OSError:
             return False
 
     def _renamed(self, graph: BlockGraph, devices: Iterable[Device]) -> Iterator[tuple[Path, Path, str]]:
-        """The images that QEMU calls otherwise than what they are called now: their place, the former one, the node."""
+        """The images that were renamed since QEMU opened them: the present path, the former one, the node."""
         for node in dict.fromkeys(device.image for device in devices if device.image):
             file, image = rules.image_file(graph, node), self.image(graph, node)
             if file is None or image is None:
@@ -289,9 +289,9 @@ class StateStore:
                 yield image, old, node
 
     def remove_parts(self, graph: BlockGraph, devices: Iterable[Device]) -> None:
-        """Remove what live saves of this VM have left unfinished. None must be under way.
+        """Remove the unfinished files of this VM's live saves. No live save must be under way.
 
-        Other VMs' images may begin like ours: what somebody is writing stays.
+        Names of other VMs' images may begin like ours: a file that somebody is writing stays.
         """
         images = self._images(graph, devices)
         own = {f"{base}." for image in images for base in (image.name, _unique(image))}
@@ -301,7 +301,7 @@ class StateStore:
                     remove_unused(path)
 
     def _images(self, graph: BlockGraph, devices: Iterable[Device]) -> dict[Path, bool]:
-        """What stands for each image, and whether it can be seen."""
+        """The identity of each image, and whether the image can be seen."""
         nodes = dict.fromkeys(d.image for d in devices if d.image)
         return {self.identity(graph, node): self.image(graph, node) is not None for node in nodes}
 
@@ -313,37 +313,37 @@ class StateStore:
 
     def _listed(self, images: Mapping[Path, bool], suffix: str) -> Iterator[Path]:
         for directory in self._directories(images):
-            with suppress(OSError):  # what is not there, or may not be listed: see _unlisted
+            with suppress(OSError):  # a missing directory, or one that may not be listed: see _unlisted
                 yield from sorted(path for path in directory.iterdir() if path.name.endswith(suffix))
 
     def _unlisted(self, images: Mapping[Path, bool], expected: Iterable[Path]) -> Iterator[Path]:
-        """Those of the *expected* paths whose directories may be searched, but not listed."""
+        """The *expected* paths whose directories may be searched, but not listed."""
         closed = {path for path in self._directories(images) if not os.access(path, os.R_OK, effective_ids=True)}
         return (path for path in expected if path.parent in closed)
 
     def _expected(self, image: Path, disk_tag: str) -> Iterator[Path]:
-        """Where the state file of that tag of an image lies, if there is one."""
+        """The possible paths of an image's state file for that tag."""
         ending = _ending(disk_tag)
         yield image.with_name(_fitting(image.name + ending, SUFFIX))
         for directory in {image.parent, *([self.state_dir] if self.state_dir is not None else [])}:
             yield directory / _fitting(_unique(image) + ending, SUFFIX)
 
     def _is_ours(self, file: StateFile, images: Iterable[Path]) -> bool:
-        """Whether a file lies where one of that tag lies of one of our images.
+        """Whether a file has the path of a state file with that tag for one of our images.
 
         A file under any other name is a copy, even if it names our image.
         """
         path, ending = Path(file.path), _ending(file.disk_tag)
         for image in images:
             if path == image.with_name(_fitting(image.name + ending, SUFFIX)):
-                return True  # whatever it says, so that it is found when it is moved or copied together with the image
+                return True  # whatever image it names, because it may have been moved or copied together with its image
             if path.name == _fitting(_unique(image) + ending, SUFFIX) and Path(file.image) == image:
                 return True  # in the user's directory, which may be the image's
         return False
 
 
 def _why_no_file(graph: BlockGraph, node: str) -> str:
-    """Why there is no directory that a node's image lies in, in words; "" if it does, or if QEMU does not tell."""
+    """Why a node's image does not lie in a directory; "" if it does, or if QEMU does not tell."""
     protocol = rules.protocol(graph, node)
     if protocol is None:
         return ""
@@ -359,7 +359,7 @@ NO_STORE = StateStore(None, ignores_unseen=True)
 
 
 def _real(state_dir: Path) -> Path:
-    """The real path of a directory that the user has named, where it is there."""
+    """The real path of a directory that the user named, if it exists."""
     try:
         return files.resolved(state_dir)
     except OSError as error:
@@ -369,20 +369,20 @@ def _real(state_dir: Path) -> Path:
 
 
 def _unique(image: Path) -> str:
-    """A name for an image in a directory where those of several VMs lie: they may be called the same."""
+    """A unique name for an image in a directory for several VMs, whose images may have the same name."""
     import hashlib
 
     return f"{image.name}-{hashlib.sha256(os.fsencode(image)).hexdigest()[:8]}"
 
 
 def _ending(disk_tag: str) -> str:
-    """What a tag adds to the name of a file, in whatever locale: its bytes in UTF-8, as QEMU has it."""
+    """The part of a file name that stands for a tag: its UTF-8 bytes, as in QEMU, whatever the locale."""
     tag = quote_from_bytes(disk_tag.encode(errors="surrogateescape"), safe=" +,=@()[]{}~!#$&':;")
     return f".{tag}"
 
 
 def _fitting(name: str, suffix: str) -> str:
-    """The name of a file. A long one is cut, and told from others by a sum of it."""
+    """The name of a file. A long name is cut, and a checksum makes it unique."""
     room = _NAME_MAX - max(len(PART_SUFFIX), len(suffix))
     if len(os.fsencode(name)) > room:
         import hashlib
@@ -393,7 +393,7 @@ def _fitting(name: str, suffix: str) -> str:
 
 
 def read(path: Path) -> StateFile | None:
-    """What lies there; None if it is not a state file, or may not be read."""
+    """The state file at *path*; None if there is none, or it cannot be read."""
     try:
         return _looked_at(path)
     except OSError:
@@ -401,9 +401,9 @@ def read(path: Path) -> StateFile | None:
 
 
 def _looked_at(path: Path) -> StateFile | None:
-    """What lies there; None if it is not a state file.
+    """The state file at *path*; None if it is not a state file.
 
-    :raise OSError: there is not any file, or it may not be read.
+    :raise OSError: there is no file, or it cannot be read.
     """
     file = files.opened(path)
 
@@ -435,7 +435,7 @@ _CLOSED = "it may not be read by this user"
 
 
 def _why_unread(path: Path, error: OSError) -> str:
-    """Why what is there cannot be read, in words; "" where there is nothing, or even that may not be known."""
+    """Why the file cannot be read; "" if it does not exist, or if even that is unknown."""
     if not os.path.lexists(path):
         return ""
     if error.errno in _MAY_NOT:
@@ -444,7 +444,7 @@ def _why_unread(path: Path, error: OSError) -> str:
 
 
 def _unread(path: Path, image: Path, disk_tag: str, trouble: str) -> StateFile | None:
-    """A state file that says nothing; None where there is none, or even that may not be known."""
+    """A state file that cannot be read; None if it does not exist, or if even that is unknown."""
     try:
         info = path.lstat()
     except OSError:
@@ -465,7 +465,7 @@ def _unread(path: Path, image: Path, disk_tag: str, trouble: str) -> StateFile |
 
 
 def _is_open(directory: Path) -> bool:
-    """Whether what is in a directory can be seen by its name; also if the directory is not there."""
+    """Whether a file in the directory can be looked up by its name; True also if there is no directory."""
     try:
         (directory / "qsnap").lstat()
     except OSError as error:
@@ -474,7 +474,7 @@ def _is_open(directory: Path) -> bool:
 
 
 def _cut_short(path: Path, info: os.stat_result, image: str) -> StateFile | None:
-    """A state file that has lost its end, where the tag stands; its name tells that too, unless it was changed."""
+    """A state file that lost its end, which holds the tag. The tag comes from its name, unless that was changed."""
     for base in (Path(image).name, _unique(Path(image))):
         if path.name.startswith(f"{base}."):
             tag = unquote_to_bytes(path.name[len(base) + 1 : -len(SUFFIX)]).decode(errors="surrogateescape")

@@ -46,7 +46,7 @@ _ZERO = 1
 
 
 class Elsewhere(ValueError):
-    """The state is not where it can be read. The text is a clause that says why."""
+    """The state cannot be read where it lies. The text is a clause that says why."""
 
 
 class Extent(NamedTuple):
@@ -72,7 +72,7 @@ class VmState:
     def read(self, buffer: memoryview, begin: int) -> int:
         """Read what of the state fits into *buffer*, from *begin* on; how many bytes that is.
 
-        It is quick where each call goes on near where the one before has ended.
+        It is fast if each call goes on near the end of the one before.
 
         :raise OSError: it cannot be read; EIO where the file is shorter than it was.
         """
@@ -103,7 +103,7 @@ def of_state_file(file: int, size: int) -> VmState:
 def of_image(file: int, row: NodeSnapshot) -> VmState:
     """The state of the snapshot of that *row* in an open qcow2 image.
 
-    :raise Elsewhere: it is not there, or not in the clear.
+    :raise Elsewhere: the state is not there, or is encrypted.
     :raise OSError: the file cannot be read.
     """
     try:
@@ -158,14 +158,14 @@ class Stretch(NamedTuple):
     begin: int
     size: int
     is_shared: bool
-    """They would be copied: a snapshot that was loaded has them, too."""
+    """QEMU would copy the clusters, because a loaded snapshot uses them too."""
 
 
 def unprepared(file: int, size: int, going: Collection[NodeSnapshot] = ()) -> list[Stretch]:
-    """What of the next VM state, of *size* bytes, has no clusters of its own yet in an open qcow2 image.
+    """The parts of the next VM state, of *size* bytes, without clusters of their own yet in an open qcow2 image.
 
-    :param going: snapshots that will be deleted before it is written. What is shared with no other is left out.
-    :raise Elsewhere: that cannot be told.
+    :param going: snapshots that will be deleted before it is written. Parts shared only with these are left out.
+    :raise Elsewhere: that cannot be found out.
     :raise OSError: the file cannot be read.
     """
     try:
@@ -181,7 +181,7 @@ def _unprepared(file: int, size: int, going: Collection[NodeSnapshot]) -> Iterat
     step = 2 if head.features & _EXTENDED_L2 else 1
     of_l1, first = head.first(head.cluster // 8 // step, head.disk_size)
     l1 = _entries(os.pread(file, 8 * max(0, head.l1_size - first), head.l1_at + 8 * first))
-    # A table of the active one that a snapshot has, too, is shared with all that is in it
+    # If a snapshot also uses an L2 table of the active L1 table, all clusters in it are shared
     staying = [row for row in _rows(file, head) if not any(_is_of(row, one) for one in going)] if going else []
     shared = {entry & _OFFSET for row in staying for entry in _entries(os.pread(file, 8 * row.l1_size, row.l1_at))}
     current = Stretch(0, 0, is_shared=False)
