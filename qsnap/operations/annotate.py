@@ -1,4 +1,4 @@
-"""What is written down about snapshots: protection, descriptions, and what a later load should know.
+"""The notes on snapshots: protection, descriptions, and facts for a later load.
 
 The notes are in a file beside the image (:mod:`qsnap.inventory.notes`), and QEMU shows to everybody what they protect
 (:mod:`qsnap.inventory.kept`). The guest is not touched.
@@ -25,10 +25,10 @@ async def annotate(
 ) -> tuple[Snapshot, ...]:
     """Protect snapshots, or describe them.
 
-    :param protected: whether they are from now on; None leaves that as it is.
-    :param description: one line, "" for none; None leaves that as it is.
-    :return: them, as they are now.
-    :raise SnapshotNotFound: there is no such snapshot; nothing was written down.
+    :param protected: whether the snapshots are protected from now on; None keeps the present state.
+    :param description: one line, "" for none; None keeps the present one.
+    :return: the snapshots, as they are now.
+    :raise SnapshotNotFound: there is no such snapshot; no note was written.
     :raise NotSupported: the image cannot be seen from here.
     """
     inventory = await run.look()
@@ -50,14 +50,15 @@ async def annotate(
 
 
 def note_save(run: Run, inventory: Inventory, saved: SaveResult, description: str = "") -> str:
-    """Write down what belongs to a snapshot that was just saved: who loads it later should know.
+    """Write the note of a new snapshot, for a later load.
 
-    That is its description; the run state of a guest that could not go on from it; what its disks stand on; and where
-    a state file is that is not beside the image. The snapshot is as good without the last two.
+    It holds the description; the run state of a guest that could not go on from the snapshot; the disks' backing
+    chains; and the directory of a state file that is not beside the image. The snapshot is as good without the last
+    two.
 
-    :param inventory: of the VM after the save.
-    :return: what could not be written down, in words; "" if that does not matter.
-    :raise QsnapError: the description could not be.
+    :param inventory: the VM's inventory after the save.
+    :return: which part of the note could not be written; "" if none, or if it does not matter.
+    :raise QsnapError: the description could not be written.
     """
     snapshot = inventory.find(saved.tag)
     if snapshot is None:
@@ -84,9 +85,9 @@ def note_save(run: Run, inventory: Inventory, saved: SaveResult, description: st
 
 
 async def forget_notes(run: Run, inventory: Inventory) -> None:
-    """Leave out the notes of snapshots that are gone. They do no harm, so an error is none.
+    """Drop the notes of deleted snapshots. Such notes do no harm, so an error is ignored.
 
-    :param inventory: taken in this run, and told of what was deleted since.
+    :param inventory: taken in this run, and updated after each deletion.
     """
     with suppress(QsnapError):
         inventory.notes.forget(inventory.snapshots)
@@ -94,10 +95,10 @@ async def forget_notes(run: Run, inventory: Inventory) -> None:
 
 
 async def mirror_notes(run: Run, inventory: Inventory) -> None:
-    """Have QEMU show to everybody what is protected, as far as that can be seen from here."""
+    """Set QEMU's marks for all users from the notes, as far as those can be seen from here."""
     try:
         notes = inventory.notes
     except QsnapError:
-        return  # they are damaged: who is about to delete something is told
+        return  # the notes are damaged: reported when something is deleted
     marks = await inventory.marks(run.monitor)
     await inventory.change_marks(run.monitor, *marks.changes(notes, inventory.graph, inventory.devices))

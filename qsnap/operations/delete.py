@@ -1,4 +1,4 @@
-"""Delete: QEMU's do_delvm, looked up before and checked after, as QEMU calls a missing tag a success."""
+"""Delete: QEMU's do_delvm, with a look-up before and a check after, because QEMU reports success for a missing tag."""
 
 from __future__ import annotations
 
@@ -22,21 +22,20 @@ from qsnap.operations.removal import refuse_removal
 from qsnap.runs.record import DeleteWork
 from qsnap.runs.run import Run
 
-#: What failed where a state file cannot be removed.
+#: The name of the failed step if a state file cannot be removed.
 _UNLINK = "unlink"
 
 
 async def do_delvm(
     run: Run, tags: Sequence[str], *, missing_ok: bool = False, inventory: Inventory | None = None
 ) -> DeleteResult:
-    """Delete snapshots from every device that holds them, those that are on some devices only too, and state files.
+    """Delete snapshots from every device that holds them, including those on some devices only, and their state files.
 
-    The guest keeps its run state; a running one stands still while QEMU deletes.
+    The guest keeps its run state; a running guest stands still while QEMU deletes.
 
     :param tags: deleted one after another; an error with one does not keep the others from being deleted.
     :param missing_ok: a tag that no device holds is no error.
-    :param inventory: of the VM, taken in the same run; without one it is taken here. What is read back after each
-        deletion goes into it.
+    :param inventory: the VM's inventory, taken in the same run; None takes it here. It is updated after each deletion.
     :return: for each tag the node-names that held it.
     :raise NotSupported: the tag cannot go through a human monitor.
     :raise SnapshotNotFound: no device holds the tag (with several tags: any of them).
@@ -65,7 +64,7 @@ async def do_delvm(
         except QsnapError as error:
             failed[tag] = error
         except asyncio.CancelledError as cancelled:
-            # The tag at which it came is gone too, if QEMU had begun with it
+            # The tag during which the interrupt came is deleted too, if QEMU had begun with it
             gone = [*deleted, *([] if any(inventory.holding(tag)) else [tag])]
             cancelled.add_note(f"deleted by then: {', '.join(gone) or 'nothing'}")
             raise
@@ -89,7 +88,7 @@ async def _delete(run: Run, tag: str, inventory: Inventory, missing_ok: bool) ->
         await run.journal.armed()
         work = DeleteWork(devices=held.nodes, disk_tags=held.tags, files=held.files)
         run.journal.note(tags=(tag,), work=work)
-        # What QEMU has begun it finishes; an interrupt takes effect between two tags.
+        # QEMU finishes what it has begun; an interrupt takes effect between two tags.
         await run.shielded(_deleted(run.monitor, held, inventory))
     return held
 
@@ -99,7 +98,7 @@ async def _deleted(monitor: Monitor, held: Holding, inventory: Inventory) -> Non
     try:
         tables = await delete_all(monitor, inventory.devices, held.tags, held.files, tables)
     except JobFailed as failure:
-        # Some of it may be gone
+        # Parts of it may be deleted
         inventory.without((), await monitor.snapshot_tables())
         if failure.command == _UNLINK:
             gone = "its disks' snapshots are gone; " if held.tags else ""
@@ -115,7 +114,7 @@ async def delete_all(
     files: Sequence[str],
     tables: SnapshotTables | None = None,
 ) -> SnapshotTables:
-    """Delete tags from all devices, and then the state files that went with them.
+    """Delete tags from all devices, and then the state files that belong to them.
 
     :param tables: see :func:`delete_everywhere`.
     :return: the snapshot tables afterwards.
@@ -124,7 +123,7 @@ async def delete_all(
     for tag in disk_tags:
         tables = await delete_everywhere(monitor, devices, tag, tables)
     if files:
-        # QEMU may have one open still, and with it its room on the file system
+        # QEMU may still have a file open, which keeps its room on the file system
         await monitor.tidy()
     stay: list[str] = []
     for file in files:
@@ -141,7 +140,7 @@ async def delete_all(
 async def delete_replaced(
     monitor: Monitor, devices: Sequence[Device], disk_tags: Sequence[str], files: Sequence[str]
 ) -> tuple[Finding, ...]:
-    """Delete what a new snapshot has replaced, when that is there: what of it cannot be deleted is a warning."""
+    """Delete the replaced snapshot, after the new one is complete; return a warning for each part that is left."""
     try:
         await delete_all(monitor, devices, disk_tags, files)
     except (JobFailed, VerifyFailed) as error:
@@ -156,7 +155,7 @@ async def delete_everywhere(
 ) -> SnapshotTables:
     """Delete *tag* until no device holds it; a node that holds it twice loses one at a time.
 
-    :param tables: the snapshot tables, where they were read a moment ago. They are read again after each deletion.
+    :param tables: the snapshot tables, if they were just read. They are read again after each deletion.
     :return: the tables in which no device holds it.
     :raise JobFailed: QEMU reported an error.
     :raise VerifyFailed: QEMU reported success, and as many are left as before.

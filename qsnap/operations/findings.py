@@ -1,4 +1,4 @@
-"""What the pre-checks have to say: each finding says what is wrong, and how to cure it."""
+"""The findings of the pre-checks: each says what is wrong, and how to cure it."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ _NVME_IS_SAVED = QemuVersion(11, 0, 0)
 #: Protocol drivers whose images cannot grow (block/*.c: those without bdrv_co_truncate that makes it larger).
 _FIXED_SIZE = frozenset({"nbd", "host_device", "iscsi", "nvme", "nvme-io_uring", "virtio-blk-vhost-vdpa"})
 
-#: What is found of the image that is to hold the VM state, and does not matter where the state goes elsewhere.
+#: Findings about the image that is to hold the VM state; they do not matter if the state goes elsewhere.
 OF_THE_VMSTATE_IMAGE = frozenset({"vmstate-encrypted", "vmstate-not-encrypted", "vmstate-removable"})
 
 
@@ -68,19 +68,19 @@ def device_findings_for_load(survey: rules.Survey, exclude_all: str) -> Iterator
 
 
 def refuse_untransportable(monitor: Monitor, tag: str | None) -> None:
-    """Refuse a tag that this monitor would make another one of.
+    """Refuse a tag that this monitor would change.
 
-    :raise NotSupported: it would; nothing has been done.
+    :raise NotSupported: the monitor would change it; nothing was done.
     """
     if tag is not None and tag_problem(tag) is None and (obstacle := monitor.tag_obstacle(tag)):
         raise NotSupported(f"{monitor.who} cannot be given the tag {tag!r}: {obstacle}. By QMP it can")
 
 
 def refuse_exclusion(monitor: Monitor, graph: BlockGraph, exclude: Collection[str], takes: str) -> None:
-    """Refuse to leave devices out, where QEMU itself takes all.
+    """Refuse to leave devices out if QEMU itself takes all.
 
-    :param takes: what it does with them: "saves", "loads".
-    :raise NotSupported: it does; nothing has been done.
+    :param takes: what QEMU does with the devices: "saves", "loads".
+    :raise NotSupported: QEMU takes all; nothing was done.
     """
     if not rules.can_exclude(graph, exclude):
         raise NotSupported(f"{monitor.who} {takes} all devices or none: --exclude is beyond it")
@@ -114,7 +114,7 @@ def tag_findings(tag: str | None) -> Iterator[Finding]:
 
 
 def runstate_findings(runstate: RunState) -> Iterator[Finding]:
-    """What a run state has against any change of snapshots."""
+    """Findings about a run state that affects any change of snapshots."""
     if runstate in _RUNSTATES_REFUSED:
         reason, cure = _RUNSTATES_REFUSED[runstate]
         yield Finding.refusal("runstate", f"the guest is in run state {runstate}: {reason}", cure)
@@ -127,7 +127,7 @@ def runstate_findings(runstate: RunState) -> Iterator[Finding]:
 
 
 def trouble_findings(runstate: RunState, version: QemuVersion, *, alive: bool) -> Iterator[Finding]:
-    """That the guest has stopped by itself: whoever loads a snapshot of that gets a guest that does not go on."""
+    """A finding if the guest stopped by itself: after a load of such a snapshot, the guest does not go on."""
     if trouble := trouble_of(runstate, version):
         make = Finding.refusal if alive else Finding.warning
         cure = "to go on, load an older snapshot" if runstate is not RunState.SUSPENDED else "`system_wakeup` wakes it"
@@ -135,9 +135,9 @@ def trouble_findings(runstate: RunState, version: QemuVersion, *, alive: bool) -
 
 
 def no_machine(error: CommandFailed) -> Finding:
-    """What *error* means under -preconfig, where QEMU refuses to answer.
+    """The finding for an *error* under -preconfig, where QEMU refuses most commands.
 
-    :raise CommandFailed: *error*, if it means something else.
+    :raise CommandFailed: *error*, if it has another cause.
     """
     if not any(sentence in error.reason for sentence in _NO_MACHINE):
         raise error
@@ -145,7 +145,7 @@ def no_machine(error: CommandFailed) -> Finding:
 
 
 def aftermath_findings(runstate: RunState, half_restored: bool, leftovers: Sequence[Job]) -> Iterator[Finding]:
-    """What earlier qsnaps have left behind in the guest."""
+    """Findings about what earlier runs of qsnap left behind in QEMU."""
     if half_restored:
         yield Finding.refusal(
             "half-restored",

@@ -142,8 +142,8 @@ async def do_loadvm(run: Run, request: LoadRequest) -> LoadResult:
 async def _begin(run: Run, pause: Pause, plan: LoadPlan, vmstate: str, devices: Sequence[str]) -> bool:
     """Have QEMU load *vmstate*, and wait until it has; whether that was seen on this connection.
 
-    :raise JobFailed: it says that it has not.
-    :raise GuestLeftStopped: it cannot be told, or was interrupted and has not.
+    :raise JobFailed: QEMU reported an error.
+    :raise GuestLeftStopped: the outcome is unknown, or the load was interrupted and has failed.
     """
     monitor, journal = run.monitor, run.journal
     journal.note(work=LoadWork(was_running=pause.was_running, stage=LoadStage.BEGUN))
@@ -166,15 +166,15 @@ async def _begin(run: Run, pause: Pause, plan: LoadPlan, vmstate: str, devices: 
 
 
 def _standing(*, was_reset: bool, was_stopped: bool) -> str:
-    """What a refusal of the second look says of the guest."""
+    """The guest's state, for the message of a refusal at the second look."""
     if was_reset:
         return "nothing was loaded; the guest was reset, and stands still"
     return "the guest was stopped for a moment, and resumed" if was_stopped else UNTOUCHED
 
 
 async def _flush(run: Run, pause: Pause, *, runs: bool) -> None:
-    """Have QEMU drop the code that it has translated: see :func:`flush_translations`. A guest that is not to run is
-    paused from now on, however it has come to stand still."""
+    """Have QEMU drop its translated code: see :func:`flush_translations`. A guest that is not to run is paused from now
+    on, whatever stopped it."""
     monitor, journal = run.monitor, run.journal
     journal.note(work=LoadWork(was_running=pause.was_running))
     try:
@@ -188,9 +188,9 @@ async def _flush(run: Run, pause: Pause, *, runs: bool) -> None:
 
 
 async def _flushed(monitor: Monitor, *, runs: bool) -> None:
-    """The same of a guest that does not run for long enough: it stops by itself at once. A reset keeps it from that.
+    """The same for a guest that stops by itself too soon. A reset prevents that.
 
-    :raise JobFailed: QEMU keeps the code, and would end at a reset, or may.
+    :raise JobFailed: QEMU keeps the code, and would end at a reset, or may end.
     """
     try:
         await flush_translations(monitor, runs=runs)
@@ -203,7 +203,7 @@ async def _flushed(monitor: Monitor, *, runs: bool) -> None:
 
 
 async def _settled(monitor: Monitor, journal: Journal, *, runs: bool) -> None:
-    """See that a guest that will not run is paused, and not left in "restore-vm"."""
+    """Make sure that a guest that will not run is paused, and not left in "restore-vm"."""
     if runs:
         return
     try:
@@ -214,9 +214,9 @@ async def _settled(monitor: Monitor, journal: Journal, *, runs: bool) -> None:
 
 
 async def _forget_failure(run: Run, tag: str) -> None:
-    """Have QEMU forget that a migration has failed, without which it would fail in the middle of the load.
+    """Have QEMU forget that a migration has failed, because it would otherwise fail in the middle of the load.
 
-    :raise PrecheckRefused: it does not; the guest was not touched.
+    :raise PrecheckRefused: QEMU does not forget it; the guest was not touched.
     """
     monitor, journal, background = run.monitor, run.journal, run.monitor.live
     await journal.armed()
@@ -233,9 +233,9 @@ async def _forget_failure(run: Run, tag: str) -> None:
 
 @asynccontextmanager
 async def _source(run: Run, plan: LoadPlan) -> AsyncIterator[Source]:
-    """Where QEMU is to find the VM state for the duration of a block.
+    """The source of the VM state for QEMU, for the duration of a block.
 
-    :raise PrecheckRefused: the state file is damaged, or is not to be opened for this QEMU; the guest was not touched.
+    :raise PrecheckRefused: the state file is damaged, or must not be opened for this QEMU; the guest was not touched.
     :raise JobFailed: QEMU cannot use the state file; the guest was not touched.
     """
     snapshot = plan.snapshot
@@ -289,10 +289,10 @@ def _has_touched_nothing(plan: LoadPlan, failure: JobFailed) -> bool:
 
 
 def _cure_of_bitmaps(plan: LoadPlan, failure: QsnapError) -> str:
-    """What to do about a disk that QEMU did not take back for its dirty bitmaps; "" if it failed for something else.
+    """What to do about a disk that QEMU did not put back because of its dirty bitmaps; "" for any other failure.
 
-    HMP shows those alone that are stored in the image already (seen on 5.2 to 11.1), so they are not always refused
-    before the guest is touched.
+    HMP shows only bitmaps that are already stored in the image (seen on 5.2 to 11.1), so the pre-checks do not always
+    find them.
     """
     if not isinstance(failure, JobFailed) or not (found := _HAS_BITMAPS.search(failure.reason)):
         return ""
@@ -304,7 +304,7 @@ def _cure_of_bitmaps(plan: LoadPlan, failure: QsnapError) -> str:
 
 
 def _note_end(journal: Journal, plan: LoadPlan, error: JobFailed | None) -> None:
-    """Write down how the load ended, while QEMU's own note of it is still there."""
+    """Note the end of the load in the journal, while QEMU still keeps the job."""
     if error is None or _has_touched_nothing(plan, error):
         journal.done(work=None)
     else:
@@ -312,7 +312,7 @@ def _note_end(journal: Journal, plan: LoadPlan, error: JobFailed | None) -> None
 
 
 async def _not_loaded(monitor: Monitor, plan: LoadPlan, failure: JobFailed) -> QsnapError:
-    """The error of a load that QEMU refused: another client has changed something under us."""
+    """The error of a load that QEMU refused, because another client has changed something meanwhile."""
     graph = await monitor.block_graph()
     tag = plan.snapshot.tag
     if any(not graph.nodes[name].tagged(plan.snapshot.disk_tag) for name in plan.devices if name in graph.nodes):
@@ -325,7 +325,7 @@ async def _not_loaded(monitor: Monitor, plan: LoadPlan, failure: JobFailed) -> Q
 async def outcome_after(
     lost: MonitorLost, monitor: Monitor, journal: Journal, *, was_running: bool
 ) -> QsnapError | None:
-    """How a load ended whose connection was lost, as a new one tells; None if it is seen to have ended well."""
+    """The error of a load whose connection was lost, found over a new one; None if the load ended well."""
     try:
         await reconnect(monitor, journal)
         return await monitor.load_outcome(lost, was_running=was_running)
@@ -334,9 +334,9 @@ async def outcome_after(
 
 
 async def _awaited(ending: Coroutine[Any, Any, QsnapError | None], pause: Pause, journal: Journal) -> QsnapError | None:
-    """How the load ended, once QEMU answers.
+    """The outcome of the load, as soon as QEMU answers.
 
-    :raise GuestLeftStopped: it does not for so long that this is left to the guard.
+    :raise GuestLeftStopped: QEMU does not answer in time, so that the rest is left to the guard.
     """
     try:
         return await shielded(ending, journal.patience_s)
@@ -351,7 +351,7 @@ async def _awaited(ending: Coroutine[Any, Any, QsnapError | None], pause: Pause,
 
 
 async def _end_in(failure: QsnapError, monitor: Monitor, pause: Pause, journal: Journal, plan: LoadPlan) -> NoReturn:
-    """End a load that failed: the guest runs again if nothing was loaded, and is left stopped if something may be."""
+    """End a failed load: the guest runs again if nothing was loaded, and is left stopped if something may have been."""
     if isinstance(failure, JobFailed) and _has_touched_nothing(plan, failure):
         await _settled(monitor, journal, runs=pause.was_running)
         raise await _not_loaded(monitor, plan, failure) from failure
@@ -362,7 +362,7 @@ async def _end_in(failure: QsnapError, monitor: Monitor, pause: Pause, journal: 
 async def _left_stopped(
     monitor: Monitor, pause: Pause, journal: Journal, plan: LoadPlan, failure: QsnapError
 ) -> NoReturn:
-    """After a load that failed midway: see that the guest stands still, and say how things are.
+    """After a load that failed midway: make sure that the guest stands still, and report its state.
 
     :raise GuestLeftStopped: if it was running before.
     :raise MonitorLost: there is no guest any more.

@@ -57,7 +57,7 @@ class SavePlan(NamedTuple):
 
     :ivar image: the vmstate image's file, where this process can stat it.
     :ivar estimate: how large the VM state will be, where that can be seen.
-    :ivar preparation: what is to be prepared in the image before the guest is stopped.
+    :ivar preparation: the part of the image to prepare before the guest is stopped.
     """
 
     inventory: Inventory
@@ -68,12 +68,12 @@ class SavePlan(NamedTuple):
 
     @property
     def vmstate(self) -> str:
-        """The node that the VM state goes to; a plan without one is refused."""
+        """The node that gets the VM state; a plan without one is refused."""
         assert self.report.vmstate is not None
         return self.report.vmstate
 
     def refuse_if_needed(self) -> None:
-        """:raise PrecheckRefused: if a finding stands in the way."""
+        """:raise PrecheckRefused: if a finding refuses the save."""
         if not self.report.ok:
             raise PrecheckRefused("the guest cannot be saved now", self.report.findings)
 
@@ -82,7 +82,7 @@ class LoadPlan(NamedTuple):
     """What a load will do: the snapshot, and the devices that it puts back.
 
     :ivar vmstate: the device that holds the VM state; None where it is in the snapshot's state file.
-    :ivar first: what QEMU calls the device that goes back before all others; "" if it is not certain which one that is.
+    :ivar first: QEMU's name for the device that it puts back first; "" if that is not certain.
     :ivar runstate: the guest's, before the load.
     :ivar spoiled: a migration has failed, and QEMU must forget that first: see
         :meth:`qsnap.model.qemu.Migration.spoils_loads`.
@@ -101,7 +101,7 @@ async def plan_save(run: Run, request: SaveRequest, *, state_elsewhere: bool = F
     """Find out whether the guest can be saved now, and how.
 
     :param state_elsewhere: the VM state does not go into an image: no room is needed there.
-    :raise NotSupported: the request goes beyond what HMP can honour.
+    :raise NotSupported: HMP cannot honour the request.
     """
     monitor, vmstate, exclude = run.monitor, request.vmstate, request.exclude
     try:
@@ -155,9 +155,9 @@ async def plan_load(
 ) -> LoadPlan:
     """Find out whether *tag* can be loaded now, and how.
 
-    :param exclude: devices whose contents are to stay as they are now.
-    :param force: do not mind that a disk stands on other images than when the tag was saved.
-    :param standing: what a refusal says of the guest.
+    :param exclude: devices that keep their present contents.
+    :param force: ignore that a disk's backing chain has changed since the tag was saved.
+    :param standing: the guest's state, for the message of a refusal.
     :raise SnapshotNotFound: no device holds the tag, or one that is not excluded lacks it.
     :raise PrecheckRefused: a load would fail, or mix disks of different moments.
     :raise NotSupported: HMP cannot load it in this way.
@@ -225,9 +225,9 @@ async def plan_load(
 
 
 def _refuse_unable(monitor: Monitor, inventory: Inventory, snapshot: Snapshot, standing: str) -> None:
-    """Refuse what this monitor cannot load.
+    """Refuse a snapshot that this monitor cannot load.
 
-    :raise NotSupported: it cannot.
+    :raise NotSupported: the monitor cannot load it.
     """
     survey, tag = inventory.survey, snapshot.tag
     if snapshot.file is not None and monitor.live_obstacle:
@@ -249,10 +249,10 @@ def _refuse_unable(monitor: Monitor, inventory: Inventory, snapshot: Snapshot, s
 
 
 def _first_to_go_back(graph: BlockGraph, devices: Sequence[str], disk_tag: str) -> str:
-    """See :attr:`LoadPlan.first`. QEMU takes the devices in its own order, or in that in which they are named to it."""
+    """See :attr:`LoadPlan.first`. QEMU takes the devices in its own order, or in the order of its arguments."""
     if not graph.chooses_devices:
         roots = {user.root for user in graph.backends}.intersection(devices)
-        # What else holds the tag may belong to an export, which HMP does not show, and come before them
+        # Another node with the tag may belong to an export, which HMP does not show, and come before them
         if any(
             node.tagged(disk_tag) and not node.read_only for node in graph.nodes.values() if node.node_name not in roots
         ):

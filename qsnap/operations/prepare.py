@@ -43,14 +43,14 @@ _PIECE_S = 0.045
 
 
 class Preparation(NamedTuple):
-    """What is to be prepared.
+    """The preparation of an image.
 
-    :ivar image: the image's file; None: nothing is to be prepared.
-    :ivar name: by what ``qemu-io`` takes the guest's device above the image.
-    :ivar shared: bytes of the VM state up to which what is shared is copied.
-    :ivar missing: bytes of it up to which what is missing is allocated.
+    :ivar image: the image's file; None: there is nothing to prepare.
+    :ivar name: the name by which ``qemu-io`` addresses the guest device above the image.
+    :ivar shared: copy shared clusters up to this byte of the VM state.
+    :ivar missing: allocate missing clusters up to this byte of the VM state.
     :ivar going: snapshots that the save deletes before it writes.
-    :ivar findings: what is to be said beforehand.
+    :ivar findings: findings to report before the save.
     """
 
     image: Path | None = None
@@ -61,7 +61,7 @@ class Preparation(NamedTuple):
     findings: tuple[Finding, ...] = ()
 
     def stretches(self) -> list[Stretch]:
-        """What is to be written, as the image's file shows it now."""
+        """The stretches to write, as the image's file shows them now."""
         found = _unprepared(self.image, max(self.shared, self.missing), self.going) if self.image else ()
         ends = ((one, (self.shared if one.is_shared else self.missing) - one.begin) for one in found)
         return [one._replace(size=min(one.size, size)) for one, size in ends if size > 0]
@@ -75,12 +75,13 @@ def plan_preparation(
     image: Path | None,
     estimate: StateEstimate | None,
 ) -> Preparation:
-    """Find out what is to be prepared, and warn of a long pause where it would be needed and cannot be done.
+    """Find out what to prepare, and warn of a long pause if preparation is needed and impossible.
 
-    What is shared is prepared unless the request forbids it, also for a guest that stands still: the whole save is
-    quicker by that. What is missing is prepared if the guest runs, and :data:`_PAYS_FROM` of it are.
+    Shared clusters are prepared unless the request forbids it, also for a guest that stands still, because the whole
+    save becomes faster. Missing clusters are prepared if the guest runs and at least :data:`_PAYS_FROM` bytes are
+    missing.
 
-    :param image: the image's file, where it can be seen.
+    :param image: the image's file, if it can be seen.
     :param estimate: how large the VM state will be. Without one nothing is prepared.
     """
     vmstate = inventory.vmstate
@@ -120,7 +121,7 @@ def _long_pause(
 
 
 def _unprepared(image: Path, size: int, going: Collection[NodeSnapshot]) -> Sequence[Stretch]:
-    """What of a VM state of *size* bytes has no clusters of its own yet; nothing where that cannot be seen."""
+    """The stretches of a VM state of *size* bytes without clusters of their own; none if that cannot be seen."""
     try:
         file = os.open(image, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except OSError:
@@ -138,8 +139,8 @@ def _bytes(stretches: Iterable[Stretch]) -> int:
 
 
 def _has_room(image: Path, stretches: Sequence[Stretch]) -> bool:
-    """Whether the image can grow by all of them. Of what is not a file that cannot be told: what is shared the save
-    itself would copy, and has room for."""
+    """Whether the image can grow by all of them. If it is not a file, only shared stretches count as possible: the save
+    itself would copy them, so it has room for them."""
     try:
         if not image.is_file():
             return all(one.is_shared for one in stretches)
@@ -167,11 +168,11 @@ def _name(user: BlockBackend) -> str:
 async def prepare(run: Run, preparation: Preparation, watch: Watcher | None) -> None:
     """Have QEMU make the clusters of the next VM state.
 
-    If it is interrupted, or QEMU ends, nothing has to be undone: the next save does without what is done already.
+    After an interrupt, or if QEMU ends, nothing has to be undone: the next save skips what is done already.
     """
     stretches = preparation.stretches()
     if any(one.is_shared for one in stretches):
-        # The file may still show what QEMU has discarded after a save, and not yet written down
+        # The file may still show clusters that QEMU discarded after a save, until QEMU flushes its tables
         await _qemu_io(run, preparation, "flush")
         stretches = preparation.stretches()
     began = time.monotonic()
@@ -197,7 +198,7 @@ async def prepare(run: Run, preparation: Preparation, watch: Watcher | None) -> 
 
 
 async def _qemu_io(run: Run, preparation: Preparation, command: str) -> float:
-    """Have QEMU do it; the seconds that it took. Errors appear on QEMU's own standard output alone."""
+    """Have QEMU execute *command*; return the seconds that it took. Errors appear only on QEMU's standard output."""
     began = time.monotonic()
     await run.shielded(run.monitor.human_answer(f'qemu-io {preparation.name} "{command}"'))
     return time.monotonic() - began

@@ -1,4 +1,4 @@
-"""How far a save is, although QEMU says nothing while it writes.
+"""How far a save has come, although QEMU reports nothing while it writes.
 
 QEMU's main loop is frozen and its job only ever shows 0/1 or 1/1. What moves are the bytes that its process writes, as
 the kernel counts them. Where that may not be seen, and of a disk with aio=native or io_uring, where it is not counted,
@@ -23,14 +23,14 @@ _log = logging.getLogger(__name__)
 
 #: Seconds between two looks.
 INTERVAL_S = 0.1
-#: The share of the expected state from which a standstill is read as the flush at the end.
+#: From this share of the expected state on, a standstill counts as the flush at the end.
 _NEARLY_ALL = 0.9
 #: Looks without growth that make a standstill.
 _STANDSTILL = 2
 
 
 class Phase(StrEnum):
-    """What the save is doing."""
+    """The present phase of a save."""
 
     PREPARING = "preparing"
     SAVING = "saving"
@@ -38,7 +38,7 @@ class Phase(StrEnum):
 
 
 class Progress(NamedTuple):
-    """A look at a save under way. Without an image that can be seen, only the time is known."""
+    """The progress of a save under way. If the image cannot be seen, only the time is known."""
 
     phase: Phase
     elapsed_s: float
@@ -73,7 +73,7 @@ async def watched(
 
 
 def cannot_watch(error: BaseException) -> None:
-    """Say so. Neither a file that is gone nor a fault of the watcher's is a fault of the save."""
+    """Log the error. Neither a missing file nor a fault of the watcher is a fault of the save."""
     _log.warning("the save cannot be watched: %s", error)
 
 
@@ -87,7 +87,7 @@ async def _look(watch: Watcher, pid: int | None, image: Path | None, expected: i
         if image is None or not expected:
             watch(Progress(Phase.SAVING, elapsed_s))
         else:
-            # A file system may give back what it had reserved ahead; the state does not shrink for that.
+            # A file system may free blocks that it reserved ahead; the state does not shrink by that.
             now = max(written, allocated_bytes(image) - blocks, written_bytes(pid) - bytes_before)
             standstill = standstill + 1 if now == written else 0
             written = now

@@ -27,21 +27,21 @@ async def do_prune(
     pending: SaveResult | None = None,
     inventory: Inventory | None = None,
 ) -> PruneResult:
-    """Delete the snapshots of series *prefix* that *policy* does not keep, the oldest first; no others are looked at.
+    """Delete the snapshots of series *prefix* that *policy* does not keep, the oldest first; ignore all others.
 
-    The guest keeps its run state; a running one stands still while QEMU deletes.
+    The guest keeps its run state; a running guest stands still while QEMU deletes.
 
-    :param prefix: those that :func:`qsnap.tags.series_tag` names: PREFIX-YYYYMMDDTHHMMSS. Any other is no
-        candidate.
+    :param prefix: the series has the tags that :func:`qsnap.tags.series_tag` makes: PREFIX-YYYYMMDDTHHMMSS. Any other
+        tag is no candidate.
     :param policy: see :func:`qsnap.upkeep.retention.decide`.
     :param allow_remove_all: delete the newest whole one too, if the policy does not keep it.
     :param dry_run: decide everything and do nothing.
-    :param pending: of a dry run: a snapshot that would be there by then.
-    :param inventory: as of :func:`qsnap.operations.delete.do_delvm`.
-    :return: what was kept, and why, and what was deleted.
+    :param pending: for a dry run: a snapshot that a save would have added by then.
+    :param inventory: as for :func:`qsnap.operations.delete.do_delvm`.
+    :return: the snapshots that were kept, with the reasons, and those that were deleted.
     :raise BadUsage: the policy is empty, or *prefix* cannot be one; nothing was done.
-    :raise QsnapError: it cannot be read which ones are protected; nothing was done.
-    :raise PartialFailure: some could not be deleted. The others were.
+    :raise QsnapError: the notes on what is protected cannot be read; nothing was done.
+    :raise PartialFailure: some could not be deleted; the others were.
     :raise PrecheckRefused: it cannot be seen from here which ones are protected; nothing was done. Or as
         :func:`qsnap.operations.delete.do_delvm`.
     """
@@ -74,7 +74,7 @@ async def do_prune(
 
 
 def _imagined(pending: SaveResult) -> Snapshot:
-    """The snapshot that a save would make which was only tried."""
+    """The snapshot that a dry run of a save would have made."""
     return Snapshot(
         tag=pending.tag,
         kind=Kind.FULL,

@@ -1,4 +1,4 @@
-"""Whether a snapshot may be deleted, pruned or replaced, and can be. What is not seen from here is not absent."""
+"""Whether a snapshot may and can be deleted, pruned or replaced. What is not visible from here may still exist."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ async def refuse_removal(monitor: Monitor, inventory: Inventory, tag: str, what:
     """Refuse to delete or replace *tag* if it is, or may be, protected; or if its state file may be out of sight, or
     could not be removed (useless without the disks).
 
-    :param what: what is not done, for people: "saved".
-    :raise PrecheckRefused: one of these; nothing has been done.
+    :param what: the refused action for the message: "saved".
+    :raise PrecheckRefused: one of these is the case; nothing was done.
     :raise QsnapError: the notes are damaged, so that it might be protected.
     """
     found = inventory.meant(tag)
@@ -51,7 +51,7 @@ async def refuse_removal(monitor: Monitor, inventory: Inventory, tag: str, what:
 
 
 async def unseen_notes(monitor: Monitor, inventory: Inventory) -> Sequence[Finding]:
-    """What refuses where there may be notes that can neither be read nor are told by QEMU's marks."""
+    """Refusals if there may be notes that cannot be read and that QEMU's marks do not cover."""
     marks = await inventory.marks(monitor)
     if inventory.store.ignores_unseen or marks.tells_all(inventory.graph, inventory.devices):
         return ()
@@ -59,7 +59,7 @@ async def unseen_notes(monitor: Monitor, inventory: Inventory) -> Sequence[Findi
 
 
 def _unseen_states(inventory: Inventory, found: Iterable[Snapshot]) -> Iterable[Finding]:
-    """What refuses where the RAM of one of these may be in a file that cannot be read, or not be seen."""
+    """Refusals if the RAM of one of these snapshots may be in a file that is unreadable or out of sight."""
     for snapshot in found if not inventory.store.ignores_unseen else ():
         if snapshot.file is not None and not snapshot.file.is_readable:
             yield unreadable_finding(snapshot.tag, snapshot.file)

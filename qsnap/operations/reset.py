@@ -1,8 +1,8 @@
-"""The reset before a load: for a guest in a run state that a load keeps, and that no `cont` ends; and for one that
-stops at once whenever it runs, so that its translated code cannot be dropped (:mod:`qsnap.operations.translation`).
+"""The reset before a load: for a guest in a run state that a load keeps and no `cont` ends; and for a guest that stops
+at once whenever it runs, so that its translated code cannot be dropped (:mod:`qsnap.operations.translation`).
 
-What is lost by it is what the load throws away in any case. Afterwards the guest is in run state prelaunch; it has run
-no instruction.
+The reset loses only what the load discards in any case. Afterwards the guest is in run state prelaunch, and has
+executed no instruction.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from qsnap.monitor import Monitor
 _RESET_S = 10.0
 _LOOK_S = 0.01
 
-#: What to do where qsnap makes no reset.
+#: What to do if qsnap makes no reset.
 RESET_CURE = (
     "by QMP, from QEMU 6.0 on: `set-action` with reboot=reset, then `system_reset`; then load. Or start QEMU anew with "
     "-loadvm TAG"
@@ -29,7 +29,7 @@ RESET_CURE = (
 
 
 def reset_findings(monitor: Monitor, runstate: RunState) -> Iterator[Finding]:
-    """What stands against resetting a guest that a load needs reset.
+    """Why qsnap cannot reset a guest, although the load needs a reset.
 
     With -no-reboot, `system_reset` shuts the guest down: it does not leave run state shutdown then, and out of another
     state QEMU ends (qemu_system_reset_request; seen on 5.2 to 11.1).
@@ -72,7 +72,7 @@ async def reset(monitor: Monitor) -> None:
 
 
 def reboots(pid: int | None) -> bool | None:
-    """Whether QEMU resets a guest that asks for it, by its command line; None where that does not tell."""
+    """Whether QEMU resets a guest on the guest's request, by its command line; None if that is unknown."""
     try:
         raw = Path(f"/proc/{pid}/cmdline").read_bytes() if pid is not None else b""
     except OSError:

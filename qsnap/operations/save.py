@@ -55,12 +55,12 @@ async def do_savevm(run: Run, request: SaveRequest, watch: Watcher | None = None
 
     :param watch: called every 0.1 s while QEMU writes.
     :return: the snapshot as read back from QEMU.
-    :raise PrecheckRefused: before the guest is touched.
-    :raise SnapshotExists: it exists, and the request refuses that; nothing has changed.
+    :raise PrecheckRefused: a pre-check refused; the guest was not touched.
+    :raise SnapshotExists: the tag exists, and the request refuses to replace it; nothing has changed.
     :raise NotSupported: HMP cannot honour the request; nothing has changed.
-    :raise JobFailed: the guest is resumed, and no part of the new snapshot is left. What it was to replace is
-        gone if the message says so.
-    :raise VerifyFailed: the same, where QEMU had left a half-made set behind.
+    :raise JobFailed: QEMU reported an error. The guest is resumed, and no part of the new snapshot is left. The older
+        snapshot is gone if the message says so.
+    :raise VerifyFailed: the same, if QEMU had left a half-made set behind.
     :raise GuestLeftStopped: the guest could not be resumed; the first error is the context.
     """
     began = time.monotonic()
@@ -85,7 +85,7 @@ async def do_savevm(run: Run, request: SaveRequest, watch: Watcher | None = None
     ))  # fmt: skip
     was_running = takes_stop(report.runstate, monitor.version)
 
-    # What the VM state's area of the image needs is done while the guest runs
+    # The VM state's area of the image is prepared while the guest runs
     await prepare(run, plan.preparation, watch)
     try:
         # saved_vm_running = runstate_is_running(); vm_stop(RUN_STATE_SAVE_VM)
@@ -107,7 +107,7 @@ async def do_savevm(run: Run, request: SaveRequest, watch: Watcher | None = None
                 await monitor.snapshot_save(new.disk_tag, plan.vmstate, report.saved)
         # the_end: if (saved_vm_running) vm_start(): done by leaving the block
 
-        # An error on one device is not passed over
+        # An error on one device fails the save
         row = await attempt.read_back(inventory.graph, was_running=pause.was_running)
         left = await run.shielded(attempt.conclude())
     except BaseException as failure:
@@ -118,9 +118,9 @@ async def do_savevm(run: Run, request: SaveRequest, watch: Watcher | None = None
 
 
 async def unchanged(run: Run, request: SaveRequest, plan: SavePlan) -> Inventory:
-    """A new look at the VM, if it still asks for the same decisions as before the guest was stopped.
+    """Look at the VM again, and make sure that the decisions from before the stop still hold.
 
-    :raise PrecheckRefused: it does not.
+    :raise PrecheckRefused: they do not.
     """
     inventory = await run.look(vmstate=request.vmstate, exclude=request.exclude)
     if (inventory.devices, inventory.vmstate) != (plan.report.devices, plan.report.vmstate):
@@ -132,9 +132,9 @@ async def unchanged(run: Run, request: SaveRequest, plan: SavePlan) -> Inventory
 
 
 class SaveAttempt:
-    """How far a save has come, and how it is undone or concluded: by itself, or by whoever clears up after it.
+    """How far a save has come, and how it is undone or concluded: by itself, or by the process that recovers it.
 
-    All that this takes is in the record of its journal.
+    The record of its journal holds everything that this needs.
     """
 
     def __init__(self, monitor: Monitor, journal: Journal, devices: Sequence[Device]) -> None:
@@ -144,7 +144,7 @@ class SaveAttempt:
 
     @property
     def work(self) -> SaveWork:
-        """What the journal says."""
+        """The journal's record of the save."""
         work = self._journal.record.work
         assert isinstance(work, SaveWork)
         return work
@@ -159,10 +159,10 @@ class SaveAttempt:
         self._journal.note(tags=(tag,), work=work)
 
     def begin_deletion(self, graph: BlockGraph) -> bool:
-        """Write down what stands under the name; whether its deletion is left to QEMU's own savevm.
+        """Note the rows under the name; return whether QEMU's own savevm is to delete them.
 
-        Where HMP saves, it is: savevm looks for what blocks a save before it deletes, and some QEMUs tell of that
-        in no other way (before 6.0). It deletes one row a device, so no more than that may be there.
+        With HMP it is: savevm checks what blocks a save before it deletes, and QEMU before 6.0 reports that in no other
+        way. It deletes one row per device, so there may be no more than that.
         """
         rows = {node: row_keys(graph.nodes[node].tagged(self.work.disk_tag)) for node in self._held(graph)}
         by_qemu = not self._monitor.chooses_devices and all(len(keys) == 1 for keys in rows.values())
@@ -173,9 +173,9 @@ class SaveAttempt:
         """The new snapshot as every device has it: the row of the one with the VM state.
 
         :param graph: the block nodes; their snapshot tables are read again.
-        :param was_running: the guest was, so that two saves are of two moments. Two saves of a paused guest in one
-            second look the same in HMP's tables.
-        :raise VerifyFailed: what is there is not what it should be.
+        :param was_running: the guest was running, so that two saves are of two moments. Two saves of a paused guest in
+            one second look the same in HMP's tables.
+        :raise VerifyFailed: the snapshot is not as it should be.
         """
         graph = graph.with_tables(await self._monitor.snapshot_tables())
         problems = self._problems(graph)
@@ -187,9 +187,9 @@ class SaveAttempt:
         return row
 
     async def conclude(self) -> tuple[Finding, ...]:
-        """Delete what was replaced; the new snapshot is there.
+        """Delete the replaced snapshot, now that the new one is complete.
 
-        :return: what is left of the older one.
+        :return: a warning for each part of the older snapshot that is left.
         """
         self._journal.has_advanced(is_complete=True)
         return await delete_replaced(self._monitor, self._devices, self.work.older, self.work.older_files)
@@ -198,7 +198,7 @@ class SaveAttempt:
         return snapshots.save_problems(graph, self.work.disk_tag, self.work.vmstate, self.work.devices)
 
     def _has_made_something(self, graph: BlockGraph) -> bool:
-        """Whether anything under the name is not of the older snapshot."""
+        """Whether anything under the name does not belong to the older snapshot."""
         older = (self.work.rows or {}) if self.work.qemu_replaces else {}
         return any(
             key not in older.get(node, ())
@@ -207,10 +207,10 @@ class SaveAttempt:
         )
 
     async def clear_up(self, failure: BaseException, *, was_running: bool, hint: str = "") -> None:
-        """Remove what the save left half made, and say in *failure* how things stand.
+        """Remove the half-made parts of the save, and add the outcome to *failure*.
 
-        :param hint: what was known beforehand that may have made it fail.
-        :raise GuestLeftStopped: the guest runs no more, as it has no room for its own writes either.
+        :param hint: a known possible cause of the failure.
+        :raise GuestLeftStopped: the guest has stopped, because it has no room for its own writes either.
         :raise VerifyFailed: QEMU reported an error (*failure*) and has left half a set behind; it is removed.
         """
         if not self.work.has_begun or isinstance(failure, GuestLeftStopped):
@@ -232,12 +232,12 @@ class SaveAttempt:
         explain(failure, outcome, runstate if was_running else None)
 
     async def undo(self, *, keeps_whole: bool) -> tuple[tuple[str, ...], str]:
-        """Leave a whole snapshot of the tag if there is one to be had, and nothing half made.
+        """Keep a whole snapshot of the tag if there is one, and leave nothing half made.
 
-        What an unfinished save has made goes, unless it was to replace an older one that is gone already: then it is
-        kept if it is whole (*keeps_whole*).
+        The rows of an unfinished save are removed, unless the older snapshot is gone already: then the new one is kept
+        if it is whole (*keeps_whole*).
 
-        :return: the nodes from which a new row was removed, and what has become of it all, in words.
+        :return: the nodes from which a new row was removed, and the outcome in words.
         """
         graph = await self._monitor.block_graph()
         held = self._held(graph)
@@ -253,7 +253,7 @@ class SaveAttempt:
             graph = await self._monitor.block_graph()
         else:
             held = ()
-        # Of a live snapshot that was to be replaced: without its disks a state file is of no use
+        # If the older snapshot was a live one: a state file is useless without its disks
         files = ((path, read(Path(path))) for path in self.work.older_files)
         useless = [path for path, file in files if file and not self._held(graph, file.disk_tag)]
         sentences = [outcome, self._older_outcome(graph)]
@@ -270,7 +270,7 @@ class SaveAttempt:
         return ", ".join(rules.displayed(nodes, self._devices))
 
     def _older_outcome(self, graph: BlockGraph) -> str:
-        """What has become of the older snapshot."""
+        """The outcome for the older snapshot, in words."""
         rows, tag = self.work.rows, self._tag
         held = self._held(graph)
         if self.work.older or (rows and held == tuple(rows) and self.work.saving):
@@ -283,11 +283,11 @@ class SaveAttempt:
 
 
 def explain(failure: BaseException, outcome: str, runstate: RunState | None, *, undone: bool = False) -> None:
-    """Say in *failure* what has become of the save.
+    """Add the outcome of the save to *failure*.
 
-    :param runstate: that of a guest that was running, now.
+    :param runstate: the present run state of a guest that was running before; None for any other.
     :param undone: see :attr:`QsnapError.undone`.
-    :raise GuestLeftStopped: that does not run any more, as it has no room for its own writes either.
+    :raise GuestLeftStopped: the guest does not run any more, because it has no room for its own writes either.
     :raise JobFailed: QEMU refused a command in the middle of it.
     """
     if runstate is not None and not is_live(runstate):
@@ -314,7 +314,7 @@ def save_result(
     file: StateFile | None = None,
     left: Sequence[Finding] = (),
 ) -> SaveResult:
-    """What was saved, or would be.
+    """The result of a save, or of a dry run.
 
     :param left: see :func:`qsnap.operations.delete.delete_replaced`.
     """

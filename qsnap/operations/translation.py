@@ -36,12 +36,12 @@ _NO_TCG = "only available with accel=tcg"
 async def flush_translations(monitor: Monitor, *, runs: bool) -> None:
     """Have QEMU drop the translated code of a stopped guest whose RAM is about to be loaded.
 
-    The guest runs for some milliseconds, from which nothing is kept but what it does to devices that are not loaded.
+    The guest runs for some milliseconds. Only what it does to devices that are not loaded outlasts the load.
 
     :param runs: whether the guest is to run after the load. If not, it is paused again without having executed
         anything since the flush, where that can be had: where not, it is left in "restore-vm", and
         :func:`leave_restore_vm` is due after the load.
-    :raise JobFailed: QEMU keeps the code; a load would be wrong. Nothing was loaded.
+    :raise JobFailed: QEMU keeps the code, so that a load would be wrong. Nothing was loaded.
     """
     if monitor.version < _KEPT_SINCE:
         return
@@ -76,12 +76,12 @@ async def leave_own_stop(monitor: Monitor) -> None:
 
 
 async def _pass(monitor: Monitor, *lines: str) -> None:
-    """Give HMP *lines* as closely one after the other as the monitor can."""
+    """Give HMP *lines* one after the other, with as little time between them as the monitor allows."""
     await asyncio.gather(*(monitor.human_answer(line) for line in lines))
 
 
 async def _has_translations(monitor: Monitor) -> bool:
-    """Whether there is translated code; True where QEMU does not tell."""
+    """Whether there is translated code; True if QEMU does not report it."""
     text = await monitor.human_answer("info jit")
     if _NO_TCG in text:
         return False

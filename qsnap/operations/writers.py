@@ -1,4 +1,4 @@
-"""Who else writes into the guest's memory: what QEMU writes, or reads of it, is then not of one moment."""
+"""Other writers of the guest's memory: with them, what QEMU saves or compares is not of one moment."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from qsnap.monitor import Monitor
 async def other_writers(monitor: Monitor, graph: BlockGraph) -> Sequence[str]:
     """What may write into guest memory and is not QEMU, in words: a device has it written, or a process has it mapped.
 
-    :raise OSError: the memory is shared, and it cannot be seen whether another process has it mapped.
+    :raise OSError: the memory is shared, and whether another process has it mapped cannot be seen.
     """
     writers = [f"device {one.label!r} ({one.model})" for one in graph.peripherals if outside.writes_ram(one.model)]
     writers += await monitor.live.writers()

@@ -1,4 +1,4 @@
-"""Whether a save is made live: as asked for, or, with ``--live=auto``, wherever that is possible."""
+"""Whether a save is made live: as requested, or, with ``--live=auto``, whenever that is possible."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ async def save_live_or_not(
 ) -> SaveResult:
     """Save the guest live, or the ordinary way; the result's warnings say why it was not live.
 
-    :param live: "auto" saves the ordinary way where a live save is not possible, or has failed and was undone. A guest
+    :param live: "auto" saves the ordinary way if a live save is not possible, or failed and was undone. A guest
         that does not run gains nothing by a live save, and is saved the ordinary way in any case.
     """
     if not live:

@@ -1,7 +1,7 @@
 """The moment of a live save: disk snapshots and device state taken in one stop of some milliseconds.
 
 QEMU's background snapshot makes the VM state, and a transaction makes the disks' snapshots. They are of one moment if
-the guest stands still from before the one until after the other. There are two ways to see to that:
+the guest stands still from before the one until after the other. There are two ways to ensure that:
 
 * *late*: the guest is stopped when QEMU's thread has read most of RAM, as far as that can be known: when it has had
   most of the processor time that it took the last time. If QEMU was faster nevertheless, it has stopped and resumed the
@@ -55,15 +55,15 @@ _STATE_TIMEOUT_S = 120.0
 class Freeze(ABC):
     """A live save, from its first stop to the end of its stream.
 
-    What differs before QEMU 9.0 and since then is in subclasses.
+    The subclasses hold the differences between QEMU before 9.0 and from 9.0 on.
 
     :cvar PLAIN_NS: nanoseconds that QEMU may take to read RAM in the pause: stopping late gains nothing below this.
     :cvar LATE_ATTEMPTS: attempts to stop late, before the guest is stopped first.
     :param file: the state file to be, open.
     :param offset: where in it the stream begins.
-    :param snapshot_disks: takes the disks' snapshots, of a guest that is stopped.
-    :param forget_disks: takes them away again.
-    :param images: files of the disks: what the host has not written yet is written before the guest is stopped.
+    :param snapshot_disks: takes the disks' snapshots while the guest is stopped.
+    :param forget_disks: removes them again.
+    :param images: files of the disks: the host's pending writes are flushed before the guest is stopped.
     """
 
     PLAIN_NS: int
@@ -120,7 +120,7 @@ class Freeze(ABC):
         return pause
 
     async def _ram(self, ram_bytes: int) -> Layout:
-        """How RAM is mapped, when what can be put into huge pages has been."""
+        """The layout of RAM, after as much as possible was put into huge pages."""
         pid = self._monitor.pid
         ram = await asyncio.to_thread(hugepages.layout, pid, ram_bytes)
         if pid is None or ram.base <= ram_bytes * _HARDLY_ANY:
@@ -130,11 +130,11 @@ class Freeze(ABC):
 
     @property
     def stream_size(self) -> int:
-        """Bytes that QEMU has written."""
+        """Bytes that QEMU has written so far."""
         return os.lseek(self._file, 0, os.SEEK_CUR) - self._offset
 
     def close(self) -> None:
-        """Let go of the file."""
+        """Close the file."""
         os.close(self._file)
 
     async def _plain(self) -> tuple[Pause, int]:
@@ -225,7 +225,7 @@ class Freeze(ABC):
         """Wait until QEMU has the device state, and the guest may run; or runs, where QEMU resumes it by itself.
 
         :return: the processor time that *thread* was seen to have had before.
-        :raise JobFailed: it will not come, or takes too long.
+        :raise JobFailed: QEMU does not take the device state, or takes too long.
         """
         spent = 0
         deadline = time.monotonic() + _STATE_TIMEOUT_S
@@ -255,7 +255,7 @@ class Freeze(ABC):
         await self._forget_disks()
 
     async def _flush(self) -> None:
-        """What the host has yet to write of the images is written now; else it would be in the pause."""
+        """Flush the host's pending writes to the images now, because otherwise that would be part of the pause."""
         for image in self._images:
             with suppress(OSError):
                 await asyncio.to_thread(_sync, image)
@@ -301,7 +301,7 @@ class Freeze(ABC):
         try:
             return await shielded(work, _STATE_TIMEOUT_S) - self._offset
         except OSError:
-            return size  # what is wrong there is told when the file is completed
+            return size  # the error is reported when the file is completed
 
 
 class FreezeBefore9(Freeze):

@@ -65,11 +65,11 @@ _CURES = {
 
 
 class LivePlan(NamedTuple):
-    """What a live save will do.
+    """The plan of a live save.
 
-    :ivar tag: the user's.
-    :ivar new: the name that the devices will have it under, and what it replaces.
-    :ivar path: of its state file.
+    :ivar tag: the user's tag.
+    :ivar new: the name under which the devices will hold the snapshot, and what it replaces.
+    :ivar path: the path of its state file.
     """
 
     save: SavePlan
@@ -112,7 +112,7 @@ async def plan_live(run: Run, request: SaveRequest) -> LivePlan:
 async def _refuse_other_writers(monitor: Monitor, graph: BlockGraph) -> None:
     """Refuse where RAM would change behind QEMU's back while it is saved.
 
-    :raise NotSupported: a device has it written, or another process has it mapped, or may have and cannot be seen.
+    :raise NotSupported: a device has RAM written from outside, or another process has it mapped, or may have.
     """
     try:
         writers = await other_writers(monitor, graph)
@@ -129,9 +129,9 @@ async def _refuse_other_writers(monitor: Monitor, graph: BlockGraph) -> None:
 
 
 async def _place_findings(monitor: Monitor, path: Path, force: bool, *, is_taken: bool) -> Sequence[Finding]:
-    """What is wrong with the place of the state file.
+    """Findings about the place of the state file.
 
-    :param is_taken: something is there that is no state file of this VM.
+    :param is_taken: a file is there that is no state file of this VM.
     """
     directory = path.parent
     cure = _PLACE_CURE
@@ -161,15 +161,15 @@ async def do_live_save(run: Run, request: SaveRequest, plan: LivePlan, watch: Wa
     their images. An older snapshot of that tag is deleted when the new one is complete. The migration capability and
     the bandwidth that this needs are put back as they were.
 
-    :param plan: made of this request, in the same run.
-    :param watch: called every 0.1 s while QEMU writes, with the bytes of RAM that are done and all of them.
+    :param plan: the plan for this request, made in the same run.
+    :param watch: called every 0.1 s while QEMU writes, with the bytes of RAM that are written and the total.
     :return: the snapshot as read back.
     :raise PrecheckRefused: the older snapshot is protected, or the state file cannot be made; the guest was not
         touched.
-    :raise SnapshotExists: it exists, and the request refuses that; nothing has changed.
+    :raise SnapshotExists: the tag exists, and the request refuses to replace it; nothing has changed.
     :raise JobFailed: QEMU reported an error. The guest runs, nothing of the new snapshot is left, and the older one
-        is as it was. So it is after an interrupt, too.
-    :raise VerifyFailed: what is there afterwards is not what should be; the same.
+        is as it was. The same holds after an interrupt.
+    :raise VerifyFailed: the new snapshot is not as it should be; otherwise as for JobFailed.
     :raise GuestLeftStopped: the guest could not be resumed; the first error is the context.
     """
     began = time.monotonic()
@@ -247,8 +247,9 @@ async def do_live_save(run: Run, request: SaveRequest, plan: LivePlan, watch: Wa
 
 
 async def _reserved(monitor: Monitor, background: Background) -> int:
-    """Bytes to take on the file system beforehand: what QEMU needs to set the stream up, as it must not fail by then;
-    and all that it can need, where it must not fail at all. A page of RAM takes 9 bytes more in the stream."""
+    """Bytes to reserve on the file system: what QEMU needs to set the stream up, because it must not fail until
+    then; before QEMU 9.0 all that it can need, because there it must not fail at all. A page of RAM takes 9
+    bytes more in the stream."""
     if not background.is_before_9:
         return state_file.STREAM_OFFSET + _SETUP_BYTES
     ram_bytes = await monitor.memory_size()
