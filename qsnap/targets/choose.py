@@ -23,11 +23,11 @@ _START = "Start QEMU with -qmp unix:/run/vm.qmp,server=on,wait=off and use -m /r
 class Target(NamedTuple):
     """The VM that is meant.
 
-    :ivar pid: its process, where it was found by looking; whoever else answers at the address is not it.
-    :ivar settings: the defaults that the config file has for it.
-    :ivar title: what to call it in a sentence, where it was found by looking.
-    :ivar was_guessed: nobody named it; it is the only one.
-    :ivar selector: what ``--vm`` takes for it; "" where it was named by its address.
+    :ivar pid: its process id, if it was found among the running VMs; any other process at the address is not it.
+    :ivar settings: its defaults from the config file.
+    :ivar title: its name in a sentence, if it was found among the running VMs.
+    :ivar was_guessed: the user did not name it; it is the only one.
+    :ivar selector: the value of ``--vm`` for it; "" if it was named by its address.
     """
 
     address: Address
@@ -39,7 +39,7 @@ class Target(NamedTuple):
 
     @property
     def name(self) -> str:
-        """What to call it in a table or a label: the same whenever it is chosen in that way."""
+        """Its name in a table or a label: the same whenever it is chosen in that way."""
         return self.selector or str(self.address)
 
 
@@ -47,22 +47,22 @@ class KnownVM(Struct, frozen=True):
     """A VM that runs, or that the config file names."""
 
     running: RunningVM | None
-    """None: it was not found running."""
+    """None: it does not run, as far as can be seen."""
     config: str | None
     """Its name in the config file."""
     monitor: Address | None
-    """Where qsnap would connect; None where it cannot."""
+    """The address to which qsnap would connect; None if it cannot connect."""
     selector: str | None
-    """What ``--vm`` takes for it and for no other; None where ``-m`` alone does."""
+    """The value of ``--vm`` that means only this VM; None if only ``-m`` can choose it."""
 
     @property
     def name(self) -> str | None:
-        """Its -name, else that of the config file."""
+        """Its ``-name``, or else its name in the config file."""
         return (self.running.name if self.running else None) or self.config
 
     @property
     def option(self) -> str:
-        """How to choose it, as typed in a shell; "" where it cannot be."""
+        """The options that choose it, as typed in a shell; "" if none do."""
         import shlex
 
         if self.monitor is None:
@@ -84,7 +84,7 @@ class KnownVM(Struct, frozen=True):
 class SeveralVMs(BadUsage):
     """More than one running VM could be meant; nothing was tried.
 
-    :ivar vms: them, and how to name each.
+    :ivar vms: the VMs, and how to name each.
     """
 
     def __init__(self, message: str, vms: Sequence[KnownVM]) -> None:
@@ -100,12 +100,12 @@ def choose(
 ) -> Target:
     """The VM that is meant.
 
-    :param monitor: its monitor's address, or
-    :param vm: its name in the config file, its ``-name``, pid or UUID; without both the config's default-vm, else the
-        only VM that runs.
-    :param running: looks at what runs; called if that is needed.
+    :param monitor: its monitor's address; or:
+    :param vm: its name in the config file, its ``-name``, pid or UUID. Without both, the config's default-vm is meant,
+        or else the only VM that runs.
+    :param running: finds the running VMs; called only if needed.
     :raise BadUsage: both are given, or the address is not valid.
-    :raise SeveralVMs: it is not clear which.
+    :raise SeveralVMs: several VMs could be meant.
     :raise NoVM: it does not run, or has no monitor that could be used.
     """
     if monitor is not None and vm is not None:
@@ -123,7 +123,7 @@ def choose(
 
 
 def choose_all(config: Config, running: Sequence[RunningVM]) -> list[Target]:
-    """Every VM of this user that runs and has a monitor for us; those that libvirt manages are not ours.
+    """Every running VM of this user with a usable monitor; VMs that libvirt manages do not count.
 
     :raise NoVM: there is none.
     """
@@ -135,7 +135,7 @@ def choose_all(config: Config, running: Sequence[RunningVM]) -> list[Target]:
 
 
 def known_vms(config: Config, running: Sequence[RunningVM]) -> list[KnownVM]:
-    """All that run, by pid, and then those that the config file alone names."""
+    """All running VMs, by pid, and then those that only the config file names."""
     found = [_known(vm, config, running) for vm in running]
     shown = {vm.config for vm in found}
     idle = [vm for vm in config.vms.values() if vm.name not in shown]
@@ -146,7 +146,7 @@ def known_vms(config: Config, running: Sequence[RunningVM]) -> list[KnownVM]:
 
 
 def reason(vm: RunningVM) -> str:
-    """Why qsnap can use none of its monitors, as a sentence."""
+    """A sentence that says why qsnap can use none of its monitors."""
     if vm.managed_by:
         return (
             f"{vm.managed_by} manages it, and its monitor belongs to libvirtd: use virsh snapshot-create, or give it "

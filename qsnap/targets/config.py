@@ -19,8 +19,8 @@
     state-dir = "/var/vm/states"    # as --state-dir; relative to this file
     ignore-unseen = true            # as --ignore-unseen
 
-What is given on the command line wins over ``[vm.NAME]``, and that over ``[defaults]``. Anything that is not known is
-an error that names the key: a default that is misspelt would be silently without effect.
+The command line overrides ``[vm.NAME]``, and that overrides ``[defaults]``. An unknown key is an error that names the
+key, because a misspelt default would silently have no effect.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from qsnap.monitor.address import Address, expanded, parse_address
 
 
 class Settings(NamedTuple):
-    """Defaults of options, None for those that are not set."""
+    """Defaults of options; None for an option that is not set."""
 
     timeout: float | None = None
     vmstate: str | None = None
@@ -52,7 +52,7 @@ class Settings(NamedTuple):
     ignore_unseen: bool | None = None
 
     def over(self, others: Settings) -> Settings:
-        """These, and where they say nothing *others*."""
+        """These defaults, completed from *others* where they are not set."""
         return others._replace(**{name: value for name, value in self._asdict().items() if value is not None})
 
 
@@ -75,21 +75,21 @@ class Config(NamedTuple):
     vms: Mapping[str, ConfiguredVM] = {}
 
     def settings(self, name: str | None) -> Settings:
-        """The defaults for the VM of that name in this file, or for one that it does not name."""
+        """The defaults for the VM with that name in this file, or for a VM that it does not name."""
         found = self.vms.get(name) if name is not None else None
         return found.settings.over(self.defaults) if found else self.defaults
 
 
 def default_path() -> Path:
-    """Where the file is by default: ``~/.config/qsnap/config.toml``, or as XDG_CONFIG_HOME says."""
+    """The default path of the file: ``~/.config/qsnap/config.toml``, or as XDG_CONFIG_HOME says."""
     home = os.environ.get("XDG_CONFIG_HOME", "").strip()
     return Path(home or expanded("~/.config"), "qsnap", "config.toml")
 
 
 def load(path: str | Path | None = None) -> Config:
-    """Read the file at *path*; None is the default one, which need not exist.
+    """Read the file at *path*; None means the default file, which need not exist.
 
-    :raise BadUsage: it cannot be read, or holds what is not known or not valid.
+    :raise BadUsage: it cannot be read, or has an unknown key or an invalid value.
     """
     where = Path(expanded(str(path))) if path is not None else default_path()
     try:

@@ -33,7 +33,7 @@ _COMMAND_SHOWN = 80
 
 
 def running_vms() -> tuple[RunningVM, ...]:
-    """All QEMUs of this machine that this process may see, by pid; other users' too, see :attr:`RunningVM.is_ours`."""
+    """All QEMUs of this machine that this process can see, by pid; also other users': :attr:`RunningVM.is_ours`."""
     import psutil
 
     machine = _Machine(psutil.PROCFS_PATH)
@@ -52,7 +52,7 @@ def running_vms() -> tuple[RunningVM, ...]:
 
 
 def explained(busy: MonitorBusy, address: Address) -> MonitorError:
-    """The error of a monitor that does not greet: what it speaks, or who holds it, if the system shows that."""
+    """The error for a monitor that does not greet: its protocol, or the process that holds it, if visible."""
     points = (point for vm in running_vms() for point in vm.monitors if point.address == _absolute(address))
     if point := next((point for point in points if point.state is MonitorState.UNUSABLE), None):
         return ConnectError(f"{address} cannot be used: this monitor {point.reason}; {ANOTHER}")
@@ -71,9 +71,9 @@ def _absolute(address: Address) -> Address:
 
 
 def holder(path: str) -> Holder | None:
-    """Who is connected to the monitor socket at *path*, or next in line for it, other than its QEMU and ourselves.
+    """The process that is connected to the monitor socket at *path*, or first in its queue, except its QEMU and us.
 
-    :return: None where nobody is, and where the system does not show it.
+    :return: None if there is none, or if the system does not show it.
     """
     import psutil
 
@@ -92,7 +92,7 @@ def holder(path: str) -> Holder | None:
 
 
 def is_qemu(pid: int) -> bool:
-    """Whether that process is a QEMU, as far as its command line can be seen: a proxy before one is not."""
+    """Whether that process is a QEMU, as far as its command line is visible; a proxy before a QEMU is not."""
     try:
         with open(f"/proc/{pid}/cmdline", errors="replace") as file:
             return qemu_arguments(file.read().split("\0")) is not None

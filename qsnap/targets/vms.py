@@ -1,4 +1,4 @@
-"""What is known of a running QEMU and its monitors, which monitor to take, and which VM a word means. Pure."""
+"""A running QEMU and its monitors, the choice of a monitor, and which VM a word means. Pure."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from qsnap.model.qemu import Struct
 from qsnap.monitor.address import Address
 
 DEFAULT_MEMORY = 128 << 20
-"""Bytes of RAM where no ``-m`` says: QEMU's default for most machines (hw/core/machine.c)."""
+"""Bytes of RAM without ``-m``: QEMU's default for most machines (hw/core/machine.c)."""
 
 
 class MonitorState(StrEnum):
@@ -19,13 +19,13 @@ class MonitorState(StrEnum):
 
     FREE = "free"
     BUSY = "busy"
-    """A client is connected, or waits to be."""
+    """A client is connected, or waits for the connection."""
     GONE = "gone"
-    """There is no such socket file, or QEMU does not listen on it."""
+    """The socket file does not exist, or QEMU does not listen on it."""
     FORBIDDEN = "forbidden"
     """This user may not write to the socket file."""
     UNKNOWN = "unknown"
-    """It cannot be seen without connecting: TCP, or another's process."""
+    """The state is not visible without a connection: TCP, or another user's process."""
     UNUSABLE = "unusable"
     """qsnap cannot connect to it; ``reason`` says why."""
 
@@ -43,12 +43,12 @@ class MonitorPoint(Struct, frozen=True):
 
     protocol: Literal["qmp", "hmp"]
     address: Address | None = None
-    """Where it listens; None where that is not a socket."""
+    """The address where it listens; None if that is not a socket."""
     state: MonitorState = MonitorState.UNKNOWN
     reason: str = ""
     """Why it is unusable, as the rest of a sentence about the monitor; "" for all other states."""
     holder: Holder | None = None
-    """Of a busy one, where visible."""
+    """The process that holds a busy monitor, if visible."""
 
     def to_json(self) -> dict[str, Any]:
         return {**super().to_json(), "address": str(self.address) if self.address else None}
@@ -61,7 +61,7 @@ class RunningVM(Struct, frozen=True):
     uid: int
     """The effective user id."""
     user: str
-    """That user's name; the number where it has none."""
+    """That user's name; the number if the user has no name."""
     name: str | None = None
     """``-name``."""
     uuid: str | None = None
@@ -69,14 +69,14 @@ class RunningVM(Struct, frozen=True):
     memory: int = DEFAULT_MEMORY
     """Bytes of RAM at the start."""
     disks: tuple[str, ...] = ()
-    """The file of each disk as it was written; of one without a file its node-name, id or driver."""
+    """The file of each disk as it was written; for a disk without a file its node-name, id or driver."""
     monitors: tuple[MonitorPoint, ...] = ()
     managed_by: str | None = None
     """"libvirt", or None: the monitor that libvirt made for itself is then unusable for others."""
 
     @property
     def is_ours(self) -> bool:
-        """Whether it runs as the user that we are."""
+        """Whether it runs as the present user."""
         return self.uid == os.geteuid()
 
     def to_json(self) -> dict[str, Any]:
@@ -91,9 +91,9 @@ def usable(vm: RunningVM) -> MonitorPoint | None:
 
 
 def find(vms: Iterable[RunningVM], wanted: str) -> tuple[RunningVM, ...]:
-    """The VMs that *wanted* means: those of that exact name, else of that pid, else of that UUID in any case.
+    """The VMs that *wanted* means: by exact name, or else by pid, or else by UUID in upper or lower case.
 
-    :return: all of them, as several may have one name; none if there is none.
+    :return: all matches, because several VMs may have the same name; empty if none matches.
     """
     candidates = tuple(vms)
     for matches in (

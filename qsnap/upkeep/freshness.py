@@ -1,4 +1,4 @@
-"""Whether snapshots are as fresh as they should be, as a monitoring plugin answers. Pure: the clock is an argument."""
+"""Whether snapshots are fresh enough, as the answer of a monitoring plugin. Pure: the clock is an argument."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ class Level(StrEnum):
 
     @property
     def exit_code(self) -> int:
-        """What the plugin exits with."""
+        """The plugin's exit code."""
         return list(Level).index(self)
 
 
 class Health(Struct, frozen=True):
-    """The answer."""
+    """The plugin's answer."""
 
     level: Level
     message: str
@@ -39,12 +39,12 @@ class Health(Struct, frozen=True):
     size: int | None = None
     """Bytes of its VM state."""
     snapshots: int | None = None
-    """How many there are, those that cannot be loaded too."""
+    """The number of snapshots, including those that cannot be loaded."""
     warn_age_s: int | None = None
     max_age_s: int | None = None
 
     def line(self) -> str:
-        """As a monitoring system reads it: what is the case, a bar, and the figures with their thresholds."""
+        """The line for a monitoring system: the message, a bar, and the figures with their thresholds."""
         figures = []
         if self.age_s is not None:
             figures.append(f"age={self.age_s}s;{_or_empty(self.warn_age_s)};{_or_empty(self.max_age_s)};0")
@@ -61,7 +61,7 @@ def _or_empty(number: int | None) -> str:
 
 
 def is_sound(snapshot: Snapshot, left_out: Collection[str]) -> bool:
-    """Whether it can be loaded, and holds all devices but those that are left out on purpose.
+    """Whether it can be loaded, and holds all devices except those that are left out on purpose.
 
     :param left_out: node-names.
     """
@@ -81,12 +81,12 @@ def judge(
 ) -> Health:
     """Whether the newest sound snapshot is young enough.
 
-    :param max_age: CRITICAL if it is older than that, or if there is none.
-    :param warn_age: WARNING if it is older than that.
-    :param prefix: look at this series alone.
+    :param max_age: CRITICAL if it is older, or if there is none.
+    :param warn_age: WARNING if it is older.
+    :param prefix: check only this series.
     :param left_out: see :func:`is_sound`.
-    :param troubles: what else is wrong with the VM; each makes a WARNING.
-    :param in_backing: what is out of reach below an overlay; mentioned if nothing else can be loaded.
+    :param troubles: other problems of the VM; each makes a WARNING.
+    :param in_backing: tags out of reach below an overlay; mentioned if nothing else can be loaded.
     """
     series = [one for one in found if prefix is None or is_of_series(one.tag, prefix)]
     sound = [one for one in series if is_sound(one, left_out)]

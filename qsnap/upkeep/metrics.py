@@ -1,7 +1,7 @@
-"""A file of metrics for Prometheus' node exporter (its textfile collector): the last save, and what is there.
+"""A file of metrics for Prometheus' node exporter (its textfile collector): the last save, and the snapshots.
 
-A file holds the metrics of any number of VMs and series; what a run does not know stays as it was. It is replaced by
-renaming, so nobody reads half of it. A file that holds anything but qsnap's metrics is left alone.
+A file holds the metrics of any number of VMs and series; a run keeps the values that it does not know. The file is
+replaced by renaming, so nobody reads half of it. qsnap does not touch a file that holds anything but its own metrics.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from qsnap.host import files
 
 
 class Metric(NamedTuple):
-    """One kind of figure."""
+    """One kind of metric."""
 
     name: str
     type: str
@@ -46,9 +46,9 @@ _Key = tuple[str, str]
 
 
 def check(path: Path) -> None:
-    """Refuse a place where metrics could not be written.
+    """Refuse a path where metrics could not be written.
 
-    :raise BadUsage: there can be none, or a file that is not ours is there.
+    :raise BadUsage: no file can be created there, or the file there is not qsnap's.
     """
     try:
         place = files.resolved_file(path)
@@ -64,9 +64,9 @@ def check(path: Path) -> None:
 def update(path: Path, labels: Mapping[str, str], values: Mapping[Metric, float], *, failed: bool = False) -> None:
     """Write *values* of one VM and series into the file at *path*.
 
-    :param failed: count one failure more.
-    :raise QsnapError: it cannot be written.
-    :raise BadUsage: the file there is not ours.
+    :param failed: count one more failure.
+    :raise QsnapError: the file cannot be written.
+    :raise BadUsage: the file there is not qsnap's.
     """
     written = ",".join(f'{name}="{_escaped(value)}"' for name, value in labels.items())
     try:
@@ -85,7 +85,7 @@ def update(path: Path, labels: Mapping[str, str], values: Mapping[Metric, float]
 
 @contextmanager
 def _alone(directory: Path) -> Iterator[None]:
-    """Keep other qsnaps from the files of a directory for the time of the block."""
+    """Lock the files of a directory against other qsnaps, for the duration of a block."""
     with files.directory(directory) as where:
         lock = os.open(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=where)
     try:

@@ -6,11 +6,11 @@ of local time: hours, days, ISO weeks, months, years. While a rule has counts le
 that a history grows to its full length. ``within`` counts back from the newest snapshot, not from now: a series that
 has stopped does not vanish. (``scripts/compare-restic`` puts the same questions to both.)
 
-Four things are added, as here a snapshot may be all that there is:
+Four rules are added, because a snapshot may be the only copy:
 
-* One from the future (the host's clock was wrong) is kept, and takes no place that another could have.
-* Whole snapshots, and those that are not, are counted apart: a half-made one never takes the place of a whole one.
-* The newest whole one is kept, whatever the policy says; of none that is whole, the newest.
+* A snapshot from the future (the host's clock was wrong) is kept, and takes no other snapshot's place.
+* Whole and incomplete snapshots are counted apart: an incomplete one never takes the place of a whole one.
+* The newest whole one is kept, whatever the policy says; if none is whole, the newest.
 * A protected one is kept. It counts like any other.
 """
 
@@ -26,7 +26,7 @@ from qsnap.errors import BadUsage
 from qsnap.inventory.snapshots import is_loadable
 from qsnap.model.snapshots import Snapshot
 
-#: A count without an end, as restic writes it.
+#: An unlimited count, as restic writes it.
 UNLIMITED = "unlimited"
 EMPTY_POLICY = (
     "the policy is empty: it would keep nothing. Say what to keep, for example --keep-daily 7 "
@@ -36,7 +36,7 @@ _FOREVER = 1 << 62
 
 
 class Duration(NamedTuple):
-    """A length of time in the calendar's units: a month is as long as the month that it leads through."""
+    """A length of time in calendar units: the length of a month depends on the date."""
 
     years: int = 0
     months: int = 0
@@ -48,7 +48,7 @@ class Duration(NamedTuple):
     def parse(cls, text: str) -> Duration:
         """``2y5m7d3h``, as restic writes it; ``w`` for weeks, ``mo`` for months and ``min`` for minutes too.
 
-        :raise BadUsage: it is none, or of no length.
+        :raise BadUsage: it is not a duration, or its length is 0.
         """
         counts = dict.fromkeys(("y", "m", "w", "d", "h", "min"), 0)
         if re.fullmatch(r"([0-9]{1,6}(min|mo|[ymwdh]))+", text):
@@ -62,9 +62,9 @@ class Duration(NamedTuple):
 
     @classmethod
     def parse_age(cls, text: str) -> Duration:
-        """An age, where an ``m`` alone is refused: 90m would be 90 months, and nobody would be warned for years.
+        """An age. A lone ``m`` is refused: 90m would mean 90 months, and there would be no warning for years.
 
-        :raise BadUsage: as :meth:`parse`; or it has such an ``m``.
+        :raise BadUsage: as :meth:`parse`; or it has a lone ``m``.
         """
         if re.search(r"[0-9]m(?![a-z])", text):
             raise BadUsage(f"{text!r}: say min for minutes, or mo for months; m could mean either")
@@ -96,7 +96,7 @@ class Duration(NamedTuple):
 
 
 class Period(NamedTuple):
-    """A kind of period, and which one a local time lies in."""
+    """A kind of period, and the period of that kind in which a local time lies."""
 
     name: str
     of: Callable[[datetime], object]
@@ -113,13 +113,13 @@ PERIODS = (
 
 
 class Policy(NamedTuple):
-    """What to keep: a snapshot is kept if any of these says so.
+    """What to keep: a snapshot is kept if any of these rules keeps it.
 
-    :ivar last: so many, the newest first.
-    :ivar counts: by the name of a period: of so many of them the newest each.
-    :ivar within: all that are no older than that, counted from the newest snapshot.
-    :ivar within_periods: by the name of a period: of all of them that reach into that time the newest each.
-    :ivar tags: those whose tag matches one of these shell patterns.
+    :ivar last: the number of newest snapshots to keep.
+    :ivar counts: by the name of a period: the number of periods of which to keep the newest snapshot.
+    :ivar within: keep all snapshots that are no older than that, counted from the newest snapshot.
+    :ivar within_periods: by the name of a period: keep the newest of each period that reaches into that time.
+    :ivar tags: keep the snapshots whose tag matches one of these shell patterns.
     """
 
     last: int = 0
@@ -130,14 +130,14 @@ class Policy(NamedTuple):
 
     @property
     def is_empty(self) -> bool:
-        """Whether it keeps nothing."""
+        """Whether the policy keeps nothing."""
         return not (self.last or any(self.counts.values()) or self.within or self.within_periods or self.tags)
 
 
 class Decision(NamedTuple):
-    """What becomes of a snapshot.
+    """Whether a snapshot is kept.
 
-    :ivar reasons: why it is kept; none: it is not.
+    :ivar reasons: why it is kept; empty: it is removed.
     """
 
     snapshot: Snapshot
@@ -145,14 +145,14 @@ class Decision(NamedTuple):
 
     @property
     def is_kept(self) -> bool:
-        """Whether it stays."""
+        """Whether the snapshot is kept."""
         return bool(self.reasons)
 
 
 def parse_count(text: str) -> int:
     """A number of periods: 0 or more, or ``unlimited``.
 
-    :raise BadUsage: it is none.
+    :raise BadUsage: it is neither.
     """
     if text == UNLIMITED:
         return _FOREVER
@@ -170,12 +170,12 @@ def decide(
     protected: Collection[str] = (),
     allow_remove_all: bool = False,
 ) -> tuple[Decision, ...]:
-    """What becomes of each of the *snapshots* of one series, the newest first.
+    """The decision on each of the *snapshots* of one series, the newest first.
 
-    :param now: one that is later is from the future.
+    :param now: a later snapshot is from the future.
     :param zone: the time zone of the periods; None is the system's.
-    :param protected: the tags of those that are protected.
-    :param allow_remove_all: keep none that neither the policy nor its protection keeps.
+    :param protected: the tags of the protected snapshots.
+    :param allow_remove_all: keep only what the policy or protection keeps, even if that is nothing.
     :raise BadUsage: the policy is empty, and not all may be removed.
     """
     if policy.is_empty and not allow_remove_all:
@@ -200,7 +200,7 @@ def decide(
 
 
 def _kept(group: Sequence[Snapshot], policy: Policy, zone: tzinfo | None) -> Iterator[tuple[Snapshot, str]]:
-    """What the policy keeps of snapshots, the newest first, and why; rule by rule."""
+    """The snapshots that the policy keeps, the newest first, and the reasons, rule by rule."""
     if not group:
         return
     for pattern in policy.tags:
@@ -225,7 +225,7 @@ def _kept(group: Sequence[Snapshot], policy: Policy, zone: tzinfo | None) -> Ite
 def _newest(
     group: Sequence[Snapshot], reason: str, count: int, periods: Sequence[object], *, keeps_oldest: bool = True
 ) -> Iterator[tuple[Snapshot, str]]:
-    """The newest of each of *count* periods; and the oldest of all, while there are counts left."""
+    """The newest of each of *count* periods; and the oldest of all, if counts are left."""
     last: object = None
     for number, (snapshot, period) in enumerate(zip(group, periods, strict=True), start=1):
         is_oldest = number == len(group) and keeps_oldest and period == last

@@ -1,4 +1,4 @@
-"""Delta loads: what QEMU is given to load is only what differs between the guest and the snapshot.
+"""Delta loads: QEMU loads only what differs between the guest and the snapshot.
 
 QEMU's loader touches only the pages of RAM that are in the stream. So a stream without the pages that the guest has
 unchanged puts back the same as the whole one, in the time that the changed ones take. All else is in it as it was: the
@@ -11,4 +11,4 @@ makes a full load, and says why (:class:`NoDelta`).
 
 
 class NoDelta(Exception):
-    """Only a full load is right, or worth while. The text is a clause that says why."""
+    """Only a full load is correct, or worthwhile. The text is a clause that says why."""

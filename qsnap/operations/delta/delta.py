@@ -36,7 +36,7 @@ _END_S = 60.0
 
 
 class Delta(NamedTuple):
-    """A stream of what differs, as a node of QEMU's.
+    """A stream of the differences, as a node in QEMU.
 
     :ivar node: its node-name.
     :ivar ram_bytes: bytes of RAM in it that differ.
@@ -47,7 +47,7 @@ class Delta(NamedTuple):
 
 
 class Comparison:
-    """The guest's RAM and the snapshot's, side by side. The guest is stopped; what is found holds as long as it is."""
+    """A comparison of the guest's RAM with the snapshot's. Its result is valid as long as the guest is stopped."""
 
     def __init__(self, background: Background, guest: GuestRam, state: VmState, snapshot: Snapshot) -> None:
         self._background = background
@@ -57,7 +57,7 @@ class Comparison:
 
     @property
     def is_still(self) -> bool:
-        """Whether nobody writes RAM while the guest is stopped, as far as its devices are known."""
+        """Whether no device writes RAM while the guest is stopped, as far as its devices are known."""
         return self._guest.is_still
 
     @property
@@ -67,11 +67,11 @@ class Comparison:
 
     @asynccontextmanager
     async def delta(self) -> AsyncIterator[Delta]:
-        """What differs, as a node for the time of a block.
+        """The differences, as a node for the duration of a block.
 
-        The stream is in a file without a name, in memory: whoever dies, nothing is left of it but the node.
+        The stream is in a file without a name, in memory: if a process dies, nothing but the node is left.
 
-        :raise NoDelta: it cannot be had, or gains nothing.
+        :raise NoDelta: a delta load is not possible, or gains nothing.
         """
         file = os.memfd_create(STATE_NODE, os.MFD_CLOEXEC)
         try:
@@ -109,9 +109,9 @@ class Comparison:
         return found
 
     async def differing(self) -> int:
-        """Compare again, after a load: the pages that differ.
+        """Compare again, after a load; return the number of pages that differ.
 
-        :raise NoDelta: it cannot be done.
+        :raise NoDelta: the comparison is not possible.
         """
         guest = self._guest
         with _doubts():
@@ -121,10 +121,10 @@ class Comparison:
 
 @asynccontextmanager
 async def comparison(monitor: Monitor, snapshot: Snapshot, state: int | None) -> AsyncIterator[Comparison]:
-    """A comparison with a snapshot, for the time of a block.
+    """A comparison with a snapshot, for the duration of a block.
 
-    :param state: the open state file of a live one.
-    :raise NoDelta: RAM, or the snapshot's, cannot be seen from here; or others than QEMU may write RAM.
+    :param state: the open state file of a live snapshot.
+    :raise NoDelta: the RAM of the guest or of the snapshot cannot be seen from here; or others than QEMU may write RAM.
     """
     graph = await monitor.block_graph()
     with _doubts():

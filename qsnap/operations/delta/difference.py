@@ -32,7 +32,7 @@ class Block(NamedTuple):
 
 
 class Found(NamedTuple):
-    """What a walk along a state has found.
+    """The result of a walk along a state.
 
     :ivar differing: pages of the compared blocks that differ.
     :ivar kept: bytes of RAM that are in the new stream.
@@ -43,7 +43,7 @@ class Found(NamedTuple):
 
 
 class TooMuch(Exception):
-    """More differs than there is to be in the new stream."""
+    """More differs than the new stream may hold."""
 
 
 def walk(
@@ -57,9 +57,9 @@ def walk(
 ) -> Found:
     """Compare all of the RAM *blocks* of process *pid* with *state*.
 
-    :param accept: called with the name of the machine that the state is of, before RAM is compared.
+    :param accept: called with the name of the state's machine, before RAM is compared.
     :param write: called with the new stream, from its beginning on.
-    :param ended: set it to have the walk end soon.
+    :param ended: set it to end the walk soon.
     :raise Unknown: the state is not as QEMU is known to write it.
     :raise OSError: the state, or the memory, cannot be read.
     """
@@ -137,8 +137,8 @@ class Output:
     """A file for the new stream.
 
     :param begin: where in the file it begins.
-    :param limit: its bytes at the most.
-    :ivar size: its bytes.
+    :param limit: the most bytes that it may have.
+    :ivar size: the bytes that it has.
     """
 
     def __init__(self, file: int, begin: int, limit: int) -> None:
@@ -148,9 +148,9 @@ class Output:
         self._limit = limit
 
     def write(self, data: bytes) -> None:
-        """Go on with it.
+        """Append to the stream.
 
-        :raise TooMuch: it would be longer than the limit.
+        :raise TooMuch: the stream would be longer than the limit.
         :raise OSError: it cannot be written.
         """
         if self.size + len(data) > self._limit:

@@ -1,4 +1,4 @@
-"""The load itself, of a guest that is stopped: of what differs, where that is certainly the same, or of everything."""
+"""The load itself, for a stopped guest: a delta load if its result is certainly the same, or else a full load."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class Source(NamedTuple):
-    """Where QEMU finds the whole VM state, and all nodes that take part in the load.
+    """The source of the whole VM state for QEMU, and all nodes that take part in the load.
 
     :ivar state: the open state file of a live snapshot.
     """
@@ -31,9 +31,9 @@ class Source(NamedTuple):
 
 
 def refuse_flawed(file: int, snapshot: Snapshot, standing: str = UNTOUCHED) -> None:
-    """Refuse an open state file that is not as qsnap has written it.
+    """Refuse an open state file that differs from what qsnap wrote.
 
-    :raise PrecheckRefused: it is not.
+    :raise PrecheckRefused: the file is damaged.
     """
     assert snapshot.file is not None
     if problem := state_file.flaw(lambda size, offset: os.pread(file, size, offset), os.fstat(file).st_size):
@@ -46,9 +46,9 @@ def refuse_flawed(file: int, snapshot: Snapshot, standing: str = UNTOUCHED) -> N
 
 
 async def refuse_incomparable(run: Run, snapshot: Snapshot, source: Source) -> None:
-    """See that RAM can be compared with a snapshot, as far as that is known before the guest is touched.
+    """Check that RAM can be compared with a snapshot, as far as that is known before the guest is touched.
 
-    :raise NotSupported: it cannot.
+    :raise NotSupported: RAM cannot be compared.
     """
     from qsnap.operations.delta.delta import comparison
 

@@ -36,8 +36,8 @@ class GuestRam(NamedTuple):
 
     :ivar pid: the QEMU process.
     :ivar blocks: by their names in the stream.
-    :ivar roms: what each reset writes into it.
-    :ivar is_still: certainly nobody writes it while the guest is stopped.
+    :ivar roms: the files that each reset writes into it.
+    :ivar is_still: certainly nothing writes it while the guest is stopped.
     """
 
     pid: int
@@ -46,9 +46,9 @@ class GuestRam(NamedTuple):
     is_still: bool
 
     def refuse_board(self, machine: str) -> None:
-        """See that the reset in a load of *machine* leaves RAM alone.
+        """Check that the reset in a load of *machine* does not change RAM.
 
-        :raise NoDelta: it may not.
+        :raise NoDelta: it may change RAM.
         """
         if self.roms:
             raise NoDelta(f"a reset writes {self.roms[0]!r} into RAM")
@@ -59,7 +59,7 @@ class GuestRam(NamedTuple):
 async def find(monitor: Monitor, graph: BlockGraph) -> GuestRam:
     """Find the guest's RAM.
 
-    :raise NoDelta: it cannot be seen, or others may write it.
+    :raise NoDelta: the RAM cannot be seen, or other processes may write it.
     """
     from qsnap.targets.running import is_qemu
 
