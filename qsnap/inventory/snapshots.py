@@ -289,7 +289,7 @@ def new_name(found: Iterable[Snapshot], devices: Sequence[Device], tag: str, *, 
     """
     found = tuple(found)
     held, counts = holding(found, devices, tag), named(found, tag)
-    names = (tag, second_name(tag)) if keeps_older else (tag,)
+    names = (tag, second_name(tag)) if keeps_older and tag in held.tags else (tag,)
     unused = [name for name in names if name not in held.tags]
     useless = [name for name in reversed(names) if counts is None or counts.disk_tag != name]
     disk_tag = next(iter((*unused, *useless, tag)))

@@ -39,6 +39,9 @@ _ROW = struct.Struct(">QIHHIIQII")
 _ADDED = struct.Struct(">QQ")
 #: Bytes of a table of snapshots, of all rows up to the one that is looked for.
 _TABLE_BYTES = 16 << 20
+#: Of an L1 table (block/qcow2.h: QCOW_MAX_L1_SIZE), and how many snapshots there may be (QCOW_MAX_SNAPSHOTS).
+_L1_BYTES = 32 << 20
+_MOST_ROWS = 65536
 _OFFSET = 0x00FF_FFFF_FFFF_FE00
 _COPIED = 1 << 63
 _COMPRESSED = 1 << 62
@@ -135,6 +138,8 @@ def _head(file: int) -> _Head:
     magic, version, _, _, bits, disk_size, encryption, l1_size, l1_at, _, _, rows, rows_at = _HEADER.unpack_from(data)
     if magic != _MAGIC or version not in (2, 3) or not 9 <= bits <= 21:
         raise Elsewhere("the image is not qcow2")
+    if 8 * l1_size > _L1_BYTES or rows > _MOST_ROWS:
+        raise Elsewhere("the image's header is damaged")
     features = _FEATURES.unpack_from(data, _HEADER.size)[0] if version == 3 else 0
     return _Head(1 << bits, disk_size, bool(encryption), l1_size, l1_at, rows, rows_at, features)
 
@@ -221,6 +226,8 @@ def _rows(file: int, head: _Head) -> Iterator[_Row]:
     begin = 0
     for _ in range(head.rows):
         l1_at, l1_size, id_size, name_size, seconds, _, clock_ns, size, added_size = _ROW.unpack_from(table, begin)
+        if 8 * l1_size > _L1_BYTES:
+            raise Elsewhere("the image's table of snapshots is damaged")
         added_at = begin + _ROW.size
         id_at = added_at + added_size
         end = id_at + id_size + name_size

@@ -14,7 +14,7 @@ from qsnap.inventory import snapshots
 from qsnap.inventory.inventory import Inventory
 from qsnap.model.checks import Device, Finding, Role, Verdict
 from qsnap.model.qemu import MIGRATION_IDLE, BlockGraph, Job, Migration, QemuVersion, RunState
-from qsnap.model.requests import SaveRequest
+from qsnap.model.requests import OnExists, SaveRequest
 from qsnap.model.runstates import trouble_of
 from qsnap.model.snapshots import Kind, Snapshot, StateFile
 from qsnap.monitor import Monitor
@@ -264,8 +264,9 @@ def room_findings(
     except OSError:
         return
     (name,) = rules.displayed([vmstate], survey.devices)
-    # What replacing gives back can be taken again.
-    freed = sum(row.vm_state_size for row in graph.nodes[vmstate].tagged(request.tag)) if request.tag else 0
+    # What is deleted before the save can be taken again.
+    first = request.tag if request.on_exists is OnExists.REPLACE else None
+    freed = sum(row.vm_state_size for row in graph.nodes[vmstate].tagged(first)) if first else 0
     cure = "make room, or delete snapshots"
     if graph.chooses_devices:
         cure += ", or put the VM state on another disk: --vmstate NODE"

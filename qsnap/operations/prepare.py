@@ -16,10 +16,11 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from qsnap.errors import UNTOUCHED
 from qsnap.host import processes
 from qsnap.host.processes import StateEstimate
 from qsnap.inventory import vm_state
@@ -43,28 +44,35 @@ _PIECE_S = 0.045
 
 
 class Preparation(NamedTuple):
-    """The preparation of an image.
+    """What is to be prepared; by default nothing.
 
-    :ivar image: the image's file; None: there is nothing to prepare.
-    :ivar name: the name by which ``qemu-io`` addresses the guest device above the image.
-    :ivar shared: copy shared clusters up to this byte of the VM state.
-    :ivar missing: allocate missing clusters up to this byte of the VM state.
+    :ivar image: the image's file.
+    :ivar name: the name by which ``qemu-io`` addresses the guest's device above the image.
+    :ivar shared: bytes of the VM state up to which shared clusters are copied. What lies behind the coming state would
+        stay in the new snapshot.
+    :ivar missing: bytes of it up to which missing clusters are allocated; 0 if its size is not known well.
+    :ivar always: missing clusters are allocated, however few there are. Else only if they pay.
     :ivar going: snapshots that the save deletes before it writes.
-    :ivar findings: findings to report before the save.
+    :ivar findings: warnings before the save.
     """
 
     image: Path | None = None
     name: str = ""
     shared: int = 0
     missing: int = 0
+    always: bool = False
     going: tuple[NodeSnapshot, ...] = ()
     findings: tuple[Finding, ...] = ()
 
     def stretches(self) -> list[Stretch]:
-        """The stretches to write, as the image's file shows them now."""
+        """The stretches to write, as the image's file shows them now; fewer or none if there is no room."""
         found = _unprepared(self.image, max(self.shared, self.missing), self.going) if self.image else ()
         ends = ((one, (self.shared if one.is_shared else self.missing) - one.begin) for one in found)
-        return [one._replace(size=min(one.size, size)) for one, size in ends if size > 0]
+        wanted = [one._replace(size=min(one.size, size)) for one, size in ends if size > 0]
+        shared = [one for one in wanted if one.is_shared]
+        if not self.always and _bytes(wanted) - _bytes(shared) < _PAYS_FROM:
+            wanted = shared
+        return next((some for some in (wanted, shared) if self.image and _has_room(self.image, some)), [])
 
 
 def plan_preparation(
@@ -85,39 +93,45 @@ def plan_preparation(
     :param estimate: how large the VM state will be. Without one nothing is prepared.
     """
     vmstate = inventory.vmstate
-    if image is None or estimate is None or vmstate is None or request.prepare is False:
+    if vmstate is None or request.prepare is False:
         return Preparation()
-    tag = request.tag if request.on_exists is OnExists.REPLACE else None
     name = _writable_as(inventory, vmstate)
-    plan = Preparation(
-        image,
-        name or "",
-        estimate.at_most,
-        estimate.expected if estimate.at_least else 0,
-        inventory.graph.nodes[vmstate].tagged(tag) if tag else (),
+    tag = request.tag if request.on_exists is OnExists.REPLACE else None
+    plan = Preparation(name=name or "", going=inventory.graph.nodes[vmstate].tagged(tag) if tag else ())
+    if image is None or estimate is None:
+        return _without(inventory, vmstate, request, plan, "its image, or QEMU's memory, cannot be seen from here")
+    runs = takes_stop(runstate, version)
+    plan = plan._replace(
+        image=image,
+        shared=estimate.expected,
+        # Two standard deviations less: hardly ever is more prepared than written
+        missing=(estimate.at_least + estimate.expected) // 2 if estimate.at_least and (runs or request.prepare) else 0,
+        always=bool(request.prepare),
     )
-    stretches = plan.stretches()
-    missing = _bytes(one for one in stretches if not one.is_shared)
-    if not request.prepare and (missing < _PAYS_FROM or not takes_stop(runstate, version)):
-        plan = plan._replace(missing=0)
-    for less in plan, plan._replace(missing=0):
-        if name and _has_room(image, less.stretches()):
-            return less
-    return Preparation(findings=tuple(_long_pause(inventory, vmstate, stretches, name)))
+    if name and plan.stretches():
+        return plan
+    why = "there is not enough room to copy them" if name else "no device of the guest uses its image"
+    return _without(inventory, vmstate, request, plan, why)
 
 
-def _long_pause(
-    inventory: Inventory, vmstate: str, stretches: Iterable[Stretch], name: str | None
-) -> Iterator[Finding]:
-    if shared := _bytes(one for one in stretches if one.is_shared):
-        (device,) = inventory.displayed([vmstate])
-        why = "there is not enough room to copy them beforehand" if name else "no device of the guest uses it"
+def _without(inventory: Inventory, vmstate: str, request: SaveRequest, plan: Preparation, why: str) -> Preparation:
+    """No preparation, and what is to be said of that: the guest may pause long, or --prepare cannot be honoured."""
+    (device,) = inventory.displayed([vmstate])
+    found = _unprepared(plan.image, plan.shared, plan.going) if plan.image else ()
+    if shared := _bytes(one for one in found if one.is_shared):
+        # It is not certain: the file may still show what QEMU has discarded after a save, and not yet written down
         message = (
-            f"{device}: the guest will pause much longer than usual: {shared:,} bytes of the image's area for VM "
-            f"states are shared with the snapshot that was loaded, and {why}"
+            f"{device}: the guest may pause much longer than usual, because {shared:,} bytes of the image's area for "
+            f"VM states seem to be shared with a snapshot that was loaded, and qsnap cannot copy them beforehand: {why}"
         )
-        cure = "make room, or save with --live" if name else "save with --live, or onto another disk: --vmstate NODE"
-        yield Finding.warning("long-pause", message, cure, vmstate)
+        cure = "make room, or save with --live" if plan.name else "save with --live, or with --vmstate another disk"
+        if plan.going:
+            cure = f"delete the older snapshot of that name first, or {cure}"
+        return Preparation(findings=(Finding.warning("long-pause", message, cure, vmstate),))
+    if request.prepare and not (plan.image and plan.name):
+        message = f"{device}: the save cannot be prepared: {why}"
+        return Preparation(findings=(Finding.warning("not-prepared", message, "", vmstate),))
+    return Preparation()
 
 
 def _unprepared(image: Path, size: int, going: Collection[NodeSnapshot]) -> Sequence[Stretch]:
@@ -166,6 +180,15 @@ def _name(user: BlockBackend) -> str:
 
 
 async def prepare(run: Run, preparation: Preparation, watch: Watcher | None) -> None:
+    """Do it: see :func:`_prepared`. An interrupt says how things stand."""
+    try:
+        await _prepared(run, preparation, watch)
+    except asyncio.CancelledError as cancelled:
+        cancelled.add_note(f"nothing was saved; {UNTOUCHED}. What was prepared in the image is used by the next save")
+        raise
+
+
+async def _prepared(run: Run, preparation: Preparation, watch: Watcher | None) -> None:
     """Have QEMU make the clusters of the next VM state.
 
     After an interrupt, or if QEMU ends, nothing has to be undone: the next save skips what is done already.

@@ -400,10 +400,9 @@ class LiveSaveAttempt:
             elif await has_ended(self._journal):
                 self._journal.done(work=None)
                 self.remove_part()
-                outcome = (
-                    "QEMU has ended; there is no guest any more. If its disks have snapshots of it: "
-                    f"qsnap delete {self._tag}"
-                )
+                ended = "QEMU has ended; there is no guest any more"
+                outcome = f"If its disks have snapshots of it: qsnap delete {self._tag}"
+                outcome = outcome if ended in str(failure) else f"{ended}. {outcome}"
         if not isinstance(failure, GuestLeftStopped):
             explain(failure, outcome, runstate, undone=self._undone)
 
