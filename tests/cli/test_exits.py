@@ -165,7 +165,7 @@ def test_4_qemu_dies_in_the_middle(guest: Guest, intercept: Intercept) -> None:
 @both_monitors
 def test_4_qemu_dies_in_the_middle_and_is_seen_to(launch: Launch, tmp_path: Path) -> None:
     guest, image = big_guest(launch, tmp_path)
-    process = start_cli("save", "t", "--json", monitor=guest.address)
+    process = start_cli("save", "--no-prepare", "t", "--json", monitor=guest.address)
     with in_the_write(guest, image):
         guest.process.kill()
     run = finish(process)
@@ -317,7 +317,7 @@ def test_10_does_not_verify(
 
     def meddle(message: dict[str, Any]) -> None:
         nonlocal is_done
-        if deed(message) == "query-block" and "t" in guest.node_tags("disk1") and not is_done:
+        if deed(message) == "query-named-block-nodes" and not is_done and "t" in guest.node_tags("disk1"):
             is_done = True
             guest.qmp("blockdev-snapshot-delete-internal-sync", device=deleted, name="t")
             make(guest)
@@ -505,7 +505,7 @@ def test_4_the_connection_of_a_paused_guest_is_cut(
 def test_4_the_connection_is_cut_while_qemu_writes(launch: Launch, tmp_path: Path, intercept: Intercept) -> None:
     guest, image = big_guest(launch, tmp_path)
     proxy = intercept(guest)
-    process = start_cli("save", "t", "--json", monitor=proxy.address)
+    process = start_cli("save", "--no-prepare", "t", "--json", monitor=proxy.address)
     with in_the_write(guest, image):
         proxy.cut()
     run = finish(process)
@@ -518,7 +518,7 @@ def test_4_the_connection_is_cut_while_qemu_writes(launch: Launch, tmp_path: Pat
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_128_and_the_signal(launch: Launch, tmp_path: Path, signum: signal.Signals) -> None:
     guest, image = big_guest(launch, tmp_path)
-    process = start_cli("save", "t", "--json", monitor=guest.address)
+    process = start_cli("save", "--no-prepare", "t", "--json", monitor=guest.address)
     with in_the_write(guest, image):
         deliver(process, signum)
     run = finish(process)
@@ -574,7 +574,7 @@ def test_an_interrupted_replacement_keeps_the_new_one(launch: Launch, tmp_path: 
 def test_a_paused_guest_stays_paused_when_interrupted(launch: Launch, tmp_path: Path) -> None:
     guest, image = big_guest(launch, tmp_path)
     guest.qmp("stop")
-    process = start_cli("save", "t", monitor=guest.address)
+    process = start_cli("save", "--no-prepare", "t", monitor=guest.address)
     with in_the_write(guest, image):
         process.send_signal(signal.SIGINT)
     assert finish(process).code == 130

@@ -57,7 +57,7 @@ from support.proxy import Intercept, Proxy, deed
 def busy(launch: Launch, tmp_path: Path) -> Iterator[tuple[Guest, Path, subprocess.Popen[str]]]:
     """A guest that a qsnap is saving, held still in the middle of it; it goes on when the test ends."""
     guest, image = big_guest(launch, tmp_path)
-    process = start_cli("save", "first", monitor=guest.address)
+    process = start_cli("save", "--no-prepare", "first", monitor=guest.address)
     with in_the_write(guest, image):
         yield guest, image, process
     assert finish(process).code == 0
@@ -118,7 +118,7 @@ def test_the_second_by_another_monitor_while_qemu_answers_nobody(
 
 def test_a_holder_that_is_stopped_itself(launch: Launch, tmp_path: Path) -> None:
     guest, image = big_guest(launch, tmp_path)
-    first = start_cli("save", "first", monitor=guest.address)
+    first = start_cli("save", "--no-prepare", "first", monitor=guest.address)
     with in_the_write(guest, image):
         first.send_signal(signal.SIGSTOP)
         run = cli("save", "x", "--lock-wait", "0", monitor=guest.address, expect=11)
@@ -247,7 +247,7 @@ def test_a_claim_that_cannot_be_read(guest: Guest, tmp_path: Path, damage: dict[
 @both_monitors
 def test_the_second_waits_for_its_turn(launch: Launch, tmp_path: Path, runtime_directory: Path) -> None:
     guest, image = big_guest(launch, tmp_path)
-    first = start_cli("save", "first", monitor=guest.address)
+    first = start_cli("save", "--no-prepare", "first", monitor=guest.address)
     with in_the_write(guest, image):
         second = start_cli("save", "second", "--lock-wait", "100", monitor=guest.address)
     assert (finish(first).code, finish(second).code) == (0, 0)

@@ -50,7 +50,7 @@ from support.proxy import Intercept, deed
 @both_monitors
 def test_killed_in_the_write(launch: Launch, tmp_path: Path, runtime_directory: Path) -> None:
     guest, image = big_guest(launch, tmp_path)
-    process = start_cli("save", "t", monitor=guest.address)
+    process = start_cli("save", "--no-prepare", "t", monitor=guest.address)
     with in_the_write(guest, image):
         (journal,) = journals(runtime_directory)
         assert journal.stat().st_mode & 0o777 == 0o600
@@ -65,7 +65,7 @@ def test_the_whole_process_group_is_killed(launch: Launch, tmp_path: Path, runti
     files = shutil.copytree(Path(qsnap.__file__).parent, tmp_path / "site" / "qsnap")
     guest, image = big_guest(launch, tmp_path)
     process = subprocess.Popen(
-        [sys.executable, "-m", "qsnap", "save", "t", "-m", guest.address], cwd=files.parent,
+        [sys.executable, "-m", "qsnap", "save", "--no-prepare", "t", "-m", guest.address], cwd=files.parent,
         stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
     )  # fmt: skip
     with in_the_write(guest, image):
@@ -145,7 +145,7 @@ def test_another_client_in_the_queue_does_not_keep_the_guard_out(
 ) -> None:
     """A monitor serves one client. The guard goes on with the dead run's connection, and is served before others."""
     guest, image = big_guest(launch, tmp_path)
-    process = start_cli("save", "t", monitor=guest.address)
+    process = start_cli("save", "--no-prepare", "t", monitor=guest.address)
     with socket.socket(socket.AF_UNIX) as other, in_the_write(guest, image):
         other.connect(guest.address)
         process.kill()
@@ -478,7 +478,7 @@ def test_a_qemu_that_does_not_answer_is_left_to_the_guard(
 ) -> None:
     """--timeout ends the command even then; the guest runs once QEMU answers."""
     guest, image = big_guest(launch, tmp_path)
-    process = start_cli("save", "t", "--timeout", "1", "--json", monitor=guest.address)
+    process = start_cli("save", "--no-prepare", "t", "--timeout", "1", "--json", monitor=guest.address)
     with in_the_write(guest, image):
         run = finish(process)
         assert run.code == 20, run.err
@@ -546,7 +546,7 @@ def test_a_guest_that_qemu_does_not_resume_is_left_to_the_guard(
 
 def test_the_guest_dies_with_its_qsnap(launch: Launch, tmp_path: Path, runtime_directory: Path) -> None:
     guest, image = big_guest(launch, tmp_path)
-    process = start_cli("save", "t", monitor=guest.address)
+    process = start_cli("save", "--no-prepare", "t", monitor=guest.address)
     with in_the_write(guest, image):
         process.kill()
         process.communicate()

@@ -29,7 +29,7 @@ def big_guest(launch: Launch, tmp_path: Path) -> tuple[Guest, Path]:
 def in_the_write(guest: Guest, image: Path) -> Iterator[None]:
     """QEMU held still in the middle of writing the VM state, however fast or busy the machine is.
 
-    Only the image shows how far it is.
+    Only the image shows how far it is; so the save is to be one with --no-prepare, which would be seen there, too.
     """
     base = image.stat().st_blocks
     until("the VM state to be written", lambda: image.stat().st_blocks > base + (64 << 20) // 512 or None)

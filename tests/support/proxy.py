@@ -22,6 +22,7 @@ HMP_NAMES = {
     "loadvm": "snapshot-load",
     "delvm": "snapshot-delete",
     "info block": "query-block",
+    "info block -n -v": "query-named-block-nodes",
     "stop": "stop",
     "cont": "cont",
 }
