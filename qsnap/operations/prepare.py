@@ -20,7 +20,7 @@ from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from qsnap.errors import UNTOUCHED
+from qsnap.errors import UNTOUCHED, MonitorLost
 from qsnap.host import processes
 from qsnap.host.processes import StateEstimate
 from qsnap.inventory import vm_state
@@ -32,10 +32,13 @@ from qsnap.model.requests import OnExists, SaveRequest
 from qsnap.model.runstates import takes_stop
 from qsnap.monitor.hmp import text as hmp_text
 from qsnap.operations.progress import Phase, Progress, Watcher, cannot_watch
+from qsnap.runs.pause import has_ended
 from qsnap.runs.run import Run
 
 #: Bytes that must be missing for it to pay: below that the pause is short anyway.
 _PAYS_FROM = 64 << 20
+#: ``qemu-io`` refuses what is not a multiple of 512 bytes; this is the usual cluster.
+_ALIGNMENT = 64 << 10
 #: Bytes of the first piece, and of the largest. Each is a multiple of every cluster size.
 _PIECE = 2 << 20
 _LARGEST = 16 << 20
@@ -66,13 +69,14 @@ class Preparation(NamedTuple):
 
     def stretches(self) -> list[Stretch]:
         """The stretches to write, as the image's file shows them now; fewer or none if there is no room."""
-        found = _unprepared(self.image, max(self.shared, self.missing), self.going) if self.image else ()
-        ends = ((one, (self.shared if one.is_shared else self.missing) - one.begin) for one in found)
+        shared, missing = (-(-size // _ALIGNMENT) * _ALIGNMENT for size in (self.shared, self.missing))
+        found = _unprepared(self.image, max(shared, missing), self.going) if self.image else ()
+        ends = ((one, (shared if one.is_shared else missing) - one.begin) for one in found)
         wanted = [one._replace(size=min(one.size, size)) for one, size in ends if size > 0]
-        shared = [one for one in wanted if one.is_shared]
-        if not self.always and _bytes(wanted) - _bytes(shared) < _PAYS_FROM:
-            wanted = shared
-        return next((some for some in (wanted, shared) if self.image and _has_room(self.image, some)), [])
+        needed = [one for one in wanted if one.is_shared]
+        if not self.always and _bytes(wanted) - _bytes(needed) < _PAYS_FROM:
+            wanted = needed
+        return next((some for some in (wanted, needed) if self.image and _has_room(self.image, some)), [])
 
 
 def plan_preparation(
@@ -180,9 +184,16 @@ def _name(user: BlockBackend) -> str:
 
 
 async def prepare(run: Run, preparation: Preparation, watch: Watcher | None) -> None:
-    """Do it: see :func:`_prepared`. An interrupt says how things stand."""
+    """Do it: see :func:`_prepared`. An interrupt says how things stand.
+
+    :raise MonitorLost: QEMU has ended, or the connection broke; nothing was saved.
+    """
     try:
         await _prepared(run, preparation, watch)
+    except MonitorLost as lost:
+        if await has_ended(run.journal):
+            raise MonitorLost("QEMU has ended; there is no guest any more; nothing was saved") from lost
+        raise
     except asyncio.CancelledError as cancelled:
         cancelled.add_note(f"nothing was saved; {UNTOUCHED}. What was prepared in the image is used by the next save")
         raise

@@ -278,7 +278,7 @@ class SaveAttempt:
         if not rows:
             return ""
         if not held:
-            return f"the older snapshot {tag!r} had been deleted by then"
+            return f"the older snapshot {tag!r} had already been deleted"
         return f"the older snapshot {tag!r} was to be deleted from {self._spoken(rows)}, and is on {self._spoken(held)}"
 
 

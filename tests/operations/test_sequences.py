@@ -416,7 +416,7 @@ async def test_an_interrupt_while_the_older_one_is_deleted(guest: Guest, tmp_pat
         task = asyncio.create_task(vm.save("t"))
         with pytest.raises(asyncio.CancelledError) as cancelled:
             await task
-    assert "the older snapshot 't' had been deleted by then; the guest is running" in cancelled.value.__notes__
+    assert "the older snapshot 't' had already been deleted; the guest is running" in cancelled.value.__notes__
     assert_nothing_left(guest, {tmp_path / "disk0.qcow2": [], tmp_path / "disk1.qcow2": []})
 
 
@@ -443,7 +443,7 @@ async def test_the_older_one_cannot_be_deleted() -> None:
             ("disk1",),
             "the older snapshot 't' was to be deleted from disk0, disk1, and is on disk1; the guest is running",
         ),
-        ((), "nothing of it is left; the older snapshot 't' had been deleted by then; the guest is running"),
+        ((), "nothing of it is left; the older snapshot 't' had already been deleted; the guest is running"),
     ],
 )
 async def test_a_savevm_that_fails_before_it_writes(left: tuple[str, ...], outcome: str) -> None:

@@ -439,7 +439,7 @@ async def test_a_journal_that_can_be_written_no_more() -> None:
             super().note(**facts)
 
     await do_savevm(Run(monitor), SaveRequest(tag="t"))
-    with pytest.raises(QsnapError, match="had been deleted by then; the guest is running"):
+    with pytest.raises(QsnapError, match="had already been deleted; the guest is running"):
         await do_savevm(Run(monitor, journal=Full()), SaveRequest(tag="t"))
     assert monitor.state == "running"
 

@@ -51,12 +51,12 @@ class _SaveCommand(Command):
 @click.option(
     "--safe-replace/--no-safe-replace",
     default=None,
-    help="Replace it so that a complete snapshot exists at every moment; takes room for one more state.",
+    help="Keep the old snapshot until the new one is complete; needs room for one more state.",
 )
 @click.option(
     "--prepare/--no-prepare",
     default=None,
-    help="Write the image's area for the VM state once while the guest runs, for a shorter pause. Default: if it pays.",
+    help="Allocate the image's space for the VM state while the guest still runs, for a shorter pause. Default: if it pays.",
 )
 @vmstate_option
 @exclude_option
