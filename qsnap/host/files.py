@@ -1,7 +1,7 @@
 """How qsnap opens, writes, replaces and removes every file of its own: beside images, in its directories, for metrics.
 
 The directory may belong to somebody whom the user who runs qsnap does not trust: root saves the guest of another user,
-beside an image of that user's. So nothing is done to what a path happens to lead to:
+beside an image of that user's. So qsnap never trusts where a path leads:
 
 * A directory is reached without following a link, and held open while something is done in it. Only on the way to a
   directory that the user has named (:func:`resolved`) links of root's and of the user's own are followed.
@@ -38,26 +38,26 @@ _KEEPING = {0x10: "immutable", 0x20: "append-only"}
 
 
 class Identity(NamedTuple):
-    """Which file it is, whatever its name."""
+    """The identity of a file, whatever its name."""
 
     device: int
     inode: int
 
 
 def identity(file: int) -> Identity:
-    """That of an open file."""
+    """The identity of an open file."""
     return identity_of(os.fstat(file))
 
 
 def identity_of(info: os.stat_result) -> Identity:
-    """That of the file that *info* is about."""
+    """The identity of the file that *info* describes."""
     return Identity(info.st_dev, info.st_ino)
 
 
 def resolved(path: Path) -> Path:
     """The real path of a directory that the user has named.
 
-    :raise OSError: it is not there, or a link of another user's is on the way to it.
+    :raise OSError: the directory does not exist, or another user's link is on the way to it.
     """
     directory = _reached(path.absolute(), follows=True)
     try:
@@ -69,7 +69,7 @@ def resolved(path: Path) -> Path:
 def resolved_file(path: Path) -> Path:
     """The real path of a file that the user has named, whether it is there or not: by the same links.
 
-    :raise OSError: its directory is not there, or a link of another user's is on the way.
+    :raise OSError: its directory does not exist, or another user's link is on the way.
     """
     for _ in range(_MOST_LINKS):
         parent = resolved(path.parent)
@@ -88,9 +88,9 @@ def resolved_file(path: Path) -> Path:
 
 
 def _target(link: int, path: Path) -> Path:
-    """Where an open link leads to.
+    """The target of an open link.
 
-    :raise OSError: it belongs neither to root nor to this user.
+    :raise OSError: the link belongs neither to root nor to this user.
     """
     owner = os.fstat(link).st_uid
     if owner not in (0, os.geteuid()):
@@ -114,7 +114,7 @@ def directory(path: Path) -> Iterator[int]:
 def _reached(path: Path, *, follows: bool) -> int:
     """The directory at an absolute path, open.
 
-    :param follows: go by links too that belong to root or to this user.
+    :param follows: also follow links that belong to root or to this user.
     """
     left = [*reversed(path.parts)]
     links = 0
@@ -169,28 +169,28 @@ def opened_in(where: int, name: str, flags: int = os.O_RDONLY, *, or_disk: bool 
 
 
 def status(path: Path) -> os.stat_result:
-    """What there is at a real path, be it a link.
+    """The status of whatever is at a real path, also of a link.
 
-    :raise OSError: there is nothing.
+    :raise OSError: nothing is there.
     """
     with directory(path.parent) as where:
         return os.stat(path.name, dir_fd=where, follow_symlinks=False)
 
 
 def read(path: Path) -> bytes:
-    """What the regular file at a real path holds.
+    """The contents of the regular file at a real path.
 
-    :raise OSError: it cannot be read, or is something else.
+    :raise OSError: it cannot be read, or is not a regular file.
     """
     with open(opened(path), "rb") as file:
         return file.read()
 
 
 def created(path: Path, mode: int = 0o600) -> int:
-    """A new file at a real path, open to read and write.
+    """Create a file at a real path, open to read and write.
 
-    :param mode: less what the umask takes; its owner may always read and write it.
-    :raise OSError: it cannot be made, or something is there.
+    :param mode: reduced by the umask; its owner may always read and write it.
+    :raise OSError: it cannot be created, or something is there.
     """
     with directory(path.parent) as where:
         return _created_in(where, path.name, mode)
@@ -205,9 +205,9 @@ def _created_in(where: int, name: str, mode: int) -> int:
 
 
 def write(file: int, data: bytes, offset: int | None = None) -> None:
-    """Write all of *data*: at *offset*, or where the file stands.
+    """Write all of *data*: at *offset*, or at the file's position.
 
-    :raise OSError: it cannot be written; a part of it may be.
+    :raise OSError: it cannot be written in full; a part may be written.
     """
     rest = memoryview(data)
     while rest:
@@ -219,20 +219,20 @@ def write(file: int, data: bytes, offset: int | None = None) -> None:
 
 
 def replace(path: Path, contents: bytes, *, mode: int | None = None, owner: int | None = None) -> None:
-    """Put *contents* in the place of the file at a real path: who reads it finds the old ones or the new, always whole.
+    """Replace the file at a real path by one with *contents*: a reader finds the old or the new contents, always whole.
 
-    It has the owner and the mode of the one that it replaces.
+    The new file has the owner and the mode of the file that it replaces.
 
     :param mode: its mode. Default: that of the one that it replaces; of none, what the umask leaves of 0666.
-    :param owner: the user whom it is to belong to if it replaces none, where we may give it away.
-    :raise OSError: it cannot be written; what stood there stands.
+    :param owner: the owner of a new file that replaces none, if we may give it away.
+    :raise OSError: it cannot be written; the old file is unchanged.
     """
     with directory(path.parent) as where:
         before = _regular(where, path.name)
         new = f".qsnap-{secrets.token_hex(8)}.new"
         file = _created_in(where, new, 0o666 if before is None and mode is None else 0o600)
         try:
-            with suppress(OSError):  # of another user's file only root may keep the owner
+            with suppress(OSError):  # only root may keep the owner of another user's file
                 if before is not None:
                     os.fchown(file, before.st_uid, before.st_gid)
                 elif owner is not None:
@@ -270,10 +270,10 @@ def _regular(where: int, name: str) -> os.stat_result | None:
 
 
 def remove(path: Path, only: Identity | None = None) -> bool:
-    """Remove the name of a file at a real path; what a link there leads to stays.
+    """Remove the name of a file at a real path; the target of a link there stays.
 
-    :param only: only if that file has the name.
-    :return: whether it was there.
+    :param only: remove the name only if it belongs to that file.
+    :return: whether the name existed.
     :raise OSError: it cannot be removed.
     """
     with directory(path.parent) as where, suppress(FileNotFoundError):
@@ -354,7 +354,7 @@ def _renamed(where: int, old: str, new: str) -> bool:
 
 
 def sync(where: int) -> None:
-    """Have the disk know the names in an open directory."""
+    """Write the names in an open directory to the disk."""
     try:
         readable = os.open(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=where)
     except PermissionError:  # we may write it, and not read it

@@ -23,7 +23,7 @@ OVERHEAD_BYTES = 32 << 20
 
 
 class StateEstimate(NamedTuple):
-    """How large a guest's VM state will be, in bytes.
+    """An estimate of the size of a guest's VM state, in bytes.
 
     :ivar at_least: it is almost surely larger (4 standard deviations); 0 where only the upper bound is known.
     :ivar expected: the most likely size.
@@ -56,7 +56,7 @@ class Mapping(NamedTuple):
 
 
 class Process(Struct, frozen=True):
-    """A process of this machine, told from a later one of the same number by when it started."""
+    """A process of this machine; its start time distinguishes it from a later process with the same id."""
 
     pid: int
     start: int
@@ -64,13 +64,13 @@ class Process(Struct, frozen=True):
 
     @property
     def is_alive(self) -> bool:
-        """Whether it still runs."""
+        """Whether the process still runs."""
         found = process(self.pid)
         return found == self if found else is_alive(self.pid)
 
 
 def process(pid: int) -> Process | None:
-    """The process of that number; None if it has ended, or cannot be seen. A zombie has ended."""
+    """The process with that id; None if it has ended, or cannot be seen. A zombie has ended."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
     except OSError:
@@ -79,12 +79,12 @@ def process(pid: int) -> Process | None:
 
 
 def this_process() -> Process:
-    """Ourselves."""
+    """The present process."""
     return process(os.getpid()) or Process(pid=os.getpid(), start=0)
 
 
 def is_stopped(pid: int) -> bool:
-    """Whether the process stands still, by SIGSTOP or a terminal's Ctrl-Z."""
+    """Whether the process is stopped, by SIGSTOP or a terminal's Ctrl-Z."""
     try:
         return Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()[0] == "T"
     except (OSError, IndexError):
@@ -92,7 +92,7 @@ def is_stopped(pid: int) -> bool:
 
 
 def is_alive(pid: int) -> bool:
-    """Whether a process of that number runs."""
+    """Whether a process with that id runs."""
     if process(pid) is not None:
         return True
     if Path(f"/proc/{pid}").exists():
@@ -147,7 +147,7 @@ def allocated_bytes(path: Path) -> int:
 
 
 def written_bytes(pid: int | None) -> int:
-    """Bytes that the process has given the kernel to write (proc(5), /proc/PID/io); 0 where that may not be read."""
+    """Bytes that the process has given the kernel to write (proc(5), /proc/PID/io); 0 if that may not be read."""
     try:
         lines = Path(f"/proc/{pid}/io").read_text().splitlines()
     except OSError:

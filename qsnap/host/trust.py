@@ -1,7 +1,7 @@
-"""How far a QEMU may lead us to files: whoever answers at a monitor says which images its disks are.
+"""How far a QEMU may lead us to files: the process that answers at a monitor names the images of its disks.
 
-That may be anybody: root's qsnap is given the socket of another user, who has put a server of his own there, and names
-an image of root's. So what is beside an image (state files, notes) is used only if the QEMU may write the image itself:
+That process may be anybody's: root's qsnap gets the socket of another user, who runs a server there that names an image
+of root's. So what is beside an image (state files, notes) is used only if the QEMU may write the image itself:
 
 * A QEMU of root's, or of the user who runs qsnap, may do all that qsnap may, and is believed.
 * One of another user's is believed about the images that its process has open for writing, as the kernel tells. Where
@@ -27,7 +27,7 @@ def user_of(pid: int, listener: int | None) -> int:
 
     :param pid: the process at the other end of the monitor's socket.
     :param listener: the user who has made it listen; None where that was not told.
-    :raise OSError: the process is another one's than the listener's: its number may have been given anew.
+    :raise OSError: the process belongs to another user than the listener: its id may have been reused.
     """
     try:
         status = Path(f"/proc/{pid}/status").read_text(errors="replace")

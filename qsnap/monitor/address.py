@@ -1,8 +1,8 @@
-"""Where a monitor is: what a user writes, made into a socket address. Pure.
+"""The address of a monitor: a user's text, made into a socket address. Pure.
 
-Taken are a path, ``unix:PATH``, ``tcp:HOST:PORT``, ``telnet:HOST:PORT``, and QEMU's own argument pasted whole, with its
-option or without: ``-qmp unix:/run/vm.qmp,server=on,wait=off``, ``socket,id=mon,path=/run/vm.qmp,server=on``. What else
-QEMU can have a monitor on is named for what it is. (Whether TCP carries telnet its first bytes tell, not the address.)
+Accepted are a path, ``unix:PATH``, ``tcp:HOST:PORT``, ``telnet:HOST:PORT``, and QEMU's own argument pasted whole, with
+its option or without: ``-qmp unix:/run/vm.qmp,server=on,wait=off``, ``socket,id=mon,path=/run/vm.qmp,server=on``. The
+error for any other kind of monitor names that kind. (The first bytes show whether TCP carries telnet, not the address.)
 
 Here ``os.path`` serves instead of ``pathlib``, which would take as long to load as a monitor takes to answer.
 """
@@ -45,12 +45,12 @@ NO_SOCKET: Mapping[str, str] = {
     "abstract": "is on an abstract socket",
     "chardev": "is on a chardev, which is named here and not described: paste what its -chardev says",
 }
-#: What is not the address of a monitor at all, by how it begins.
+#: Texts that are not the address of a monitor at all, by their beginning.
 _NO_MONITOR = ("ssh", "http", "https", "qemu", "qemu+unix", "qemu+ssh", "qemu+tcp", "qemu+tls")
 
 
 def obstacle(options: Mapping[str, str]) -> str:
-    """Why qsnap cannot connect to a socket chardev of these options, as the rest of a sentence; "" where it can."""
+    """Why qsnap cannot connect to a socket chardev with these options, as the rest of a sentence; "" if it can."""
     if "fd" in options:
         return NO_SOCKET["fd"]
     if is_on(options, "mux"):
@@ -98,7 +98,7 @@ def parse_address(text: str, *, relative_to: str = "") -> Address:
     """The address that *text* means.
 
     :param relative_to: the directory that relative paths start from. Default: the working directory.
-    :raise BadUsage: none; the message shows good ones.
+    :raise BadUsage: *text* is no address; the message shows valid ones.
     """
     address = _parse(text, relative_to)
     if not isinstance(address, UnixAddress):

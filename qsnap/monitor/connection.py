@@ -31,16 +31,16 @@ _QUEUE_POLL_S = 0.05
 _IAC = b"\xff"
 _IAC_BYTES = 3
 
-#: What to do where a monitor is not for us.
+#: What to do if a monitor is not for qsnap.
 ANOTHER = "give QEMU one more monitor, by -qmp unix:PATH,server=on,wait=off"
 _CURE = "is QEMU running, with -qmp unix:PATH,server=on,wait=off?"
 
 
 class Connection(NamedTuple):
-    """A socket on which a monitor has begun to greet. What it sent is still there to be read.
+    """A socket on which a monitor has begun to greet. Its bytes are still there to be read.
 
-    :ivar pid: the process at the other end, where it is on this machine and the socket tells.
-    :ivar is_human: it is HMP.
+    :ivar pid: the process at the other end, if it is on this machine and the socket reports it.
+    :ivar is_human: the monitor is HMP.
     """
 
     sock: socket.socket
@@ -118,7 +118,7 @@ async def _connected(address: Address) -> socket.socket:
 
 
 async def _greeting(sock: socket.socket) -> bytes:
-    """The first bytes of the greeting, once what telnet says before it has been read away."""
+    """The first bytes of the greeting, after telnet's commands before it were read and dropped."""
     loop = asyncio.get_running_loop()
     while (start := await first_bytes(sock)).startswith(_IAC):
         left = _IAC_BYTES
@@ -128,7 +128,7 @@ async def _greeting(sock: socket.socket) -> bytes:
 
 
 async def first_bytes(sock: socket.socket) -> bytes:
-    """A look at what the other side sends first; it stays in the socket."""
+    """The first bytes that the other side sends; they stay in the socket."""
     loop = asyncio.get_running_loop()
     readable = loop.create_future()
     loop.add_reader(sock, _set, readable)
@@ -177,7 +177,7 @@ def _connect_error(address: Address, error: Exception) -> QsnapError:
 
 
 def _kind_of_file(address: Address) -> str:
-    """What lies where a socket should be; "" where one does."""
+    """What kind of file lies at the path of a socket; "" if it is a socket."""
     if not isinstance(address, UnixAddress):
         return ""
     from pathlib import Path
@@ -210,7 +210,7 @@ def _peer(sock: socket.socket) -> tuple[int, int | None]:
 
 
 def listener_pid(address: Address) -> int | None:
-    """The process that listens at a Unix socket, without waiting for it; None where that is not told."""
+    """The process that listens at a Unix socket, without waiting for it; None if unknown."""
     if not isinstance(address, UnixAddress):
         return None
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK) as sock, suppress(OSError):
@@ -220,9 +220,9 @@ def listener_pid(address: Address) -> int | None:
 
 
 def hang_up(sock: socket.socket | None) -> None:
-    """End a connection for all who have it: while a guard holds it too, closing would not make room for a new one.
+    """End a connection for all processes that hold it: closing would not free the monitor while a guard holds it.
 
-    :param sock: a duplicate, which is there even if the library has closed its own.
+    :param sock: a duplicate, which stays open even if the library has closed its own.
     """
     if sock is not None:
         with suppress(OSError):
@@ -230,7 +230,7 @@ def hang_up(sock: socket.socket | None) -> None:
 
 
 class AnotherAnswers(MonitorLost):
-    """A new connection leads to another QEMU than the old one did. It was closed, and nothing was asked of it."""
+    """A new connection leads to another QEMU than the old one. It was closed, and no command was sent."""
 
     def __init__(self, address: Address) -> None:
         super().__init__(f"another QEMU answers at {address} now, and was left as it is")
@@ -238,7 +238,7 @@ class AnotherAnswers(MonitorLost):
 
 @contextmanager
 def understood(*commands: str) -> Iterator[None]:
-    """Answers that have the right form, and make no sense together, are an error of the monitor."""
+    """Report answers that have the right form, but contradict each other, as an error of the monitor."""
     try:
         yield
     except (LookupError, ValueError, TypeError, ArithmeticError, RecursionError) as error:

@@ -11,11 +11,11 @@ import secrets
 
 #: The mark of the run that uses the VM.
 CLAIM = "qsnap-claim"
-#: The mark of whoever recovers a run that died, where nothing but its claim is to be had.
+#: The mark of a process that recovers a dead run by nothing but its claim.
 RECOVERY = "qsnap-recovery"
 #: The mark of a load that failed midway: RAM and disks may be of different moments.
 HALF_RESTORED = "qsnap-half-restored"
-#: The mark that keeps QEMU's pace.
+#: The mark that keeps QEMU's pace in live saves.
 PACE = "qsnap-pace"
 #: What the names of the marks begin with that tell which snapshots are protected, and whose notes they know of.
 KEPT, NOTED = "qsnap-kept-", "qsnap-noted-"
@@ -31,11 +31,11 @@ def state_node() -> str:
 
 
 def job_id(verb: str) -> str:
-    """The name of a snapshot job of this process. In two containers two qsnaps may have the same process id."""
+    """A name for a snapshot job of this process. qsnaps in two containers may have the same process id."""
     return f"qsnap-{verb}-{os.getpid()}-{secrets.randbits(32)}"
 
 
 def pid_of_job(job_id: str) -> int | None:
-    """The process that has begun a snapshot job; None if that was not a qsnap."""
+    """The process that began a snapshot job; None if that was not a qsnap."""
     match = _JOB.fullmatch(job_id)
     return int(match[1]) if match else None

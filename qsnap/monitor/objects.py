@@ -1,4 +1,4 @@
-"""QEMU's tree of objects, over whatever asks for it: the marks that qsnap sets there, and what a device is."""
+"""QEMU's tree of objects, over any monitor: the marks that qsnap sets there, and the models of devices."""
 
 from __future__ import annotations
 
@@ -37,25 +37,25 @@ class Objects(ABC):
 
     @abstractmethod
     async def read_property(self, path: str, name: str) -> str:
-        """A property of an object, which is a text.
+        """A property of an object, as text.
 
         :raise CommandFailed: there is no such object, or it has no such property.
         """
 
     @abstractmethod
     async def add_mark(self, name: str, text: str) -> None:
-        """Make an object of no effect, which keeps a text."""
+        """Make an object without effect, which keeps a text."""
 
     @abstractmethod
     async def delete_object(self, name: str) -> None:
-        """Delete one of the objects that users make."""
+        """Delete an object that a user made."""
 
     async def peripherals(self) -> Sequence[Peripheral]:
         """The devices that the user has given the guest."""
         return [one for parent in _PERIPHERALS for one in _peripherals(parent, await self.list_objects(parent))]
 
     async def learn_qdev_type(self, qdev: str) -> None:
-        """Ask for the model of a device, unless that is known."""
+        """Query the model of a device, unless it is known."""
         if qdev in self.qdev_types:
             return
         path = qdev if qdev.startswith("/") else f"/machine/peripheral/{qdev}"
@@ -81,7 +81,7 @@ class Objects(ABC):
         except CommandFailed as error:
             if "not found" not in error.reason:
                 raise
-            # It is an object of another type; or it went meanwhile
+            # It is an object of another type, or was deleted meanwhile
             return "" if "identity" in error.reason else None
 
     async def set_mark(self, name: str, text: str) -> bool:

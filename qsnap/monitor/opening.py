@@ -1,4 +1,4 @@
-"""Connecting to a QEMU: which monitor is at an address, or at the end of another process's connection."""
+"""Connecting to a QEMU: which monitor is at an address, or at the other end of a dead process's connection."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ GREETING_TIMEOUT_S = 5.0
 async def adopt_monitor(sock: socket.socket, address: Address, *, is_human: bool) -> Monitor:
     """Go on with the connection of a process that has died, in whatever state it left it.
 
-    It waits for QEMU's answer as long as the connection stands: QEMU answers nobody while it writes.
+    It waits for QEMU's answer as long as the connection stands, because QEMU answers nobody while it writes.
 
-    :raise MonitorError: it is closed, or another is at its end than was thought.
+    :raise MonitorError: the connection is closed, or another kind of monitor is at its end.
     """
     if is_human:
         from qsnap.monitor.hmp import monitor as hmp
@@ -39,7 +39,7 @@ async def open_monitor(
 
     :param timeout_s: seconds until the greeting has come. Default 5.
     :param snapshot_jobs: for QMP: whether to use the jobs that QEMU has since 6.0. Default: if this QEMU has
-        them; False goes by HMP's savevm inside QMP.
+        them; False uses HMP's savevm inside QMP.
     :raise ConnectError: nothing listens there, it may not be opened, or it is no monitor.
     :raise MonitorBusy: it does not greet in time.
     """

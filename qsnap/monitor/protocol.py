@@ -1,4 +1,4 @@
-"""A QEMU, as the sequences see it: the verbs that they need, whatever the transport."""
+"""A QEMU, as the sequences use it: the verbs that they need, over any transport."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ NO_FILES = "this monitor cannot hand QEMU a file, which takes QMP over a UNIX so
 class Monitor(Protocol):
     """A QEMU.
 
-    The ``snapshot_*`` verbs return when the work has ended well and nothing of it is left in QEMU's job list,
+    The ``snapshot_*`` verbs return when the work has succeeded and nothing of it is left in QEMU's job list,
     or raise JobFailed with QEMU's own sentence. They have no time-out of their own: QEMU answers nobody while
     it writes. Any verb may raise MonitorLost. When one is cancelled, the work goes on inside QEMU;
     :meth:`settle` waits for its end.
@@ -39,48 +39,48 @@ class Monitor(Protocol):
 
     @property
     def live(self) -> Background:
-        """What live snapshots need of QEMU.
+        """The verbs for live snapshots.
 
-        :raise NotSupported: this monitor has nothing of that.
+        :raise NotSupported: this monitor does not have them.
         """
 
     @property
     def live_obstacle(self) -> str:
-        """Why no live snapshot can be made or loaded over this monitor; "" where they can."""
+        """Why no live snapshot can be made or loaded over this monitor; "" if it can."""
 
     @property
     def who(self) -> str:
         """Who it is that cannot do what HMP cannot, for messages."""
 
     def tag_obstacle(self, tag: str) -> str | None:
-        """Why a good *tag* cannot go over this transport; None where it can."""
+        """Why a valid *tag* cannot be sent over this transport; None if it can."""
 
     async def runstate(self) -> RunState:
         """The guest's run state."""
 
     async def stop(self) -> float | None:
-        """Stop the guest; return QEMU's time stamp of it in seconds since 1970, None where there is none."""
+        """Stop the guest; return QEMU's time stamp of the stop in seconds since 1970, or None."""
 
     async def cont(self) -> float | None:
-        """Resume the guest; return QEMU's time stamp of it in seconds since 1970, None where there is none.
+        """Resume the guest; return QEMU's time stamp of that in seconds since 1970, or None.
 
-        :raise CommandFailed: QEMU will not resume it.
+        :raise CommandFailed: QEMU refuses to resume it.
         """
 
     async def reset(self) -> None:
-        """Ask for a reset of the guest; QEMU does it a little later. With -no-reboot it shuts the guest down."""
+        """Request a reset of the guest; QEMU does it a little later. With -no-reboot it shuts the guest down."""
 
     async def name(self) -> str:
         """The guest's -name; "" without."""
 
     async def human_answer(self, line: str) -> str:
-        """What HMP answers to *line*; an error is text, too."""
+        """HMP's answer to *line*; an error is text, too."""
 
     async def block_graph(self) -> BlockGraph:
-        """Every block node with its snapshots, and who uses it; and all devices that the user has given the guest."""
+        """Every block node with its snapshots and its users; and all devices that the user gave the guest."""
 
     async def snapshot_tables(self) -> SnapshotTables:
-        """The snapshot tables alone, by node-name, with one command: to see what has become of them."""
+        """Only the snapshot tables, by node-name, with one command, to read them again after a change."""
 
     async def migration(self) -> Migration:
         """The state of migration, which shares its code with savevm."""
@@ -96,17 +96,17 @@ class Monitor(Protocol):
     ) -> AbstractAsyncContextManager[JobFailed | None]:
         """Put back what *tag* holds. A failure may leave RAM and disks half restored.
 
-        The block gets the error, or None, while QEMU's own note of the job is still there: whoever dies before it has
-        written down how the load ended leaves that note to whoever comes after. The error is raised behind the block.
+        The block gets the error, or None, while QEMU still keeps the job: if a process dies before it has noted the end
+        of the load, the next one can read it there. The error is raised after the block.
         """
 
     async def snapshot_delete(self, tag: str, devices: Sequence[str]) -> None:
-        """Remove one snapshot of that *tag* from each of *devices*; none there is no error to QEMU."""
+        """Remove one snapshot with that *tag* from each of *devices*; QEMU reports no error if there is none."""
 
     async def mark(self, name: str) -> str | None:
-        """The text of a mark that some qsnap has set since this QEMU was started; None where there is none.
+        """The text of a mark that a qsnap has set since this QEMU was started; None if there is none.
 
-        "" where an object has that name that is not a mark.
+        "" if an object has that name and is not a mark.
 
         A mark is an object of no effect in QEMU. It is the same over every monitor of a VM, and ends with its QEMU.
         """
@@ -115,13 +115,13 @@ class Monitor(Protocol):
         """The names of the marks that begin with one of these."""
 
     async def set_mark(self, name: str, text: str) -> bool:
-        """Set a mark; False if there is one of that name already. Of two who try at once, one succeeds.
+        """Set a mark; False if a mark with that name exists. If two processes try at once, one succeeds.
 
         :param text: at most 900 of the characters that base64 has in URLs.
         """
 
     async def clear_mark(self, name: str) -> None:
-        """Take a mark away, if it is there."""
+        """Remove a mark, if it exists."""
 
     async def take_over(self, pid: int) -> None:
         """Count what the qsnap of process *pid* began as begun here, so that :meth:`settle` waits for it."""
@@ -129,11 +129,11 @@ class Monitor(Protocol):
     async def settle(self) -> QsnapError | None:
         """Wait until nothing that a cancelled verb began is under way any more, and clear it away.
 
-        Return the error in which it ended, None where it ended well or nothing was under way.
+        Return the error with which it ended; None if it succeeded or nothing was under way.
         """
 
     async def load_outcome(self, doubt: QsnapError, *, was_running: bool) -> QsnapError | None:
-        """How a load ended whose end was not seen; None if it went well, *doubt* where nothing tells."""
+        """The error of a load whose end was not seen; None if it succeeded, *doubt* if nothing shows the end."""
 
     async def leftover_jobs(self) -> Sequence[Job]:
         """Jobs of an earlier qsnap that has ended: they stay in QEMU until somebody dismisses them."""
@@ -142,12 +142,12 @@ class Monitor(Protocol):
         """Clear concluded jobs away."""
 
     async def tidy(self) -> None:
-        """Take the state files out of QEMU again that it was handed; none there is no error."""
+        """Remove from QEMU the state files that it was given; it is no error if there is none."""
 
     async def reconnect(self, timeout_s: float) -> None:
         """Open the connection anew after it was lost. What was under way is then known to :meth:`settle`.
 
-        Whether it leads to the same QEMU the mark of a claim tells, and nothing else: see
+        Only the mark of a claim shows whether it leads to the same QEMU: see
         :func:`qsnap.runs.pause.reconnect`.
 
         :param timeout_s: seconds until the greeting; QEMU sends none while it writes.
