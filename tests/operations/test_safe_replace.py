@@ -168,6 +168,9 @@ def test_what_a_replacement_that_was_cut_short_has_left(guest: Guest, tmp_path: 
 
 
 def test_what_cannot_be_meant(guest: Guest) -> None:
+    cli("save", "x" * 248, "--safe-replace", monitor=guest.address)
+    guest.qmp("query-status")
+    guest.qmp.events.clear()
     run = cli("save", "x" * 248, "--safe-replace", monitor=guest.address, expect=2)
     assert "too long for a live save or a safe replacement" in run.err
     cli("save", "t", "--no-replace", "--safe-replace", monitor=guest.address, expect=2)

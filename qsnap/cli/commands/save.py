@@ -56,7 +56,7 @@ class _SaveCommand(Command):
 @click.option(
     "--prepare/--no-prepare",
     default=None,
-    help="Allocate the image's space for the VM state while the guest still runs, for a shorter pause. Default: if it pays.",
+    help="Allocate the image's space for the VM state while the guest runs, for a shorter pause. Default: if it pays.",
 )
 @vmstate_option
 @exclude_option
