@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import click
@@ -18,15 +20,32 @@ from support.guest import cli as run_cli
 pytestmark = pytest.mark.no_qemu
 
 ROOT = Path(__file__).resolve().parents[2]
-README = (ROOT / "README.md").read_text()
+PAGES = {path: path.read_text() for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))}
+README = PAGES[ROOT / "README.md"]
+DOCS = "\n".join(PAGES.values())
+REFERENCE = PAGES[ROOT / "docs" / "reference.md"]
 
 
-def test_the_exit_table_is_the_readme_s() -> None:
-    section = README.split("### Exit codes")[1].split("\n##")[0]
-    rows = [
-        tuple(cell.strip() for cell in line.strip("| ").split(" | ")) for line in section.splitlines() if "|" in line
-    ]
-    assert tuple(rows[2:]) == EXIT_TABLE
+def test_the_reference_is_what_the_script_writes() -> None:
+    """Options, exit codes and JSON documents: scripts/docs writes them anew."""
+    subprocess.run([sys.executable, ROOT / "scripts" / "docs", "--check"], check=True, timeout=60)
+    for table in (EXIT_TABLE, job.EXIT_TABLE):
+        assert all(f"| {code} | {meaning} |" in REFERENCE for code, meaning in table)
+
+
+def test_the_readme_is_short() -> None:
+    assert len(README.splitlines()) <= 160
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    for link in re.findall(r"\]\(([^)]+)\)", PAGES[page]):
+        name, _, anchor = link.partition("#")
+        target = (page.parent / name).resolve() if name else page
+        assert target.exists(), link
+        if anchor:
+            headings = re.findall(r"^#+ (.+)$", PAGES[target], re.M)
+            assert anchor in {re.sub(r"[^\w -]", "", heading).replace(" ", "-").lower() for heading in headings}, link
 
 
 def test_the_exit_table_is_in_the_help() -> None:
@@ -36,8 +55,8 @@ def test_the_exit_table_is_in_the_help() -> None:
 
 
 @pytest.mark.parametrize("name", sorted(cli.commands))
-def test_commands_are_in_the_readme(name: str) -> None:
-    assert f"qsnap {name}" in README
+def test_commands_are_in_the_docs(name: str) -> None:
+    assert f"qsnap {name}" in DOCS
 
 
 def options_of(command: click.Command) -> set[str]:
@@ -51,16 +70,16 @@ def options_of(command: click.Command) -> set[str]:
 
 
 @pytest.mark.parametrize("name", sorted(cli.commands))
-def test_options_are_in_the_readme(name: str) -> None:
-    missing = {option for option in options_of(cli.commands[name]) if option not in README}
+def test_options_are_in_the_docs(name: str) -> None:
+    missing = {option for option in options_of(cli.commands[name]) if option not in DOCS}
     assert missing <= {"--qemu", "--help"}
 
 
-def test_options_in_the_readme_exist() -> None:
+def test_options_in_the_docs_exist() -> None:
     known = {option for command in cli.commands.values() for option in options_of(command)}
     others = set(re.findall(r'"(--qsnap-[a-z-]+)"', (ROOT / "qsnap" / "pytest_plugin.py").read_text()))
     others |= set(re.findall(r'"(--[a-z-]+)"', (ROOT / "scripts" / "prove-live").read_text()))
-    shown = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", README))
+    shown = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", DOCS))
     assert shown <= known | others | {"--now"}  # systemctl's
 
 
@@ -73,20 +92,20 @@ def test_which_commands_take_the_common_options(name: str) -> None:
         name, of_output | of_vm
     )
     assert options_of(cli.commands[name]) & (of_output | of_vm) == taken
-    table = README.split("### In scripts\n\n")[1].split("\n\n")[1]
+    table = REFERENCE.split("## Common options\n\n")[1].split("\n\n")[1]
     assert set(re.findall(r"`(--[a-z-]+)", table)) == of_output | of_vm
 
 
-def test_files_that_the_readme_names_exist() -> None:
-    for name in re.findall(r"\((docs/[\w.]+)\)", README) + re.findall(r"scripts/[\w-]+", README):
+def test_files_that_the_docs_name_exist() -> None:
+    for name in re.findall(r"scripts/[\w-]+", DOCS):
         assert (ROOT / name).exists(), name
-    laid_out = README.split("```\nqsnap/\n")[1].split("```")[0]
+    laid_out = PAGES[ROOT / "docs" / "design.md"].split("```\nqsnap/\n")[1].split("```")[0]
     for name in re.findall(r"[\w/]+\.py|^  \w+/", laid_out, re.M):
         assert (ROOT / "qsnap" / name.strip()).exists(), name
 
 
 def test_the_library_example_names_what_there_is() -> None:
-    example = README.split("## From Python")[1].split("```python")[1].split("```")[0]
+    example = PAGES[ROOT / "docs" / "python.md"].split("```python")[1].split("```")[0]
     for name in re.findall(r"qsnap\.(\w+)\(", example):
         assert name in qsnap.__all__
     for name in qsnap.__all__:
@@ -98,14 +117,7 @@ def test_the_changelog_has_an_unreleased_block_on_top() -> None:
     assert headings[0] == "Unreleased"
 
 
-def test_the_jobs_exit_table_is_the_readme_s() -> None:
-    section = README.split("### In CI")[1].split("#### pytest")[0]
-    rows = [
-        tuple(cell.strip() for cell in line.strip("| ").split(" | "))
-        for line in section.splitlines()
-        if line[:1] == "|"
-    ]
-    assert tuple(rows[2:]) == job.EXIT_TABLE
+def test_the_codes_of_jobs() -> None:
     assert {int(code) for code, _ in job.EXIT_TABLE[:5]} == {
         job.FAILED_AFTER, child.TIMED_OUT, job.FAILED_BEFORE, child.NOT_EXECUTABLE, child.NOT_FOUND,
     }  # fmt: skip

@@ -137,7 +137,7 @@ def test_the_ansible_tasks_commands(job: Job, guest: Guest, disk: Path) -> None:
 
 
 def cron_line() -> str:
-    (line,) = re.findall(r"^15 3 \* \* \*  (.+)$", (ROOT / "README.md").read_text(), re.M)
+    (line,) = re.findall(r"^15 3 \* \* \*  (.+)$", (ROOT / "docs" / "scheduled.md").read_text(), re.M)
     return str(line)
 
 
