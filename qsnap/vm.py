@@ -187,6 +187,7 @@ class VM:
         :param ignore_unseen: ignore notes and state files that cannot be seen from here: see :func:`connect`.
         :raise VMLocked: another qsnap is using this VM.
         """
+        from qsnap.model.requests import DeleteRequest
         from qsnap.operations.annotate import forget_notes
         from qsnap.operations.delete import do_delvm
 
@@ -196,7 +197,7 @@ class VM:
             inventory = await self._tidied(run)
             self._warn_of_unseen_files(inventory, tags)
             try:
-                result = await do_delvm(run, tags, missing_ok=missing_ok, inventory=inventory)
+                result = await do_delvm(run, DeleteRequest(tags=tags, missing_ok=missing_ok), inventory)
                 self._tell_of_backing(inventory, [tag for tag, nodes in result.deleted.items() if nodes])
                 return result
             finally:
@@ -216,20 +217,13 @@ class VM:
         :raise VMLocked: another qsnap is using this VM.
         """
         from qsnap.operations.annotate import forget_notes
-        from qsnap.operations.prune import do_prune
+        from qsnap.operations.prune import PruneRequest, do_prune
 
+        request = PruneRequest(prefix, policy, allow_remove_all, dry_run, pending)
         async with self._claimed("delete", (f"{prefix}-*",), is_dry=dry_run) as run:
             inventory = await run.look() if dry_run else await self._tidied(run)
             try:
-                result = await do_prune(
-                    run,
-                    prefix,
-                    policy,
-                    allow_remove_all=allow_remove_all,
-                    dry_run=dry_run,
-                    pending=pending,
-                    inventory=inventory,
-                )
+                result = await do_prune(run, request, inventory)
                 if not result.keep and not result.remove:
                     others = f"; there is {', '.join(result.other_series)}" if result.other_series else ""
                     self.remarks.append(f"there is no series {prefix!r}, so nothing was pruned{others}")

@@ -18,6 +18,15 @@ class OnExists(StrEnum):
     """Replace it so that a whole snapshot exists at every moment."""
 
 
+class DeleteRequest(Struct, frozen=True):
+    """Deletions that are asked for."""
+
+    tags: tuple[str, ...]
+    """Deleted one after another; an error with one does not keep the others from being deleted."""
+    missing_ok: bool = False
+    """A tag that no device holds is not an error."""
+
+
 class LoadRequest(Struct, frozen=True):
     """The request for a load."""
 

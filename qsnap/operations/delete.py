@@ -15,6 +15,7 @@ from qsnap.inventory.inventory import Inventory
 from qsnap.inventory.snapshots import Holding
 from qsnap.model.checks import Device, Finding
 from qsnap.model.qemu import SnapshotTables
+from qsnap.model.requests import DeleteRequest
 from qsnap.model.results import DeleteResult
 from qsnap.monitor import Monitor
 from qsnap.operations.findings import refuse_untransportable, runstate_findings
@@ -26,15 +27,11 @@ from qsnap.runs.run import Run
 _UNLINK = "unlink"
 
 
-async def do_delvm(
-    run: Run, tags: Sequence[str], *, missing_ok: bool = False, inventory: Inventory | None = None
-) -> DeleteResult:
+async def do_delvm(run: Run, request: DeleteRequest, inventory: Inventory | None = None) -> DeleteResult:
     """Delete snapshots from every device that holds them, including those on some devices only, and their state files.
 
     The guest keeps its run state; a running guest stands still while QEMU deletes.
 
-    :param tags: deleted one after another; an error with one does not keep the others from being deleted.
-    :param missing_ok: a tag that no device holds is no error.
     :param inventory: the VM's inventory, taken in the same run; None takes it here. It is updated after each deletion.
     :return: for each tag the node-names that held it.
     :raise NotSupported: the tag cannot go through a human monitor.
@@ -56,9 +53,9 @@ async def do_delvm(
     deleted: dict[str, tuple[str, ...]] = {}
     files: dict[str, tuple[str, ...]] = {}
     failed: dict[str, QsnapError] = {}
-    for tag in dict.fromkeys(tags):
+    for tag in dict.fromkeys(request.tags):
         try:
-            held = await _delete(run, tag, inventory, missing_ok)
+            held = await _delete(run, tag, inventory, request.missing_ok)
             deleted[tag] = held.nodes
             files |= {tag: held.files} if held.files else {}
         except QsnapError as error:

@@ -21,11 +21,11 @@ from qsnap.inventory.inventory import look
 from qsnap.inventory.state_file import Content
 from qsnap.inventory.state_store import StateStore
 from qsnap.model.qemu import NodeSnapshot
-from qsnap.model.requests import OnExists, SaveRequest
+from qsnap.model.requests import DeleteRequest, OnExists, SaveRequest
 from qsnap.monitor.names import KEPT, NOTED
 from qsnap.operations.delete import do_delvm
 from qsnap.operations.plan import plan_load
-from qsnap.operations.prune import do_prune
+from qsnap.operations.prune import PruneRequest, do_prune
 from qsnap.operations.save import do_savevm
 from qsnap.runs.run import Run
 from qsnap.upkeep.retention import Policy
@@ -166,7 +166,7 @@ async def test_what_another_user_may_not_see(launch: Launch, open_directory: Pat
             hidden.chmod(0)
             try:
                 with unprivileged(), pytest.raises(PrecheckRefused) as refused:
-                    await do_delvm(Run(vm._monitor, StateStore(guest.pid)), [tag])
+                    await do_delvm(Run(vm._monitor, StateStore(guest.pid)), DeleteRequest(tags=(tag,)))
                 assert refused.value.findings[0].code == code
                 inventory = await look(vm._monitor, StateStore(guest.pid))
                 if hidden == notes:
@@ -208,8 +208,8 @@ async def test_a_state_file_that_cannot_be_removed(
         open_directory.chmod(0o555)  # noqa: ASYNC240 (at once)
         await asyncio.to_thread(holding, open_directory)  # the other user cannot import what that takes
         for deed in (
-            lambda: do_delvm(run, ["a"]),
-            lambda: do_prune(run, "n", Policy(), allow_remove_all=True),
+            lambda: do_delvm(run, DeleteRequest(tags=("a",))),
+            lambda: do_prune(run, PruneRequest("n", Policy(), allow_remove_all=True)),
             lambda: do_savevm(run, SaveRequest("a")),
             lambda: do_savevm(run, safe),
         ):
@@ -223,7 +223,7 @@ async def test_a_state_file_that_cannot_be_removed(
         # What cannot be foreseen
         monkeypatch.setattr("qsnap.host.files.obstacle_to_removal", lambda _: "")
         with unprivileged(), pytest.raises(JobFailed) as failed:
-            await do_delvm(run, ["b"])
+            await do_delvm(run, DeleteRequest(tags=("b",)))
         assert str(failed.value) == (
             f"unlink failed: the state file {files['b']} cannot be removed: Permission denied; its disks' snapshots "
             "are gone; the guest is running. Remove the file by hand"

@@ -24,7 +24,7 @@ from qsnap.errors import (
 )
 from qsnap.inventory import devices as rules
 from qsnap.model.qemu import RunState
-from qsnap.model.requests import LoadRequest, SaveRequest
+from qsnap.model.requests import DeleteRequest, LoadRequest, SaveRequest
 from qsnap.monitor import open_monitor
 from qsnap.monitor.address import UnixAddress
 from qsnap.operations.delete import do_delvm
@@ -390,7 +390,7 @@ async def test_a_delete_that_does_nothing() -> None:
     await do_savevm(Run(monitor), SaveRequest(tag="t"))
     monitor.delete_does_nothing = True
     with pytest.raises(VerifyFailed, match="still holds it"):
-        await do_delvm(Run(monitor), ["t"])
+        await do_delvm(Run(monitor), DeleteRequest(tags=("t",)))
 
 
 async def test_a_watcher_that_fails_does_not_fail_the_save(guest: Guest, tmp_path: Path) -> None:

@@ -38,7 +38,7 @@ async def save_live_or_not(
             raise
         return await _saved_the_ordinary_way(run, request, watch, str(error))
     try:
-        return await do_live_save(run, request, plan, watch)
+        return await do_live_save(run, plan, watch)
     except QsnapError as error:
         if live != "auto" or not error.undone:
             raise

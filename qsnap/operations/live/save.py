@@ -67,11 +67,13 @@ _CURES = {
 class LivePlan(NamedTuple):
     """The plan of a live save.
 
+    :ivar request: what was asked for.
     :ivar tag: the user's tag.
     :ivar new: the name under which the devices will hold the snapshot, and what it replaces.
     :ivar path: the path of its state file.
     """
 
+    request: SaveRequest
     save: SavePlan
     tag: str
     new: snapshots.NewName
@@ -106,7 +108,7 @@ async def plan_live(run: Run, request: SaveRequest) -> LivePlan:
     findings = (*save.report.findings, *await _place_findings(run.monitor, path, request.force, is_taken=taken))
     if any(finding.refuses for finding in findings):
         raise PrecheckRefused("the guest cannot be saved live now", findings)
-    return LivePlan(save, tag, new, path)
+    return LivePlan(request, save, tag, new, path)
 
 
 async def _refuse_other_writers(monitor: Monitor, graph: BlockGraph) -> None:
@@ -154,14 +156,14 @@ async def _place_findings(monitor: Monitor, path: Path, force: bool, *, is_taken
     ]
 
 
-async def do_live_save(run: Run, request: SaveRequest, plan: LivePlan, watch: Watcher | None = None) -> SaveResult:
+async def do_live_save(run: Run, plan: LivePlan, watch: Watcher | None = None) -> SaveResult:
     """Save a running guest under one tag, and stop it for some milliseconds only.
 
     RAM and device state go into a state file (:class:`qsnap.model.snapshots.StateFile`), the disks' snapshots into
     their images. An older snapshot of that tag is deleted when the new one is complete. The migration capability and
     the bandwidth that this needs are put back as they were.
 
-    :param plan: the plan for this request, made in the same run.
+    :param plan: made in the same run.
     :param watch: called every 0.1 s while QEMU writes, with the bytes of RAM that are written and the total.
     :return: the snapshot as read back.
     :raise PrecheckRefused: the older snapshot is protected, or the state file cannot be made; the guest was not
@@ -175,10 +177,10 @@ async def do_live_save(run: Run, request: SaveRequest, plan: LivePlan, watch: Wa
     began = time.monotonic()
     monitor, journal, background = run.monitor, run.journal, run.monitor.live
     inventory, report, vmstate = plan.save.inventory, plan.save.report, plan.save.vmstate
-    if plan.new.older.exists and request.on_exists is OnExists.REFUSE:
+    if plan.new.older.exists and plan.request.on_exists is OnExists.REFUSE:
         raise SnapshotExists(plan.tag, (*inventory.displayed(plan.new.older.nodes), *plan.new.older.files))
     await refuse_removal(monitor, inventory, plan.tag, "saved")
-    if request.dry_run:
+    if plan.request.dry_run:
         return save_result(plan.save, plan.tag, plan.new.older.exists, began, dry_run=True, is_live=True)
 
     await delete_all(monitor, report.devices, plan.new.spare.tags, plan.new.spare.files)
@@ -231,7 +233,7 @@ async def do_live_save(run: Run, request: SaveRequest, plan: LivePlan, watch: Wa
             await background.prepare()
             pause = await freeze.freeze()
             # An earlier change is still visible here; looking sooner would lengthen the pause.
-            await unchanged(run, request, plan.save)
+            await unchanged(run, plan.request, plan.save)
             await freeze.wait_until_written(watch)
             content = await attempt.content(freeze.stream_size, identity)
         await run.shielded(asyncio.to_thread(_complete, file, part, plan.path, content))
