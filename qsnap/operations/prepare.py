@@ -39,8 +39,9 @@ from qsnap.runs.run import Run
 _PAYS_FROM = 64 << 20
 #: ``qemu-io`` refuses what is not a multiple of 512 bytes; this is the usual cluster.
 _ALIGNMENT = 64 << 10
-#: Bytes of the first piece, and of the largest. Each is a multiple of every cluster size.
+#: Bytes of the first piece, of the smallest (a disk may be slow, or throttled), and of the largest.
 _PIECE = 2 << 20
+_SMALLEST = 128 << 10
 _LARGEST = 16 << 20
 #: Seconds that a piece is to take; the next one is half as large if one took longer, and twice if it took a third.
 _PIECE_S = 0.045
@@ -225,7 +226,7 @@ async def _prepared(run: Run, preparation: Preparation, watch: Watcher | None) -
                     cannot_watch(error)
                     watch = None
             if took > _PIECE_S:
-                piece = max(_PIECE // 2, piece // 2)
+                piece = max(_SMALLEST, piece // 2)
             elif took < _PIECE_S / 3:
                 piece = min(_LARGEST, piece * 2)
             await asyncio.sleep(took)
