@@ -45,6 +45,8 @@ _MOST_ROWS = 65536
 _OFFSET = 0x00FF_FFFF_FFFF_FE00
 _COPIED = 1 << 63
 _COMPRESSED = 1 << 62
+#: HMP tells a snapshot's clock in milliseconds.
+_HMP_CLOCK_NS = 1_000_000
 _ZERO = 1
 
 
@@ -187,7 +189,9 @@ def _unprepared(file: int, size: int, going: Collection[NodeSnapshot]) -> Iterat
     of_l1, first = head.first(head.cluster // 8 // step, head.disk_size)
     l1 = _entries(os.pread(file, 8 * max(0, head.l1_size - first), head.l1_at + 8 * first))
     # If a snapshot also uses an L2 table of the active L1 table, all clusters in it are shared
-    staying = [row for row in _rows(file, head) if not any(_is_of(row, one) for one in going)] if going else []
+    staying = (
+        [row for row in _rows(file, head) if not any(_is_of(row, one, _HMP_CLOCK_NS) for one in going)] if going else []
+    )
     shared = {entry & _OFFSET for row in staying for entry in _entries(os.pread(file, 8 * row.l1_size, row.l1_at))}
     current = Stretch(0, 0, is_shared=False)
     for begin in range(0, size, head.cluster):
@@ -212,13 +216,14 @@ def _unprepared(file: int, size: int, going: Collection[NodeSnapshot]) -> Iterat
 
 
 class _Row(NamedTuple):
-    """A row of the table of snapshots: its L1 table, the bytes of its state and of its disk, and what tells it."""
+    """A row of the table of snapshots: its L1 table, the bytes of its state and of its disk, and what identifies it."""
 
     l1_at: int
     l1_size: int
     size: int
     disk_size: int
-    name: tuple[str, str, int, int]
+    name: tuple[str, str, int]
+    vm_clock_ns: int
 
 
 def _rows(file: int, head: _Head) -> Iterator[_Row]:
@@ -236,13 +241,14 @@ def _rows(file: int, head: _Head) -> Iterator[_Row]:
             size, disk_size = _ADDED.unpack_from(table, added_at)
         identity = table[id_at : id_at + id_size].decode(errors="replace")
         tag = table[id_at + id_size : end].decode(errors="replace")
-        yield _Row(l1_at, l1_size, size, disk_size, (identity, tag, seconds, clock_ns // 1_000_000))
+        yield _Row(l1_at, l1_size, size, disk_size, (identity, tag, seconds), clock_ns)
         begin = (end + 7) // 8 * 8
 
 
-def _is_of(row: _Row, wanted: NodeSnapshot) -> bool:
-    """Whether they are the same; HMP tells the clock in milliseconds."""
-    return row.name == (wanted.id, wanted.tag, int(wanted.date.timestamp()), wanted.vm_clock_ns // 1_000_000)
+def _is_of(row: _Row, wanted: NodeSnapshot, unit_ns: int = 1) -> bool:
+    """Whether they are the same snapshot, as far as a clock in units of so many nanoseconds tells."""
+    is_named_so = row.name == (wanted.id, wanted.tag, int(wanted.date.timestamp()))
+    return is_named_so and row.vm_clock_ns // unit_ns == wanted.vm_clock_ns // unit_ns
 
 
 def _extents(file: int, head: _Head, row: _Row) -> Iterator[Extent]:

@@ -244,7 +244,8 @@ class SaveAttempt:
         has_replaced = self.work.rows and self.work.saving and self._has_made_something(graph)
         if (self.work.is_complete or (keeps_whole and has_replaced)) and not self._problems(graph):
             left = await self.conclude()
-            kept = f"the new snapshot {self._tag!r} was complete and is kept"
+            why = ": it replaced an older one" if self.work.rows or self.work.older else ""
+            kept = f"the new snapshot {self._tag!r} was complete and is kept{why}"
             return (), "; ".join((kept, *(finding.message for finding in left)))
         outcome = ""
         if self.work.saving and (not held or self._has_made_something(graph)):

@@ -159,7 +159,7 @@ def abandoned(launch: Launch, tmp_path: Path, runtime_directory: Path) -> tuple[
     """A guest that a killed qsnap has stopped, and whose guard was killed too. Its save was not to replace anything."""
     guest, image = big_guest(launch, tmp_path)
     cli("save", "good", monitor=guest.address)
-    process = start_cli("save", "t", monitor=guest.address)
+    process = start_cli("save", "--no-prepare", "t", monitor=guest.address)
     base = image.stat().st_blocks
     until("the VM state to be written", lambda: image.stat().st_blocks > base + (64 << 20) // 512)
     kill_guard(runtime_directory)
