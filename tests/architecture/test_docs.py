@@ -78,7 +78,8 @@ def test_options_are_in_the_docs(name: str) -> None:
 def test_options_in_the_docs_exist() -> None:
     known = {option for command in cli.commands.values() for option in options_of(command)}
     others = set(re.findall(r'"(--qsnap-[a-z-]+)"', (ROOT / "qsnap" / "pytest_plugin.py").read_text()))
-    others |= set(re.findall(r'"(--[a-z-]+)"', (ROOT / "scripts" / "prove-live").read_text()))
+    for script in (ROOT / "scripts" / "prove-live", *(ROOT / "scripts").glob("bench-*")):
+        others |= set(re.findall(r'"(--[a-z-]+)"', script.read_text()))
     shown = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", DOCS))
     assert shown <= known | others | {"--now"}  # systemctl's
 
