@@ -12,6 +12,7 @@ Each sequence is loaded when it is first used: a list should not wait for what a
 from __future__ import annotations
 
 import asyncio
+import shlex
 from collections.abc import AsyncIterator, Collection, Iterable, Sequence
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
@@ -257,10 +258,17 @@ class VM:
         :raise VMLocked: a run is using this VM.
         """
         from qsnap.supervision.claim import recover_all
+        from qsnap.tags import SECOND_SUFFIX
 
         done = await recover_all(self._monitor, self.address, force=force)
         with suppress(CommandFailed):  # under -preconfig there is nothing to tidy
             inventory = await self._tidied(self._unclaimed())
+            self.remarks += [
+                f"{tag!r} is left over from a replacement of {tag.removesuffix(SECOND_SUFFIX)!r} that was cut short: "
+                f"qsnap delete {shlex.quote(tag)}"
+                for tag in (one.tag for one in inventory.snapshots)
+                if tag.endswith(SECOND_SUFFIX)
+            ]
             with suppress(QsnapError):  # damaged notes: reported when something is deleted
                 await self._warn_of_unseen_notes(inventory)
         return tuple(done)

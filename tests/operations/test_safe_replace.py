@@ -167,6 +167,21 @@ def test_what_a_replacement_that_was_cut_short_has_left(guest: Guest, tmp_path: 
     assert_loads(guest, "new", before)
 
 
+def test_recover_names_what_is_left(guest: Guest, tmp_path: Path) -> None:
+    """As after qsnap, its guard and QEMU all died when the new one was complete: both are whole, the newer counts."""
+    guest.qmp.hmp("savevm t")
+    guest.wait_for_ticks(3)
+    guest.qmp.hmp(f"savevm {SECOND}")
+    listed = cli("list", "--json", monitor=guest.address).json["snapshots"]
+    assert [(one["tag"], one["kind"], one["disk_tag"]) for one in listed] == [
+        (SECOND, "full", "t"), ("t", "full", SECOND),
+    ]  # fmt: skip
+    assert f"qsnap delete {SECOND}" in cli("recover", monitor=guest.address).err
+    cli("delete", SECOND, monitor=guest.address)
+    assert_nothing_left(guest, {tmp_path / "disk0.qcow2": [SECOND], tmp_path / "disk1.qcow2": [SECOND]})
+    assert "replacement" not in cli("recover", monitor=guest.address).err
+
+
 def test_what_cannot_be_meant(guest: Guest) -> None:
     cli("save", "x" * 248, "--safe-replace", monitor=guest.address)
     guest.qmp("query-status")
