@@ -51,6 +51,14 @@ def way(pid: int | None, graph: BlockGraph, node: str) -> Path | None:
     return next(iter(ways(pid, graph, node)), None)
 
 
+def block_device(pid: int | None, graph: BlockGraph, node: str) -> Path | None:
+    """A path to the block device of this machine that stores a node's image; None if it is stored otherwise."""
+    device = rules.protocol(graph, node)
+    if pid is None or device is None or device.driver != "host_device":
+        return None
+    return next(processes.visible_files(pid, device.filename), None)
+
+
 def _by_contents(pid: int, graph: BlockGraph, node: BlockNode, file: BlockNode) -> Sequence[Path]:
     try:
         descriptors = sorted(Path(f"/proc/{pid}/fd").iterdir(), key=lambda path: int(path.name))

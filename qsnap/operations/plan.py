@@ -137,8 +137,9 @@ async def plan_save(run: Run, request: SaveRequest, *, state_elsewhere: bool = F
         findings = [finding for finding in findings if finding.code not in OF_THE_VMSTATE_IMAGE]
     else:
         findings += room_findings(graph, survey, request, image, estimate)
+        stored = image or (descriptors.block_device(monitor.pid, graph, survey.vmstate) if survey.vmstate else None)
         findings += fixed_size_findings(graph, survey, request, estimate, ram_bytes)
-        preparation = plan_preparation(inventory, request, runstate, monitor.version, image, estimate)
+        preparation = plan_preparation(inventory, request, runstate, monitor.version, stored, estimate)
         findings += preparation.findings
     report = CheckReport(
         ok=not any(finding.refuses for finding in findings),

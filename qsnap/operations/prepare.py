@@ -50,7 +50,7 @@ _PIECE_S = 0.045
 class Preparation(NamedTuple):
     """What is to be prepared; by default nothing.
 
-    :ivar image: the image's file.
+    :ivar image: the image's file, or block device.
     :ivar name: the name by which ``qemu-io`` addresses the guest's device above the image.
     :ivar shared: bytes of the VM state up to which shared clusters are copied. What lies behind the coming state would
         stay in the new snapshot.
@@ -94,7 +94,7 @@ def plan_preparation(
     save becomes faster. Missing clusters are prepared if the guest runs and at least :data:`_PAYS_FROM` bytes are
     missing.
 
-    :param image: the image's file, if it can be seen.
+    :param image: the image's file or block device, if it can be seen.
     :param estimate: how large the VM state will be. Without one nothing is prepared.
     """
     vmstate = inventory.vmstate

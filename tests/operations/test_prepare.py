@@ -8,6 +8,8 @@ from __future__ import annotations
 import os
 import re
 import signal
+import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -254,6 +256,38 @@ def test_a_header_that_somebody_has_changed(guest: Guest, tmp_path: Path, at: in
         image.seek(at)
         image.write(before)
     guest.assert_running()
+
+
+@pytest.fixture
+def loop_device(tmp_path: Path) -> Iterator[Path]:
+    """A block device of 256 MiB."""
+    backing = tmp_path / "backing"
+    backing.touch()
+    os.truncate(backing, 256 << 20)
+    made = subprocess.run(["losetup", "-f", "--show", backing], capture_output=True, text=True, check=False)
+    if made.returncode:
+        pytest.skip(f"no loop device can be made here: {made.stderr.strip()}")
+    yield Path(made.stdout.strip())
+    subprocess.run(["losetup", "-d", made.stdout.strip()], check=True)
+
+
+def test_a_block_device(launch: Launch, tmp_path: Path, loop_device: Path) -> None:
+    """What is shared is prepared there, too: the save itself would copy it. Whether there is more room nobody knows."""
+    image = make_boot_disk(tmp_path / "a")
+    with loop_device.open("r+b") as device:
+        device.write(image.read_bytes())
+    disk = f"driver=qcow2,node-name=a,file.driver=host_device,file.filename={loop_device}"
+    guest = launch("-blockdev", disk, "-device", "virtio-blk,drive=a")
+    guest.wait_for_ticks()
+    cli("save", "a", monitor=guest.address)
+    cli("load", "a", monitor=guest.address)
+    trace = Trace(guest)
+    cli("save", "b", monitor=guest.address)
+    assert (trace.prepares, trace.in_pause < MANY) == (True, True)
+    for tag in "ab":
+        cli("load", tag, monitor=guest.address)
+        guest.assert_running()
+    guest.quit()
 
 
 @needs_snapshot_jobs
