@@ -200,7 +200,10 @@ def ram_mappings(pid: int, ram_bytes: int) -> list[Mapping]:
     """
     chosen = []
     total = 0
-    data = (mapping for mapping in _mappings(pid) if mapping.permissions.startswith("rw-"))
+    data = [mapping for mapping in _mappings(pid) if mapping.permissions.startswith("rw-")]
+    # One block of RAM is a mapping of just that size; another one may be larger (a heap, of a small guest)
+    if exact := [mapping for mapping in data if mapping.size == ram_bytes]:
+        return [max(exact, key=lambda mapping: mapping.touched)]
     for mapping in sorted(data, key=lambda mapping: mapping.size, reverse=True):
         if total >= ram_bytes:
             break

@@ -374,7 +374,8 @@ def test_dirty_bitmaps_that_hmp_does_not_show(launch: Launch, tmp_path: Path) ->
             guest.assert_running()
             guest.qmp("stop")
             counter = guest.counter
-    assert guest.counter == counter
+    # From 10.2 on QEMU drops translated code only if the guest runs for an instant
+    assert counter <= guest.counter <= counter + (2 if qemu_version() >= (10, 2) else 0)
     guest.qmp("cont")
     guest.assert_running()
 

@@ -514,7 +514,8 @@ async def test_a_load_that_fails_while_qemu_does_not_answer(
             await load
     guest.process.send_signal(signal.SIGCONT)
     wait_for_the_guard(runtime_directory)
-    assert "cont" not in proxy.commands
+    # From 10.2 on there is one before, which drops translated code
+    assert "cont" not in proxy.commands[proxy.commands.index("snapshot-load") :]
     assert guest.runstate != "running"
     assert (marks(guest), guest.jobs(), tags(image)) == (["qsnap-half-restored"], [], ["t"])
 

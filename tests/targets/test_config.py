@@ -16,7 +16,7 @@ from qsnap.targets.config import Config, ConfiguredVM, Settings, load, parse
 
 pytestmark = pytest.mark.no_qemu
 
-README = (Path(__file__).resolve().parents[2] / "README.md").read_text()
+INSTALL = (Path(__file__).resolve().parents[2] / "docs" / "install.md").read_text()
 FILE = Path("/etc/qsnap.toml")
 
 
@@ -163,8 +163,8 @@ def test_every_key_is_an_option() -> None:
     assert {key.replace("-", "_") for key in config.OPTIONS} == set(Settings._fields)
 
 
-def test_every_key_is_in_the_readme() -> None:
-    example = re.search(r"```toml\n(.*?)```", README, re.S)
+def test_every_key_is_in_the_docs() -> None:
+    example = re.search(r"```toml\n(.*?)```", INSTALL, re.S)
     assert example
     read = parse(example[1], FILE)
     shown = {key for vm in read.vms.values() for key in (*vm.settings._asdict(), "monitor")}
