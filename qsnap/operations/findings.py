@@ -34,15 +34,11 @@ _RUNSTATES_REFUSED = {
 #: before 6.0 the other sentence, and query-status says "preconfig".
 _NO_MACHINE = ("permitted only after machine initialization", "isn't permitted in 'preconfig' state")
 
-#: Capabilities with which savevm fails or crashes QEMU, and the version from which they are harmless.
+#: Capabilities with which savevm fails or crashes QEMU, or makes what cannot be loaded.
 #: multifd: seen to crash 7.2, refused since 10.2. mapped-ram: since 10.2 savevm can write it, but only a QEMU with it
 #: set loads that, and a restarted QEMU does not have it set; a live snapshot with it is never loaded (seen in 11.1).
 #: block: "Block migration and snapshots are incompatible"; it went in 9.1.
-_CAPABILITIES_REFUSED: dict[str, QemuVersion | None] = {
-    "multifd": None,
-    "mapped-ram": None,
-    "block": None,
-}
+_CAPABILITIES_REFUSED = ("multifd", "mapped-ram", "block")
 
 #: From here on nvme can be saved; and QEMU crashes in it where a controller has no drive of its own (seen in 11.1).
 _NVME_IS_SAVED = QemuVersion(11, 0, 0)
@@ -160,9 +156,7 @@ def aftermath_findings(runstate: RunState, half_restored: bool, leftovers: Seque
         )
 
 
-def migration_findings(
-    migration: Migration, version: QemuVersion, graph: BlockGraph, devices: Sequence[Device]
-) -> Iterator[Finding]:
+def migration_findings(migration: Migration, graph: BlockGraph, devices: Sequence[Device]) -> Iterator[Finding]:
     if migration.status not in MIGRATION_IDLE:
         yield Finding.refusal(
             "migration-running",
@@ -171,10 +165,8 @@ def migration_findings(
         )
     for reason in migration.blocked_reasons:
         yield Finding.refusal("migration-blocker", *_blocker(reason, graph, devices))
-    for capability, harmless_since in _CAPABILITIES_REFUSED.items():
-        if capability not in migration.capabilities:
-            continue
-        if harmless_since is None or version < harmless_since:
+    for capability in _CAPABILITIES_REFUSED:
+        if capability in migration.capabilities:
             yield Finding.refusal(
                 "migration-capability",
                 f"the migration capability {capability} is set: with it a save fails, QEMU crashes, or the snapshot "

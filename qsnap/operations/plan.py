@@ -127,7 +127,7 @@ async def plan_save(run: Run, request: SaveRequest, *, state_elsewhere: bool = F
         *runstate_findings(runstate),
         *trouble_findings(runstate, monitor.version, alive=request.alive),
         *aftermath_findings(runstate, half_restored is not None, leftovers),
-        *migration_findings(migration, monitor.version, graph, survey.devices),
+        *migration_findings(migration, graph, survey.devices),
         *nvme_findings(graph, monitor.version),
         *survey.findings,
         *block_jobs.save_findings(graph, survey.devices),
@@ -197,7 +197,7 @@ async def plan_load(
     findings = [
         *no_device_findings(inventory, snapshot, devices),
         *runstate_findings(runstate),
-        *migration_findings(migration, monitor.version, graph, survey.devices),
+        *migration_findings(migration, graph, survey.devices),
         *background_findings(migration),
         *reset_findings(monitor, runstate),
         *device_findings_for_load(survey, exclude_all if can_exclude else ""),

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import pytest
-
-from support.guest import HAS_SNAPSHOT_JOBS, Guest, cli
+from support.guest import Guest, cli, needs_snapshot_jobs
 from support.proxy import Intercept
 
 #: With two disks, on a VM on which nothing else is left. Through a proxy notes cannot be seen.
@@ -23,7 +21,7 @@ MOST = {
 LOOKS = {"list": 1, "check": 1, "save": 3, "load": 4, "delete": 1}
 
 
-@pytest.mark.skipif(not HAS_SNAPSHOT_JOBS, reason="HMP's commands inside QMP are others")
+@needs_snapshot_jobs
 def test_no_more_than_that(guest: Guest, intercept: Intercept) -> None:
     proxy = intercept(guest)
     asked = {}
