@@ -318,14 +318,14 @@ class VM:
         return (await plan_save(self._unclaimed(), request)).report
 
     async def check_load(self, tag: str, *, exclude: Collection[str] = ()) -> Snapshot:
-        """Run only the pre-checks of a load: see :func:`qsnap.operations.plan.plan_load`. The guest is not touched.
+        """Run only the pre-checks of a load: see :func:`qsnap.operations.load.check_load`. The guest is not touched.
 
         :return: the snapshot that a load would put back.
         """
-        from qsnap.operations.plan import plan_load
+        from qsnap.operations.load import check_load
 
         await self._recover_if_seen()
-        return (await plan_load(self._unclaimed(), tag, exclude=exclude)).snapshot
+        return await check_load(self._unclaimed(), tag, exclude)
 
     async def status(self) -> Status:
         """The guest's state, and what earlier runs of qsnap left behind on it. Changes nothing."""

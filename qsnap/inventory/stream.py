@@ -91,6 +91,8 @@ class Stream:
     :param compared: the RAM blocks that are compared with it, and their sizes in bytes.
     :ivar machine: the machine's name in QEMU, as "pc-q35-7.2"; "" before it came.
     :ivar ram_bytes: the size of all RAM blocks.
+    :ivar blocks: the sizes of the RAM blocks in bytes, by their names.
+    :ivar section: the number of the section "ram".
     :ivar is_at_devices: all RAM has come.
     """
 
@@ -102,9 +104,9 @@ class Stream:
         #: Which pages have come, a byte each.
         self._come = {block: bytearray(size // PAGE) for block, size in compared.items()}
         self._has_begun = self._is_in_part = self._has_ended = False
-        self._section = -1
+        self.section = -1
+        self.blocks: dict[str, int] = {}
         self._last_type = 0
-        self._sizes: dict[str, int] = {}
         self._block = ""
 
     def parts(self, piece: memoryview) -> tuple[list[Part], int]:
@@ -147,16 +149,16 @@ class Stream:
         if kind == _COMMAND:
             _, _, size = _START_OF_COMMAND.unpack_from(piece, at)
             return at + _START_OF_COMMAND.size + len(_bytes(piece, at + _START_OF_COMMAND.size, size))
-        if kind == _START and self._section < 0 and self.machine:
+        if kind == _START and self.section < 0 and self.machine:
             return self._start(piece, at + 1)
-        if kind in (_PART, _END) and self._section >= 0 and not self._has_ended:
+        if kind in (_PART, _END) and self.section >= 0 and not self._has_ended:
             (number,) = _U32.unpack_from(piece, at + 1)
-            if number != self._section:
+            if number != self.section:
                 raise Unknown(f"a part is of section {number}, not of ram's")
             self._is_in_part = True
             self._last_type = kind
             return at + 5
-        if kind == _FULL and self._section >= 0:
+        if kind == _FULL and self.section >= 0:
             self.is_at_devices = True
             return len(piece)
         raise Unknown(f"a section of type {kind} comes where none of that type does")
@@ -213,14 +215,14 @@ class Stream:
         for block, size in self._compared.items():
             if sizes.get(block) != size:
                 raise Unknown(f"the RAM block {block!r} has {sizes.get(block, 0):,} bytes there, and {size:,} now")
-        self._section, self._sizes, self.ram_bytes = section, sizes, total
+        self.section, self.blocks, self.ram_bytes = section, sizes, total
         return at
 
     def _records(self, piece: memoryview, at: int) -> Part:
         (word,) = _U64.unpack_from(piece, at)
         flags, address = word & _FLAGS, word & ~_FLAGS
         if word == _EOS:
-            end = _footer(piece, at + 8, self._section)
+            end = _footer(piece, at + 8, self.section)
             self._is_in_part = False
             self._has_ended = self._last_type == _END
             return Frame(at, end)
@@ -228,7 +230,7 @@ class Stream:
         if body is None:
             raise Unknown(f"a record of RAM has the flags {flags:#x}")
         block, data = (self._block, at + HEADER) if flags & _SAME_BLOCK else _name(piece, at + HEADER)
-        if (size := self._sizes.get(block)) is None or address >= size:
+        if (size := self.blocks.get(block)) is None or address >= size:
             raise Unknown(f"there is no page at {address:#x} of the RAM block {block!r}")
         if data + body > len(piece):
             raise _Short

@@ -20,10 +20,12 @@ import os
 import struct
 from array import array
 from collections.abc import Collection, Iterator
+from pathlib import Path
 from typing import NamedTuple
 
-from qsnap.inventory import state_file
-from qsnap.model.qemu import NodeSnapshot
+from qsnap.inventory import descriptors, state_file
+from qsnap.model.qemu import BlockGraph, NodeSnapshot
+from qsnap.model.snapshots import Snapshot
 
 _MAGIC = b"QFI\xfb"
 #: magic, version, backing offset and size, cluster bits, size, encryption, L1 size and offset, refcount table and its
@@ -74,6 +76,19 @@ class VmState:
         self._extents = extents
         self._at = 0
 
+    def close(self) -> None:
+        """Close the file."""
+        os.close(self._file)
+
+    def bytes(self, begin: int, size: int) -> bytes:
+        """The *size* bytes of the state from *begin* on; less where it ends.
+
+        :raise OSError: they cannot be read.
+        """
+        buffer = bytearray(max(0, min(size, self.size - begin)))
+        self.read(memoryview(buffer), begin)
+        return bytes(buffer)
+
     def read(self, buffer: memoryview, begin: int) -> int:
         """Read what of the state fits into *buffer*, from *begin* on; how many bytes that is.
 
@@ -100,9 +115,44 @@ class VmState:
         return self._extents[self._at]
 
 
-def of_state_file(file: int, size: int) -> VmState:
-    """The state in an open state file, of *size* bytes."""
-    return VmState(file, size, [Extent(0, state_file.STREAM_OFFSET, size)])
+class Place(NamedTuple):
+    """The image of an ordinary snapshot's state, and its row in that image's table of snapshots."""
+
+    image: Path
+    row: NodeSnapshot
+
+
+def place(pid: int | None, graph: BlockGraph, snapshot: Snapshot) -> Place | None:
+    """Where the state of an ordinary snapshot is; None if that cannot be seen from here.
+
+    :param pid: the QEMU process; None if it is not on this machine.
+    """
+    node = snapshot.vmstate
+    if node is None or node not in graph.nodes:
+        return None
+    image = descriptors.way(pid, graph, node) or descriptors.block_device(pid, graph, node)
+    rows = graph.nodes[node].tagged(snapshot.disk_tag)
+    return Place(image, rows[0]) if image is not None and len(rows) == 1 else None
+
+
+def of_snapshot(snapshot: Snapshot, state: Place | int | None) -> VmState:
+    """The state of a snapshot, with a file of its own: :meth:`VmState.close` it.
+
+    :param state: its place; or the open state file of a live snapshot.
+    :raise Elsewhere: the state is not where it can be seen, or is encrypted.
+    :raise OSError: the file cannot be read.
+    """
+    if state is None:
+        raise Elsewhere("the image that holds the VM state cannot be seen from here")
+    if isinstance(state, int):
+        size = snapshot.vm_state_size
+        return VmState(os.dup(state), size, [Extent(0, state_file.STREAM_OFFSET, size)])
+    file = os.open(state.image, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
+    try:
+        return of_image(file, state.row)
+    except BaseException:
+        os.close(file)
+        raise
 
 
 def of_image(file: int, row: NodeSnapshot) -> VmState:

@@ -36,7 +36,7 @@ class LoadRequest(Struct, frozen=True):
     exclude: tuple[str, ...] = ()
     """Devices that keep the contents they have now, as they did when the tag was saved."""
     force: bool = False
-    """Load also where a disk stands on other images than when the tag was saved."""
+    """Load also where a disk stands on other images than when the tag was saved, or the machine is another one."""
     may_sleep: bool = False
     """With *running*, it is not an error if the guest was saved in S3."""
     full: bool = False

@@ -6,8 +6,8 @@ import asyncio
 import os
 import re
 import time
-from collections.abc import AsyncIterator, Coroutine, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Collection, Coroutine, Iterator, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
 from functools import partial
 from typing import Any, NoReturn
 
@@ -22,17 +22,20 @@ from qsnap.errors import (
     QsnapError,
     SnapshotNotFound,
 )
+from qsnap.host.log import ErrorOutput
 from qsnap.model.checks import Finding
 from qsnap.model.qemu import RunState
 from qsnap.model.requests import LoadRequest
 from qsnap.model.results import LoadResult
 from qsnap.model.runstates import cure_of, is_live, needs_reset, runs_after_load
+from qsnap.model.snapshots import Snapshot
 from qsnap.monitor import Monitor
 from qsnap.monitor.names import HALF_RESTORED, state_node
 from qsnap.operations.delta.load import Load, Source, refuse_flawed, refuse_incomparable
 from qsnap.operations.findings import spoiled_finding
 from qsnap.operations.plan import LoadPlan, plan_load
 from qsnap.operations.reset import RESET_CURE, reboots, reset
+from qsnap.operations.same_machine import refuse_other_devices, refuse_other_machine
 from qsnap.operations.translation import flush_translations, leave_own_stop, leave_restore_vm
 from qsnap.runs.journal import AFTERMATH_TIMEOUT_S, Journal
 from qsnap.runs.pause import Pause, has_ended, reconnect, stopped
@@ -82,6 +85,8 @@ async def do_loadvm(run: Run, request: LoadRequest) -> LoadResult:
         source = await stack.enter_async_context(_source(run, plan))
         if request.verify:
             await refuse_incomparable(run, plan.snapshot, source)
+        state = source.state if plan.snapshot.file else plan.state
+        contents = None if request.force else await refuse_other_machine(monitor, plan.snapshot, state)
         if was_reset:
             await reset(monitor)
         after_resume = await stack.enter_async_context(AsyncExitStack())
@@ -98,6 +103,8 @@ async def do_loadvm(run: Run, request: LoadRequest) -> LoadResult:
             raise PrecheckRefused("nothing was loaded", [change], standing)
         runs = runs_after_load(plan.runstate) if running is None else running
         if not (by_qemu and pause.was_running):
+            if contents is not None:
+                await refuse_other_devices(monitor, tag, contents, standing)
             await _flush(run, pause, runs=runs)
         load = Load(
             run,
@@ -109,7 +116,8 @@ async def do_loadvm(run: Run, request: LoadRequest) -> LoadResult:
             verify=request.verify,
         )
         await after_resume.enter_async_context(load.compared("it was asked for" if request.full else "", standing))
-        await load.load()
+        with _log_quoted(monitor.pid):
+            await load.load()
         with suppress(QsnapError):
             await monitor.clear_mark(HALF_RESTORED)
         await _settled(monitor, journal, runs=runs)
@@ -137,6 +145,34 @@ async def do_loadvm(run: Run, request: LoadRequest) -> LoadResult:
         ram_bytes=load.ram_bytes,
         differing_pages=load.differing_pages,
     )
+
+
+@contextmanager
+def _log_quoted(pid: int | None) -> Iterator[None]:
+    """Add to an error of a block what QEMU has written to its own log meanwhile."""
+    log = ErrorOutput(pid)
+    try:
+        yield
+    except (GuestLeftStopped, JobFailed) as failure:
+        if said := log.added():
+            failure.outcome = "; ".join(filter(None, (failure.outcome, f"QEMU's log says: {said}")))
+        raise
+
+
+async def check_load(run: Run, tag: str, exclude: Collection[str] = ()) -> Snapshot:
+    """Run only the pre-checks of a load. The guest is not touched.
+
+    :return: the snapshot that a load would put back.
+    :raise SnapshotNotFound: see :func:`qsnap.operations.plan.plan_load`.
+    :raise PrecheckRefused: it would fail, or mix disks of different moments.
+    """
+    plan = await plan_load(run, tag, exclude=exclude)
+    if plan.snapshot.file is None:
+        await refuse_other_machine(run.monitor, plan.snapshot, plan.state)
+        return plan.snapshot
+    with _state_file(run, plan.snapshot) as file:
+        await refuse_other_machine(run.monitor, plan.snapshot, file)
+    return plan.snapshot
 
 
 async def _begin(run: Run, pause: Pause, plan: LoadPlan, vmstate: str, devices: Sequence[str]) -> bool:
@@ -243,6 +279,24 @@ async def _source(run: Run, plan: LoadPlan) -> AsyncIterator[Source]:
         yield Source(plan.vmstate or "", plan.devices)
         return
     node = state_node()
+    with _state_file(run, snapshot) as file:
+        try:
+            await asyncio.to_thread(refuse_flawed, file, snapshot)
+            await run.monitor.live.add_state_node(file, node)
+            yield Source(node, (*plan.devices, node), file)
+        finally:
+            with suppress(QsnapError):
+                await shielded(run.monitor.tidy(), AFTERMATH_TIMEOUT_S)
+
+
+@contextmanager
+def _state_file(run: Run, snapshot: Snapshot) -> Iterator[int]:
+    """The open state file of a live snapshot, for the duration of a block.
+
+    :raise PrecheckRefused: it must not be opened for this QEMU; the guest was not touched.
+    :raise JobFailed: it cannot be opened; the guest was not touched.
+    """
+    assert snapshot.file is not None
     try:
         file = run.store.opened(snapshot.file)
     except PermissionError as error:
@@ -255,13 +309,9 @@ async def _source(run: Run, plan: LoadPlan) -> AsyncIterator[Source]:
     except OSError as error:
         raise JobFailed("open", f"{snapshot.file.path}: {error.strerror}", UNTOUCHED) from error
     try:
-        await asyncio.to_thread(refuse_flawed, file, snapshot)
-        await run.monitor.live.add_state_node(file, node)
-        yield Source(node, (*plan.devices, node), file)
+        yield file
     finally:
         os.close(file)
-        with suppress(QsnapError):
-            await shielded(run.monitor.tidy(), AFTERMATH_TIMEOUT_S)
 
 
 #: What QEMU says before it has touched anything (migration/savevm.c and block/snapshot.c: load_snapshot), 5.2 to 11.1.

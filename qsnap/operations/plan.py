@@ -12,9 +12,10 @@ from typing import NamedTuple
 
 from qsnap.errors import UNTOUCHED, CommandFailed, NotSupported, PrecheckRefused, SnapshotNotFound
 from qsnap.host import processes
-from qsnap.inventory import block_jobs, descriptors
+from qsnap.inventory import block_jobs, descriptors, vm_state
 from qsnap.inventory import devices as rules
 from qsnap.inventory.inventory import Inventory
+from qsnap.inventory.vm_state import Place
 from qsnap.model.checks import CheckReport, Verdict
 from qsnap.model.qemu import BlockGraph, QemuVersion, RunState
 from qsnap.model.requests import SaveRequest
@@ -84,6 +85,7 @@ class LoadPlan(NamedTuple):
     :ivar vmstate: the device that holds the VM state; None where it is in the snapshot's state file.
     :ivar first: QEMU's name for the device that it puts back first; "" if that is not certain.
     :ivar runstate: the guest's, before the load.
+    :ivar state: where the VM state of an ordinary snapshot can be read; None if it cannot be seen from here.
     :ivar spoiled: a migration has failed, and QEMU must forget that first: see
         :meth:`qsnap.model.qemu.Migration.spoils_loads`.
     """
@@ -94,6 +96,7 @@ class LoadPlan(NamedTuple):
     excluded: tuple[str, ...]
     first: str
     runstate: RunState
+    state: Place | None
     spoiled: bool
 
 
@@ -221,6 +224,7 @@ async def plan_load(
         excluded=tuple(sorted(filter(None, left_out))),
         first=_first_to_go_back(graph, devices, snapshot.disk_tag),
         runstate=runstate,
+        state=vm_state.place(monitor.pid, graph, snapshot),
         spoiled=spoiled,
     )
 

@@ -40,9 +40,16 @@ addr=0000000001000000 size=0x003a98 mem=ram name="/tmp/a file"
 
 
 def test_blocks() -> None:
-    """One that is not used in whole, as that of the ACPI tables, is left out."""
-    assert ram.ram_blocks(OLD.replace("\n", "\r\n")) == [("pc.ram", 1 << 32, None), ("/objects/big", 512 << 20, None)]
-    assert ram.ram_blocks(NEW) == [("pc.ram", 1 << 32, 0x7F6DDBE00000), ("pc.bios", 0x40000, 0x7F6F21A00000)]
+    """That of the ACPI tables may become larger."""
+    assert ram.ram_blocks(OLD.replace("\n", "\r\n")) == [
+        ("pc.ram", 1 << 32, 1 << 32, None),
+        ("/rom@etc/acpi/tables", 0x20000, 0x200000, None),
+        ("/objects/big", 512 << 20, 512 << 20, None),
+    ]
+    assert ram.ram_blocks(NEW) == [
+        ("pc.ram", 1 << 32, 1 << 32, 0x7F6DDBE00000),
+        ("pc.bios", 0x40000, 0x40000, 0x7F6F21A00000),
+    ]
     assert ram.ram_blocks("unknown command: 'info ramblock'") == []
 
 

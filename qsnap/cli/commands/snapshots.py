@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 @click.option(
     "--force",
     is_flag=True,
-    help="Load even if a disk has other backing images than at the save. Overrides nothing else.",
+    help="Load even if a disk has other backing images, or the machine is another one, than at the save.",
 )
 @click.option("--full", is_flag=True, help="Load all of RAM, not only what differs.")
 @click.option("--verify", is_flag=True, help="Compare all of RAM with the snapshot before the guest runs again.")

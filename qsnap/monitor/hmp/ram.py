@@ -25,9 +25,14 @@ _ROM_IN_RAM = re.compile(r'^addr=\S+ size=\S+ mem=ram name="(.*)"', re.MULTILINE
 
 
 class RamBlock(NamedTuple):
-    """A block of RAM: its name in the migration stream, its bytes, and where it lies; None where that is not told."""
+    """A block of RAM: its name in the migration stream, and where it lies; None where that is not told.
+
+    :ivar used: the bytes that are in a VM state.
+    :ivar size: the bytes that it may have.
+    """
 
     name: str
+    used: int
     size: int
     address: int | None
 
@@ -41,11 +46,15 @@ class Range(NamedTuple):
 
 
 def ram_blocks(text: str) -> list[RamBlock]:
-    """The blocks that ``info ramblock`` shows; those that are not used in whole are left out."""
+    """The blocks that ``info ramblock`` shows."""
     return [
-        RamBlock(row["name"], int(row["total"], 16), int(row["address"], 16) if row["address"] else None)
+        RamBlock(
+            row["name"],
+            int(row["used"], 16),
+            int(row["total"], 16),
+            int(row["address"], 16) if row["address"] else None,
+        )
         for row in _BLOCK.finditer(text)
-        if int(row["used"], 16) == int(row["total"], 16)
     ]
 
 

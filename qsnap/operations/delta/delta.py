@@ -11,7 +11,7 @@ from typing import NamedTuple, TypeVar
 
 from qsnap.errors import CommandFailed, JobFailed, NotSupported, QsnapError
 from qsnap.host import files, memory
-from qsnap.inventory import descriptors, state_file, vm_state
+from qsnap.inventory import state_file, vm_state
 from qsnap.inventory.state_file import STREAM_OFFSET, Content
 from qsnap.inventory.stream import Unknown
 from qsnap.inventory.vm_state import Elsewhere, VmState
@@ -131,21 +131,13 @@ async def comparison(monitor: Monitor, snapshot: Snapshot, state: int | None) ->
         guest = await ram.find(monitor, graph)
     background = monitor.live
     background.forget_stop_resume_events()
-    if state is not None:
-        yield Comparison(background, guest, vm_state.of_state_file(state, snapshot.vm_state_size), snapshot)
-        return
-    image = descriptors.way(guest.pid, graph, snapshot.vmstate or "")
-    rows = graph.nodes[snapshot.vmstate].tagged(snapshot.disk_tag) if snapshot.vmstate in graph.nodes else ()
-    if image is None or len(rows) != 1:
-        raise NoDelta("the image that holds the VM state cannot be seen from here")
     with _doubts():
-        file = os.open(image, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
+        place = vm_state.place(guest.pid, graph, snapshot) if state is None else state
+        found = await asyncio.to_thread(vm_state.of_snapshot, snapshot, place)
     try:
-        with _doubts():
-            found = await asyncio.to_thread(vm_state.of_image, file, rows[0])
         yield Comparison(background, guest, found, snapshot)
     finally:
-        os.close(file)
+        found.close()
 
 
 @contextmanager

@@ -89,7 +89,7 @@ async def _blocks(monitor: Monitor, memdevs: Sequence[Memdev], blocks: Sequence[
     ranges: list[ram.Range] | None = None
     for memdev in memdevs:
         names = (memdev.id, f"/objects/{memdev.id}")
-        same = [block for block in blocks if block.name in names and block.size == memdev.size]
+        same = [block for block in blocks if block.name in names and block.used == block.size == memdev.size]
         if len(same) != 1 or not memdev.id:
             continue
         (block,) = same
