@@ -13,23 +13,14 @@ from __future__ import annotations
 
 import os
 import stat
-import struct
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
 from qsnap.host import files, processes
 from qsnap.inventory import devices as rules
+from qsnap.inventory import qcow2
 from qsnap.model.qemu import BlockGraph, BlockNode
-
-_MAGIC = b"QFI\xfb"
-#: A header to its table of snapshots: the magic, their number and the table's offset.
-_HEADER = struct.Struct(">4s56xIQ")
-#: A row of the table: the lengths of ID and name, the clock in ns, the size of the VM state, and that of what
-#: is added: in version 3 that begins with the whole 64 bits of the same.
-_ROW = struct.Struct(">12xHH8xQII")
-#: Bytes of a table that are read; what lies behind that is not compared.
-_TABLE_BYTES = 1 << 20
 
 _Row = tuple[str, str, int, bool]
 
@@ -99,26 +90,11 @@ def _snapshots(image: Path) -> Sequence[_Row] | None:
 
     None if it is not a qcow2 image, or may not be read.
     """
-    with suppress(OSError, struct.error, ValueError):
-        opened = os.open(image, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
+    with suppress(OSError, qcow2.Unreadable):
+        file = os.open(image, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
         try:
-            magic, number, offset = _HEADER.unpack(os.pread(opened, _HEADER.size, 0))
-            if magic == _MAGIC:
-                return [*_rows(os.pread(opened, _TABLE_BYTES, offset), number)]
+            rows = qcow2.rows(file, qcow2.header(file))
+            return [(*row.name[:2], row.vm_clock_ns // 1_000_000, row.size > 0) for row in rows]
         finally:
-            os.close(opened)
+            os.close(file)
     return None
-
-
-def _rows(table: bytes, number: int) -> Iterable[_Row]:
-    begin = 0
-    for _ in range(number):
-        id_size, name_size, clock_ns, state_size, added_size = _ROW.unpack_from(table, begin)
-        added_at = begin + _ROW.size
-        id_at = added_at + added_size
-        name_at = id_at + id_size
-        end = name_at + name_size
-        state_size = int.from_bytes(table[added_at : added_at + 8]) if added_size >= 8 else state_size
-        identity, name = (part.decode(errors="replace") for part in (table[id_at:name_at], table[name_at:end]))
-        yield identity, name, clock_ns // 1_000_000, state_size > 0
-        begin = (end + 7) // 8 * 8

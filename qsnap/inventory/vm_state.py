@@ -18,42 +18,19 @@ from __future__ import annotations
 import errno
 import os
 import struct
-from array import array
 from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from qsnap.inventory import descriptors, state_file
+from qsnap.inventory import descriptors, qcow2, state_file
+from qsnap.inventory.qcow2 import COPIED, OFFSET, Header, Row, Unreadable
 from qsnap.model.qemu import BlockGraph, NodeSnapshot
 from qsnap.model.snapshots import Snapshot
 
-_MAGIC = b"QFI\xfb"
-#: magic, version, backing offset and size, cluster bits, size, encryption, L1 size and offset, refcount table and its
-#: clusters, number of snapshots, their offset; and from version 3 on the incompatible features.
-_HEADER = struct.Struct(">4sIQIIQIIQQIIQ")
-_FEATURES = struct.Struct(">Q")
-#: Incompatible features that change nothing of where the state lies: dirty (1), and compression of another type (8).
-_HARMLESS = 1 | 8
-#: Entries of an L2 table have 16 bytes instead of 8.
-_EXTENDED_L2 = 16
-_ROW = struct.Struct(">QIHHIIQII")
-#: Behind that from version 3 on: the size of the state, and that of the disk.
-_ADDED = struct.Struct(">QQ")
-#: Bytes of a table of snapshots, of all rows up to the one that is looked for.
-_TABLE_BYTES = 16 << 20
-#: Of an L1 table (block/qcow2.h: QCOW_MAX_L1_SIZE), and how many snapshots there may be (QCOW_MAX_SNAPSHOTS).
-_L1_BYTES = 32 << 20
-_MOST_ROWS = 65536
-_OFFSET = 0x00FF_FFFF_FFFF_FE00
-_COPIED = 1 << 63
-_COMPRESSED = 1 << 62
+#: Incompatible features that change nothing of where the state lies.
+_HARMLESS = qcow2.DIRTY | qcow2.COMPRESSION
 #: HMP tells a snapshot's clock in milliseconds.
 _HMP_CLOCK_NS = 1_000_000
-_ZERO = 1
-
-
-class Elsewhere(ValueError):
-    """The state cannot be read where it lies. The text is a clause that says why."""
 
 
 class Extent(NamedTuple):
@@ -139,11 +116,11 @@ def of_snapshot(snapshot: Snapshot, state: Place | int | None) -> VmState:
     """The state of a snapshot, with a file of its own: :meth:`VmState.close` it.
 
     :param state: its place; or the open state file of a live snapshot.
-    :raise Elsewhere: the state is not where it can be seen, or is encrypted.
+    :raise Unreadable: the state is not where it can be seen, or is encrypted.
     :raise OSError: the file cannot be read.
     """
     if state is None:
-        raise Elsewhere("the image that holds the VM state cannot be seen from here")
+        raise Unreadable("the image that holds the VM state cannot be seen from here")
     if isinstance(state, int):
         size = snapshot.vm_state_size
         return VmState(os.dup(state), size, [Extent(0, state_file.STREAM_OFFSET, size)])
@@ -158,54 +135,23 @@ def of_snapshot(snapshot: Snapshot, state: Place | int | None) -> VmState:
 def of_image(file: int, row: NodeSnapshot) -> VmState:
     """The state of the snapshot of that *row* in an open qcow2 image.
 
-    :raise Elsewhere: the state is not there, or is encrypted.
+    :raise Unreadable: the state is not there, or is encrypted.
     :raise OSError: the file cannot be read.
     """
     try:
         return _of_image(file, row)
     except (struct.error, IndexError) as error:
-        raise Elsewhere(f"the image's tables cannot be read: {error}") from error
-
-
-class _Head(NamedTuple):
-    """What the header of an image says; sizes in bytes, tables by their number of entries and offset."""
-
-    cluster: int
-    disk_size: int
-    is_encrypted: bool
-    l1_size: int
-    l1_at: int
-    rows: int
-    rows_at: int
-    features: int
-
-    def first(self, per_l2: int, disk_size: int) -> tuple[int, int]:
-        """The bytes that an L1 entry leads to, and the first entry that is not of the disk's contents."""
-        of_l1 = self.cluster * per_l2
-        return of_l1, -(-disk_size // of_l1)
-
-
-def _head(file: int) -> _Head:
-    data = os.pread(file, _HEADER.size + _FEATURES.size, 0)
-    magic, version, _, _, bits, disk_size, encryption, l1_size, l1_at, _, _, rows, rows_at = _HEADER.unpack_from(data)
-    if magic != _MAGIC or version not in (2, 3) or not 9 <= bits <= 21:
-        raise Elsewhere("the image is not qcow2")
-    if 8 * l1_size > _L1_BYTES or rows > _MOST_ROWS:
-        raise Elsewhere("the image's header is damaged")
-    features = _FEATURES.unpack_from(data, _HEADER.size)[0] if version == 3 else 0
-    return _Head(1 << bits, disk_size, bool(encryption), l1_size, l1_at, rows, rows_at, features)
+        raise Unreadable(f"the image's tables cannot be read: {error}") from error
 
 
 def _of_image(file: int, row: NodeSnapshot) -> VmState:
-    head = _head(file)
+    head = qcow2.header(file)
     if head.is_encrypted or head.features & ~_HARMLESS:
         why = "is encrypted" if head.is_encrypted else f"has the features {head.features:#x}"
-        raise Elsewhere(f"the image {why}")
-    found = next((one for one in _rows(file, head) if _is_of(one, row)), None)
-    if found is None:
-        raise Elsewhere("the image's table of snapshots does not have it")
-    if found.size != row.vm_state_size or not found.size:
-        raise Elsewhere("the image's table of snapshots tells of another state than QEMU does")
+        raise Unreadable(f"the image {why}")
+    found = qcow2.row_of(file, head, row)
+    if not found.size:
+        raise Unreadable("the image's table of snapshots tells of no state")
     return VmState(file, found.size, [*_extents(file, head, found)])
 
 
@@ -222,38 +168,39 @@ def unprepared(file: int, size: int, going: Collection[NodeSnapshot] = ()) -> li
     """The parts of the next VM state, of *size* bytes, without clusters of their own yet in an open qcow2 image.
 
     :param going: snapshots that will be deleted before it is written. Parts shared only with these are left out.
-    :raise Elsewhere: that cannot be found out.
+    :raise Unreadable: that cannot be found out.
     :raise OSError: the file cannot be read.
     """
     try:
         return [*_unprepared(file, size, going)]
     except (struct.error, IndexError) as error:
-        raise Elsewhere(f"the image's tables cannot be read: {error}") from error
+        raise Unreadable(f"the image's tables cannot be read: {error}") from error
 
 
 def _unprepared(file: int, size: int, going: Collection[NodeSnapshot]) -> Iterator[Stretch]:
-    head = _head(file)
-    if head.features & ~(_HARMLESS | _EXTENDED_L2):
-        raise Elsewhere(f"the image has the features {head.features:#x}")
-    step = 2 if head.features & _EXTENDED_L2 else 1
-    of_l1, first = head.first(head.cluster // 8 // step, head.disk_size)
-    l1 = _entries(os.pread(file, 8 * max(0, head.l1_size - first), head.l1_at + 8 * first))
+    head = qcow2.header(file)
+    if head.features & ~(_HARMLESS | qcow2.EXTENDED_L2):
+        raise Unreadable(f"the image has the features {head.features:#x}")
+    first = head.first_of_state(head.disk_size)
+    l1 = qcow2.entries(file, head.l1_at + 8 * first, max(0, head.l1_size - first))
     # If a snapshot also uses an L2 table of the active L1 table, all clusters in it are shared
     staying = (
-        [row for row in _rows(file, head) if not any(_is_of(row, one, _HMP_CLOCK_NS) for one in going)] if going else []
+        [row for row in qcow2.rows(file, head) if not any(row.is_of(one, _HMP_CLOCK_NS) for one in going)]
+        if going
+        else []
     )
-    shared = {entry & _OFFSET for row in staying for entry in _entries(os.pread(file, 8 * row.l1_size, row.l1_at))}
+    shared = {entry & OFFSET for row in staying for entry in qcow2.entries(file, row.l1_at, row.l1_size)}
     current = Stretch(0, 0, is_shared=False)
     for begin in range(0, size, head.cluster):
-        number, inside = divmod(begin, of_l1)
+        number, inside = divmod(begin, head.of_l1)
         if not inside:
             entry = l1[number] if number < len(l1) else 0
-            is_freed = bool(going) and not entry & _COPIED and entry & _OFFSET not in shared
-            table = _entries(os.pread(file, head.cluster, entry & _OFFSET)) if entry & _OFFSET else None
-        leaf = table[inside // head.cluster * step] if table is not None else 0
-        if leaf & entry & _COPIED or (is_freed and leaf & _OFFSET):
+            is_freed = bool(going) and not entry & COPIED and entry & OFFSET not in shared
+            table = qcow2.entries(file, entry & OFFSET, head.cluster // 8) if entry & OFFSET else None
+        leaf = table[inside // head.cluster * head.step] if table is not None else 0
+        if leaf & entry & COPIED or (is_freed and leaf & OFFSET):
             continue
-        is_shared = bool(leaf & _OFFSET)
+        is_shared = bool(leaf & OFFSET)
         length = min(head.cluster, size - begin)
         if (begin, is_shared) == (current.begin + current.size, current.is_shared):
             current = current._replace(size=current.size + length)
@@ -265,61 +212,25 @@ def _unprepared(file: int, size: int, going: Collection[NodeSnapshot]) -> Iterat
         yield current
 
 
-class _Row(NamedTuple):
-    """A row of the table of snapshots: its L1 table, the bytes of its state and of its disk, and what identifies it."""
-
-    l1_at: int
-    l1_size: int
-    size: int
-    disk_size: int
-    name: tuple[str, str, int]
-    vm_clock_ns: int
-
-
-def _rows(file: int, head: _Head) -> Iterator[_Row]:
-    table = os.pread(file, _TABLE_BYTES, head.rows_at)
-    begin = 0
-    for _ in range(head.rows):
-        l1_at, l1_size, id_size, name_size, seconds, _, clock_ns, size, added_size = _ROW.unpack_from(table, begin)
-        if 8 * l1_size > _L1_BYTES:
-            raise Elsewhere("the image's table of snapshots is damaged")
-        added_at = begin + _ROW.size
-        id_at = added_at + added_size
-        end = id_at + id_size + name_size
-        disk_size = head.disk_size
-        if added_size >= _ADDED.size:
-            size, disk_size = _ADDED.unpack_from(table, added_at)
-        identity = table[id_at : id_at + id_size].decode(errors="replace")
-        tag = table[id_at + id_size : end].decode(errors="replace")
-        yield _Row(l1_at, l1_size, size, disk_size, (identity, tag, seconds), clock_ns)
-        begin = (end + 7) // 8 * 8
-
-
-def _is_of(row: _Row, wanted: NodeSnapshot, unit_ns: int = 1) -> bool:
-    """Whether they are the same snapshot, as far as a clock in units of so many nanoseconds tells."""
-    is_named_so = row.name == (wanted.id, wanted.tag, int(wanted.date.timestamp()))
-    return is_named_so and row.vm_clock_ns // unit_ns == wanted.vm_clock_ns // unit_ns
-
-
-def _extents(file: int, head: _Head, row: _Row) -> Iterator[Extent]:
+def _extents(file: int, head: Header, row: Row) -> Iterator[Extent]:
     """The stretches of the state, as long as the clusters of which they are follow each other."""
     cluster, size = head.cluster, row.size
-    of_l1, first = head.first(cluster // 8, row.disk_size)
-    last = first + -(-size // of_l1)
+    first = head.first_of_state(row.disk_size)
+    last = first + -(-size // head.of_l1)
     if last > row.l1_size:
-        raise Elsewhere("the state's tables are shorter than it is")
+        raise Unreadable("the state's tables are shorter than it is")
     file_size = os.fstat(file).st_size
     current = Extent(0, 0, 0)
     begin = 0
-    for entry in _entries(os.pread(file, 8 * (last - first), row.l1_at + 8 * first)):
-        if not entry & _OFFSET:
-            raise Elsewhere("a part of the state is missing")
-        for leaf in _entries(os.pread(file, cluster, entry & _OFFSET)):
+    for entry in qcow2.entries(file, row.l1_at + 8 * first, last - first):
+        if not entry & OFFSET:
+            raise Unreadable("a part of the state is missing")
+        for leaf in qcow2.entries(file, entry & OFFSET, cluster // 8):
             if begin >= size:
                 break
-            offset, length = leaf & _OFFSET, min(cluster, size - begin)
-            if leaf & (_COMPRESSED | _ZERO) or not offset or offset + length > file_size:
-                raise Elsewhere("a part of the state is compressed, or missing")
+            offset, length = leaf & OFFSET, min(cluster, size - begin)
+            if leaf & (qcow2.COMPRESSED | qcow2.ZERO) or not offset or offset + length > file_size:
+                raise Unreadable("a part of the state is compressed, or missing")
             if offset == current.offset + current.size:
                 current = current._replace(size=current.size + length)
             else:
@@ -328,14 +239,5 @@ def _extents(file: int, head: _Head, row: _Row) -> Iterator[Extent]:
                 current = Extent(begin, offset, length)
             begin += length
     if begin < size:
-        raise Elsewhere("a part of the state is missing")
+        raise Unreadable("a part of the state is missing")
     yield current
-
-
-def _entries(table: bytes) -> array[int]:
-    import sys
-
-    entries = array("Q", table[: len(table) // 8 * 8])
-    if sys.byteorder == "little":
-        entries.byteswap()
-    return entries

@@ -25,7 +25,8 @@ from qsnap.host import processes
 from qsnap.host.processes import StateEstimate
 from qsnap.inventory import vm_state
 from qsnap.inventory.inventory import Inventory
-from qsnap.inventory.vm_state import Elsewhere, Stretch
+from qsnap.inventory.qcow2 import Unreadable
+from qsnap.inventory.vm_state import Stretch
 from qsnap.model.checks import Finding
 from qsnap.model.qemu import BlockBackend, NodeSnapshot, QemuVersion, RunState
 from qsnap.model.requests import OnExists, SaveRequest
@@ -147,7 +148,7 @@ def _unprepared(image: Path, size: int, going: Collection[NodeSnapshot]) -> Sequ
         return ()
     try:
         return vm_state.unprepared(file, size, going)
-    except (Elsewhere, OSError):
+    except (Unreadable, OSError):
         return ()
     finally:
         os.close(file)

@@ -26,8 +26,9 @@ from typing import NamedTuple
 from qsnap.errors import UNTOUCHED, CommandFailed, PrecheckRefused
 from qsnap.inventory import machine, vm_state
 from qsnap.inventory.machine import Contents, Devices
+from qsnap.inventory.qcow2 import Unreadable
 from qsnap.inventory.stream import Unknown
-from qsnap.inventory.vm_state import Elsewhere, Place
+from qsnap.inventory.vm_state import Place
 from qsnap.model.checks import Finding
 from qsnap.model.machine import RamBlock
 from qsnap.model.snapshots import Snapshot
@@ -66,7 +67,7 @@ async def refuse_other_machine(
     """
     try:
         saved, now = await asyncio.gather(asyncio.to_thread(_contents, snapshot, state), _hardware(monitor))
-    except (Elsewhere, Unknown, OSError):
+    except (Unreadable, Unknown, OSError):
         return None
     _refuse(snapshot.tag, [*_differences(saved, now)], standing)
     return saved

@@ -10,8 +10,9 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from qsnap.inventory.qcow2 import Unreadable
 from qsnap.inventory.stream import PAGE, Frame, Stream
-from qsnap.inventory.vm_state import Elsewhere, VmState, of_image
+from qsnap.inventory.vm_state import VmState, of_image
 from qsnap.model.qemu import NodeSnapshot
 from qsnap.monitor.qmp import replies
 from support.guest import Launch, blockdev, make_boot_disk, qemu_img
@@ -94,7 +95,7 @@ def test_another_snapshot_of_that_name(saved: tuple[Path, NodeSnapshot], tmp_pat
     refused(tmp_path, data, msgspec.structs.replace(row, vm_clock_ns=row.vm_clock_ns + 1), "does not have it")
     refused(tmp_path, data, msgspec.structs.replace(row, id="77"), "does not have it")
     refused(tmp_path, data, msgspec.structs.replace(row, vm_state_size=row.vm_state_size - 1), "another state")
-    refused(tmp_path, data[: len(data) // 8], row, "missing|tables|does not have")
+    refused(tmp_path, data[: len(data) // 8], row, "missing|table|does not have")
     empty = tmp_path / "empty"
     qemu_img("create", "-q", "-f", "qcow2", empty, "8M")
     refused(tmp_path, bytearray(empty.read_bytes()), row, "does not have it")
@@ -105,7 +106,7 @@ def refused(directory: Path, data: bytearray, row: NodeSnapshot, words: str) -> 
     copy.write_bytes(data)
     file = os.open(copy, os.O_RDONLY)
     try:
-        with pytest.raises(Elsewhere, match=words):
+        with pytest.raises(Unreadable, match=words):
             of_image(file, row)
     finally:
         os.close(file)

@@ -14,7 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from qsnap.inventory.vm_state import Elsewhere, Stretch, unprepared
+from qsnap.inventory.qcow2 import Unreadable
+from qsnap.inventory.vm_state import Stretch, unprepared
 from support.guest import (
     Guest,
     Launch,
@@ -250,7 +251,7 @@ def test_a_header_that_somebody_has_changed(guest: Guest, tmp_path: Path, at: in
         image.write(text)
         image.truncate(20 << 30)
         image.flush()
-        with pytest.raises(Elsewhere):
+        with pytest.raises(Unreadable):
             look(tmp_path / "disk0.qcow2")
         cli("check", monitor=guest.address)
         image.seek(at)

@@ -12,9 +12,10 @@ from typing import NamedTuple, TypeVar
 from qsnap.errors import CommandFailed, JobFailed, NotSupported, QsnapError
 from qsnap.host import files, memory
 from qsnap.inventory import state_file, vm_state
+from qsnap.inventory.qcow2 import Unreadable
 from qsnap.inventory.state_file import STREAM_OFFSET, Content
 from qsnap.inventory.stream import Unknown
-from qsnap.inventory.vm_state import Elsewhere, VmState
+from qsnap.inventory.vm_state import VmState
 from qsnap.model.snapshots import Snapshot
 from qsnap.monitor import Monitor
 from qsnap.monitor.names import STATE_NODE, state_node
@@ -151,7 +152,7 @@ def _doubts() -> Iterator[None]:
         raise NoDelta(f"this user may not read QEMU's memory, or the VM state: {error.strerror}") from error
     except OSError as error:
         raise NoDelta(f"QEMU's memory, or the VM state, cannot be read: {error.strerror}") from error
-    except (Unknown, Elsewhere) as error:
+    except (Unknown, Unreadable) as error:
         raise NoDelta(f"the VM state cannot be compared: {error}") from error
     except MemoryError as error:
         raise NoDelta("there is too little memory for it") from error
