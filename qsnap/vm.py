@@ -31,7 +31,7 @@ from qsnap.errors import (
 from qsnap.inventory.state_store import StateStore
 from qsnap.model.checks import CheckReport
 from qsnap.model.qemu import NodeSnapshot
-from qsnap.model.results import DeleteResult, LoadResult, PruneResult, Recovered, SaveResult, Status
+from qsnap.model.results import DeleteResult, LoadResult, PruneResult, Recovered, SaveResult, Status, VerifyResult
 from qsnap.model.snapshots import Kind, Snapshot
 from qsnap.monitor import GREETING_TIMEOUT_S, Monitor, open_monitor
 from qsnap.monitor.address import Address, parse_address
@@ -40,6 +40,7 @@ from qsnap.monitor.names import HALF_RESTORED
 
 if TYPE_CHECKING:
     from qsnap.inventory.inventory import Inventory
+    from qsnap.model.machine import Machine
     from qsnap.operations.progress import Watcher
     from qsnap.runs.run import Run
     from qsnap.upkeep.retention import Policy
@@ -297,6 +298,55 @@ class VM:
         self._warn_of_files_left(inventory, [snapshot])
         self._warn_of_unseen_files(inventory, (tag,))
         return snapshot, {name: inventory.graph.nodes[name].tagged(snapshot.disk_tag) for name in snapshot.devices}
+
+    async def state(self, tag: str) -> Machine:
+        """The machine that a snapshot's VM state is of: its type, RAM blocks and devices. The guest is not touched.
+
+        :raise SnapshotNotFound: no device holds it.
+        :raise NotSupported: it has no VM state, or that cannot be read from here.
+        """
+        from qsnap.operations.verify import machine_of
+
+        inventory = await self._unclaimed().look()
+        snapshot = inventory.find(tag)
+        if snapshot is None:
+            raise inventory.not_found(tag)
+        return await machine_of(self._unclaimed(), snapshot, inventory)
+
+    async def verify(
+        self, *tags: str, prefix: str | None = None, read_data: bool = False, watch: Watcher | None = None
+    ) -> VerifyResult:
+        """Find out whether snapshots are whole: see :func:`qsnap.operations.verify.verify`. The guest is not touched.
+
+        :param tags: default: all.
+        :param prefix: instead of tags: the snapshots of that series.
+        :param read_data: read all data, and compare them with checksums; take the checksums if there are none yet.
+        :raise SnapshotNotFound: no device holds one of them.
+        """
+        from qsnap.operations.annotate import note_checksums
+        from qsnap.operations.verify import verify
+        from qsnap.tags import is_of_series
+
+        await self._recover_if_seen()
+        run = self._unclaimed()
+        inventory = await run.look()
+        if missing := [tag for tag in tags if inventory.find(tag) is None]:
+            raise inventory.not_found(missing[0])
+        chosen = [
+            one
+            for one in await self._with_notes(inventory, inventory.snapshots)
+            if (is_of_series(one.tag, prefix) if prefix is not None else not tags or one.tag in tags)
+        ]
+        result, new = await verify(run, chosen, inventory, read_data=read_data, watch=watch)
+        if new:
+            try:
+                async with self._claimed("note", tuple(new)) as claimed:
+                    await note_checksums(claimed, new)
+            except QsnapError as error:
+                self.remarks.append(f"the checksums could not be written down: {error}")
+                snapshots = tuple(msgspec.structs.replace(one, recorded=0) for one in result.snapshots)
+                result = msgspec.structs.replace(result, snapshots=snapshots)
+        return result
 
     async def check(
         self,

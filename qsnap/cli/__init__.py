@@ -97,7 +97,7 @@ def _exit_table() -> str:
 _COMMANDS = {
     "Snapshots": {
         "check": "guest", "save": "save", "list": "snapshots", "show": "snapshots", "load": "snapshots",
-        "delete": "snapshots", "status": "guest", "recover": "guest",
+        "delete": "snapshots", "verify": "snapshots", "status": "guest", "recover": "guest",
     },
     "Series and notes": {"prune": "series", "protect": "notes", "unprotect": "notes", "describe": "notes"},
     "Around a command": {"run": "job", "ensure": "job"},

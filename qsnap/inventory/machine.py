@@ -20,7 +20,9 @@ import struct
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
-from qsnap.inventory.stream import LONGEST_FRAME, Stream, Unknown
+import msgspec
+
+from qsnap.inventory.stream import LONGEST_FRAME, Broken, Stream, Unknown
 from qsnap.inventory.vm_state import VmState
 from qsnap.model.machine import Machine, RamBlock, Section
 
@@ -68,6 +70,7 @@ def of_state(state: VmState) -> Contents:
     """The contents of a VM state. Neither RAM nor the whole of a device's state is read for it.
 
     :raise Unknown: the stream is not as QEMU is known to write it.
+    :raise Broken: it is damaged.
     :raise OSError: it cannot be read.
     """
     stream = Stream({})
@@ -76,12 +79,15 @@ def of_state(state: VmState) -> Contents:
         raise Unknown("its beginning does not tell the RAM blocks")
     size = min(_TAIL_BYTES, state.size)
     while True:
-        found = _at_end(state.bytes(state.size - size, size), stream.section)
-        if found is not None:
+        at_end = _at_end(state.bytes(state.size - size, size), stream.section)
+        if at_end is not None:
             break
         if size in (state.size, _MOST_BYTES):
             raise Unknown("the devices at its end cannot be told apart")
         size = min(2 * size, state.size, _MOST_BYTES)
+    found, description = at_end
+    if description and _described(description) != [(section.name, section.instance) for section, _ in found]:
+        raise Broken("the description at its end is of other devices")
     blocks = tuple(RamBlock(name=name, size=block) for name, block in stream.blocks.items())
     devices = _devices(found)
     return Contents(Machine(name=stream.machine, ram_blocks=blocks, sections=devices.sections), devices)
@@ -101,13 +107,18 @@ def of_devices(data: bytes) -> Devices:
 _Found = list[tuple[Section, bytes]]
 
 
-def _at_end(tail: bytes, ram: int) -> _Found | None:
-    """The sections in the end of a stream, each with its contents; None where the first one begins before it."""
+def _at_end(tail: bytes, ram: int) -> tuple[_Found, bytes] | None:
+    """The sections in the end of a stream, each with its contents, and the description behind them.
+
+    None where the first section begins before it.
+    """
     at = len(tail)
     while (at := tail.rfind(b"\6", 0, at)) >= 0:  # there is none in JSON, and there may be some in its length
         if len(tail) - at > _FOOTER and int.from_bytes(tail[at + 1 : at + 5]) == len(tail) - at - 5:
-            return _sections(tail, at - 1, ram)
-    return _sections(tail, len(tail) - 1, ram)
+            break
+    end = len(tail) - 1 if at < 0 else at - 1
+    found = _sections(tail, end, ram)
+    return None if found is None else (found, b"" if at < 0 else tail[at + 5 :])
 
 
 def _sections(data: bytes, end: int, ram: int | None) -> _Found | None:
@@ -144,6 +155,24 @@ def _beginning(data: bytes, number: bytes, end: int) -> int:
         if data[at - _FOOTER : at - _FOOTER + 1] == _FOOT or (at == len(_HEAD) and data.startswith(_HEAD)):
             break
     return at
+
+
+def _described(description: bytes) -> list[tuple[str, int]]:
+    """The names and instances of the devices in the description at the end of a stream."""
+    try:
+        devices = msgspec.json.decode(description, type=_Description).devices
+    except msgspec.DecodeError as error:
+        raise Broken(f"the description at its end is damaged: {error}") from error
+    return [(device.name, device.instance_id) for device in devices]
+
+
+class _Device(msgspec.Struct):
+    name: str
+    instance_id: int
+
+
+class _Description(msgspec.Struct):
+    devices: list[_Device]
 
 
 def _devices(found: _Found) -> Devices:

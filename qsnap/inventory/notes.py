@@ -57,10 +57,18 @@ class Note(Struct, frozen=True):
     state_dir: str = ""
     """The directory of its state file, if that is not beside the image. qsnap itself notes that."""
 
+    checksums: dict[str, str] = msgspec.field(default_factory=dict)
+    """SHA-256 of what is stored in each image, and in the state file, from the first verification that read it all.
+
+    qsnap itself notes that.
+    """
+
     @property
     def says_something(self) -> bool:
         """Whether the note is worth keeping."""
-        return self.protected or bool(self.description or self.runstate or self.chains or self.state_dir)
+        return self.protected or bool(
+            self.description or self.runstate or self.chains or self.state_dir or self.checksums
+        )
 
 
 class ChangeBelow(NamedTuple):

@@ -25,6 +25,8 @@ _ADDED_HEADER = struct.Struct(">Q16xI")
 #: The order of a refcount's bits in version 2: 16 bits.
 _ORDER_2 = 4
 _ROW = struct.Struct(">QIHHIIQII")
+#: Nanoseconds.
+_MS = 1_000_000
 #: Behind that from version 3 on: the size of the state, and that of the disk.
 _ADDED = struct.Struct(">QQ")
 #: Bytes of a table of snapshots, of all rows up to the one that is looked for.
@@ -44,6 +46,14 @@ ZERO = 1
 
 class Unreadable(ValueError):
     """The image cannot be read in this way. The text is a clause that says why."""
+
+
+class Damaged(Unreadable):
+    """A table of the image is damaged."""
+
+
+class NotThere(Unreadable):
+    """The image's table of snapshots does not have it."""
 
 
 class Header(NamedTuple):
@@ -89,16 +99,25 @@ class Row(NamedTuple):
     name: tuple[str, str, int]
     vm_clock_ns: int
 
-    def is_of(self, wanted: NodeSnapshot, unit_ns: int = 1) -> bool:
-        """Whether they are the same snapshot, as far as a clock in units of so many nanoseconds tells."""
-        is_named_so = self.name == (wanted.id, wanted.tag, int(wanted.date.timestamp()))
-        return is_named_so and self.vm_clock_ns // unit_ns == wanted.vm_clock_ns // unit_ns
+    def is_of(self, wanted: NodeSnapshot) -> bool:
+        """Whether they are the same snapshot, as far as QEMU tells. HMP tells the clock in ms, and no time zone."""
+        if self.name[:2] != (wanted.id, wanted.tag):
+            return False
+        if is_rough(wanted):
+            return self.vm_clock_ns // _MS == wanted.vm_clock_ns // _MS
+        return (self.name[2], self.vm_clock_ns) == (int(wanted.date.timestamp()), wanted.vm_clock_ns)
+
+
+def is_rough(wanted: NodeSnapshot) -> bool:
+    """Whether HMP may have told of it: the clock in ms, the size in three digits."""
+    return wanted.vm_clock_ns % _MS == 0
 
 
 def header(file: int) -> Header:
     """The header of an open image.
 
-    :raise Unreadable: this is not a qcow2 image, or the header is damaged.
+    :raise Unreadable: this is not a qcow2 image.
+    :raise Damaged: the header is damaged.
     :raise OSError: it cannot be read.
     """
     data = os.pread(file, _HEADER.size + _ADDED_HEADER.size, 0)
@@ -110,7 +129,7 @@ def header(file: int) -> Header:
         raise Unreadable("the image is not qcow2")
     features, order = _ADDED_HEADER.unpack_from(data, _HEADER.size) if version == 3 else (0, _ORDER_2)
     if 8 * l1_size > _L1_BYTES or rows_ > _MOST_ROWS or order > 6:
-        raise Unreadable("the image's header is damaged")
+        raise Damaged("the image's header is damaged")
     return Header(
         1 << bits, disk_size, bool(encryption), l1_size, l1_at, refs_at, refs_size, 1 << order, rows_, rows_at, features
     )  # fmt: skip
@@ -119,7 +138,7 @@ def header(file: int) -> Header:
 def rows(file: int, head: Header) -> Iterator[Row]:
     """The table of snapshots.
 
-    :raise Unreadable: it is damaged.
+    :raise Damaged: it is damaged.
     :raise OSError: it cannot be read.
     """
     table = os.pread(file, _TABLE_BYTES, head.rows_at)
@@ -128,12 +147,12 @@ def rows(file: int, head: Header) -> Iterator[Row]:
         try:
             l1_at, l1_size, id_size, name_size, seconds, _, clock_ns, size, added_size = _ROW.unpack_from(table, begin)
         except struct.error:
-            raise Unreadable("the image's table of snapshots is cut short") from None
+            raise Damaged("the image's table of snapshots is cut short") from None
         added_at = begin + _ROW.size
         id_at = added_at + added_size
         end = id_at + id_size + name_size
         if 8 * l1_size > _L1_BYTES or end > len(table):
-            raise Unreadable("the image's table of snapshots is damaged")
+            raise Damaged("the image's table of snapshots is damaged")
         disk_size = head.disk_size
         if added_size >= _ADDED.size:
             size, disk_size = _ADDED.unpack_from(table, added_at)
@@ -150,8 +169,8 @@ def row_of(file: int, head: Header, wanted: NodeSnapshot) -> Row:
     """
     found = next((row for row in rows(file, head) if row.is_of(wanted)), None)
     if found is None:
-        raise Unreadable("the image's table of snapshots does not have it")
-    if found.size != wanted.vm_state_size:
+        raise NotThere("the image's table of snapshots does not have it")
+    if found.size != wanted.vm_state_size and not is_rough(wanted):
         raise Unreadable("the image's table of snapshots tells of another state than QEMU does")
     return found
 

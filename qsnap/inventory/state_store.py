@@ -207,9 +207,12 @@ class StateStore:
         expected = {path: (image, tag) for image in images for tag in tags for path in self._expected(image, tag)}
         found = []
         for path in dict.fromkeys((*self._listed(images, SUFFIX), *sorted(self._unlisted(images, expected)))):
-            trouble = "it is not one, or has lost its end"
+            trouble, holds = "it is not one, or has lost its end", ""
             try:
                 file = _looked_at(path)
+                if file is not None and path in expected and file.disk_tag != expected[path][1]:
+                    holds, file = file.disk_tag, None
+                    trouble = f"it holds the state of {holds!r}"
             except OSError as error:
                 file, trouble = None, _why_unread(path, error)
             # If the snapshot has its state in the image, this file is the user's; unless we cannot tell.
@@ -218,7 +221,7 @@ class StateStore:
                 and path in expected
                 and (trouble == _CLOSED or (trouble and expected[path][1] in stateless))
             ):
-                file = _unread(path, *expected[path], trouble)
+                file = _unread(path, *expected[path], trouble, holds)
             if file is not None and self._is_ours(file, images):
                 found.append(file)
         return tuple(found)
@@ -443,7 +446,7 @@ def _why_unread(path: Path, error: OSError) -> str:
     return "it is a symbolic link" if path.is_symlink() else f"it cannot be read: {error.strerror}"
 
 
-def _unread(path: Path, image: Path, disk_tag: str, trouble: str) -> StateFile | None:
+def _unread(path: Path, image: Path, disk_tag: str, trouble: str, holds: str) -> StateFile | None:
     """A state file that cannot be read; None if it does not exist, or if even that is unknown."""
     try:
         info = path.lstat()
@@ -461,6 +464,7 @@ def _unread(path: Path, image: Path, disk_tag: str, trouble: str) -> StateFile |
         is_readable=trouble != _CLOSED,
         trouble="it is empty" if stat.S_ISREG(info.st_mode) and not info.st_size else trouble,
         is_link=stat.S_ISLNK(info.st_mode),
+        holds=holds,
     )
 
 

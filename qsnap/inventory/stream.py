@@ -49,6 +49,10 @@ class Unknown(ValueError):
     """The stream is not as QEMU is known to write it. The text is a clause that says where."""
 
 
+class Broken(Unknown):
+    """The stream is damaged: QEMU would refuse it, too."""
+
+
 class Frame(NamedTuple):
     """Bytes of a piece that have to stay: from, to."""
 
@@ -88,7 +92,7 @@ class _Short(Exception):
 class Stream:
     """A walk along one stream.
 
-    :param compared: the RAM blocks that are compared with it, and their sizes in bytes.
+    :param compared: the RAM blocks that are compared with it, and their sizes in bytes. None: all that it tells of.
     :ivar machine: the machine's name in QEMU, as "pc-q35-7.2"; "" before it came.
     :ivar ram_bytes: the size of all RAM blocks.
     :ivar blocks: the sizes of the RAM blocks in bytes, by their names.
@@ -96,13 +100,13 @@ class Stream:
     :ivar is_at_devices: all RAM has come.
     """
 
-    def __init__(self, compared: Mapping[str, int]) -> None:
+    def __init__(self, compared: Mapping[str, int] | None) -> None:
         self.machine = ""
         self.ram_bytes = 0
         self.is_at_devices = False
         self._compared = compared
         #: Which pages have come, a byte each.
-        self._come = {block: bytearray(size // PAGE) for block, size in compared.items()}
+        self._come = {block: bytearray(size // PAGE) for block, size in (compared or {}).items()}
         self._has_begun = self._is_in_part = self._has_ended = False
         self.section = -1
         self.blocks: dict[str, int] = {}
@@ -129,6 +133,10 @@ class Stream:
                 found.append(part)
         return found, at
 
+    def missing(self) -> Mapping[str, int]:
+        """How many pages have not come, of each compared block that is not whole."""
+        return {block: count for block, come in self._come.items() if (count := come.count(0))}
+
     def _next(self, piece: memoryview, at: int) -> Part:
         if self.is_at_devices:
             return Frame(at, len(piece))
@@ -140,7 +148,7 @@ class Stream:
         """Go over what is between records; where it ends."""
         if not self._has_begun:
             if _bytes(piece, at, len(_HEAD)) != _HEAD:
-                raise Unknown("it does not begin as a VM state does")
+                raise Broken("it does not begin as a VM state does")
             self._has_begun = True
             return at + len(_HEAD)
         kind = piece[at]
@@ -154,7 +162,7 @@ class Stream:
         if kind in (_PART, _END) and self.section >= 0 and not self._has_ended:
             (number,) = _U32.unpack_from(piece, at + 1)
             if number != self.section:
-                raise Unknown(f"a part is of section {number}, not of ram's")
+                raise Broken(f"a part is of section {number}, not of ram's")
             self._is_in_part = True
             self._last_type = kind
             return at + 5
@@ -212,7 +220,9 @@ class Stream:
         if sum(sizes.values()) != total or _U64.unpack_from(piece, at) != (_EOS,):
             raise Unknown("there is more to the RAM blocks than their sizes")
         at = _footer(piece, at + 8, section)
-        for block, size in self._compared.items():
+        if self._compared is None:
+            self._come = {block: bytearray(size // PAGE) for block, size in sizes.items()}
+        for block, size in (self._compared or {}).items():
             if sizes.get(block) != size:
                 raise Unknown(f"the RAM block {block!r} has {sizes.get(block, 0):,} bytes there, and {size:,} now")
         self.section, self.blocks, self.ram_bytes = section, sizes, total
@@ -228,10 +238,10 @@ class Stream:
             return Frame(at, end)
         body = {_WHOLE: PAGE, _FILLED: 1}.get(flags & ~_SAME_BLOCK)
         if body is None:
-            raise Unknown(f"a record of RAM has the flags {flags:#x}")
+            raise (Unknown if flags & ~_SAME_BLOCK else Broken)(f"a record of RAM has the flags {flags:#x}")
         block, data = (self._block, at + HEADER) if flags & _SAME_BLOCK else _name(piece, at + HEADER)
         if (size := self.blocks.get(block)) is None or address >= size:
-            raise Unknown(f"there is no page at {address:#x} of the RAM block {block!r}")
+            raise Broken(f"there is no page at {address:#x} of the RAM block {block!r}")
         if data + body > len(piece):
             raise _Short
         self._block = block
@@ -281,7 +291,7 @@ def _most(piece: memoryview, data: int, body: int) -> int:
 def _footer(piece: memoryview, at: int, section: int) -> int:
     kind, number = struct.unpack_from(">BI", piece, at)
     if (kind, number) != (_FOOTER, section):
-        raise Unknown("a section has no footer")
+        raise Broken("a section has no footer")
     return at + 5
 
 

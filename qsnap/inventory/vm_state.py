@@ -23,14 +23,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 from qsnap.inventory import descriptors, qcow2, state_file
-from qsnap.inventory.qcow2 import COPIED, OFFSET, Header, Row, Unreadable
+from qsnap.inventory.qcow2 import COPIED, OFFSET, Damaged, Header, Row, Unreadable
 from qsnap.model.qemu import BlockGraph, NodeSnapshot
 from qsnap.model.snapshots import Snapshot
 
 #: Incompatible features that change nothing of where the state lies.
 _HARMLESS = qcow2.DIRTY | qcow2.COMPRESSION
-#: HMP tells a snapshot's clock in milliseconds.
-_HMP_CLOCK_NS = 1_000_000
 
 
 class Extent(NamedTuple):
@@ -136,6 +134,7 @@ def of_image(file: int, row: NodeSnapshot) -> VmState:
     """The state of the snapshot of that *row* in an open qcow2 image.
 
     :raise Unreadable: the state is not there, or is encrypted.
+    :raise Damaged: a part of it is missing.
     :raise OSError: the file cannot be read.
     """
     try:
@@ -184,11 +183,7 @@ def _unprepared(file: int, size: int, going: Collection[NodeSnapshot]) -> Iterat
     first = head.first_of_state(head.disk_size)
     l1 = qcow2.entries(file, head.l1_at + 8 * first, max(0, head.l1_size - first))
     # If a snapshot also uses an L2 table of the active L1 table, all clusters in it are shared
-    staying = (
-        [row for row in qcow2.rows(file, head) if not any(row.is_of(one, _HMP_CLOCK_NS) for one in going)]
-        if going
-        else []
-    )
+    staying = [row for row in qcow2.rows(file, head) if not any(row.is_of(one) for one in going)] if going else []
     shared = {entry & OFFSET for row in staying for entry in qcow2.entries(file, row.l1_at, row.l1_size)}
     current = Stretch(0, 0, is_shared=False)
     for begin in range(0, size, head.cluster):
@@ -218,19 +213,19 @@ def _extents(file: int, head: Header, row: Row) -> Iterator[Extent]:
     first = head.first_of_state(row.disk_size)
     last = first + -(-size // head.of_l1)
     if last > row.l1_size:
-        raise Unreadable("the state's tables are shorter than it is")
+        raise Damaged("the state's tables are shorter than it is")
     file_size = os.fstat(file).st_size
     current = Extent(0, 0, 0)
     begin = 0
     for entry in qcow2.entries(file, row.l1_at + 8 * first, last - first):
         if not entry & OFFSET:
-            raise Unreadable("a part of the state is missing")
+            raise Damaged("a part of the state is missing")
         for leaf in qcow2.entries(file, entry & OFFSET, cluster // 8):
             if begin >= size:
                 break
             offset, length = leaf & OFFSET, min(cluster, size - begin)
             if leaf & (qcow2.COMPRESSED | qcow2.ZERO) or not offset or offset + length > file_size:
-                raise Unreadable("a part of the state is compressed, or missing")
+                raise Damaged("a part of the state is compressed, or missing")
             if offset == current.offset + current.size:
                 current = current._replace(size=current.size + length)
             else:
@@ -239,5 +234,5 @@ def _extents(file: int, head: Header, row: Row) -> Iterator[Extent]:
                 current = Extent(begin, offset, length)
             begin += length
     if begin < size:
-        raise Unreadable("a part of the state is missing")
+        raise Damaged("a part of the state is missing")
     yield current

@@ -98,6 +98,30 @@ class DeleteResult(Struct, frozen=True):
     """For each tag the paths of the state files that were deleted with it."""
 
 
+class Verified(Struct, frozen=True):
+    """What a verification found of one snapshot."""
+
+    tag: str
+    ok: bool | None
+    """None if nothing is wrong, but not everything could be checked."""
+    problems: tuple[str, ...] = ()
+    """What is damaged, a clause each."""
+    unchecked: tuple[str, ...] = ()
+    """What could not be checked, a clause each."""
+    compared: int = 0
+    """The number of checksums that were compared, one for each image and one for a state file."""
+    recorded: int = 0
+    """The number of checksums that were taken for the first time."""
+
+
+class VerifyResult(Struct, frozen=True):
+    """What a verification found."""
+
+    snapshots: tuple[Verified, ...]
+    read_data: bool = False
+    """All data were read, not only the VM states and the tables."""
+
+
 class Recovered(Struct, frozen=True):
     """What was done about a run that died."""
 

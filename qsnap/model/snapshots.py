@@ -47,6 +47,13 @@ class StateFile(Struct, frozen=True):
     """What is wrong with it, a clause that "it" begins: it is a symbolic link, empty, cut short. "" if it is whole."""
     is_link: bool = False
     """The file is a symbolic link. qsnap does not follow it, because it could lead to anything."""
+    holds: str = ""
+    """The tag of the snapshot whose state it holds, if its name is that of another one."""
+
+    @property
+    def is_foreign(self) -> bool:
+        """Whether it is not a state file of the snapshot that it is named after. It is neither loaded nor removed."""
+        return self.is_link or bool(self.holds)
 
 
 class InBacking(Struct, frozen=True):

@@ -6,7 +6,7 @@ The notes are in a file beside the image (:mod:`qsnap.inventory.notes`), and QEM
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from contextlib import suppress
 
 import msgspec
@@ -82,6 +82,20 @@ def note_save(run: Run, inventory: Inventory, saved: SaveResult, description: st
             raise QsnapError(f"snapshot {saved.tag!r} was saved, but not its description: {error}") from error
         return f"nothing will tell later that the guest was {runstate}: {error}" if runstate else ""
     return ""
+
+
+async def note_checksums(run: Run, checksums: Mapping[str, Mapping[str, str]]) -> None:
+    """Write down checksums of snapshots, by tag: see :mod:`qsnap.operations.verify`.
+
+    :raise QsnapError: they cannot be written.
+    """
+    inventory = await run.look()
+    notes = inventory.notes
+    changed = [
+        msgspec.structs.replace(note, checksums={**note.checksums, **checksums[one.tag]})
+        for one, note in ((one, notes.of(one)) for one in inventory.snapshots if one.tag in checksums)
+    ]
+    notes.write(inventory.notes_path(), changed, inventory.snapshots)
 
 
 async def forget_notes(run: Run, inventory: Inventory) -> None:

@@ -381,6 +381,15 @@ def unattached_findings(inventory: Inventory, snapshot: Snapshot) -> Iterator[Fi
             )
 
 
+def damaged_finding(reason: Exception) -> Finding:
+    """What refuses to load a VM state that QEMU would fail over."""
+    return Finding.refusal(
+        "vm-state-damaged",
+        f"its VM state is damaged: {reason}",
+        "load another snapshot: `qsnap verify` tells which are whole",
+    )
+
+
 def unreadable_finding(tag: str, file: StateFile) -> Finding:
     """What refuses to do anything with a live snapshot whose state file this user may not read."""
     return Finding.refusal(
@@ -390,8 +399,14 @@ def unreadable_finding(tag: str, file: StateFile) -> Finding:
     )
 
 
-def link_finding(tag: str, file: StateFile) -> Finding:
-    """What refuses to do anything with a live snapshot whose state file is a link."""
+def foreign_finding(tag: str, file: StateFile) -> Finding:
+    """What refuses to do anything with a live snapshot whose state file is a link, or that of another snapshot."""
+    if file.holds:
+        return Finding.refusal(
+            "state-file-mixed-up",
+            f"{tag!r} is a live snapshot, and its state file {file.path} holds the state of {file.holds!r}",
+            "give the state files their own names again",
+        )
     return Finding.refusal(
         "state-file-link",
         f"{tag!r} is a live snapshot, and its state file {file.path} is a symbolic link, which qsnap does not follow",
@@ -450,8 +465,8 @@ def load_findings(inventory: Inventory, snapshot: Snapshot, devices: Collection[
     if snapshot.file is not None and not snapshot.file.is_readable:
         yield unreadable_finding(snapshot.tag, snapshot.file)
         return
-    if snapshot.file is not None and snapshot.file.is_link:
-        yield link_finding(snapshot.tag, snapshot.file)
+    if snapshot.file is not None and snapshot.file.is_foreign:
+        yield foreign_finding(snapshot.tag, snapshot.file)
         return
     if snapshot.file is not None and not snapshot.file.is_whole:
         yield Finding.refusal(

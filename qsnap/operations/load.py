@@ -114,6 +114,7 @@ async def do_loadvm(run: Run, request: LoadRequest) -> LoadResult:
             begin=partial(_begin, run, pause, plan),
             fail=partial(_end_in, monitor=monitor, pause=pause, journal=journal, plan=plan),
             verify=request.verify,
+            force=request.force,
         )
         await after_resume.enter_async_context(load.compared("it was asked for" if request.full else "", standing))
         with _log_quoted(monitor.pid):

@@ -30,15 +30,16 @@ _STANDSTILL = 2
 
 
 class Phase(StrEnum):
-    """The present phase of a save."""
+    """The present phase of a save, or of a verification."""
 
     PREPARING = "preparing"
     SAVING = "saving"
     FLUSHING = "flushing"
+    VERIFYING = "verifying"
 
 
 class Progress(NamedTuple):
-    """The progress of a save under way. If the image cannot be seen, only the time is known."""
+    """The progress of work under way. If the image cannot be seen, only the time is known."""
 
     phase: Phase
     elapsed_s: float

@@ -15,7 +15,7 @@ from qsnap.inventory.notes import Notes
 from qsnap.model.checks import Finding
 from qsnap.model.snapshots import Snapshot
 from qsnap.monitor import Monitor
-from qsnap.operations.findings import left_behind_finding, link_finding, unreadable_finding, unseen_state_finding
+from qsnap.operations.findings import foreign_finding, left_behind_finding, unreadable_finding, unseen_state_finding
 
 _WORD = "--ignore-unseen (config file: ignore-unseen = true)"
 
@@ -63,8 +63,8 @@ def _unseen_states(inventory: Inventory, found: Iterable[Snapshot]) -> Iterable[
     for snapshot in found if not inventory.store.ignores_unseen else ():
         if snapshot.file is not None and not snapshot.file.is_readable:
             yield unreadable_finding(snapshot.tag, snapshot.file)
-        elif snapshot.file is not None and snapshot.file.is_link:
-            yield link_finding(snapshot.tag, snapshot.file)
+        elif snapshot.file is not None and snapshot.file.is_foreign:
+            yield foreign_finding(snapshot.tag, snapshot.file)
         elif not snapshot.has_state and snapshot.file is None:
             yield from _unseen_state(inventory, snapshot)
 

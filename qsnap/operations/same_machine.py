@@ -26,8 +26,8 @@ from typing import NamedTuple
 from qsnap.errors import UNTOUCHED, CommandFailed, PrecheckRefused
 from qsnap.inventory import machine, vm_state
 from qsnap.inventory.machine import Contents, Devices
-from qsnap.inventory.qcow2 import Unreadable
-from qsnap.inventory.stream import Unknown
+from qsnap.inventory.qcow2 import Damaged, Unreadable
+from qsnap.inventory.stream import Broken, Unknown
 from qsnap.inventory.vm_state import Place
 from qsnap.model.checks import Finding
 from qsnap.model.machine import RamBlock
@@ -35,6 +35,7 @@ from qsnap.model.snapshots import Snapshot
 from qsnap.monitor import Monitor
 from qsnap.monitor.hmp import hardware, ram
 from qsnap.monitor.hmp.hardware import PciDevice
+from qsnap.operations.findings import damaged_finding
 
 #: Begins the names of RAM blocks whose size QEMU changes to that of the stream.
 _RESIZED = "/rom@"
@@ -63,10 +64,14 @@ async def refuse_other_machine(
 
     :param state: where its VM state can be read: see :func:`qsnap.inventory.vm_state.of_snapshot`.
     :return: the contents of the VM state; None if they cannot be read from here, so that nothing is known.
-    :raise PrecheckRefused: the machine is another one.
+    :raise PrecheckRefused: the machine is another one, or the VM state is damaged as far as its ends and tables show.
     """
     try:
         saved, now = await asyncio.gather(asyncio.to_thread(_contents, snapshot, state), _hardware(monitor))
+    except (Broken, Damaged) as error:
+        raise PrecheckRefused(
+            f"snapshot {snapshot.tag!r} cannot be loaded", [damaged_finding(error)], standing
+        ) from error
     except (Unreadable, Unknown, OSError):
         return None
     _refuse(snapshot.tag, [*_differences(saved, now)], standing)

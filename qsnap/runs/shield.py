@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine
+import threading
+from collections.abc import Callable, Coroutine
+from contextlib import suppress
 from typing import Any, TypeVar
 
 from qsnap.errors import OperationTimeout
 
 _T = TypeVar("_T")
+
+#: Seconds for a thread to end that is to end: a piece takes milliseconds, a disk that does not answer much longer.
+_END_S = 60.0
 
 
 async def shielded(work: Coroutine[Any, Any, _T], timeout_s: float) -> _T:
@@ -39,3 +44,21 @@ async def shielded(work: Coroutine[Any, Any, _T], timeout_s: float) -> _T:
     if cancelled is not None:
         raise cancelled
     return result
+
+
+async def in_thread(work: Callable[[threading.Event], _T]) -> _T:
+    """Do *work* in a thread. If we are cancelled, the event is set; it is to end soon then, and is waited for, because
+    it uses open files."""
+    ended = threading.Event()
+    task = asyncio.ensure_future(asyncio.to_thread(work, ended))
+    try:
+        return await asyncio.shield(task)
+    except asyncio.CancelledError:
+        ended.set()
+
+        async def end() -> None:
+            with suppress(Exception):
+                await task
+
+        await shielded(end(), _END_S)
+        raise

@@ -135,6 +135,15 @@ def test_seen_from_outside(launch: Launch, tmp_path: Path, what: str) -> None:
     assert_fails_in_qemu(guest)
 
 
+@pytest.mark.parametrize("transport", ["hmp"], indirect=True)
+def test_over_hmp(launch: Launch, tmp_path: Path) -> None:
+    then, now, text = SEEN["NIC moved"]
+    image = make_boot_disk(tmp_path / "disk")
+    saved(launch, image, then)
+    guest = launched(launch, image, now)
+    assert_refused(guest, text)
+
+
 @pytest.mark.parametrize("what", WRITTEN)
 def test_seen_in_qemus_devices(launch: Launch, tmp_path: Path, what: str) -> None:
     then, now, text = WRITTEN[what]

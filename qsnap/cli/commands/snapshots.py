@@ -8,7 +8,15 @@ import click
 
 from qsnap.cli.commands import work
 from qsnap.cli.common import Options, excluded
-from qsnap.cli.options import Command, common_options, exclude_option, tag_argument, tags_argument
+from qsnap.cli.options import (
+    Command,
+    common_options,
+    completes,
+    exclude_option,
+    prefix_option,
+    tag_argument,
+    tags_argument,
+)
 from qsnap.errors import BadUsage
 
 if TYPE_CHECKING:
@@ -69,16 +77,37 @@ def list_(options: Options) -> int:
 
 @click.command(cls=Command)
 @tag_argument
+@click.option("--state", is_flag=True, help="Show the machine in its VM state: its type, RAM blocks and devices.")
 @common_options
-def show(options: Options, tag: str) -> int:
+def show(options: Options, tag: str, state: bool) -> int:
     """Show snapshot TAG, device by device."""
     from qsnap.cli.output.results import Details
 
     async def found(vm: VM, _: Settings) -> Details:
         snapshot, rows = await vm.show(tag)
-        return Details(snapshot=snapshot, rows=rows)
+        return Details(snapshot=snapshot, rows=rows, state=await vm.state(tag) if state else None)
 
     return work(options, found)
+
+
+@click.command(cls=Command)
+@click.argument("tags", metavar="[TAG]...", nargs=-1, shell_complete=completes("tags"))
+@prefix_option
+@click.option("--read-data", is_flag=True, help="Read all data, and compare them with checksums.")
+@common_options
+def verify(options: Options, tags: tuple[str, ...], prefix: str | None, read_data: bool) -> int:
+    """Verify that snapshots are whole, while the guest runs on.
+
+    Without TAG: all snapshots. Each VM state is read from its first byte to its last one, and the tables of the images
+    are checked. With --read-data all that is stored is read. The first time, its checksums are written down; later they
+    are compared. Exit code 10: something is damaged; 5: nothing is, but something could not be checked.
+    """
+    from qsnap.cli.output.bar import progress_bar
+
+    if tags and prefix is not None:
+        raise BadUsage("a tag and --prefix cannot be used together")
+    with progress_bar("verifying", quiet=options.quiet or options.is_of_several) as watch:
+        return work(options, lambda vm, _: vm.verify(*tags, prefix=prefix, read_data=read_data, watch=watch))
 
 
 @click.command(cls=Command)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING
 
 from qsnap.cli.output.show import is_terminal
@@ -57,14 +57,19 @@ def update(bar: Bar, task: int, progress: Progress) -> None:
     )
 
 
+def save_bar(*, quiet: bool) -> AbstractContextManager[Watcher | None]:
+    """The same for ``VM.save``."""
+    return progress_bar("saving", quiet=quiet)
+
+
 @contextmanager
-def save_bar(*, quiet: bool) -> Iterator[Watcher | None]:
-    """A watcher for ``VM.save`` that draws the bar on standard error; None where none belongs."""
+def progress_bar(what: str, *, quiet: bool) -> Iterator[Watcher | None]:
+    """A watcher that draws the bar on standard error; None where none belongs."""
     if quiet or not is_terminal(sys.stderr):
         yield None
         return
     from rich.console import Console
 
     with make_bar(Console(stderr=True)) as bar:
-        task = bar.add_task("saving", total=None)
+        task = bar.add_task(what, total=None)
         yield lambda progress: update(bar, task, progress)

@@ -24,8 +24,18 @@ from qsnap.cli.output.results import (
 from qsnap.cli.output.text import age, clock, date, printable, seconds, shortened, size
 from qsnap.errors import QsnapError
 from qsnap.model.checks import CheckReport, Device, Finding, Labels, Verdict
+from qsnap.model.machine import Machine
 from qsnap.model.qemu import RunState
-from qsnap.model.results import DeleteResult, LoadResult, PruneResult, Recovered, SaveResult, Status, Unfinished
+from qsnap.model.results import (
+    DeleteResult,
+    LoadResult,
+    PruneResult,
+    Recovered,
+    SaveResult,
+    Status,
+    Unfinished,
+    VerifyResult,
+)
 from qsnap.model.snapshots import Kind, Snapshot, StateFile
 
 if TYPE_CHECKING:
@@ -172,6 +182,42 @@ def _(details: Details) -> Lines:
             for row in held
         ],
     )
+    if details.state:
+        yield from lines_of(details.state)
+
+
+@lines_of.register(Machine)
+def _(machine: Machine) -> Lines:
+    yield f"{'machine:':<14}{machine.name}"
+    yield Table(
+        (Column("RAM BLOCK"), Column("BYTES", is_number=True)),
+        [(block.name, f"{block.size:,}") for block in machine.ram_blocks],
+    )
+    yield Table(
+        (
+            Column("SECTION"),
+            Column("INSTANCE", is_number=True),
+            Column("VERSION", is_number=True),
+            Column("BYTES", is_number=True),
+        ),
+        [(one.name, str(one.instance), str(one.version), f"{one.size:,}") for one in machine.sections],
+    )
+
+
+@lines_of.register(VerifyResult)
+def _(result: VerifyResult) -> Lines:
+    for one in result.snapshots:
+        read = [
+            f"{number} checksum{'' if number == 1 else 's'} {verb}"
+            for number, verb in ((one.compared, "compared"), (one.recorded, "taken for the first time"))
+            if number
+        ]
+        verdict = {True: "whole", False: "DAMAGED", None: "not wholly checked"}[one.ok]
+        yield f"{one.tag}: {', '.join([verdict, *read])}"
+        yield from (f"  {problem}" for problem in one.problems)
+        yield from (f"  not checked: {what}" for what in one.unchecked)
+    if not result.snapshots:
+        yield Aside("no snapshots")
 
 
 @lines_of.register(Notes)
@@ -265,7 +311,7 @@ def quiet_lines_of(result: object) -> Lines:
             # --live=auto is asked for where nobody wants to know
             wanted = (finding for finding in result.warnings if finding.code != "not-live")
             yield from (Aside(_explained(finding), "warning") for finding in wanted)
-        case PluginAnswer() if exit_code_of(result):
+        case PluginAnswer() | VerifyResult() if exit_code_of(result):
             yield from lines_of(result)
         case Outcomes():
             yield from _titled(result, quiet_lines_of)

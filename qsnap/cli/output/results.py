@@ -8,10 +8,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from qsnap.errors import GuestLeftStopped, PartialFailure, PrecheckRefused, QsnapError
+from qsnap.errors import GuestLeftStopped, NotSupported, PartialFailure, PrecheckRefused, QsnapError, VerifyFailed
 from qsnap.model.checks import CheckReport
+from qsnap.model.machine import Machine
 from qsnap.model.qemu import NodeSnapshot, Struct
-from qsnap.model.results import Recovered
+from qsnap.model.results import Recovered, VerifyResult
 from qsnap.model.snapshots import Snapshot
 
 if TYPE_CHECKING:
@@ -36,10 +37,12 @@ class Details(Struct, frozen=True):
 
     snapshot: Snapshot
     rows: Mapping[str, tuple[NodeSnapshot, ...]]
+    state: Machine | None = None
 
     def to_json(self) -> dict[str, Any]:
         rows = {node: [row.to_json() for row in held] for node, held in self.rows.items()}
-        return {**self.snapshot.to_json(), "rows": rows}
+        state = {"state": self.state.to_json()} if self.state else {}
+        return {**self.snapshot.to_json(), "rows": rows, **state}
 
 
 class Recoveries(Struct, frozen=True):
@@ -96,6 +99,9 @@ def exit_code_of(result: object) -> int:
             return result.exit_code
         case CheckReport():
             return 0 if result.ok else PrecheckRefused.exit_code
+        case VerifyResult():
+            verdicts = [one.ok for one in result.snapshots]
+            return VerifyFailed.exit_code if False in verdicts else NotSupported.exit_code if None in verdicts else 0
         case PluginAnswer():
             return result.health.level.exit_code
         case Outcomes():

@@ -12,3 +12,7 @@ makes a full load, and says why (:class:`NoDelta`).
 
 class NoDelta(Exception):
     """Only a full load is correct, or worthwhile. The text is a clause that says why."""
+
+
+class BrokenState(NoDelta):
+    """The VM state is damaged: QEMU would fail in the middle of a full load, too."""

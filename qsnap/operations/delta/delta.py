@@ -5,35 +5,31 @@ from __future__ import annotations
 import asyncio
 import os
 import threading
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 from qsnap.errors import CommandFailed, JobFailed, NotSupported, QsnapError
 from qsnap.host import files, memory
 from qsnap.inventory import state_file, vm_state
-from qsnap.inventory.qcow2 import Unreadable
+from qsnap.inventory.qcow2 import Damaged, Unreadable
 from qsnap.inventory.state_file import STREAM_OFFSET, Content
-from qsnap.inventory.stream import Unknown
+from qsnap.inventory.stream import Broken, Unknown
 from qsnap.inventory.vm_state import VmState
 from qsnap.model.snapshots import Snapshot
 from qsnap.monitor import Monitor
 from qsnap.monitor.names import STATE_NODE, state_node
 from qsnap.monitor.qmp.background import Background
-from qsnap.operations.delta import NoDelta, difference, ram
+from qsnap.operations.delta import BrokenState, NoDelta, difference, ram
 from qsnap.operations.delta.difference import Found, Output, TooMuch
 from qsnap.operations.delta.ram import GuestRam
 from qsnap.runs.journal import AFTERMATH_TIMEOUT_S
-from qsnap.runs.shield import shielded
-
-_T = TypeVar("_T")
+from qsnap.runs.shield import in_thread, shielded
 
 #: A stream that is longer than this and than half of the state gains too little. It is in memory for the time of the
 #: load, and may take a quarter of what is free.
 _ALWAYS_BYTES = 64 << 20
 _SHARE_OF_MEMORY = 4
-#: Seconds for a comparison to end that is to end: a piece takes milliseconds, a disk that does not answer much longer.
-_END_S = 60.0
 
 
 class Delta(NamedTuple):
@@ -77,7 +73,7 @@ class Comparison:
         file = os.memfd_create(STATE_NODE, os.MFD_CLOEXEC)
         try:
             with _doubts():
-                found = await _in_thread(lambda ended: self._written(file, ended))
+                found = await in_thread(lambda ended: self._written(file, ended))
                 node = state_node()
                 await self._background.add_state_node(file, node)
             if self.was_resumed:
@@ -116,7 +112,7 @@ class Comparison:
         """
         guest = self._guest
         with _doubts():
-            found = await _in_thread(lambda ended: difference.walk(self._state, guest.pid, guest.blocks, ended))
+            found = await in_thread(lambda ended: difference.walk(self._state, guest.pid, guest.blocks, ended))
         return found.differing
 
 
@@ -152,26 +148,11 @@ def _doubts() -> Iterator[None]:
         raise NoDelta(f"this user may not read QEMU's memory, or the VM state: {error.strerror}") from error
     except OSError as error:
         raise NoDelta(f"QEMU's memory, or the VM state, cannot be read: {error.strerror}") from error
+    except (Broken, Damaged) as error:
+        raise BrokenState(str(error)) from error
     except (Unknown, Unreadable) as error:
         raise NoDelta(f"the VM state cannot be compared: {error}") from error
     except MemoryError as error:
         raise NoDelta("there is too little memory for it") from error
     except (CommandFailed, JobFailed, NotSupported) as error:
         raise NoDelta(f"QEMU refuses a command that it takes: {error}") from error
-
-
-async def _in_thread(work: Callable[[threading.Event], _T]) -> _T:
-    """Do *work* in a thread; if we are cancelled, have it end, and wait for that: it uses open files."""
-    ended = threading.Event()
-    task = asyncio.ensure_future(asyncio.to_thread(work, ended))
-    try:
-        return await asyncio.shield(task)
-    except asyncio.CancelledError:
-        ended.set()
-
-        async def end() -> None:
-            with suppress(Exception):
-                await task
-
-        await shielded(end(), _END_S)
-        raise

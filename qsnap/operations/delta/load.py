@@ -12,7 +12,8 @@ from qsnap.errors import UNTOUCHED, JobFailed, NotSupported, PrecheckRefused, Ve
 from qsnap.inventory import state_file
 from qsnap.model.checks import Finding
 from qsnap.model.snapshots import Snapshot
-from qsnap.operations.delta import NoDelta
+from qsnap.operations.delta import BrokenState, NoDelta
+from qsnap.operations.findings import damaged_finding
 from qsnap.runs.run import Run
 
 if TYPE_CHECKING:
@@ -67,6 +68,7 @@ class Load:
         connection. JobFailed where QEMU says that it has not.
     :param fail: ends a load of everything that has failed so.
     :param verify: RAM is to be compared after the load.
+    :param force: load also if the VM state is damaged.
     :ivar why_full: why everything was loaded; "" where it was what differs.
     :ivar ram_bytes: bytes of RAM that differed, where it was that.
     :ivar differing_pages: pages of RAM that differ from the snapshot after the load; None before they are compared.
@@ -82,6 +84,7 @@ class Load:
         begin: Callable[[str, Sequence[str]], Awaitable[bool]],
         fail: Callable[[JobFailed], Awaitable[None]],
         verify: bool,
+        force: bool,
     ) -> None:
         self.why_full = ""
         self.ram_bytes: int | None = None
@@ -93,6 +96,7 @@ class Load:
         self._begin = begin
         self._fail = fail
         self._verifies = verify
+        self._force = force
         self._comparison: Comparison | None = None
         self._delta: Delta | None = None
 
@@ -103,6 +107,7 @@ class Load:
         :param why_full: why everything is to be loaded, whatever differs; "" if only what differs is.
         :param standing: what a refusal says of the guest.
         :raise NotSupported: it cannot be compared, and is to be verified; nothing was loaded.
+        :raise PrecheckRefused: it is damaged; nothing was loaded.
         """
         from qsnap.operations.delta.delta import comparison
 
@@ -117,6 +122,10 @@ class Load:
                         self.ram_bytes = self._delta.ram_bytes
             except NoDelta as reason:
                 self.why_full = str(reason)
+                if isinstance(reason, BrokenState) and not self._force:
+                    raise PrecheckRefused(
+                        f"snapshot {self._snapshot.tag!r} cannot be loaded", [damaged_finding(reason)], standing
+                    ) from reason
                 if self._source.state is not None:  # it may have been damaged since it was looked at
                     await asyncio.to_thread(refuse_flawed, self._source.state, self._snapshot, standing)
                 if self._verifies and self._comparison is None:
