@@ -67,17 +67,17 @@ def parse_arguments(arguments: Sequence[str], *, pid: int, uid: int, user: str, 
     :param cwd: QEMU's working directory, to which relative socket paths are resolved; None if it is not known.
     :return: with monitors that are ``unknown`` or ``unusable``: nothing was looked at.
     """
-    given = list(_split(arguments))
-    objects = [_options(value, "qom-type") for option, value in given if option == "object"]
+    given = list(split(arguments))
+    objects = [options(value, "qom-type") for option, value in given if option == "object"]
     chardevs = {found.get("id", ""): found for option, value in given if option == "chardev"
-                for found in [_options(value, "backend")]}  # fmt: skip
+                for found in [options(value, "backend")]}  # fmt: skip
     uuids = [value for option, value in given if option == "uuid"]
     is_libvirts = _is_libvirts(objects, chardevs)
     return RunningVM(
         pid=pid,
         uid=uid,
         user=user,
-        name=_merged(given, "name", "guest").get("guest"),
+        name=merged(given, "name", "guest").get("guest"),
         uuid=uuids[-1] if uuids else None,
         memory=_memory(given, objects),
         disks=tuple(disk for option, value in given if (disk := _disk(option, value))),
@@ -86,7 +86,7 @@ def parse_arguments(arguments: Sequence[str], *, pid: int, uid: int, user: str, 
     )
 
 
-def _split(arguments: Sequence[str]) -> Iterator[tuple[str, str]]:
+def split(arguments: Sequence[str]) -> Iterator[tuple[str, str]]:
     """(option, value) pairs. A word without an option is a disk, as in QEMU."""
     at = 0
     while at < len(arguments):
@@ -112,7 +112,7 @@ def _option(word: str) -> str:
     return "machine" if name == "M" else name
 
 
-def _options(text: str, implied: str) -> dict[str, str]:
+def options(text: str, implied: str) -> dict[str, str]:
     """QEMU's ``value,key=value,flag,noflag``, where a comma inside a value is doubled; or the same as JSON.
 
     :param implied: the key of a first value without one.
@@ -153,19 +153,19 @@ def _from_json(text: str) -> dict[str, str]:
     return found
 
 
-def _merged(given: Sequence[tuple[str, str]], wanted: str, implied: str) -> dict[str, str]:
+def merged(given: Sequence[tuple[str, str]], wanted: str, implied: str) -> dict[str, str]:
     """An option that QEMU merges where it is given more than once."""
-    merged: dict[str, str] = {}
+    found: dict[str, str] = {}
     for option, value in given:
         if option == wanted:
-            merged |= _options(value, implied)
-    return merged
+            found |= options(value, implied)
+    return found
 
 
 def _memory(given: Sequence[tuple[str, str]], objects: Sequence[Mapping[str, str]]) -> int:
     """Bytes of RAM: what ``-m`` says, else the machine's memory backend, else QEMU's default."""
-    size = _size(_merged(given, "m", "size").get("size", ""), "m")
-    backend = _merged(given, "machine", "type").get("memory-backend")
+    size = _size(merged(given, "m", "size").get("size", ""), "m")
+    backend = merged(given, "machine", "type").get("memory-backend")
     for found in objects if backend else ():
         if found.get("id") == backend:
             size = size or _size(found.get("size", ""), "b")
@@ -188,10 +188,10 @@ def _disk(option: str, value: str) -> str:
     if option in _DISKS:
         return value
     if option == "drive":
-        found = _options(value, "")
+        found = options(value, "")
         return found.get("file") or found.get("file.filename") or found.get("id", "")
     if option == "blockdev":
-        found = _options(value, "driver")
+        found = options(value, "driver")
         files = [found[key] for key in found if key.rpartition(".")[2] == "filename"]
         if files or "file" in found:
             return files[0] if files else ""
@@ -218,7 +218,7 @@ def _monitors(
         if option == "serial" and value.startswith("mon:"):
             device = _compat(value)
         elif option == "mon":
-            mon = _options(value, "chardev")
+            mon = options(value, "chardev")
             protocol = "qmp" if mon.get("mode") == "control" else "hmp"
             device = _chardev(mon.get("chardev", ""), chardevs)
         elif option in _MONITORS and not (option == "monitor" and value.startswith("none")):
@@ -248,11 +248,11 @@ def _compat(text: str) -> dict[str, str]:
         # Once is enough, and a row of them must not become a row of calls.
         return {**_compat(re.sub(r"^(mon:)+", "", text)), "mux": "on"}
     if kind == "unix":
-        return {"backend": "socket", **_options(rest, "path")}
+        return {"backend": "socket", **options(rest, "path")}
     if kind in ("tcp", "telnet", "tn3270", "websocket"):
         match = re.match(r"(\[[^\]]*\]|[^:,]*):([^,]*),?", rest)
         if match:
-            more = _options(rest[match.end() :], "")
+            more = options(rest[match.end() :], "")
             speaks = {} if kind == "tcp" else {kind: "on"}
             return {"backend": "socket", "host": match[1], "port": match[2], **speaks, **more}
     return {"backend": re.split("[:,]", text)[0]}
