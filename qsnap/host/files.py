@@ -35,6 +35,8 @@ _MOST_LINKS = 40
 #: FS_IOC_GETFLAGS, as most machines number it, and the flags of what is not removed (linux/fs.h).
 _GET_FLAGS = 0x80086601
 _KEEPING = {0x10: "immutable", 0x20: "append-only"}
+#: A file system or a C library that cannot rename without replacing.
+_NO_EXCLUSIVE_RENAME = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
 class Identity(NamedTuple):
@@ -204,7 +206,7 @@ def _created_in(where: int, name: str, mode: int) -> int:
     return file
 
 
-def write(file: int, data: bytes, offset: int | None = None) -> None:
+def write(file: int, data: bytes | memoryview, offset: int | None = None) -> None:
     """Write all of *data*: at *offset*, or at the file's position.
 
     :raise OSError: it cannot be written in full; a part may be written.
@@ -337,6 +339,26 @@ def rename(file: int, old: Path, new: Path) -> None:
         sync(where)
 
 
+def rename_directory(old: Path, new: Path) -> None:
+    """Give a directory the name *new*, beside its old one, and see that the disk knows.
+
+    :raise FileExistsError: something has that name.
+    :raise OSError: that cannot be done.
+    """
+    with directory(new.parent) as where:
+        from qsnap.host import syscalls
+
+        try:
+            syscalls.rename_exclusively(where, old.name, new.name)
+        except OSError as error:
+            if error.errno not in _NO_EXCLUSIVE_RENAME:
+                raise
+            if os.path.lexists(new):
+                raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(new)) from None
+            os.rename(old.name, new.name, src_dir_fd=where, dst_dir_fd=where)
+        sync(where)
+
+
 def _renamed(where: int, old: str, new: str) -> bool:
     """Rename at once and replace nothing; False where the file system or the C library cannot do that.
 
@@ -347,7 +369,7 @@ def _renamed(where: int, old: str, new: str) -> bool:
     try:
         syscalls.rename_exclusively(where, old, new)
     except OSError as error:
-        if error.errno in (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
+        if error.errno in _NO_EXCLUSIVE_RENAME:
             return False
         raise
     return True

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
+import signal
 from collections.abc import Callable
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -16,7 +17,7 @@ _libc = ctypes.CDLL(None, use_errno=True)
 #: linux/fs.h, linux/prctl.h, asm/unistd.h (the same on all but alpha), asm-generic/mman-common.h
 _SYNC_WAIT_BEFORE, _SYNC_WRITE, _SYNC_WAIT_AFTER = 1, 2, 4
 _RENAME_NOREPLACE = 1
-_PR_SET_CHILD_SUBREAPER = 36
+_PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
 _SYS_PROCESS_MADVISE = 440
 _MADV_COLLAPSE = 25
 
@@ -46,6 +47,11 @@ def rename_exclusively(directory: int, old: str, new: str) -> None:
 def become_subreaper() -> None:
     """Become the parent of what descendants leave behind: PR_SET_CHILD_SUBREAPER of prctl(2), since Linux 3.4."""
     _checked(_function("prctl")(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0))
+
+
+def die_with_parent() -> None:
+    """Have the kernel kill this process when the thread that has started it ends: PR_SET_PDEATHSIG of prctl(2)."""
+    _checked(_function("prctl")(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0))
 
 
 def collapse(process: int, address: int, size: int) -> None:

@@ -119,7 +119,7 @@ class StateStore:
             return self.state_dir / _fitting(_unique(self.identity(graph, node)) + end, suffix)
         (name,) = rules.displayed([node], rules.survey(graph).devices)
         raise NotSupported(
-            f"no file can be put beside the image of {name}: {self._unseen(graph, node)}; "
+            f"no file can be put beside the image of {name}: {self.why_unseen(graph, node)}; "
             "choose a directory: --state-dir DIR"
         )
 
@@ -147,7 +147,7 @@ class StateStore:
         self._owners.add(files.status(image).st_uid)
         return image
 
-    def _unseen(self, graph: BlockGraph, node: str) -> str:
+    def why_unseen(self, graph: BlockGraph, node: str) -> str:
         """Why there is no :meth:`image`."""
         try:
             return f"{self._image(graph, node)} is seen"

@@ -30,12 +30,14 @@ _STANDSTILL = 2
 
 
 class Phase(StrEnum):
-    """The present phase of a save, or of a verification."""
+    """The present phase of a save, a verification or an export."""
 
     PREPARING = "preparing"
     SAVING = "saving"
     FLUSHING = "flushing"
     VERIFYING = "verifying"
+    EXPORTING = "exporting"
+    CHECKING = "checking"
 
 
 class Progress(NamedTuple):
