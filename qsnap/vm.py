@@ -31,7 +31,17 @@ from qsnap.errors import (
 from qsnap.inventory.state_store import StateStore
 from qsnap.model.checks import CheckReport
 from qsnap.model.qemu import NodeSnapshot
-from qsnap.model.results import DeleteResult, LoadResult, PruneResult, Recovered, SaveResult, Status, VerifyResult
+from qsnap.model.results import (
+    DeleteResult,
+    DrillResult,
+    ExportResult,
+    LoadResult,
+    PruneResult,
+    Recovered,
+    SaveResult,
+    Status,
+    VerifyResult,
+)
 from qsnap.model.snapshots import Kind, Snapshot
 from qsnap.monitor import GREETING_TIMEOUT_S, Monitor, open_monitor
 from qsnap.monitor.address import Address, parse_address
@@ -47,6 +57,8 @@ if TYPE_CHECKING:
 
 #: Seconds to wait for another qsnap.
 LOCK_WAIT_S = 5.0
+#: Seconds for a guest to show in a drill that it runs.
+DRILL_S = 60.0
 #: Seconds that a command waits for QEMU to answer after its time-out, before it leaves the guest to its guard.
 TIMED_PATIENCE_S = 10.0
 
@@ -376,6 +388,57 @@ class VM:
 
         await self._recover_if_seen()
         return await check_load(self._unclaimed(), tag, exclude)
+
+    async def export(
+        self,
+        tag: str,
+        directory: str | Path,
+        *,
+        keep_backing: bool = False,
+        force: bool = False,
+        watch: Watcher | None = None,
+    ) -> ExportResult:
+        """Make a directory from which the guest can be started elsewhere: see
+        :func:`qsnap.operations.portable.export.do_export`, and :class:`qsnap.model.requests.ExportRequest`.
+
+        :raise VMLocked: another qsnap is using this VM.
+        """
+        from qsnap.model.requests import ExportRequest
+        from qsnap.operations.portable.export import do_export
+
+        request = ExportRequest(tag=tag, directory=str(directory), keep_backing=keep_backing, force=force)
+        async with self._claimed("export", (tag,)) as run:
+            return await do_export(run, request, watch)
+
+    async def drill(
+        self,
+        tag: str,
+        *,
+        until: str = "",
+        within_s: float = DRILL_S,
+        place: str | Path | None = None,
+        qemu: str | None = None,
+        force: bool = False,
+        watch: Watcher | None = None,
+    ) -> DrillResult:
+        """Export a snapshot to a temporary place, start it, see that its guest runs, and end it: see
+        :func:`qsnap.operations.portable.drill.do_drill`.
+
+        :param until: what the guest must write to a serial port, too.
+        :param within_s: seconds for the guest to show that it runs, and for that text. Default 60.
+        :param place: where the temporary directory is made. Default: $TMPDIR, or /tmp.
+        :param qemu: the QEMU to run. Default: the one that the guest runs in.
+        :raise VMLocked: another qsnap is using this VM.
+        :raise VerifyFailed: the snapshot does not start, or its guest does not run.
+        """
+        from qsnap.operations.portable.drill import do_drill
+
+        async def export(directory: Path) -> ExportResult:
+            return await self.export(tag, directory, force=force, watch=watch)
+
+        _positive("the time for the guest to run", within_s)
+        where = None if place is None else Path(place)
+        return await do_drill(export, until=until, within_s=within_s, place=where, qemu=qemu)
 
     async def status(self) -> Status:
         """The guest's state, and what earlier runs of qsnap left behind on it. Changes nothing."""

@@ -100,6 +100,7 @@ _COMMANDS = {
         "delete": "snapshots", "verify": "snapshots", "status": "guest", "recover": "guest",
     },
     "Series and notes": {"prune": "series", "protect": "notes", "unprotect": "notes", "describe": "notes"},
+    "Elsewhere": {"export": "elsewhere", "boot": "elsewhere"},
     "Around a command": {"run": "job", "ensure": "job"},
     "This machine": {"vms": "guest", "demo": "guest", "completion": "guest"},
 }  # fmt: skip

@@ -66,3 +66,35 @@ class SaveRequest(Struct, frozen=True):
     Default: where it pays, see :mod:`qsnap.operations.prepare`."""
     dry_run: bool = False
     """Decide everything and do nothing."""
+
+
+class ExportRequest(Struct, frozen=True):
+    """The request for an export."""
+
+    tag: str
+    directory: str
+    """The directory that is made; its parent exists."""
+    keep_backing: bool = False
+    """Do not copy what is in backing images; the disks of the export stand on them."""
+    force: bool = False
+    """Export also where a disk stands on other images than when the tag was saved, or room seems to be short."""
+
+
+class BootRequest(Struct, frozen=True):
+    """The request to start a guest from an export."""
+
+    directory: str
+    work: str | None = None
+    """Its working directory, which is made. Default: a temporary one, which goes when QEMU ends."""
+    qemu: str | None = None
+    """The QEMU to run. Default: the one that the export names, or else one of that name on PATH."""
+    options: tuple[str, ...] = ()
+    """Further arguments for QEMU. One of ``-accel`` or ``-cpu`` is instead of the export's."""
+    paused: bool = False
+    """Load the state and leave the guest paused."""
+    network: bool = False
+    """Connect each network card to QEMU's user network."""
+    checks_sums: bool = True
+    """Compare the checksums of all files first; else only their sizes."""
+    within_s: float = 600.0
+    """Seconds for QEMU to load the state."""

@@ -126,7 +126,7 @@ class Recovered(Struct, frozen=True):
     """What was done about a run that died."""
 
     operation: str
-    """"save", "load", "delete" (also of a prune) or "note"; "" if its claim could not be read, so nothing is known."""
+    """"save", "load", "delete" (also of a prune), "note" or "export"; "" if its claim could not be read."""
     tags: tuple[str, ...]
     pid: int
     """The id of its process, which has ended; 0 if unknown."""
@@ -167,3 +167,59 @@ class Status(Struct, frozen=True):
     """Why a guest could not go on from a snapshot made now; "" if it could."""
     in_backing: tuple[InBacking, ...] = ()
     """Tags out of reach below an overlay; not counted in :attr:`snapshots`."""
+
+
+class ExportResult(Struct, frozen=True):
+    """What an export made."""
+
+    tag: str
+    directory: str
+    """The path of the directory."""
+    size: int
+    """Bytes that it takes on the disk."""
+    vm_state_size: int
+    date: datetime
+    machine: str
+    """The machine type of the VM state."""
+    qemu_version: str
+    disks: tuple[str, ...]
+    """The names that people use for the disks and media that were copied."""
+    duration_ms: float
+    warnings: tuple[Finding, ...] = ()
+
+
+class BootResult(Struct, frozen=True):
+    """A guest that was started from an export."""
+
+    tag: str
+    pid: int
+    directory: str
+    """Its working directory, with its overlays, sockets and logs."""
+    is_temporary: bool
+    """The working directory is removed when QEMU ends."""
+    monitor: str
+    """The path of its QMP socket."""
+    consoles: tuple[str, ...]
+    """The paths of the sockets of its serial ports."""
+    qemu_version: str
+    runstate: RunState
+    duration_ms: float
+    warnings: tuple[Finding, ...] = ()
+
+
+class DrillResult(Struct, frozen=True):
+    """A restore drill that the guest has passed: it was exported, started, seen to run, and ended."""
+
+    tag: str
+    qemu_version: str
+    sign: str
+    """By what it was seen that the guest runs, a clause."""
+    until: str
+    """The text that was awaited on a serial port; "" if none was."""
+    vcpus: int
+    export_ms: float
+    boot_ms: float
+    run_ms: float
+    """Milliseconds from the start of the vCPUs until it was seen."""
+    duration_ms: float
+    warnings: tuple[Finding, ...] = ()

@@ -89,7 +89,7 @@ def test_which_commands_take_the_common_options(name: str) -> None:
     of_output = {"--json", "--quiet", "--verbose", "--config"}
     of_vm = {"--monitor", "--vm", "--timeout", "--lock-wait", "--state-dir", "--ignore-unseen", "--all", "--jobs"}
     of_one = of_output | of_vm - {"--all", "--jobs"}
-    taken = {"vms": of_output, "completion": set(), "demo": set(), "run": of_one, "ensure": of_one}.get(
+    taken = {"vms": of_output, "boot": of_output, "export": of_one, "completion": set(), "demo": set(), "run": of_one, "ensure": of_one}.get(
         name, of_output | of_vm
     )
     assert options_of(cli.commands[name]) & (of_output | of_vm) == taken

@@ -29,7 +29,7 @@ HOMES = {
     "rich": ("cli/output/lines.py", "cli/output/show.py", "cli/output/bar.py"),
     "click": (
         "cli/__init__.py", "cli/options.py", "cli/policy.py", "cli/completion.py",
-        *(f"cli/commands/{name}.py" for name in ("save", "snapshots", "series", "notes", "guest", "job")),
+        *(f"cli/commands/{name}.py" for name in ("save", "snapshots", "series", "notes", "guest", "job", "elsewhere")),
     ),
     "qemu": ("monitor/qmp/channel.py",),
     "psutil": ("targets/running.py", "cli/child.py"),

@@ -27,7 +27,10 @@ from qsnap.model.checks import CheckReport, Device, Finding, Labels, Verdict
 from qsnap.model.machine import Machine
 from qsnap.model.qemu import RunState
 from qsnap.model.results import (
+    BootResult,
     DeleteResult,
+    DrillResult,
+    ExportResult,
     LoadResult,
     PruneResult,
     Recovered,
@@ -121,6 +124,40 @@ def _(report: CheckReport) -> Lines:
         yield from f"{'refused' if finding.refuses else 'warning'}: {_explained(finding)}".split("\n")
     verdict = "ok: this guest can be saved" if report.ok else "not ok: this guest cannot be saved now"
     yield f"{verdict} (guest {report.runstate})"
+
+
+# Elsewhere
+
+
+@lines_of.register(ExportResult)
+def _(result: ExportResult) -> Lines:
+    yield from (Aside(_explained(finding), "warning") for finding in result.warnings)
+    yield (
+        f"exported {result.tag} of {date(result.date)} to {result.directory}: {size(result.size)}, "
+        f"{_count(result.disks, 'disk')}, {seconds(result.duration_ms)}"
+    )
+
+
+@lines_of.register(BootResult)
+def _(result: BootResult) -> Lines:
+    yield from (Aside(_explained(finding), "warning") for finding in result.warnings)
+    gone = ", which goes with it" if result.is_temporary else ""
+    yield f"booted {result.tag}: process {result.pid}, QEMU {result.qemu_version}, guest {result.runstate}"
+    yield from _facts(
+        13,
+        ("monitor", result.monitor),
+        ("serial port", ", ".join(f"{path} (output: {path}.log)" for path in result.consoles)),
+        ("directory", f"{result.directory}{gone}"),
+        ("to end it", f"kill {result.pid}"),
+    )
+
+
+@lines_of.register(DrillResult)
+def _(result: DrillResult) -> Lines:
+    yield from (Aside(_explained(finding), "warning") for finding in result.warnings)
+    text = f", it wrote {result.until!r}" if result.until else ""
+    took = f"{seconds(result.duration_ms)}, QEMU {result.qemu_version}"
+    yield f"{result.tag} starts and runs: {result.sign}{text}; {took}"
 
 
 # Snapshots
@@ -307,6 +344,8 @@ def quiet_lines_of(result: object) -> Lines:
             yield from (snapshot.tag for snapshot in result.snapshots)
         case KnownVMs():
             yield from (vm.selector for vm in result.vms if vm.selector)
+        case BootResult():
+            yield result.monitor
         case SaveResult():
             # --live=auto is asked for where nobody wants to know
             wanted = (finding for finding in result.warnings if finding.code != "not-live")

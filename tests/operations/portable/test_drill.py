@@ -1,0 +1,106 @@
+"""A restore drill passes for a guest that goes on, and fails for one that hangs, although it is called running."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+
+import qsnap
+import qsnap.guest
+from qsnap.errors import VerifyFailed
+from support.guest import (
+    Guest,
+    Launch,
+    blockdev,
+    cli,
+    needs_snapshot_jobs,
+    tool,
+    until,
+)
+
+pytestmark = needs_snapshot_jobs
+
+#: cli; hlt: sleeps, and the timer's interrupts are not let through.
+HALTED = bytes.fromhex("fa f4 eb fc")
+#: cli; jmp: goes round in one instruction.
+SPINNING = bytes.fromhex("fa eb fd")
+#: sti; hlt; jmp: idle, woken by the BIOS's timer. Between that its registers are the same.
+IDLE = bytes.fromhex("fb f4 eb fc")
+
+
+def left(directory: Path) -> list[Path]:
+    return list(directory.glob("qsnap-drill-*"))
+
+
+def started(launch: Launch, directory: Path, code: bytes) -> Guest:
+    """A guest that runs this code."""
+    path = directory / "disk"
+    sector = code.ljust(510, b"\0") + b"\x55\xaa"
+    qsnap.guest.make_disk(path, qemu_img=tool("qemu-img"), sector=sector)
+    guest = launch(*blockdev("disk", path), "-device", "virtio-blk,drive=disk")
+    until("its code to run", lambda: "IP=00007c0" in guest.qmp.hmp("info registers"))
+    return guest
+
+
+async def test_a_guest_that_runs_and_writes(guest: Guest, tmp_path: Path) -> None:
+    async with qsnap.connect(guest.address) as vm:
+        await vm.save("s")
+        result = await vm.drill("s", until=" bad=0000", place=tmp_path)
+        assert (result.tag, result.until, result.vcpus) == ("s", " bad=0000", 1)
+        assert result.sign == "vCPU 0 executes instructions"
+        with pytest.raises(VerifyFailed, match="its guest runs, and does not write 'no such' within 1 s"):
+            await vm.drill("s", until="no such", within_s=1, place=tmp_path)
+    assert not left(tmp_path)
+    guest.assert_running()
+    assert psutil.Process().children() == [psutil.Process(guest.pid)]
+
+
+@pytest.mark.parametrize("code", [HALTED, SPINNING], ids=["halted", "spinning"])
+async def test_a_guest_that_hangs(launch: Launch, tmp_path: Path, code: bytes) -> None:
+    guest = started(launch, tmp_path, code)
+    assert guest.runstate == "running"
+    async with qsnap.connect(guest.address) as vm:
+        await vm.save("s")
+        with pytest.raises(VerifyFailed, match="it starts, and no vCPU does anything for 2 s"):
+            await vm.drill("s", within_s=2, place=tmp_path)
+    assert not left(tmp_path)
+
+
+async def test_a_guest_that_is_idle(launch: Launch, tmp_path: Path) -> None:
+    guest = started(launch, tmp_path, IDLE)
+    async with qsnap.connect(guest.address) as vm:
+        await vm.save("s")
+        result = await vm.drill("s", place=tmp_path)
+    assert result.sign.startswith(("vCPU 0 is idle, and was woken", "vCPU 0 executes"))
+
+
+def test_a_drill_that_is_killed_takes_its_guest_along(guest: Guest, tmp_path: Path) -> None:
+    """And the next one removes what it has left."""
+    cli("save", "s", monitor=guest.address)
+    script = (
+        "import asyncio, sys, qsnap\n"
+        "async def main():\n"
+        "    async with qsnap.connect(sys.argv[1]) as vm:\n"
+        "        await vm.drill('s', until=sys.argv[3], place=sys.argv[2])\n"
+        "asyncio.run(main())\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", script, guest.address, str(tmp_path), "never"])
+    try:
+        clone = until("the clone to run", lambda: next(iter(tmp_path.glob("qsnap-drill-*/work/serial0.log")), None))
+        (child,) = (one for one in psutil.Process(process.pid).children() if "-incoming" in one.cmdline())
+        until("its output", lambda: clone.read_bytes().count(b"c=") > 2)
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait(30)
+    until("its QEMU to end", lambda: not child.is_running())
+    (dead,) = left(tmp_path)
+    os.utime(dead, (0, 0))
+    subprocess.run([sys.executable, "-c", script, guest.address, tmp_path, ""], check=True, timeout=60)
+    assert not left(tmp_path)
+    guest.assert_running()

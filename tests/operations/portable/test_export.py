@@ -1,0 +1,248 @@
+"""An export is a whole of its own: its clones go on from the snapshot, and neither the guest nor the export changes."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+from pathlib import Path
+
+import pytest
+
+import qsnap
+from qsnap.errors import PrecheckRefused
+from qsnap.host import processes
+from support.disks import firmware
+from support.guest import (
+    QEMU,
+    Guest,
+    Launch,
+    Qmp,
+    blockdev,
+    cli,
+    finish,
+    make_boot_disk,
+    make_disk,
+    needs_snapshot_jobs,
+    qemu_img,
+    start_cli,
+    tags,
+    tool,
+    until,
+)
+from support.killed import assert_all_is_well
+from support.portable import booted, manifest, sums
+
+
+def saved(guest: Guest, tag: str, *options: str) -> tuple[int, int]:
+    """The counts between which a snapshot was made."""
+    first = guest.wait_for_ticks(1)
+    cli("save", tag, *options, monitor=guest.address)
+    return first, guest.wait_for_ticks(1)
+
+
+def exports(directory: Path) -> list[str]:
+    """Whole ones and unfinished ones."""
+    return [path.name for path in directory.iterdir() if "export" in path.name]
+
+
+@needs_snapshot_jobs
+@pytest.mark.parametrize("live", [False, True], ids=["ordinary", "live"])
+def test_clones_go_on_where_the_snapshot_left_off(guest: Guest, tmp_path: Path, live: bool) -> None:
+    """Several at once, while the guest runs on; the export stays as it was, byte for byte."""
+    between = saved(guest, "s", *(["--live"] if live else []))
+    export = tmp_path / "export"
+    told = cli("export", "s", str(export), "--json", monitor=guest.address).json
+    assert (told["tag"], told["directory"], told["disks"]) == ("s", str(export), ["disk0", "disk1"])
+    assert export.stat().st_mode & 0o777 == 0o700
+    before = sums(export)
+    assert {file["name"]: file["sha256"] for file in manifest(export)["files"]}.items() <= before.items()
+    with booted(export) as one, booted(export) as two, booted(export, "--work", str(tmp_path / "work")) as three:
+        assert len({one.pid, two.pid, three.pid}) == 3
+        for clone in (one, two, three):
+            assert clone.told["runstate"] == "running"
+            clone.assert_goes_on_from(*between)
+        # It is a guest like any other, under a name of its own
+        cli("save", "again", monitor=str(tmp_path / "work" / "qmp"))
+        with three.monitor() as qmp:
+            assert qmp("query-name") == {"name": "guest@s"}
+    assert tags(tmp_path / "work" / "disk0.qcow2") == ["again"]
+    assert sums(export) == before
+    guest.assert_running()
+    counts = [count for count, _ in guest.lines()]
+    assert counts == list(range(counts[0], counts[0] + len(counts)))
+    assert {bad for _, bad in guest.lines()} == {0}
+    assert tags(tmp_path / "disk0.qcow2") == ["s"]
+
+
+@needs_snapshot_jobs
+def test_all_kinds_of_drives(launch: Launch, tmp_path: Path) -> None:
+    """Each drive of the clone holds what it held at the save: ids that QEMU makes up, an overlay that was made later, a
+    medium that was put in later, an empty drive, firmware, and a variable store inside the VM state."""
+    make_boot_disk(tmp_path / "boot")
+    base = make_disk(tmp_path / "base")
+    disk = make_disk(tmp_path / "disk", "8M", "qcow2", "-b", str(base), "-F", "qcow2")
+    medium = make_disk(tmp_path / "a,b.iso", "1M", "raw")
+    medium.write_bytes(b"medium".ljust(1 << 20, b"."))
+    guest = launch(
+        *firmware(tmp_path), "-drive", f"if=pflash,format=raw,file={make_disk(tmp_path / 'vars', '256k', 'raw')}",
+        "-drive", f"if=virtio,file={tmp_path / 'boot'}", "-cdrom", str(base),
+        "-drive", f"if=none,id=second,file={disk},cache=none", "-device", "virtio-blk,drive=second,addr=0x10",
+        "-drive", "if=none,id=empty,media=cdrom", "-device", "ide-cd,drive=empty,id=tray",
+        "-netdev", "user,id=net,hostfwd=tcp:127.0.0.1:0-:22", "-device", "virtio-net,netdev=net",
+        "-object", "memory-backend-file,id=ram,size=32M,mem-path=/dev/shm,share=off",
+        "-device", "virtio-rng", machine="q35,accel=tcg,memory-backend=ram",
+    )  # fmt: skip
+    guest.wait_for_ticks()
+    guest.qmp("blockdev-change-medium", id="tray", filename=str(medium), format="raw")
+    guest.qmp.hmp(f"snapshot_blkdev second {tmp_path / 'overlay'} qcow2")
+    guest.qmp.hmp('qemu-io second "write -P 0x55 1M 64k"')
+    between = saved(guest, "s")
+    guest.qmp.hmp('qemu-io second "write -P 0x77 1M 64k"')
+    run = cli("export", "s", str(tmp_path / "export"), monitor=guest.address)
+    assert "gets the medium that is in it now" in run.err
+    disks = {one["device"]: tmp_path / "export" / one["file"] for one in manifest(tmp_path / "export")["disks"]}
+    assert len(disks) == 6
+    assert "Images are identical" in qemu_img("compare", "-f", "qcow2", "-F", "raw", disks["empty"], medium)
+    pattern = [tool("qemu-io"), "-r", "-c", "read -P 0x55 1M 64k", "-c", "read -P 0 4M 1M", str(disks["second"])]
+    assert "failed" not in subprocess.run(pattern, capture_output=True, text=True, check=True, timeout=60).stdout
+    assert "backing" not in qemu_img("info", disks["second"])
+    with booted(tmp_path / "export") as clone:
+        clone.assert_goes_on_from(*between)
+        with clone.monitor() as qmp:
+            assert "restrict=on" in qmp.hmp("info network")
+            inserted = {row["device"]: row.get("inserted", {}).get("ro") for row in qmp("query-block")}
+            assert inserted == {"pflash0": True, "pflash1": False, "virtio0": False, "ide2-cd0": True, "second": False,
+                                "empty": True}  # fmt: skip
+    # On the image of now that the disk stands on, it is smaller
+    cli("export", "s", str(tmp_path / "thin"), "--keep-backing", "-q", monitor=guest.address)
+    thin = next(one for one in manifest(tmp_path / "thin")["disks"] if one["device"] == "second")
+    assert thin["backing"] == str(disk)
+    with booted(tmp_path / "thin", "--paused") as clone:
+        assert clone.told["runstate"] == "paused"
+    guest.assert_running()
+
+
+@needs_snapshot_jobs
+def test_what_is_not_on_the_command_line_is_refused_by_name(launch: Launch, tmp_path: Path) -> None:
+    guest = launch(
+        *blockdev("disk0", make_boot_disk(tmp_path / "disk0")), "-device", "virtio-blk,drive=disk0",
+        "-device", "qemu-xhci", "-device", "usb-mouse,id=gone", "-device", "usb-kbd",
+    )  # fmt: skip
+    guest.qmp("device_add", driver="usb-tablet", id="added")
+    guest.qmp("device_add", driver="usb-mouse")
+    guest.qmp("device_del", id="gone")
+    file = {"driver": "file", "filename": str(make_disk(tmp_path / "late"))}
+    guest.qmp("blockdev-add", driver="qcow2", node_name="late", file=file)
+    guest.qmp("device_add", driver="usb-storage", id="stick", drive="late")
+    cli("save", "s", monitor=guest.address)
+    run = cli("export", "s", str(tmp_path / "export"), "--json", monitor=guest.address, expect=6)
+    told = [finding["message"] for finding in run.error["findings"]]
+    assert sorted(told) == [
+        "a device usb-mouse without an id was plugged in after QEMU was started",
+        "device 'added' (usb-tablet) was plugged in after QEMU was started",
+        "device 'gone' was unplugged after QEMU was started",
+        "device 'stick' (usb-storage) was plugged in after QEMU was started",
+        "late: it is not on QEMU's command line, but was added later",
+    ]
+    assert not (tmp_path / "export").exists()
+
+
+@needs_snapshot_jobs
+def test_refusals_before_anything_is_made(guest: Guest, tmp_path: Path) -> None:
+    cli("save", "s", monitor=guest.address)
+    there = tmp_path / "there"
+    there.mkdir()
+    assert "exists" in cli("export", "s", str(there), monitor=guest.address, expect=6).err
+    assert "cannot be used" in cli("export", "s", str(tmp_path / "no" / "x"), monitor=guest.address, expect=6).err
+    cli("export", "none", str(tmp_path / "export"), monitor=guest.address, expect=7)
+    cli("save", "part", "--exclude", "disk1", monitor=guest.address)
+    assert "disk1 lacks it" in cli("export", "part", str(tmp_path / "export"), monitor=guest.address, expect=7).err
+    assert exports(tmp_path) == []
+    assert list(there.iterdir()) == []
+    guest.assert_running()
+
+
+@needs_snapshot_jobs
+async def test_no_room(guest: Guest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(processes, "free_bytes", lambda _: (1 << 20, 1 << 20))
+    async with qsnap.connect(guest.address) as vm:
+        await vm.save("s", force=True)
+        with pytest.raises(PrecheckRefused, match="no room: the export takes up to"):
+            await vm.export("s", tmp_path / "export")
+    assert exports(tmp_path) == []
+
+
+@needs_snapshot_jobs
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGKILL], ids=lambda signum: signum.name)
+def test_an_export_that_is_cut_short_leaves_nothing_under_its_name(
+    guest: Guest, tmp_path: Path, runtime_directory: Path, signum: signal.Signals
+) -> None:
+    cli("save", "s", monitor=guest.address)
+    export, part = tmp_path / "export", tmp_path / ".export.qsnap-part"
+    process = start_cli("export", "s", str(export), monitor=guest.address)
+    until("the export to begin", lambda: (part / "state").exists() or process.poll() is not None)
+    process.send_signal(signum)
+    run = finish(process)
+    assert run.code == (130 if signum == signal.SIGINT else -signal.SIGKILL)
+    assert not export.exists()
+    assert part.exists() is (signum == signal.SIGKILL)
+    assert_all_is_well(guest, runtime_directory, {tmp_path / "disk0.qcow2": ["s"]})
+    cli("export", "s", str(export), monitor=guest.address)
+    assert not part.exists()
+
+
+@needs_snapshot_jobs
+def test_what_is_damaged_does_not_start(guest: Guest, tmp_path: Path) -> None:
+    """Nothing is left of a clone that does not come up; and QEMU's own words are quoted."""
+    cli("save", "s", monitor=guest.address)
+    cli("export", "s", str(tmp_path / "export"), monitor=guest.address)
+    assert "is not an export" in cli("boot", str(tmp_path), expect=1).err
+    state = bytearray((tmp_path / "export" / "state").read_bytes())
+    state[len(state) // 2] ^= 1
+    (tmp_path / "export" / "state").write_bytes(state)
+    work = tmp_path / "work"
+    assert "state has another checksum" in cli("boot", str(tmp_path / "export"), "--work", str(work), expect=1).err
+    (tmp_path / "export" / "state").write_bytes(state[: len(state) // 2])
+    assert "state has " in cli("boot", str(tmp_path / "export"), "--no-check", "--work", str(work), expect=1).err
+    document = manifest(tmp_path / "export")
+    document["files"][0]["size"] = len(state) // 2
+    (tmp_path / "export" / "manifest.json").write_text(json.dumps(document))
+    run = cli("boot", str(tmp_path / "export"), "--no-check", "--work", str(work), expect=1)
+    assert "QEMU did not load the export; its log: " in run.err
+    assert "load of migration failed" in run.err
+    assert not work.exists()
+
+
+def connected(path: Path) -> Qmp | None:
+    try:
+        return Qmp(path)
+    except (FileNotFoundError, ConnectionRefusedError):
+        return None
+
+
+@needs_snapshot_jobs
+def test_it_is_started_by_hand(guest: Guest, tmp_path: Path) -> None:
+    """By the script alone, wherever the directory has been moved to."""
+    between = saved(guest, "s")
+    cli("export", "s", str(tmp_path / "export"), monitor=guest.address)
+    moved = tmp_path / "it's elsewhere"
+    (tmp_path / "export").rename(moved)
+    work = guest.directory / "by-hand"
+    process = subprocess.Popen(
+        [moved / "start.sh", work, "-nodefaults"], env={**os.environ, "QEMU": QEMU, "QEMU_IMG": tool("qemu-img")},
+        stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    try:
+        qmp = until("the monitor", lambda: connected(work / "qmp"))
+        until("the state to be loaded", lambda: qmp("query-status")["status"] == "paused")
+        qmp("cont")
+        qmp.close()
+        log = work / "serial0.log"
+        until("ticks", lambda: (log.exists() and log.read_text().count("bad=0000") > 40) or None)
+        first = int(log.read_text().partition("c=")[2][:8], 16)
+        assert between[0] <= first <= between[1] + 2
+    finally:
+        process.kill()
+        process.wait(30)
