@@ -204,7 +204,6 @@ class BootResult(Struct, frozen=True):
     qemu_version: str
     runstate: RunState
     duration_ms: float
-    warnings: tuple[Finding, ...] = ()
 
 
 class DrillResult(Struct, frozen=True):

@@ -89,9 +89,15 @@ def test_which_commands_take_the_common_options(name: str) -> None:
     of_output = {"--json", "--quiet", "--verbose", "--config"}
     of_vm = {"--monitor", "--vm", "--timeout", "--lock-wait", "--state-dir", "--ignore-unseen", "--all", "--jobs"}
     of_one = of_output | of_vm - {"--all", "--jobs"}
-    taken = {"vms": of_output, "boot": of_output, "export": of_one, "completion": set(), "demo": set(), "run": of_one, "ensure": of_one}.get(
-        name, of_output | of_vm
-    )
+    taken = {
+        "vms": of_output,
+        "boot": of_output,
+        "export": of_one,
+        "completion": set(),
+        "demo": set(),
+        "run": of_one,
+        "ensure": of_one,
+    }.get(name, of_output | of_vm)
     assert options_of(cli.commands[name]) & (of_output | of_vm) == taken
     table = REFERENCE.split("## Common options\n\n")[1].split("\n\n")[1]
     assert set(re.findall(r"`(--[a-z-]+)", table)) == of_output | of_vm

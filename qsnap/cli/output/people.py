@@ -140,7 +140,6 @@ def _(result: ExportResult) -> Lines:
 
 @lines_of.register(BootResult)
 def _(result: BootResult) -> Lines:
-    yield from (Aside(_explained(finding), "warning") for finding in result.warnings)
     gone = ", which goes with it" if result.is_temporary else ""
     yield f"booted {result.tag}: process {result.pid}, QEMU {result.qemu_version}, guest {result.runstate}"
     yield from _facts(

@@ -22,7 +22,6 @@ from typing import NamedTuple
 
 from qsnap.errors import BadUsage, CommandFailed, MonitorError, NotSupported, QsnapError
 from qsnap.host import files, syscalls
-from qsnap.model.checks import Finding
 from qsnap.model.qemu import RunState
 from qsnap.model.requests import BootRequest
 from qsnap.model.results import BootResult
@@ -50,6 +49,10 @@ _REMOVER = 'cat >/dev/null; cd /; rm -rf -- "$1"'
 
 #: Guests that run on when we have ended. Python complains of a process that nobody waits for.
 _left_running: list[subprocess.Popen[bytes]] = []
+
+
+class _NotLoaded(Exception):
+    """QEMU did not come up; the text is a clause."""
 
 
 class Clone(NamedTuple):
@@ -92,7 +95,6 @@ async def boot(request: BootRequest) -> BootResult:
     ):
         raise QsnapError(f"the export in {directory} is damaged: {'; '.join(damages)}")
     emulator = emulator_of(about, request.qemu)
-    version, warnings = await _version(emulator, about)
     with _work_directory(request.work) as work:
         reader, writer = os.pipe()
         try:
@@ -102,6 +104,7 @@ async def boot(request: BootRequest) -> BootResult:
         finally:
             os.close(reader)
             os.close(writer)
+        version = clone.monitor.version
         await clone.monitor.aclose()
         _left_running.append(clone.process)
     return BootResult(
@@ -111,10 +114,9 @@ async def boot(request: BootRequest) -> BootResult:
         is_temporary=request.work is None,
         monitor=str(work / MONITOR),
         consoles=tuple(str(work / name) for name in about.consoles),
-        qemu_version=version,
+        qemu_version=str(version),
         runstate=clone.runstate,
         duration_ms=round((time.monotonic() - began) * 1000, 3),
-        warnings=tuple(warnings),
     )
 
 
@@ -172,27 +174,18 @@ def emulator_of(about: Manifest, named: str | None) -> tuple[str, ...]:
     return (found,)
 
 
-async def _version(emulator: Sequence[str], about: Manifest) -> tuple[str, list[Finding]]:
-    """The version of a QEMU, and a warning if it is older than the one that has saved the state.
-
-    :raise QsnapError: it does not tell.
-    """
-    try:
+async def _older(emulator: Sequence[str], about: Manifest) -> str:
+    """A clause that says so if a QEMU is older than the one that has saved the state; "" if not, or if unknown."""
+    with suppress(OSError, AttributeError, ValueError):
         process = await asyncio.create_subprocess_exec(
             *emulator, "--version", stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT
         )
-    except OSError as error:
-        raise QsnapError(f"{emulator[0]} cannot be run: {error.strerror}") from error
-    text = (await process.communicate())[0].decode(errors="replace")
-    match = re.search(r"version (\d+)\.(\d+)\.(\d+)", text)
-    if match is None:
-        raise QsnapError(f"{' '.join(emulator)} is not a QEMU: {text.strip()}")
-    version = ".".join(match.groups())
-    then = [int(number) for number in about.qemu_version.split(".")]
-    if [int(number) for number in match.groups()][:2] < then[:2]:
-        text = f"this QEMU is {version}, and the state was saved by {about.qemu_version}: it may not be able to load it"
-        return version, [Finding.warning("older-qemu", text)]
-    return version, []
+        text = (await process.communicate())[0].decode(errors="replace")
+        version = re.search(r"version (\d+\.\d+\.\d+)", text)[1]  # type: ignore[index]
+        now, then = ([int(number) for number in one.split(".")[:2]] for one in (version, about.qemu_version))
+        if now < then:
+            return f"it is QEMU {version}, and the state was saved by {about.qemu_version}; "
+    return ""
 
 
 async def started(
@@ -216,8 +209,7 @@ async def started(
         raise BadUsage(f"the path {work} is too long for a socket in it; choose a shorter one, or set TMPDIR")
     (work / EXPORT).symlink_to(directory)
     images = QemuImg(emulator)
-    for line in about.overlays:
-        await images.run(*line, cwd=work)
+    await asyncio.gather(*(images.run(*line, cwd=work) for line in about.overlays))
     words = [*emulator, *_arguments(about, request)]
     listener: socket.socket | None = None
     if is_ours:
@@ -233,7 +225,7 @@ async def started(
     words += ["-S", *about.loading, *request.options]
     log = files.created(work / LOG)
     try:
-        process = await asyncio.to_thread(_spawned, words, work, log, held, is_ours=is_ours)
+        process = _spawned(words, work, log, held, is_ours=is_ours)
     except OSError as error:
         raise QsnapError(f"{words[0]} cannot be run: {error.strerror}") from error
     finally:
@@ -242,14 +234,17 @@ async def started(
             listener.close()
     try:
         return await _loaded(process, work, request)
-    except BaseException:
+    except BaseException as error:
         end(process)
-        raise
+        if not isinstance(error, _NotLoaded):
+            raise
+        raise QsnapError(f"{error}; {await _older(emulator, about)}{_said(process, work)}") from error
 
 
 def _spawned(
     words: Sequence[str], work: Path, log: int, held: Sequence[int], *, is_ours: bool
 ) -> subprocess.Popen[bytes]:
+    # In this thread: a process that ends with its parent ends with the thread that has started it
     return subprocess.Popen(
         words,
         cwd=work,
@@ -287,18 +282,16 @@ def _networked(value: str) -> str:
 async def _loaded(process: subprocess.Popen[bytes], work: Path, request: BootRequest) -> Clone:
     """Wait until QEMU has loaded the state, and have the guest run.
 
-    :raise QsnapError: it ended, or takes too long.
+    :raise _NotLoaded: it ended, or takes too long.
     """
     deadline = time.monotonic() + request.within_s
     monitor: Monitor | None = None
     try:
         while True:
             if process.poll() is not None:
-                raise QsnapError(f"QEMU did not load the export; {_said(process, work)}")
+                raise _NotLoaded("QEMU did not load the export")
             if time.monotonic() > deadline:
-                raise QsnapError(
-                    f"QEMU has not loaded the export within {request.within_s:g} s; {_said(process, work)}"
-                )
+                raise _NotLoaded(f"QEMU has not loaded the export within {request.within_s:g} s")
             with suppress(MonitorError):
                 if monitor is None:
                     monitor = await open_monitor(UnixAddress(str(work / MONITOR)), timeout_s=GREETING_TIMEOUT_S)
@@ -310,7 +303,7 @@ async def _loaded(process: subprocess.Popen[bytes], work: Path, request: BootReq
             try:
                 await monitor.cont()
             except CommandFailed as error:
-                raise QsnapError(f"the guest does not run: {error.reason}; {_said(process, work)}") from error
+                raise _NotLoaded(f"the guest does not run: {error.reason}") from error
             runstate = await monitor.runstate()
         return Clone(process, work, monitor, runstate)
     except BaseException:

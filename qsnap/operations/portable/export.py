@@ -25,7 +25,7 @@ import msgspec
 
 from qsnap.errors import CommandFailed, NotSupported, PrecheckRefused, QsnapError, SnapshotNotFound, VerifyFailed
 from qsnap.host import files, processes, trust
-from qsnap.inventory import state_file, stream, vm_state
+from qsnap.inventory import qcow2, state_file, stream, vm_state
 from qsnap.inventory.inventory import Inventory
 from qsnap.inventory.qcow2 import Unreadable
 from qsnap.inventory.vm_state import VmState
@@ -277,7 +277,7 @@ async def _plan(
         findings = [Finding.refusal("not-portable", reason) for reason in refusals]
         raise PrecheckRefused(f"snapshot {snapshot.tag!r} cannot be exported, because of this machine", findings)
     warnings = [Finding.warning("not-the-same", text) for text in (*made.warnings, *held.warnings)]
-    sizes = [await images.size(one.source) for one in held.drives if one.source is not None]
+    sizes = await asyncio.gather(*(images.size(one.source) for one in held.drives if one.source is not None))
     return _Plan(snapshot, str(run.monitor.version), machine, qemu, made, held.drives, sizes, warnings)
 
 
@@ -437,12 +437,21 @@ def _copy_state(state: VmState, path: Path, report: _Report, tag: str, ended: th
 async def _cut(path: Path, plan: _Plan, held: Held, images: QemuImg) -> None:
     """Give a disk the size that it had: qemu-img copies as much as the disk has now."""
     size = held.disk_size
-    if size is None or (now := await images.virtual_size(path)) == size:
+    if size is None or (now := await asyncio.to_thread(_disk_size, path)) == size:
         return
     if size > now:
         tag = plan.snapshot.tag
         raise QsnapError(f"{held.label} had {size:,} bytes in {tag!r} and has {now:,} now: the rest cannot be read")
     await images.cut(path, size)
+
+
+def _disk_size(path: Path) -> int:
+    """Bytes of the disk in a qcow2 image."""
+    file = files.opened(path)
+    try:
+        return qcow2.header(file).disk_size
+    finally:
+        os.close(file)
 
 
 def _summed(part: Path, name: str, report: _Report, ended: threading.Event) -> ExportedFile:

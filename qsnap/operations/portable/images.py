@@ -83,11 +83,6 @@ class QemuImg:
             await asyncio.wait([copying])
         copying.result()
 
-    async def virtual_size(self, path: Path) -> int:
-        """Bytes of the disk in a qcow2 image that nobody has open."""
-        told = json.loads(await self.run("info", "--output=json", "-f", "qcow2", path.name, cwd=path.parent))
-        return int(told["virtual-size"])
-
     async def cut(self, path: Path, size: int) -> None:
         """Make the disk in a qcow2 image smaller."""
         await self.run("resize", "-q", "-f", "qcow2", "--shrink", path.name, str(size), cwd=path.parent)

@@ -34,6 +34,8 @@ from support.guest import (
 from support.killed import assert_all_is_well
 from support.portable import booted, manifest, sums
 
+pytestmark = needs_snapshot_jobs
+
 
 def saved(guest: Guest, tag: str, *options: str) -> tuple[int, int]:
     """The counts between which a snapshot was made."""
@@ -47,7 +49,6 @@ def exports(directory: Path) -> list[str]:
     return [path.name for path in directory.iterdir() if "export" in path.name]
 
 
-@needs_snapshot_jobs
 @pytest.mark.parametrize("live", [False, True], ids=["ordinary", "live"])
 def test_clones_go_on_where_the_snapshot_left_off(guest: Guest, tmp_path: Path, live: bool) -> None:
     """Several at once, while the guest runs on; the export stays as it was, byte for byte."""
@@ -76,7 +77,6 @@ def test_clones_go_on_where_the_snapshot_left_off(guest: Guest, tmp_path: Path, 
     assert tags(tmp_path / "disk0.qcow2") == ["s"]
 
 
-@needs_snapshot_jobs
 def test_all_kinds_of_drives(launch: Launch, tmp_path: Path) -> None:
     """Each drive of the clone holds what it held at the save: ids that QEMU makes up, an overlay that was made later, a
     medium that was put in later, an empty drive, firmware, and a variable store inside the VM state."""
@@ -87,44 +87,45 @@ def test_all_kinds_of_drives(launch: Launch, tmp_path: Path) -> None:
     medium.write_bytes(b"medium".ljust(1 << 20, b"."))
     guest = launch(
         *firmware(tmp_path), "-drive", f"if=pflash,format=raw,file={make_disk(tmp_path / 'vars', '256k', 'raw')}",
-        "-drive", f"if=virtio,file={tmp_path / 'boot'}", "-cdrom", str(base),
-        "-drive", f"if=none,id=second,file={disk},cache=none", "-device", "virtio-blk,drive=second,addr=0x10",
-        "-drive", "if=none,id=empty,media=cdrom", "-device", "ide-cd,drive=empty,id=tray",
+        "-drive", f"if=none,id=first,file={tmp_path / 'boot'},cache=none",
+        "-device", "virtio-blk,drive=first,bootindex=0",
+        "-drive", f"if=virtio,file={disk}", "-cdrom", str(base),
+        "-drive", "if=none,id=empty,media=cdrom",
+        "-device", "virtio-scsi-pci", "-device", "scsi-cd,drive=empty,id=tray",
         "-netdev", "user,id=net,hostfwd=tcp:127.0.0.1:0-:22", "-device", "virtio-net,netdev=net",
         "-object", "memory-backend-file,id=ram,size=32M,mem-path=/dev/shm,share=off",
         "-device", "virtio-rng", machine="q35,accel=tcg,memory-backend=ram",
     )  # fmt: skip
     guest.wait_for_ticks()
     guest.qmp("blockdev-change-medium", id="tray", filename=str(medium), format="raw")
-    guest.qmp.hmp(f"snapshot_blkdev second {tmp_path / 'overlay'} qcow2")
-    guest.qmp.hmp('qemu-io second "write -P 0x55 1M 64k"')
+    guest.qmp.hmp(f"snapshot_blkdev virtio0 {tmp_path / 'overlay'} qcow2")
+    guest.qmp.hmp('qemu-io virtio0 "write -P 0x55 1M 64k"')
     between = saved(guest, "s")
-    guest.qmp.hmp('qemu-io second "write -P 0x77 1M 64k"')
+    guest.qmp.hmp('qemu-io virtio0 "write -P 0x77 1M 64k"')
     run = cli("export", "s", str(tmp_path / "export"), monitor=guest.address)
     assert "gets the medium that is in it now" in run.err
     disks = {one["device"]: tmp_path / "export" / one["file"] for one in manifest(tmp_path / "export")["disks"]}
     assert len(disks) == 6
     assert "Images are identical" in qemu_img("compare", "-f", "qcow2", "-F", "raw", disks["empty"], medium)
-    pattern = [tool("qemu-io"), "-r", "-c", "read -P 0x55 1M 64k", "-c", "read -P 0 4M 1M", str(disks["second"])]
+    pattern = [tool("qemu-io"), "-r", "-c", "read -P 0x55 1M 64k", "-c", "read -P 0 4M 1M", str(disks["virtio0"])]
     assert "failed" not in subprocess.run(pattern, capture_output=True, text=True, check=True, timeout=60).stdout
-    assert "backing" not in qemu_img("info", disks["second"])
+    assert "backing" not in qemu_img("info", disks["virtio0"])
     with booted(tmp_path / "export") as clone:
         clone.assert_goes_on_from(*between)
         with clone.monitor() as qmp:
             assert "restrict=on" in qmp.hmp("info network")
             inserted = {row["device"]: row.get("inserted", {}).get("ro") for row in qmp("query-block")}
-            assert inserted == {"pflash0": True, "pflash1": False, "virtio0": False, "ide2-cd0": True, "second": False,
+            assert inserted == {"pflash0": True, "pflash1": False, "first": False, "virtio0": False, "ide2-cd0": True,
                                 "empty": True}  # fmt: skip
     # On the image of now that the disk stands on, it is smaller
     cli("export", "s", str(tmp_path / "thin"), "--keep-backing", "-q", monitor=guest.address)
-    thin = next(one for one in manifest(tmp_path / "thin")["disks"] if one["device"] == "second")
+    thin = next(one for one in manifest(tmp_path / "thin")["disks"] if one["device"] == "virtio0")
     assert thin["backing"] == str(disk)
     with booted(tmp_path / "thin", "--paused") as clone:
         assert clone.told["runstate"] == "paused"
     guest.assert_running()
 
 
-@needs_snapshot_jobs
 def test_what_is_not_on_the_command_line_is_refused_by_name(launch: Launch, tmp_path: Path) -> None:
     guest = launch(
         *blockdev("disk0", make_boot_disk(tmp_path / "disk0")), "-device", "virtio-blk,drive=disk0",
@@ -149,8 +150,7 @@ def test_what_is_not_on_the_command_line_is_refused_by_name(launch: Launch, tmp_
     assert not (tmp_path / "export").exists()
 
 
-@needs_snapshot_jobs
-def test_refusals_before_anything_is_made(guest: Guest, tmp_path: Path) -> None:
+async def test_refusals_before_anything_is_made(guest: Guest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cli("save", "s", monitor=guest.address)
     there = tmp_path / "there"
     there.mkdir()
@@ -159,60 +159,30 @@ def test_refusals_before_anything_is_made(guest: Guest, tmp_path: Path) -> None:
     cli("export", "none", str(tmp_path / "export"), monitor=guest.address, expect=7)
     cli("save", "part", "--exclude", "disk1", monitor=guest.address)
     assert "disk1 lacks it" in cli("export", "part", str(tmp_path / "export"), monitor=guest.address, expect=7).err
-    assert exports(tmp_path) == []
-    assert list(there.iterdir()) == []
-    guest.assert_running()
-
-
-@needs_snapshot_jobs
-async def test_no_room(guest: Guest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(processes, "free_bytes", lambda _: (1 << 20, 1 << 20))
     async with qsnap.connect(guest.address) as vm:
-        await vm.save("s", force=True)
         with pytest.raises(PrecheckRefused, match="no room: the export takes up to"):
             await vm.export("s", tmp_path / "export")
     assert exports(tmp_path) == []
+    assert exports(there) == []
+    guest.assert_running()
 
 
-@needs_snapshot_jobs
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGKILL], ids=lambda signum: signum.name)
 def test_an_export_that_is_cut_short_leaves_nothing_under_its_name(
-    guest: Guest, tmp_path: Path, runtime_directory: Path, signum: signal.Signals
+    guest: Guest, tmp_path: Path, runtime_directory: Path
 ) -> None:
     cli("save", "s", monitor=guest.address)
     export, part = tmp_path / "export", tmp_path / ".export.qsnap-part"
-    process = start_cli("export", "s", str(export), monitor=guest.address)
-    until("the export to begin", lambda: (part / "state").exists() or process.poll() is not None)
-    process.send_signal(signum)
-    run = finish(process)
-    assert run.code == (130 if signum == signal.SIGINT else -signal.SIGKILL)
-    assert not export.exists()
-    assert part.exists() is (signum == signal.SIGKILL)
-    assert_all_is_well(guest, runtime_directory, {tmp_path / "disk0.qcow2": ["s"]})
+    for signum, code in ((signal.SIGINT, 130), (signal.SIGKILL, -signal.SIGKILL)):
+        process = start_cli("export", "s", str(export), monitor=guest.address)
+        until("the export to begin", (part / "state").exists)
+        process.send_signal(signum)
+        assert finish(process).code == code
+        assert not export.exists()
+        assert part.exists() is (signum == signal.SIGKILL)
+        assert_all_is_well(guest, runtime_directory, {tmp_path / "disk0.qcow2": ["s"]})
     cli("export", "s", str(export), monitor=guest.address)
     assert not part.exists()
-
-
-@needs_snapshot_jobs
-def test_what_is_damaged_does_not_start(guest: Guest, tmp_path: Path) -> None:
-    """Nothing is left of a clone that does not come up; and QEMU's own words are quoted."""
-    cli("save", "s", monitor=guest.address)
-    cli("export", "s", str(tmp_path / "export"), monitor=guest.address)
-    assert "is not an export" in cli("boot", str(tmp_path), expect=1).err
-    state = bytearray((tmp_path / "export" / "state").read_bytes())
-    state[len(state) // 2] ^= 1
-    (tmp_path / "export" / "state").write_bytes(state)
-    work = tmp_path / "work"
-    assert "state has another checksum" in cli("boot", str(tmp_path / "export"), "--work", str(work), expect=1).err
-    (tmp_path / "export" / "state").write_bytes(state[: len(state) // 2])
-    assert "state has " in cli("boot", str(tmp_path / "export"), "--no-check", "--work", str(work), expect=1).err
-    document = manifest(tmp_path / "export")
-    document["files"][0]["size"] = len(state) // 2
-    (tmp_path / "export" / "manifest.json").write_text(json.dumps(document))
-    run = cli("boot", str(tmp_path / "export"), "--no-check", "--work", str(work), expect=1)
-    assert "QEMU did not load the export; its log: " in run.err
-    assert "load of migration failed" in run.err
-    assert not work.exists()
 
 
 def connected(path: Path) -> Qmp | None:
@@ -222,16 +192,16 @@ def connected(path: Path) -> Qmp | None:
         return None
 
 
-@needs_snapshot_jobs
 def test_it_is_started_by_hand(guest: Guest, tmp_path: Path) -> None:
-    """By the script alone, wherever the directory has been moved to."""
+    """By the script alone, wherever the directory has been moved to. And what is damaged does not start by qsnap:
+    nothing is left of a clone that does not come up, and QEMU's own words are quoted."""
     between = saved(guest, "s")
     cli("export", "s", str(tmp_path / "export"), monitor=guest.address)
-    moved = tmp_path / "it's elsewhere"
-    (tmp_path / "export").rename(moved)
+    export = tmp_path / "it's elsewhere"
+    (tmp_path / "export").rename(export)
     work = guest.directory / "by-hand"
     process = subprocess.Popen(
-        [moved / "start.sh", work, "-nodefaults"], env={**os.environ, "QEMU": QEMU, "QEMU_IMG": tool("qemu-img")},
+        [export / "start.sh", work, "-nodefaults"], env={**os.environ, "QEMU": QEMU, "QEMU_IMG": tool("qemu-img")},
         stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip
     try:
@@ -246,3 +216,18 @@ def test_it_is_started_by_hand(guest: Guest, tmp_path: Path) -> None:
     finally:
         process.kill()
         process.wait(30)
+    never = tmp_path / "never"
+    assert "is not an export" in cli("boot", str(tmp_path), "--work", str(never), expect=1).err
+    state = bytearray((export / "state").read_bytes())
+    state[len(state) // 2] ^= 1
+    (export / "state").write_bytes(state)
+    assert "state has another checksum" in cli("boot", str(export), "--work", str(never), expect=1).err
+    (export / "state").write_bytes(state[: len(state) // 2])
+    assert "state has " in cli("boot", str(export), "--no-check", "--work", str(never), expect=1).err
+    document = manifest(export)
+    document["files"][0]["size"] = len(state) // 2
+    (export / "manifest.json").write_text(json.dumps(document))
+    run = cli("boot", str(export), "--no-check", "--work", str(never), expect=1)
+    assert "QEMU did not load the export; its log: " in run.err
+    assert "load of migration failed" in run.err
+    assert not never.exists()
