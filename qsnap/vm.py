@@ -412,8 +412,9 @@ class VM:
 
     async def drill(
         self,
-        tag: str,
+        tag: str | None = None,
         *,
+        prefix: str | None = None,
         until: str = "",
         within_s: float = DRILL_S,
         place: str | Path | None = None,
@@ -424,6 +425,7 @@ class VM:
         """Export a snapshot to a temporary place, start it, see that its guest runs, and end it: see
         :func:`qsnap.operations.portable.drill.do_drill`.
 
+        :param prefix: instead of a tag: the newest snapshot of that series that can be loaded.
         :param until: what the guest must write to a serial port, too.
         :param within_s: seconds for the guest to show that it runs, and for that text. Default 60.
         :param place: where the temporary directory is made. Default: $TMPDIR, or /tmp.
@@ -433,10 +435,14 @@ class VM:
         """
         from qsnap.operations.portable.drill import do_drill
 
-        async def export(directory: Path) -> ExportResult:
-            return await self.export(tag, directory, force=force, watch=watch)
-
+        if (tag is None) is (prefix is None):
+            raise BadUsage("a drill is of one tag, or of a series")
         _positive("the time for the guest to run", within_s)
+        chosen = tag if tag is not None else await self._newest(prefix or "")
+
+        async def export(directory: Path) -> ExportResult:
+            return await self.export(chosen, directory, force=force, watch=watch)
+
         where = None if place is None else Path(place)
         return await do_drill(export, until=until, within_s=within_s, place=where, qemu=qemu)
 
@@ -468,6 +474,20 @@ class VM:
             is_half_restored=half_restored is not None,
             in_backing=inventory.in_backing,
         )
+
+    async def _newest(self, prefix: str) -> str:
+        """The newest snapshot of a series that can be loaded.
+
+        :raise SnapshotNotFound: there is none.
+        """
+        from qsnap.errors import SnapshotNotFound
+        from qsnap.tags import is_of_series
+        from qsnap.upkeep.freshness import is_sound
+
+        found = [one for one in await self.list() if is_of_series(one.tag, prefix) and is_sound(one, ())]
+        if not found:
+            raise SnapshotNotFound(prefix, f"there is no snapshot of the series {prefix!r} that can be loaded")
+        return max(found, key=lambda one: one.date).tag
 
     def _tell_of_backing(self, inventory: Inventory, only: Collection[str] | None = None) -> None:
         """Add a remark if snapshots, or their parts, are out of reach below an overlay; *only* for some tags."""

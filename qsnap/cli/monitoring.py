@@ -14,7 +14,7 @@ from qsnap.cli.output.show import say
 from qsnap.cli.several import do
 from qsnap.errors import BadUsage, QsnapError
 from qsnap.model.qemu import Struct
-from qsnap.model.results import SaveResult
+from qsnap.model.results import DrillResult, SaveResult
 from qsnap.model.snapshots import Snapshot
 from qsnap.tags import is_of_series
 from qsnap.upkeep import metrics
@@ -37,12 +37,14 @@ class Measured(Struct, frozen=True):
 class MetricsRecorder:
     """Writes down what became of VMs; nothing without a file for it.
 
+    :param of_drills: of restore drills, and not of saves.
     :raise BadUsage: the file could not be written.
     """
 
-    def __init__(self, path: Path | None, prefix: str | None) -> None:
+    def __init__(self, path: Path | None, prefix: str | None, *, of_drills: bool = False) -> None:
         self._path = path
         self._prefix = prefix
+        self._of_drills = of_drills
         self._trouble = ""
         if path is not None:
             metrics.check(path)
@@ -62,7 +64,7 @@ class MetricsRecorder:
                 }
                 left_out: Sequence[str] = result.excluded
             else:
-                figures, left_out = {}, await _left_out(vm, settings)
+                figures, left_out = _figures_of_drill(result), await _left_out(vm, settings)
             return Measured(result=result, figures={**figures, **_figures(await vm.list(), self._prefix, left_out)})
 
         return measured
@@ -76,8 +78,11 @@ class MetricsRecorder:
             result = result.result
         if self._path is not None:
             failed = isinstance(result, QsnapError)
-            if failed or metrics.LAST_SUCCESS in values:
+            if self._of_drills:
+                values[metrics.DRILL_EXIT_CODE] = exit_code_of(result)
+            elif failed or metrics.LAST_SUCCESS in values:
                 values[metrics.LAST_EXIT_CODE] = exit_code_of(result)
+            failed = failed and not self._of_drills
             try:
                 metrics.update(self._path, {"vm": title, "prefix": self._prefix or ""}, values, failed=failed)
             except QsnapError as error:
@@ -89,6 +94,12 @@ class MetricsRecorder:
         if self._trouble:
             say(f"qsnap: {self._trouble}")
         return code or (QsnapError.exit_code if self._trouble else 0)
+
+
+def _figures_of_drill(result: Struct) -> dict[Metric, float]:
+    if not isinstance(result, DrillResult):
+        return {}
+    return {metrics.DRILL_SUCCESS: time.time(), metrics.DRILL_DURATION: result.duration_ms / 1000}
 
 
 def _figures(found: Sequence[Snapshot], prefix: str | None, left_out: Collection[str]) -> dict[Metric, float]:

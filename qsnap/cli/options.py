@@ -174,6 +174,13 @@ vmstate_option = click.option(
 prefix_option = click.option(
     "--prefix", metavar="PREFIX", help="The series: the snapshots named PREFIX-YYYYmmddTHHMMSS."
 )
+qemu_option = click.option(
+    "--qemu",
+    metavar="PROGRAM",
+    envvar="QSNAP_QEMU",
+    show_envvar=True,
+    help="The QEMU to run. Default: the one that the guest was saved in.",
+)
 textfile_option = click.option(
     "--textfile",
     type=click.Path(path_type=Path),

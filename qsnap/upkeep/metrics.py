@@ -1,4 +1,4 @@
-"""A file of metrics for Prometheus' node exporter (its textfile collector): the last save, and the snapshots.
+"""A file of metrics for Prometheus' node exporter (its textfile collector): the last save and drill, and the snapshots.
 
 A file holds the metrics of any number of VMs and series; a run keeps the values that it does not know. The file is
 replaced by renaming, so nobody reads half of it. qsnap does not touch a file that holds anything but its own metrics.
@@ -32,6 +32,9 @@ LAST_EXIT_CODE = Metric("qsnap_save_last_exit_code", "gauge", "Exit code of the 
 FAILURES = Metric("qsnap_save_failures_total", "counter", "Number of failed saves.")
 PAUSE = Metric("qsnap_save_pause_seconds", "gauge", "How long the last save paused the guest.")
 DURATION = Metric("qsnap_save_duration_seconds", "gauge", "How long the last save took.")
+DRILL_SUCCESS = Metric("qsnap_drill_last_success_timestamp_seconds", "gauge", "When the last restore drill succeeded.")
+DRILL_EXIT_CODE = Metric("qsnap_drill_last_exit_code", "gauge", "Exit code of the last restore drill.")
+DRILL_DURATION = Metric("qsnap_drill_duration_seconds", "gauge", "How long the last restore drill took.")
 COUNT = Metric("qsnap_snapshots", "gauge", "Number of snapshots.")
 NEWEST = Metric(
     "qsnap_snapshot_newest_timestamp_seconds", "gauge", "When the newest snapshot that can be loaded was made."
@@ -39,7 +42,10 @@ NEWEST = Metric(
 AGE = Metric("qsnap_snapshot_newest_age_seconds", "gauge", "Age of that snapshot when this was written.")
 SIZE = Metric("qsnap_snapshot_newest_size_bytes", "gauge", "Size of its VM state.")
 
-METRICS = (LAST_SUCCESS, LAST_EXIT_CODE, FAILURES, PAUSE, DURATION, COUNT, NEWEST, AGE, SIZE)
+METRICS = (
+    LAST_SUCCESS, LAST_EXIT_CODE, FAILURES, PAUSE, DURATION, DRILL_SUCCESS, DRILL_EXIT_CODE, DRILL_DURATION, COUNT,
+    NEWEST, AGE, SIZE,
+)  # fmt: skip
 
 #: A metric, and its labels as they are written.
 _Key = tuple[str, str]

@@ -8,20 +8,12 @@ from typing import TYPE_CHECKING
 import click
 
 from qsnap.cli.common import Options
-from qsnap.cli.options import Command, completes, one_vm_options, output_options, tag_argument, takes
+from qsnap.cli.options import Command, completes, one_vm_options, output_options, qemu_option, tag_argument, takes
 
 if TYPE_CHECKING:
     from qsnap.model.results import ExportResult
     from qsnap.targets.config import Settings
     from qsnap.vm import VM
-
-qemu_option = click.option(
-    "--qemu",
-    metavar="PROGRAM",
-    envvar="QSNAP_QEMU",
-    show_envvar=True,
-    help="The QEMU to run. Default: the one that the guest was saved in.",
-)
 
 
 @click.command(cls=Command)

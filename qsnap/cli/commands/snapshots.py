@@ -1,8 +1,9 @@
-"""Snapshots that are there: load, list, show and delete them."""
+"""Snapshots that are there: load, list, show, verify and delete them."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -14,13 +15,16 @@ from qsnap.cli.options import (
     completes,
     exclude_option,
     prefix_option,
+    qemu_option,
     tag_argument,
     tags_argument,
+    textfile_option,
 )
 from qsnap.errors import BadUsage
 
 if TYPE_CHECKING:
     from qsnap.cli.output.results import Details, Snapshots
+    from qsnap.model.results import DrillResult
     from qsnap.targets.config import Settings
     from qsnap.vm import VM
 
@@ -94,20 +98,90 @@ def show(options: Options, tag: str, state: bool) -> int:
 @click.argument("tags", metavar="[TAG]...", nargs=-1, shell_complete=completes("tags"))
 @prefix_option
 @click.option("--read-data", is_flag=True, help="Read all data, and compare them with checksums.")
+@click.option(
+    "--boot",
+    is_flag=True,
+    help="A restore drill: start the snapshot in another QEMU, see that its guest runs, and end it.",
+)
+@click.option(
+    "--until", metavar="TEXT", default="", help="With --boot: wait until the guest writes TEXT to a serial port."
+)
+@click.option(
+    "--within",
+    "within_s",
+    type=click.FloatRange(min=0, min_open=True),
+    metavar="SECONDS",
+    help="With --boot: how long the guest may take to show that it runs, and to write TEXT. Default: 60.",
+)
+@click.option(
+    "--place",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    shell_complete=completes("directories"),
+    help="With --boot: where the temporary copy is made. Default: $TMPDIR, or /tmp.",
+)
+@qemu_option
+@textfile_option
 @common_options
-def verify(options: Options, tags: tuple[str, ...], prefix: str | None, read_data: bool) -> int:
+def verify(
+    options: Options,
+    tags: tuple[str, ...],
+    prefix: str | None,
+    read_data: bool,
+    boot: bool,
+    until: str,
+    within_s: float | None,
+    place: Path | None,
+    qemu: str | None,
+    textfile: Path | None,
+) -> int:
     """Verify that snapshots are whole, while the guest runs on.
 
     Without TAG: all snapshots. Each VM state is read from its first byte to its last one, and the tables of the images
     are checked. With --read-data all that is stored is read. The first time, its checksums are written down; later they
     are compared. Exit code 10: something is damaged; 5: nothing is, but something could not be checked.
+
+    With --boot: of one TAG, or of the newest snapshot of a series, a copy is started in another QEMU, without network.
+    Exit code 10: it does not start, or its guest does not run.
     """
     from qsnap.cli.output.bar import progress_bar
 
     if tags and prefix is not None:
         raise BadUsage("a tag and --prefix cannot be used together")
+    if boot:
+        if read_data or len(tags) != (prefix is None):
+            raise BadUsage("--boot takes one TAG, or --prefix PREFIX, and not --read-data")
+        tag = tags[0] if tags else None
+        return _drill(options, tag, prefix, textfile, until=until, within_s=within_s, place=place, qemu=qemu)
+    if until or within_s or place or textfile:
+        raise BadUsage("--until, --within, --place and --textfile go with --boot")
     with progress_bar("verifying", quiet=options.quiet or options.is_of_several) as watch:
         return work(options, lambda vm, _: vm.verify(*tags, prefix=prefix, read_data=read_data, watch=watch))
+
+
+def _drill(
+    options: Options,
+    tag: str | None,
+    prefix: str | None,
+    textfile: Path | None,
+    *,
+    within_s: float | None,
+    **given: Any,  # noqa: ANN401 (of VM.drill)
+) -> int:
+    """The restore drill of one snapshot."""
+    from qsnap.cli.monitoring import MetricsRecorder
+    from qsnap.cli.output.bar import progress_bar
+    from qsnap.cli.several import do
+    from qsnap.vm import DRILL_S
+
+    recorder = MetricsRecorder(textfile, prefix, of_drills=True)
+    with progress_bar("exporting", quiet=options.quiet or options.is_of_several) as watch:
+
+        async def action(vm: VM, _: Settings) -> DrillResult:
+            return await vm.drill(tag, prefix=prefix, within_s=within_s or DRILL_S, watch=watch, **given)
+
+        result = do(options, recorder.around(action), recorder.record)
+    return recorder.exit_code(options.shown(result))
 
 
 @click.command(cls=Command)

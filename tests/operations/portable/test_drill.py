@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -58,7 +59,28 @@ async def test_a_guest_that_runs_and_writes(guest: Guest, tmp_path: Path) -> Non
             await vm.drill("s", until="no such", within_s=1, place=tmp_path)
     assert not left(tmp_path)
     guest.assert_running()
-    assert psutil.Process().children() == [psutil.Process(guest.pid)]
+    assert not [one for one in psutil.Process().children() if "-incoming" in one.cmdline()]
+
+
+def test_it_is_a_command_for_cron(guest: Guest, tmp_path: Path) -> None:
+    """Of the newest of a series: a line, an exit code, metrics."""
+    text = tmp_path / "drill.prom"
+    options = ("--boot", "--prefix", "s", "--place", str(tmp_path), "--textfile", str(text))
+    cli("verify", *options, monitor=guest.address, expect=7)
+    cli("save", "--prefix", "s", monitor=guest.address)
+    newest = cli("save", "--prefix", "s", "--json", monitor=guest.address).json["tag"]
+    run = cli("verify", *options, "--until", "c=", monitor=guest.address)
+    assert run.out.startswith(f"{newest} starts and runs: vCPU 0 executes instructions, it wrote 'c='; ")
+    assert len(run.out.splitlines()) == 1
+    assert "qsnap_drill_last_exit_code{vm=" in text.read_text()
+    assert "qsnap_drill_last_success_timestamp_seconds" in text.read_text()
+    assert "qsnap_save_failures_total" not in text.read_text()
+    run = cli("verify", *options, "--until", "no", "--within", "0.5", "--json", monitor=guest.address, expect=10)
+    assert run.error["problems"] == ["its guest runs, and does not write 'no' within 0.5 s"]
+    assert re.search(r"^qsnap_drill_last_exit_code\{.*\} 10$", text.read_text(), re.M)
+    for wrong in (("--boot",), ("--boot", "a", "b"), ("--boot", "a", "--read-data"), ("--until", "x")):
+        cli("verify", *wrong, monitor=guest.address, expect=2)
+    assert not left(tmp_path)
 
 
 @pytest.mark.parametrize("code", [HALTED, SPINNING], ids=["halted", "spinning"])
