@@ -66,6 +66,8 @@ class StoredSnapshot:
         if row.l1_at % head.cluster or not row.l1_at or row.l1_at + 8 * row.l1_size > self._file_size:
             yield "its L1 table is not in the file"
             return
+        if head.first_of_state(row.disk_size) > row.l1_size:
+            yield f"its disk has {row.disk_size:,} bytes, and its L1 table is too short for that"
         seen = _Marks(self._file_size, head.cluster)
         refcounts = _Refcounts(self._file, head)
         for begin in _clusters_of(row.l1_at, 8 * row.l1_size, head.cluster):
@@ -118,7 +120,7 @@ class StoredSnapshot:
         return {leaf & OFFSET for leaf in table[:: head.step] if leaf & COPIED and not leaf & COMPRESSED}
 
     def checksum(self, ended: Callable[[], bool]) -> str:
-        """SHA-256 of all that is stored for it, cluster by cluster, each with its number.
+        """SHA-256 of the disk's size and of all that is stored for it, cluster by cluster, each with its number.
 
         :param ended: is asked between two reads whether to end.
         :raise Unreadable: it was to end.
@@ -126,7 +128,7 @@ class StoredSnapshot:
         """
         import hashlib
 
-        sum_ = hashlib.sha256()
+        sum_ = hashlib.sha256(b"%d " % self._row.disk_size)
         buffer = memoryview(bytearray(_PIECE))
         for first, offset, size, cluster in self._stretches():
             for begin in range(0, size, _PIECE):
@@ -211,7 +213,7 @@ class _Refcounts:
         number, place = divmod(offset // self._cluster, self._per_block)
         if number != self._number:
             at = self._table[number] & ~(self._cluster - 1) if number < len(self._table) else 0
-            self._number, self._block = number, os.pread(self._file, self._cluster, at) if at else b""
+            self._number, self._block = number, qcow2.read(self._file, self._cluster, at) if at else b""
         if self._bits < 8:
             in_byte = 8 // self._bits
             byte = self._block[place // in_byte] if place // in_byte < len(self._block) else 0

@@ -34,6 +34,8 @@ _TABLE_BYTES = 16 << 20
 #: Of an L1 table (block/qcow2.h: QCOW_MAX_L1_SIZE), and how many snapshots there may be (QCOW_MAX_SNAPSHOTS).
 _L1_BYTES = 32 << 20
 _MOST_ROWS = 65536
+#: Of a file, in bytes.
+_MOST_OFFSET = (1 << 63) - 1
 #: Incompatible features: the refcounts may be wrong; the image is damaged; its data are in another file; compression of
 #: another type; the entries of an L2 table have 16 bytes instead of 8.
 DIRTY, CORRUPT, DATA_FILE, COMPRESSION, EXTENDED_L2 = 1, 2, 4, 8, 16
@@ -141,7 +143,7 @@ def rows(file: int, head: Header) -> Iterator[Row]:
     :raise Damaged: it is damaged.
     :raise OSError: it cannot be read.
     """
-    table = os.pread(file, _TABLE_BYTES, head.rows_at)
+    table = read(file, _TABLE_BYTES, head.rows_at)
     begin = 0
     for _ in range(head.rows):
         try:
@@ -175,11 +177,19 @@ def row_of(file: int, head: Header, wanted: NodeSnapshot) -> Row:
     return found
 
 
+def read(file: int, size: int, offset: int) -> bytes:
+    """The bytes at *offset*, as many as there are: none if a damaged table leads there.
+
+    :raise OSError: they cannot be read.
+    """
+    return os.pread(file, size, offset) if offset <= _MOST_OFFSET else b""
+
+
 def entries(file: int, offset: int, number: int) -> array[int]:
     """A table of *number* entries of 64 bits at *offset*; shorter where the file ends."""
     import sys
 
-    table = os.pread(file, 8 * number, offset)
+    table = read(file, 8 * number, offset)
     found = array("Q", table[: len(table) // 8 * 8])
     if sys.byteorder == "little":
         found.byteswap()

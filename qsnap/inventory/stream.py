@@ -238,7 +238,9 @@ class Stream:
             return Frame(at, end)
         body = {_WHOLE: PAGE, _FILLED: 1}.get(flags & ~_SAME_BLOCK)
         if body is None:
-            raise (Unknown if flags & ~_SAME_BLOCK else Broken)(f"a record of RAM has the flags {flags:#x}")
+            # Of those that tell what it is there is always one (ram.c: ram_load_precopy)
+            is_one = (flags & ~_SAME_BLOCK).bit_count() == 1
+            raise (Unknown if is_one else Broken)(f"a record of RAM has the flags {flags:#x}")
         block, data = (self._block, at + HEADER) if flags & _SAME_BLOCK else _name(piece, at + HEADER)
         if (size := self.blocks.get(block)) is None or address >= size:
             raise Broken(f"there is no page at {address:#x} of the RAM block {block!r}")

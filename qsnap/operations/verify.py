@@ -201,11 +201,12 @@ class _Checks:
             self._unchecked.append(f"its VM state: {_why(error)}")
             return
         try:
-            self._problems += (f"its VM state: {flaw}" for flaw in _flaws(state, ended, self._counted))
+            try:
+                self._problems += (f"its VM state: {flaw}" for flaw in _flaws(state, ended, self._counted))
+            except Unknown as error:
+                self._unchecked.append(f"its VM state is not as QEMU is known to write it: {error}")
             if self._reads and isinstance(where, int) and not self._problems:
                 self._compare(STATE, "its VM state", lambda: _checksum(state, ended))
-        except Unknown as error:
-            self._unchecked.append(f"its VM state is not as QEMU is known to write it: {error}")
         finally:
             state.close()
 
