@@ -46,12 +46,12 @@ class Options(NamedTuple):
         """Whether more than one VM is asked for."""
         return self.all_vms or len(self.vms) > 1
 
-    def shown(self, result: Struct, stream: TextIO | None = None) -> int:
+    def shown(self, result: Struct, stream: TextIO | None = None, *, wide: bool = False) -> int:
         """Show a result, and return the exit code for it: see :func:`qsnap.cli.output.show.show`."""
         from qsnap.cli.output.results import exit_code_of
         from qsnap.cli.output.show import show
 
-        show(result, as_json=self.as_json, quiet=self.quiet, stream=stream)
+        show(result, as_json=self.as_json, quiet=self.quiet, stream=stream, wide=wide)
         return exit_code_of(result)
 
 

@@ -181,6 +181,7 @@ qemu_option = click.option(
     show_envvar=True,
     help="The QEMU to run. Default: the one that the guest was saved in.",
 )
+wide_option = click.option("--wide", is_flag=True, help="Leave out and cut nothing to fit the terminal.")
 textfile_option = click.option(
     "--textfile",
     type=click.Path(path_type=Path),

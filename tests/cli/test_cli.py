@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import os
-import pty
 import re
 import signal
 import socket
@@ -34,6 +33,7 @@ from support.guest import (
     start_cli,
     tags,
 )
+from support.terminal import on_terminal
 
 
 def test_version_and_help() -> None:
@@ -260,32 +260,12 @@ def test_an_interrupt_in_our_first_imports(tmp_path: Path, program: list[str], m
 def test_a_narrow_terminal_loses_nothing(guest: Guest, columns: int) -> None:
     snapshot = cli("save", "--json", monitor=guest.address).json
     guest.qmp("blockdev-snapshot-delete-internal-sync", device="disk1", name=snapshot["tag"])
-    text = on_terminal("list", "-m", guest.address, columns=columns)
+    text = on_terminal("list", "--wide", "-m", guest.address, columns=columns)
     plain = re.sub(r"\x1b\[[0-9;]*m", "", text)
     for piece in (snapshot["tag"], "partial", "MiB", "AGE", "VM CLOCK", "VMSTATE", "(not", "disk1)"):
         assert piece in plain
     folded = re.sub(r"\x1b\[[0-9;]*m", "", on_terminal("check", "-m", guest.address, columns=columns))
     assert "holds the VM" in folded
-
-
-def on_terminal(*args: str, columns: int = 200, env: dict[str, str] | None = None) -> str:
-    """What qsnap writes when both outputs are a terminal."""
-    master, slave = pty.openpty()
-    environment = {**os.environ, "TERM": "xterm-256color", "COLUMNS": str(columns), "LINES": "50", **(env or {})}
-    process = subprocess.Popen(
-        [sys.executable, "-m", "qsnap", *args], stdin=subprocess.DEVNULL, stdout=slave, stderr=slave, env=environment
-    )
-    os.close(slave)
-    chunks = []
-    try:
-        while chunk := os.read(master, 65536):
-            chunks.append(chunk)
-    except OSError:
-        pass  # the other end is closed
-    finally:
-        os.close(master)
-        process.wait(60)
-    return b"".join(chunks).decode()
 
 
 def test_colours_on_a_terminal_only(guest: Guest) -> None:

@@ -20,6 +20,7 @@ from qsnap.cli.options import (
     takes,
     textfile_option,
     vmstate_option,
+    wide_option,
 )
 from qsnap.errors import BadUsage
 
@@ -93,11 +94,13 @@ def recover(options: Options, force: bool) -> int:
 
 
 @click.command(cls=Command)
+@wide_option
 @takes(*output_options)
-def vms(options: Options) -> int:
+def vms(options: Options, wide: bool) -> int:
     """List the VMs of this machine, and how to choose each.
 
-    Connects to none of them. A busy monitor is shown with the process that holds it.
+    Connects to none of them. A busy monitor is shown with the process that holds it. On a terminal, long texts are cut;
+    --wide shows everything, as a pipe gets it.
     """
     from qsnap.cli.output.results import KnownVMs
     from qsnap.cli.pick import refuse_few_files
@@ -106,7 +109,7 @@ def vms(options: Options) -> int:
     from qsnap.targets.running import running_vms
 
     refuse_few_files()
-    return options.shown(KnownVMs(vms=tuple(known_vms(load(options.config), running_vms()))))
+    return options.shown(KnownVMs(vms=tuple(known_vms(load(options.config), running_vms()))), wide=wide)
 
 
 @click.command(cls=Command)

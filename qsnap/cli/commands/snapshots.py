@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,14 +20,24 @@ from qsnap.cli.options import (
     tag_argument,
     tags_argument,
     textfile_option,
+    wide_option,
 )
 from qsnap.errors import BadUsage
+from qsnap.tags import is_of_series
 
 if TYPE_CHECKING:
     from qsnap.cli.output.results import Details, Snapshots
     from qsnap.model.results import DrillResult
+    from qsnap.model.snapshots import Snapshot
     from qsnap.targets.config import Settings
     from qsnap.vm import VM
+
+#: By what ``list`` can be sorted.
+_SORT_KEYS: Mapping[str, Callable[[Snapshot], Any]] = {
+    "date": lambda one: (one.date, one.tag),
+    "tag": lambda one: one.tag,
+    "size": lambda one: (one.vm_state_size, one.date),
+}
 
 
 @click.command(cls=Command)
@@ -68,15 +79,28 @@ def load(
 
 
 @click.command("list", cls=Command)
+@prefix_option
+@click.option("--last", type=click.IntRange(1), metavar="N", help="Only the newest N.")
+@click.option(
+    "--sort", type=click.Choice([*_SORT_KEYS]), default="date", metavar="KEY", help=f"By {', '.join(_SORT_KEYS)}."
+)
+@click.option("--reverse", is_flag=True, help="The newest, or greatest, first.")
+@wide_option
 @common_options
-def list_(options: Options) -> int:
-    """List the snapshots, oldest first."""
+def list_(options: Options, prefix: str | None, last: int | None, sort: str, reverse: bool, wide: bool) -> int:
+    """List the snapshots, oldest first.
+
+    On a terminal, columns that say the same everywhere are left out, and long texts are cut; --wide shows everything,
+    as a pipe gets it.
+    """
     from qsnap.cli.output.results import Snapshots
+    from qsnap.cli.several import do
 
     async def found(vm: VM, _: Settings) -> Snapshots:
-        return Snapshots(snapshots=tuple(await vm.list()))
+        of_it = [one for one in await vm.list() if prefix is None or is_of_series(one.tag, prefix)]
+        return Snapshots(snapshots=tuple(sorted(of_it[-last if last else 0 :], key=_SORT_KEYS[sort], reverse=reverse)))
 
-    return work(options, found)
+    return options.shown(do(options, found), wide=wide)
 
 
 @click.command(cls=Command)

@@ -15,6 +15,7 @@ from qsnap.cli.output.results import (
     Details,
     KnownVMs,
     Notes,
+    Outcome,
     Outcomes,
     PluginAnswer,
     Recoveries,
@@ -164,31 +165,51 @@ def _(result: DrillResult) -> Lines:
 
 @lines_of.register(Snapshots)
 def _(found: Snapshots) -> Lines:
-    if not found.snapshots:
-        yield Aside("no snapshots")
+    return _snapshots_of({"": found.snapshots})
+
+
+def _snapshots_of(found: Mapping[str, Sequence[Snapshot]]) -> Lines:
+    """The snapshots of VMs in one table; their names are in it if there are several."""
+    for name in (name for name, snapshots in found.items() if not snapshots):
+        yield Aside(f"{printable(name)}: no snapshots" if name else "no snapshots")
+    listed = [snapshot for snapshots in found.values() for snapshot in snapshots]
+    if not listed:
         return
+    # Where something is wrong, it is seen in these
+    is_usual = all(one.kind is Kind.FULL and not one.missing and not one.problems for one in listed)
+    columns = (
+        Column("VM", cut="middle"),
+        Column("TAG", cut="middle", whole=40),
+        Column("KIND", styles=_KINDS, is_dull=is_usual),
+        _STATE,
+        _DATE._replace(goes=1),
+        Column("AGE", is_number=True),
+        Column("VM CLOCK", is_number=True, goes=4),
+        Column("VMSTATE", cut="middle", is_dull=True, goes=3),
+        Column("DEVICES", cut="middle", is_dull=is_usual, goes=2 if is_usual else 0),
+        Column("NOTE", cut="end", whole=30),
+    )
     now = datetime.now(UTC)
-    has_notes = any(map(_note, found.snapshots))
-    columns = (_TAG, _KIND, _STATE, _DATE, Column("AGE", is_number=True), _VM_CLOCK, Column("VMSTATE"),
-               Column("DEVICES", folds=True), Column("NOTE", folds=True))  # fmt: skip
-    yield Table(
-        columns if has_notes else columns[:-1],
-        [
-            (
-                snapshot.tag,
-                snapshot.kind,
-                size(snapshot.vm_state_size) if snapshot.vm_state_size else "-",
-                date(snapshot.date),
-                age(snapshot.date, now),
-                clock(snapshot.vm_clock_ns),
-                _file_or_node(snapshot.vmstate, snapshot.file, snapshot.labels, short=True),
-                (_names(snapshot.devices, snapshot.labels) or "-")
-                + (f" (not {_names(snapshot.missing, snapshot.labels)})" if snapshot.missing else "")
-                + (" (!)" if snapshot.problems else ""),
-                *([_note(snapshot) or "-"] if has_notes else []),
-            )
-            for snapshot in found.snapshots
-        ],
+    rows = [(name, *_cells(one, now)) for name, snapshots in found.items() for one in snapshots]
+    unused = {"VM"} if len(found) == 1 else set()
+    unused |= set() if any(map(_note, listed)) else {"NOTE"}
+    yield Table(columns, rows).without(unused)
+
+
+def _cells(snapshot: Snapshot, now: datetime) -> Sequence[str]:
+    """The cells of a snapshot's row in a list."""
+    return (
+        snapshot.tag,
+        snapshot.kind,
+        size(snapshot.vm_state_size) if snapshot.vm_state_size else "-",
+        date(snapshot.date),
+        age(snapshot.date, now),
+        clock(snapshot.vm_clock_ns),
+        _file_or_node(snapshot.vmstate, snapshot.file, snapshot.labels, short=True),
+        (_names(snapshot.devices, snapshot.labels) or "-")
+        + (f" (not {_names(snapshot.missing, snapshot.labels)})" if snapshot.missing else "")
+        + (" (!)" if snapshot.problems else ""),
+        _note(snapshot) or "-",
     )
 
 
@@ -333,7 +354,17 @@ def _(known: KnownVMs) -> Lines:
 
 @lines_of.register(Outcomes)
 def _(several: Outcomes) -> Lines:
-    return _titled(several, lines_of)
+    found = {one.title: one.result.snapshots for one in several.vms if isinstance(one.result, Snapshots)}
+    failed = [one for one in several.vms if isinstance(one.result, QsnapError)]
+    if not found or len(found) + len(failed) < len(several.vms):
+        yield from _titled(several, lines_of)
+        return
+    yield from map(_failed, failed)
+    yield from _snapshots_of(found)
+
+
+def _failed(outcome: Outcome) -> Aside:
+    return Aside(f"{printable(outcome.title)}: {outcome.result}")
 
 
 def quiet_lines_of(result: object) -> Lines:
@@ -357,10 +388,10 @@ def quiet_lines_of(result: object) -> Lines:
 
 def _titled(several: Outcomes, its_lines: Callable[[object], Lines]) -> Lines:
     """What there is to say of each VM: a line begins with its name, a table is below it."""
-    for name, result in several.vms:
-        title = printable(name)
+    for outcome in several.vms:
+        title, result = printable(outcome.title), outcome.result
         if isinstance(result, QsnapError):
-            yield Aside(f"{title}: {result}")
+            yield _failed(outcome)
             continue
         lines = list(its_lines(result))
         yield from (line._replace(text=f"{title}: {line.text}") for line in lines if isinstance(line, Aside))
@@ -402,31 +433,35 @@ def _device_table(devices: Sequence[Device], vmstate: str | None) -> Table:
 
 
 def _vm_table(vms: Sequence[KnownVM]) -> Table:
-    """The user is shown where one is not ours."""
-    columns = [Column("NAME"), Column("PID", is_number=True), Column("USER"), Column("MEMORY", is_number=True),
-               Column("DISKS", folds=True), Column("MONITOR", folds=True), Column("CHOOSE IT BY")]  # fmt: skip
-    rows = [_vm_row(vm) for vm in vms]
-    if all(vm.running.is_ours for vm in vms if vm.running):
-        del columns[2]
-        for row in rows:
-            del row[2]
-    return Table(columns, rows)
+    columns = (
+        Column("NAME", cut="middle"),
+        Column("PID", is_number=True, goes=3),
+        # Shown where one is another user's
+        Column("USER"),
+        Column("MEMORY", is_number=True, goes=2),
+        Column("DISKS", cut="end", goes=1),
+        Column("MONITOR", cut="middle", whole=30),
+        Column("STATE", cut="end", whole=20),
+        Column("CHOOSE IT BY"),
+    )
+    is_ours = all(vm.running.is_ours for vm in vms if vm.running)
+    return Table(columns, [_vm_row(vm) for vm in vms]).without({"USER"} if is_ours else ())
 
 
-def _vm_row(vm: KnownVM) -> list[str]:
+def _vm_row(vm: KnownVM) -> Sequence[str]:
     from qsnap.targets.choose import reason
 
+    name, option = vm.name or "-", vm.option or "-"
     if vm.running is None:
-        where = str(vm.monitor) if vm.monitor else "-"
-        return [vm.name or "-", "-", "-", "-", "-", f"{where} (not seen running)", vm.option or "-"]
+        return name, "-", "-", "-", "-", str(vm.monitor) if vm.monitor else "-", "not seen running", option
     running = vm.running
     point = next((point for point in running.monitors if vm.monitor and point.address == vm.monitor), None)
-    monitor = f"{point.address} ({point.protocol.upper()}, {point.state})" if point else reason(running)
+    state = f"{point.protocol.upper()}, {point.state}" if point else reason(running)
     if point and point.holder:
-        monitor += f" held by process {point.holder.pid}: {shortened(point.holder.command)}"
+        state += f", held by process {point.holder.pid}: {shortened(point.holder.command)}"
     disks = ", ".join(disk.rpartition("/")[2] or disk for disk in running.disks) or "-"
-    name = vm.name or "-"
-    return [name, str(running.pid), running.user, size(running.memory), disks, monitor, vm.option or "-"]
+    monitor = str(point.address) if point else "-"
+    return name, str(running.pid), running.user, size(running.memory), disks, monitor, state, option
 
 
 def _below_overlays(status: Status) -> str:

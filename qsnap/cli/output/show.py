@@ -31,10 +31,13 @@ def say(text: str, *, keep_newlines: bool = False) -> None:
         sys.stderr.write(printable(text, keep_newlines=keep_newlines) + "\n")
 
 
-def show(result: Struct, *, as_json: bool = False, quiet: bool = False, stream: TextIO | None = None) -> None:
+def show(
+    result: Struct, *, as_json: bool = False, quiet: bool = False, stream: TextIO | None = None, wide: bool = False
+) -> None:
     """Show what came of a command.
 
     :param stream: instead of standard output.
+    :param wide: do not fit tables into the terminal.
     :raise QsnapError: it cannot be written; what was asked for is done.
     """
     stream = stream or sys.stdout
@@ -44,7 +47,7 @@ def show(result: Struct, *, as_json: bool = False, quiet: bool = False, stream: 
         else:
             from qsnap.cli.output.people import lines_of, quiet_lines_of
 
-            write(quiet_lines_of(result) if quiet else lines_of(result), stream)
+            write(quiet_lines_of(result) if quiet else lines_of(result), stream, wide=wide)
 
 
 @contextmanager
@@ -75,7 +78,7 @@ def show_error(error: QsnapError, *, as_json: bool) -> None:
         write(lines_of(error), sys.stderr)
 
 
-def write(lines: Lines, stream: TextIO, console: Console | None = None) -> None:
+def write(lines: Lines, stream: TextIO, console: Console | None = None, *, wide: bool = False) -> None:
     """Write lines for people; tables are drawn where the stream is a terminal, or on that console."""
     for line in lines:
         if isinstance(line, Aside):
@@ -87,7 +90,7 @@ def write(lines: Lines, stream: TextIO, console: Console | None = None) -> None:
         else:
             from rich.console import Console
 
-            line.draw(console or Console(file=stream))
+            line.draw(console or Console(file=stream), wide=wide)
 
 
 def _write_document(document: Mapping[str, Any], stream: TextIO) -> None:

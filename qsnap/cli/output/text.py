@@ -73,3 +73,23 @@ def width(text: str) -> int:
     return sum(
         0 if unicodedata.combining(char) else 1 + (unicodedata.east_asian_width(char) in ("W", "F")) for char in text
     )
+
+
+def cut(text: str, columns: int, *, middle: bool = False) -> str:
+    """*text* if it fits into so many columns of a terminal; else without its end, or its middle, and with a "…"."""
+    if width(text) <= columns:
+        return text
+    behind = (columns - 1) // 2 if middle else 0
+    head, tail = list(text), list(reversed(text))
+    return f"{_fitting(head, columns - 1 - behind)}…{_fitting(tail, behind)[::-1]}"
+
+
+def _fitting(chars: list[str], columns: int) -> str:
+    """The first of *chars* that fit."""
+    text = ""
+    for char in chars:
+        columns -= width(char)
+        if columns < 0:
+            break
+        text += char
+    return text
