@@ -61,6 +61,10 @@ class QsnapError(Exception):
         """What went wrong, for people, without the outcome."""
         return super().__str__()
 
+    def adds(self, more: str) -> None:
+        """Add a clause to the outcome."""
+        self.outcome = f"{self.outcome}; {more}" if self.outcome else more
+
     def to_json(self) -> dict[str, object]:
         """The document that ``--json`` shows: class, code and message, and :meth:`details`."""
         return {**self._summary(), **self.details()}

@@ -20,6 +20,9 @@ SECOND_SUFFIX = ".qsnap-2"
 #: Suffixes that no user's tag may have. Earlier versions of qsnap used the last one for such a snapshot.
 RESERVED_SUFFIXES = (SECOND_SUFFIX, ".qsnap-stand-in")
 
+#: The series of what loads have discarded: ``load --save-current`` makes it, and ``undo`` loads it.
+UNDO_SERIES = "before-load"
+
 
 def tag_problem(tag: str) -> str | None:
     """Why QEMU or a terminal would change this tag; None for a good tag.

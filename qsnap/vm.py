@@ -26,6 +26,7 @@ from qsnap.errors import (
     MonitorBusy,
     OperationTimeout,
     QsnapError,
+    SnapshotNotFound,
     VMLocked,
 )
 from qsnap.inventory.state_store import StateStore
@@ -35,6 +36,7 @@ from qsnap.model.results import (
     DeleteResult,
     DrillResult,
     ExportResult,
+    GuestState,
     LoadResult,
     PruneResult,
     Recovered,
@@ -42,7 +44,7 @@ from qsnap.model.results import (
     Status,
     VerifyResult,
 )
-from qsnap.model.snapshots import Kind, Snapshot
+from qsnap.model.snapshots import Kind, Snapshot, Tree
 from qsnap.monitor import GREETING_TIMEOUT_S, Monitor, open_monitor
 from qsnap.monitor.address import Address, parse_address
 from qsnap.monitor.connection import peer_user
@@ -51,6 +53,7 @@ from qsnap.monitor.names import HALF_RESTORED
 if TYPE_CHECKING:
     from qsnap.inventory.inventory import Inventory
     from qsnap.model.machine import Machine
+    from qsnap.model.requests import LoadRequest
     from qsnap.operations.progress import Watcher
     from qsnap.runs.run import Run
     from qsnap.upkeep.retention import Policy
@@ -133,6 +136,7 @@ class VM:
         from qsnap.model.requests import OnExists, SaveRequest
         from qsnap.operations import annotate
         from qsnap.operations.live.choose import save_live_or_not
+        from qsnap.operations.position import note_position, position_kept
         from qsnap.tags import next_of_series
 
         if tag is not None and prefix is not None:
@@ -155,11 +159,16 @@ class VM:
                 tag = next_of_series(await run.monitor.block_graph(), prefix)
                 # Nobody asked to replace anything
                 request = msgspec.structs.replace(request, tag=tag, on_exists=OnExists.REFUSE)
+            if not dry_run:
+                run.remember()
             if description:
                 (await run.look()).notes_path()
-            result = await save_live_or_not(run, request, live, watch)
+            with position_kept(run):
+                result = await save_live_or_not(run, request, live, watch)
             if not dry_run:
-                remark = annotate.note_save(run, await self._tidied(run), result, description)
+                inventory = await self._tidied(run)
+                await note_position(run, inventory, inventory.find(result.tag), saved=True)
+                remark = annotate.note_save(run, inventory, result, description)
                 self.remarks += [remark] if remark else []
         return msgspec.structs.replace(result, description=description)
 
@@ -173,14 +182,17 @@ class VM:
         may_sleep: bool = False,
         full: bool = False,
         verify: bool = False,
+        save_current: bool | str = False,
     ) -> LoadResult:
         """Put RAM, device state and disks back: see :func:`qsnap.operations.load.do_loadvm`, and
         :class:`qsnap.model.requests.LoadRequest` for the arguments.
 
+        :param save_current: save first what the load discards, live if that is possible: under that tag, or True: as
+            the next snapshot of the series "before-load", of which the last one is kept once the load has succeeded.
+            :meth:`undo` brings it back. If it cannot be saved, nothing is loaded; if the load fails, it stays.
         :raise VMLocked: another qsnap is using this VM.
         """
         from qsnap.model.requests import LoadRequest
-        from qsnap.operations.load import do_loadvm
 
         request = LoadRequest(
             tag=tag,
@@ -191,9 +203,75 @@ class VM:
             full=full,
             verify=verify,
         )
-        async with self._claimed("load", (tag,)) as run:
-            await self._tidied(run)
-            return await do_loadvm(run, request)
+        if save_current is False:
+            return await self._load(request)
+        return await self._load_saving(request, None if save_current is True else save_current)
+
+    async def _load(self, request: LoadRequest, saved: SaveResult | None = None) -> LoadResult:
+        from qsnap.operations.load import do_loadvm
+        from qsnap.operations.position import note_position, position_kept
+
+        async with self._claimed("load", (request.tag,)) as run:
+            run.remember()
+            inventory = await self._tidied(run)
+            with position_kept(run):
+                result = await do_loadvm(run, request)
+            undo = inventory.find(saved.tag) if saved else None
+            await note_position(run, inventory, inventory.find(request.tag), saved=False, undo=undo)
+            return msgspec.structs.replace(result, saved=saved)
+
+    async def _load_saving(self, request: LoadRequest, name: str | None) -> LoadResult:
+        """Save what the load discards, and load."""
+        from qsnap.operations.plan import plan_load
+        from qsnap.tags import UNDO_SERIES, free_automatic_tag, series_tag
+        from qsnap.upkeep.retention import Policy
+
+        if name == request.tag:
+            raise BadUsage(f"what the load of {name!r} discards cannot be saved under that tag, too")
+        run = self._unclaimed()
+        await plan_load(run, request.tag, exclude=request.exclude, force=request.force)  # before anything is saved
+        graph = await run.monitor.block_graph()
+        tag = name or free_automatic_tag(graph, lambda now: series_tag(UNDO_SERIES, now))
+        try:
+            saved = await self.save(tag, replace=False, live="auto", exclude=request.exclude)
+        except QsnapError as error:
+            error.adds("nothing was loaded, because what the load discards could not be saved")
+            raise
+        try:
+            result = await self._load(request, saved)
+        except QsnapError as error:
+            error.adds(f"what the guest had done before is saved as {tag!r}")
+            raise
+        except asyncio.CancelledError as cancelled:
+            cancelled.add_note(f"what the guest had done before is saved as {tag!r}")
+            raise
+        if name is None:
+            try:
+                await self.prune(UNDO_SERIES, Policy(last=1))
+            except QsnapError as error:
+                self.remarks.append(f"of the series {UNDO_SERIES!r} not only the last snapshot is left: {error}")
+        return result
+
+    async def undo(self, *, save_current: bool = True) -> LoadResult:
+        """Load what the last load has discarded, if that load saved it: see :meth:`load`.
+
+        :param save_current: save first what this load discards in turn: another undo brings that back.
+        :raise SnapshotNotFound: the last load saved nothing, or it is not known which load was the last.
+        """
+        from qsnap.inventory.lineage import key_of, lineage
+        from qsnap.tags import UNDO_SERIES, is_of_series
+
+        await self._recover_if_seen()
+        inventory = await self._unclaimed().look()
+        known = lineage(inventory, (await inventory.marks(self._monitor)).names)
+        found = next((one.tag for one in inventory.snapshots if key_of(one) == known.undo), None)
+        if found is None:
+            why = known.position.unknown and f"it is not known which load was the last: {known.position.unknown}"
+            series = [one.tag for one in inventory.snapshots if is_of_series(one.tag, UNDO_SERIES)]
+            hint = f". There is {series[-1]!r}: qsnap load {series[-1]}" if series else ""
+            nothing = "no load has saved what it discarded (qsnap load --save-current TAG), or that is deleted"
+            raise SnapshotNotFound("", f"nothing to undo: {why or nothing}{hint}")
+        return await self.load(found, save_current=save_current)
 
     async def delete(self, *tags: str, missing_ok: bool = False, ignore_unseen: bool = False) -> DeleteResult:
         """Delete snapshots from every device that holds them: see :func:`qsnap.operations.delete.do_delvm`.
@@ -261,6 +339,27 @@ class VM:
         async with self._claimed("note", tags) as run:
             return await annotate(run, tags, protected=protected, description=description)
 
+    async def pause(self) -> GuestState:
+        """Pause the guest: see :func:`qsnap.operations.runstate.pause`.
+
+        :raise VMLocked: another qsnap is using this VM.
+        """
+        from qsnap.operations import runstate
+
+        async with self._claimed("pause", ()) as run:
+            return await runstate.pause(run)
+
+    async def resume(self) -> GuestState:
+        """Run a paused guest again: see :func:`qsnap.operations.runstate.resume`.
+
+        :raise PrecheckRefused: a load has failed midway, so that it must not run.
+        :raise VMLocked: another qsnap is using this VM.
+        """
+        from qsnap.operations import runstate
+
+        async with self._claimed("resume", ()) as run:
+            return await runstate.resume(run)
+
     async def recover(self, *, force: bool = False) -> tuple[Recovered, ...]:
         """Clean up after runs that died on this VM: resume the guest, remove what they left half made.
 
@@ -288,13 +387,20 @@ class VM:
 
     async def list(self) -> tuple[Snapshot, ...]:
         """All snapshots, oldest first, including those on some devices only and those that qsnap did not make."""
+        return (await self.tree()).snapshots
+
+    async def tree(self) -> Tree:
+        """All snapshots, oldest first, each with its parent; and where the guest is: :mod:`qsnap.inventory.lineage`."""
+        from qsnap.inventory.lineage import lineage
+
         await self._recover_if_seen()
         inventory = await self._unclaimed().look()
         found = await self._with_notes(inventory, inventory.snapshots)
         self._warn_of_files_left(inventory, found)
         self._warn_of_unseen_files(inventory, {one.tag for one in found})
         self._tell_of_backing(inventory)
-        return found
+        known = lineage(inventory, (await inventory.marks(self._monitor)).names)
+        return Tree(snapshots=known.added_to(found), position=known.position)
 
     async def show(self, tag: str) -> tuple[Snapshot, dict[str, tuple[NodeSnapshot, ...]]]:
         """One snapshot, and its rows in the snapshot table of each node that holds it.

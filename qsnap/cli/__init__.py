@@ -18,6 +18,7 @@ from typing import NoReturn
 import click
 
 from qsnap import __version__
+from qsnap.cli.words import ALIASES, meant_by, verb_first
 from qsnap.errors import EXIT_TABLE, BadUsage, Interrupted, QsnapError
 
 #: Set by the scripts of ``qsnap completion``: what they ask for.
@@ -59,6 +60,7 @@ def _exit_code(arguments: list[str]) -> int:
         with suppress(OSError):
             sys.stderr.write(cli.get_help(click.Context(cli, info_name="qsnap")) + "\n")
         return BadUsage.exit_code
+    arguments = verb_first(arguments)
     # Before the line is parsed, whatever is before "--"; then what the command was given
     output = {"as_json": "--json" in arguments[: arguments.index("--") if "--" in arguments else None]}
     try:
@@ -96,13 +98,14 @@ def _exit_table() -> str:
 #: Under which heading of the help each command is, and its module in ``cli.commands``.
 _COMMANDS = {
     "Snapshots": {
-        "check": "guest", "save": "save", "list": "snapshots", "show": "snapshots", "load": "snapshots",
-        "delete": "snapshots", "verify": "snapshots", "status": "guest", "recover": "guest",
+        "check": "guest", "save": "save", "list": "snapshots", "tree": "snapshots", "show": "snapshots",
+        "load": "snapshots", "undo": "snapshots", "delete": "snapshots", "verify": "snapshots",
     },
+    "The guest": {"status": "guest", "pause": "guest", "resume": "guest", "recover": "guest"},
     "Series and notes": {"prune": "series", "protect": "notes", "unprotect": "notes", "describe": "notes"},
     "Elsewhere": {"export": "elsewhere", "boot": "elsewhere"},
     "Around a command": {"run": "job", "ensure": "job"},
-    "This machine": {"vms": "guest", "demo": "guest", "completion": "guest"},
+    "This machine": {"vms": "guest", "demo": "guest", "completion": "guest", "help": "guest"},
 }  # fmt: skip
 _MODULES = {name: module for commands in _COMMANDS.values() for name, module in commands.items()}
 
@@ -127,11 +130,28 @@ class _Group(click.Group):
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(self.commands)
 
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        return super().get_command(ctx, ALIASES.get(cmd_name, cmd_name))
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        word = args[0]
+        if not word.startswith("-") and self.get_command(ctx, word) is None:
+            meant = meant_by(word, _MODULES)
+            raise click.UsageError(
+                f"There is no command {word!r}." + (f" Did you mean {meant!r}?" if meant else ""), ctx
+            )
+        return super().resolve_command(ctx, args)
+
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         width = formatter.width - 6 - max(map(len, _MODULES))
         for heading, names in _COMMANDS.items():
             with formatter.section(heading):
                 formatter.write_dl([(name, self.commands[name].get_short_help_str(width)) for name in names])
+        with formatter.section("Other names"):
+            names_of = {name: [alias for alias, one in ALIASES.items() if one == name] for name in ALIASES.values()}
+            formatter.write_text(", ".join(f"{' or '.join(others)} for {name}" for name, others in names_of.items()))
 
 
 @click.group(

@@ -23,6 +23,8 @@ from click.shell_completion import (
     split_arg_string,
 )
 
+from qsnap.cli.words import SHARED, verb_first
+
 if TYPE_CHECKING:
     from qsnap.cli.common import Options
     from qsnap.vm import VM
@@ -107,11 +109,24 @@ def _option_part(word: str) -> str:
     return re.match(r"(--[\w-]+=)?", word)[0]  # type: ignore[index]
 
 
+def _behind_verb(args: list[str], incomplete: str) -> list[str]:
+    """The words before the cursor, with options that stand before the verb put behind it.
+
+    Without a verb yet, a value and further options are completed as list takes them, and else the verb.
+    """
+    if not args or not args[0].startswith("-"):
+        return args
+    moved = verb_first(args)
+    if moved != args or any(name.partition("=")[0] not in SHARED for name in args if name.startswith("-")):
+        return moved
+    return ["list", *args] if SHARED.get(args[-1]) or incomplete.startswith("-") else []
+
+
 class _Offers(ShellComplete):
     """What all three have in common."""
 
     def get_completions(self, args: list[str], incomplete: str) -> list[CompletionItem[str]]:
-        found = super().get_completions(args, incomplete)
+        found = super().get_completions(_behind_verb(args, incomplete), incomplete)
         # Such a tag would be taken for an option.
         return [item for item in found if "--" in args or not (item.kind == "tags" and item.value.startswith("-"))]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,19 +15,72 @@ if TYPE_CHECKING:
     from click.shell_completion import CompletionItem
 
 
+#: Flags that can have a value all the same, behind "=" alone; the hidden options that take it.
+_WITH_VALUES = {"--live=auto": "--live-auto", "--save-current=": "--save-current-as="}
+
+
+def _rewritten(argument: str) -> str:
+    for flag, option in _WITH_VALUES.items():
+        if argument == flag or (flag.endswith("=") and argument.startswith(flag)):
+            return option + argument.removeprefix(flag)
+    return argument
+
+
 class Command(click.Command):
     """A command whose help has its options under headings."""
 
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        end = args.index("--") if "--" in args else len(args)
+        return super().parse_args(ctx, [*map(_rewritten, args[:end]), *args[end:]])
+
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Its own first, and then those that it shares with others."""
-        records: dict[str, list[tuple[str, str]]] = {"Options": [], "What to keep": [], "The VM": [], "Output": []}
-        for parameter in self.get_params(ctx):
-            if isinstance(parameter, click.Option) and (record := parameter.get_help_record(ctx)):
-                records[_heading(parameter.name or "")].append(record)
-        for heading, under_it in records.items():
-            if under_it:
-                with formatter.section(heading):
-                    formatter.write_dl(under_it)
+        """Its own; of those that it shares with others the names alone."""
+        shared = []
+        for heading, parameters in _under_headings(self.get_params(ctx)).items():
+            if heading in COMMON_HEADINGS:
+                shared += [one.opts[-1] for one in parameters]
+            else:
+                _write_options(ctx, formatter, heading, parameters)
+        if shared:
+            with formatter.section("Common options (explained by: qsnap help options)"):
+                formatter.write_text(", ".join(shared))
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Examples, and then what else there is."""
+        from qsnap.cli.examples import EXAMPLES
+
+        if examples := EXAMPLES.get(self.name or ""):
+            with formatter.section("Examples"):
+                for line, what in examples:
+                    formatter.write(f"{'':{formatter.current_indent}}# {what}\n{'':{formatter.current_indent}}{line}\n")
+        super().format_epilog(ctx, formatter)
+
+
+#: What all commands that are about VMs share.
+COMMON_HEADINGS = ("The VM", "Output")
+
+
+def write_common_options(ctx: click.Context, command: click.Command, formatter: click.HelpFormatter) -> None:
+    """The options that commands share, explained; those of *command*, which has them all."""
+    for heading, parameters in _under_headings(command.get_params(ctx)).items():
+        if heading in COMMON_HEADINGS:
+            _write_options(ctx, formatter, heading, parameters)
+
+
+def _under_headings(parameters: Iterable[click.Parameter]) -> Mapping[str, list[click.Option]]:
+    found: dict[str, list[click.Option]] = {"Options": [], "What to keep": [], **{one: [] for one in COMMON_HEADINGS}}
+    for one in parameters:
+        if isinstance(one, click.Option) and not one.hidden:
+            found[_heading(one.name or "")].append(one)
+    return found
+
+
+def _write_options(
+    ctx: click.Context, formatter: click.HelpFormatter, heading: str, parameters: Iterable[click.Option]
+) -> None:
+    if records := [record for one in parameters if (record := one.get_help_record(ctx))]:
+        with formatter.section(heading):
+            formatter.write_dl(records)
 
 
 def _heading(name: str) -> str:

@@ -22,6 +22,9 @@ from qsnap.model.qemu import BlockGraph, SnapshotTables
 from qsnap.model.snapshots import InBacking, Snapshot, StateFile
 from qsnap.monitor import Monitor
 
+#: So many snapshots are named where one does not exist.
+_NAMED = 5
+
 
 async def look(
     monitor: Monitor, store: StateStore, *, vmstate: str | None = None, exclude: Collection[str] = ()
@@ -130,7 +133,14 @@ class Inventory:
         return snapshots.holders(self.graph, self.devices, tag)
 
     def not_found(self, tag: str, hint: str = "") -> SnapshotNotFound:
-        """The error that no device holds *tag*; it says so if a backing image does."""
+        """The error that no device holds *tag*; it says so if a backing image does, and names one that may be meant."""
+        from difflib import get_close_matches
+
+        tags = [one.tag for one in self.snapshots]
+        if near := get_close_matches(tag, tags, 1):
+            hint += f". Did you mean {near[0]!r}?"
+        elif len(tags) <= _NAMED:
+            hint += f". There is {', '.join(map(repr, tags))}" if tags else ". There are no snapshots"
         return snapshots.not_found(self.graph, self.devices, tag, hint)
 
     @property

@@ -28,7 +28,7 @@ from qsnap.model.checks import Device
 from qsnap.model.qemu import BlockGraph
 from qsnap.model.snapshots import Snapshot
 from qsnap.monitor import Monitor
-from qsnap.monitor.names import KEPT, NOTED
+from qsnap.monitor.names import HERE, KEPT, NOTED
 
 
 class Kept(NamedTuple):
@@ -65,8 +65,8 @@ class Kept(NamedTuple):
 
 
 async def kept(monitor: Monitor) -> Kept:
-    """Ask QEMU for the marks."""
-    return Kept(frozenset(await monitor.marks((KEPT, NOTED))))
+    """Ask QEMU for the marks, and for that of :mod:`qsnap.inventory.lineage`."""
+    return Kept(frozenset(await monitor.marks((KEPT, NOTED, HERE))))
 
 
 def of_notes(notes: Iterable[Note], place: Path) -> frozenset[str]:

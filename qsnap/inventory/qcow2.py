@@ -194,3 +194,61 @@ def entries(file: int, offset: int, number: int) -> array[int]:
     if sys.byteorder == "little":
         found.byteswap()
     return found
+
+
+class Way(NamedTuple):
+    """The L2 tables that an L1 table leads to, by their offsets: those of the disk's contents, and of VM states."""
+
+    disk: tuple[int, ...]
+    state: tuple[int, ...]
+
+
+class Ways:
+    """The L1 tables of an open image: the active one, and those of its snapshots.
+
+    :ivar active: the active one.
+    :raise Unreadable: the image has features that change where its tables are.
+    :raise OSError: the file cannot be read.
+    """
+
+    def __init__(self, file: int) -> None:
+        self._file = file
+        self._head = header(file)
+        if self._head.features & ~(DIRTY | DATA_FILE | COMPRESSION | EXTENDED_L2):
+            raise Unreadable(f"the image has the features {self._head.features:#x}")
+        # HMP tells a snapshot's clock in milliseconds
+        self._rows = {(row.name[1], row.vm_clock_ns // 1_000_000): row for row in rows(file, self._head)}
+        self.active = self._way(self._head.l1_at, self._head.l1_size, self._head.disk_size)
+
+    def of(self, tag: str, clock_ms: int) -> Way | None:
+        """That of a snapshot; None if the image does not hold it."""
+        row = self._rows.get((tag, clock_ms))
+        return self._way(row.l1_at, row.l1_size, row.disk_size) if row else None
+
+    def leads_from(self, mine: Way, other: Way) -> bool:
+        """Whether the active table goes on from *mine*, and not from *other*.
+
+        It does if it uses anything of the disk that *mine* uses and *other* does not: no new cluster gets that place
+        while a snapshot uses it. False: nothing shows it.
+        """
+        for active, own, others in zip(self.active.disk, mine.disk, (*other.disk, *[0] * len(mine.disk)), strict=False):
+            if own == others or not own or not active:
+                continue
+            if active == own:
+                return True
+            tables = [self._clusters(table) for table in (active, own, others)]
+            if any(one and one == its and one != another for one, its, another in zip(*tables, strict=False)):
+                return True
+        return False
+
+    def _clusters(self, table: int) -> list[int]:
+        number = self._head.cluster // 8
+        found = entries(self._file, table, number) if table else [0] * number
+        return [entry & OFFSET for entry in found[:: self._head.step]]
+
+    def _way(self, at: int, size: int, disk_size: int) -> Way:
+        first = self._head.first_of_state(disk_size)
+        found = [entry & OFFSET for entry in entries(self._file, at, size)]
+        while len(found) > first and not found[-1]:
+            found.pop()
+        return Way(tuple(found[:first]), tuple(found[first:]))

@@ -162,6 +162,10 @@ class StateStore:
         """
         return None if self._pid is None else trust.user_of(self._pid, self._listener)
 
+    def way(self, graph: BlockGraph, node: str) -> Path | None:
+        """A path by which this process may open a node's image or block device; None if it cannot be seen."""
+        return descriptors.way(self._pid, graph, node) or descriptors.block_device(self._pid, graph, node)
+
     def identity(self, graph: BlockGraph, node: str) -> Path:
         """The image's name as a state file records it: its real path, or the name that QEMU uses.
 

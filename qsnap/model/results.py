@@ -87,6 +87,16 @@ class LoadResult(Struct, frozen=True):
     differing_pages: int | None = None
     """Pages of 4 KiB that differ from the snapshot after the load, because a device of QEMU wrote them while it was
     loaded; None if they were not compared."""
+    saved: SaveResult | None = None
+    """The save before the load, of what the load has discarded."""
+
+
+class GuestState(Struct, frozen=True):
+    """The guest after a pause or a resume."""
+
+    runstate: RunState
+    before: RunState
+    """Its run state before."""
 
 
 class DeleteResult(Struct, frozen=True):
@@ -126,7 +136,8 @@ class Recovered(Struct, frozen=True):
     """What was done about a run that died."""
 
     operation: str
-    """"save", "load", "delete" (also of a prune), "note" or "export"; "" if its claim could not be read."""
+    """"save", "load", "delete" (also of a prune), "note", "export", "pause" or "resume"; "" if its claim
+    could not be read."""
     tags: tuple[str, ...]
     pid: int
     """The id of its process, which has ended; 0 if unknown."""

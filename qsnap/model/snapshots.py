@@ -92,8 +92,31 @@ class Snapshot(Struct, frozen=True):
     description: str = ""
     runstate: str = ""
     """The guest's run state at the save, if the guest could not go on from it; "" otherwise."""
+    parent: str | None = None
+    """The snapshot that the guest had come from when it was saved, or the nearest one before that which still exists;
+    "" if there is none; None if that is not known."""
+    here: bool = False
+    """The guest has come from it last: it is the one that was loaded or saved last, or the nearest one before that."""
 
     @property
     def has_state(self) -> bool:
         """Whether it holds a VM state."""
         return self.vmstate is not None or (self.file is not None and bool(self.devices))
+
+
+class Position(Struct, frozen=True):
+    """Where the guest is: the snapshot that was loaded or saved last, by whomever."""
+
+    tag: str | None = None
+    """That snapshot, or the nearest one before it that still exists; None if there is none, or it is not known."""
+    deleted: tuple[str, ...] = ()
+    """Snapshots from which the guest has come since then, and which do not exist any more; the last one first."""
+    unknown: str = ""
+    """Why it is not known, a clause; "" if it is."""
+
+
+class Tree(Struct, frozen=True):
+    """All snapshots, each with its parent, and where the guest is."""
+
+    snapshots: tuple[Snapshot, ...]
+    position: Position

@@ -19,6 +19,8 @@ HALF_RESTORED = "qsnap-half-restored"
 PACE = "qsnap-pace"
 #: What the names of the marks begin with that tell which snapshots are protected, and whose notes they know of.
 KEPT, NOTED = "qsnap-kept-", "qsnap-noted-"
+#: What the name of the mark begins with that tells which save or load was the last: see qsnap/inventory/lineage.py.
+HERE = "qsnap-here-"
 #: What the node-name of a state file begins with while QEMU uses it, and what the set of its descriptor is called.
 STATE_NODE = "qsnap-state"
 

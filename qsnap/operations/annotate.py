@@ -12,7 +12,7 @@ from contextlib import suppress
 import msgspec
 
 from qsnap.errors import QsnapError
-from qsnap.inventory import kept, snapshots
+from qsnap.inventory import kept, lineage, snapshots
 from qsnap.inventory.inventory import Inventory
 from qsnap.model.results import SaveResult
 from qsnap.model.runstates import trouble_of
@@ -99,10 +99,11 @@ async def note_checksums(run: Run, checksums: Mapping[str, Mapping[str, str]]) -
 
 
 async def forget_notes(run: Run, inventory: Inventory) -> None:
-    """Drop the notes of deleted snapshots. Such notes do no harm, so an error is ignored.
+    """Drop what is written down of deleted snapshots. It does no harm, so an error is ignored.
 
     :param inventory: taken in this run, and updated after each deletion.
     """
+    lineage.forget(inventory)
     with suppress(QsnapError):
         inventory.notes.forget(inventory.snapshots)
         await mirror_notes(run, inventory)

@@ -70,8 +70,7 @@ async def do_delvm(run: Run, request: DeleteRequest, inventory: Inventory | None
     if len(failed) == 1 and not deleted:
         raise next(iter(failed.values()))
     if not deleted and all(isinstance(error, SnapshotNotFound) for error in failed.values()):
-        unknown = ", ".join(map(repr, failed))
-        raise SnapshotNotFound(next(iter(failed)), f"no snapshot {unknown} on any device; nothing was deleted")
+        raise SnapshotNotFound(next(iter(failed)), f"{'; '.join(map(str, failed.values()))}; nothing was deleted")
     raise PartialFailure(tuple(deleted), failed)
 
 

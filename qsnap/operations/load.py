@@ -34,6 +34,7 @@ from qsnap.monitor.names import HALF_RESTORED, state_node
 from qsnap.operations.delta.load import Load, Source, refuse_flawed, refuse_incomparable
 from qsnap.operations.findings import spoiled_finding
 from qsnap.operations.plan import LoadPlan, plan_load
+from qsnap.operations.position import leave_position
 from qsnap.operations.reset import RESET_CURE, reboots, reset
 from qsnap.operations.same_machine import refuse_other_devices, refuse_other_machine
 from qsnap.operations.translation import flush_translations, leave_own_stop, leave_restore_vm
@@ -81,6 +82,7 @@ async def do_loadvm(run: Run, request: LoadRequest) -> LoadResult:
     # HMP has no job that tells how a load ended. But a guest that loadvm itself has stopped tells by its run state.
     by_qemu = not monitor.chooses_devices and running is not False
     was_reset = needs_reset(plan.runstate, monitor.version)
+    await leave_position(run)
     async with AsyncExitStack() as stack:
         source = await stack.enter_async_context(_source(run, plan))
         if request.verify:

@@ -90,7 +90,7 @@ class Record(Struct, frozen=True):
     token: str = ""
     """The run's mark in QEMU holds it too: a QEMU without that mark is another one."""
     operation: str = ""
-    """"save", "load", "delete" (also of a prune), "note" or "export"."""
+    """"save", "load", "delete" (also of a prune), "note", "export", "pause" or "resume"."""
     tags: tuple[str, ...] = ()
     began: str = ""
     """ISO 8601, with the time zone."""

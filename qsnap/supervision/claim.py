@@ -48,7 +48,7 @@ async def claimed(
 
     If the block should have resumed the guest and left it stopped, the guard goes on with that.
 
-    :param operation: "save", "load", "delete" (also of a prune), "note" or "export", for others to see.
+    :param operation: what the run does, for others to see: see :attr:`qsnap.runs.record.Record.operation`.
     :param wait_s: seconds to wait for another qsnap; 0 refuses at once.
     :param patience_s: see :class:`Journal`.
     :param tell: is called with what had to be done first about a dead run.

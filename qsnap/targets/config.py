@@ -18,6 +18,7 @@
     live = "auto"                   # as --live=auto; true, as --live
     state-dir = "/var/vm/states"    # as --state-dir; relative to this file
     ignore-unseen = true            # as --ignore-unseen
+    save-current = true             # as --save-current
 
 The command line overrides ``[vm.NAME]``, and that overrides ``[defaults]``. An unknown key is an error that names the
 key, because a misspelt default would silently have no effect.
@@ -50,6 +51,7 @@ class Settings(NamedTuple):
     live: bool | Literal["auto"] | None = None
     state_dir: str | None = None
     ignore_unseen: bool | None = None
+    save_current: bool | None = None
 
     def over(self, others: Settings) -> Settings:
         """These defaults, completed from *others* where they are not set."""
@@ -196,4 +198,5 @@ OPTIONS: Mapping[str, tuple[Any, str]] = {
     "live": (bool | Literal["auto"], 'true, false or "auto"'),
     "state-dir": (_NAME, "the name of a directory"),
     "ignore-unseen": (bool, "true or false"),
+    "save-current": (bool, "true or false"),
 }

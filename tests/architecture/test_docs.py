@@ -95,6 +95,7 @@ def test_which_commands_take_the_common_options(name: str) -> None:
         "export": of_one,
         "completion": set(),
         "demo": set(),
+        "help": set(),
         "run": of_one,
         "ensure": of_one,
     }.get(name, of_output | of_vm)

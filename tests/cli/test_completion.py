@@ -202,6 +202,9 @@ def test_in_the_middle_of_a_tag(machine: Machine, shell: Start, name: str) -> No
 def test_commands_and_options(machine: Machine, shell: Start, name: str) -> None:
     running = shell(name)
     assert running.run("qsnap sta\t") == ["status"]
+    assert running.run("qsnap pau\t") == ["pause"]
+    assert running.run("qsnap list --sort si\t") == ["list", "--sort", "size"]
+    assert running.run("qsnap rm --missing\t y") == ["rm", "--missing-ok", "y"]
     assert running.run("qsnap save --no-r\t") == ["save", "--no-replace"]
     assert running.run("qsnap delete x --missing\t y") == ["delete", "x", "--missing-ok", "y"]
     (machine.directory / "some file").touch()
@@ -220,6 +223,9 @@ def test_names_of_vms(machine: Machine, shell: Start, name: str) -> None:
     assert running.run("qsnap list --vm we\t") == ["list", "--vm", web]
     assert running.run("qsnap list --vm=we\t") == ["list", f"--vm={web}"]
     assert running.run("qsnap list --vm pr\t") == ["list", "--vm", "prod"]
+    assert running.run("qsnap --vm pr\t list") == ["--vm", "prod", "list"]
+    assert running.run("qsnap --vm prod tre\t") == ["--vm", "prod", "tree"]
+    assert running.run("qsnap --vm prod list --rev\t") == ["--vm", "prod", "list", "--reverse"]
     assert running.run(f"qsnap list --vm={str(pid)[:-1]}\t") == ["list", f"--vm={pid}"]
     quoted = shlex.quote(web) if name != "fish" else "'" + web.replace("'", "\\'") + "'"
     assert running.run(f"qsnap show --vm {quoted} ab\t") == ["show", "--vm", web, "abwith a blank"]

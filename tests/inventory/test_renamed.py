@@ -52,7 +52,7 @@ def test_renamed_while_qemu_has_it_open(launch: Launch, tmp_path: Path) -> None:
     (tmp_path / "data").rename(tmp_path / "more")
     make_disk(tmp_path / "vm")
 
-    before = {path: path.read_bytes() for path in tmp_path.iterdir() if ".qsnap" in path.name}
+    before = {tmp_path / name: (tmp_path / name).read_bytes() for name in state_files(tmp_path)}
     assert [path.name for path in sorted(before)] == ["vm.l0.qsnap", "vm.qsnap-notes"]
     for command in ("load", "l0"), ("delete", "l0"), ("save", "--live", "l0"):
         (finding,) = cli(*command, "--json", monitor=guest.address, expect=6).error["findings"]

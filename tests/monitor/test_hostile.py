@@ -218,8 +218,9 @@ def test_events_without_a_time(stamp: dict[str, Any]) -> None:
         b"[1]\r\n",
         b'{"id": "x"}\r\n',
         b"\r\n" * 9,
+        b'{"timestamp": {}, "event": {}}\r\n',
     ],
-    ids=["text", "binary", "cut", "no end", "empty", "list", "no return", "blank"],
+    ids=["text", "binary", "cut", "no end", "empty", "list", "no return", "blank", "event"],
 )
 def test_answers_that_are_no_json(impostor: Callable[..., str], text: bytes) -> None:
     address = impostor(raw("query-status", text))

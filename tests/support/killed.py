@@ -9,7 +9,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from qsnap.monitor.names import KEPT, NOTED
+from qsnap.monitor.names import HERE, KEPT, NOTED
 from qsnap.runs import mark
 from support.guest import (
     Guest,
@@ -46,7 +46,7 @@ def marks(guest: Guest) -> list[str]:
     Those of the notes stay: see qsnap.inventory.kept.
     """
     names = [item["name"] for item in guest.qmp("qom-list", path="/objects")]
-    return [name for name in names if name.startswith("qsnap-") and not name.startswith((KEPT, NOTED))]
+    return [name for name in names if name.startswith("qsnap-") and not name.startswith((HERE, KEPT, NOTED))]
 
 
 def wait_for_the_guard(directory: Path) -> None:

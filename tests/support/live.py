@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import qsnap.guest
+from qsnap.inventory import lineage
 from support.guest import (
     GUESTS,
     Guest,
@@ -29,7 +30,9 @@ def two_disks(d: Path) -> list[str]:
 
 
 def state_files(directory: Path) -> list[str]:
-    return sorted(path.name for path in directory.iterdir() if ".qsnap" in path.name)
+    """What qsnap keeps there, but for which snapshot was made from which."""
+    names = (path.name for path in directory.iterdir())
+    return sorted(name for name in names if ".qsnap" in name and not name.endswith(lineage.SUFFIX))
 
 
 def assert_in_order(guest: Guest) -> None:

@@ -197,7 +197,7 @@ def test_described(guest: Guest, disk: Path) -> None:
     assert {one["tag"]: one["description"] for one in listed} == {"a": "other", "b": ""}
     cli("describe", "a", "", monitor=guest.address)
     assert not Path(f"{disk}.qsnap-notes").exists(), "nothing is written down any more"
-    assert "NOTE" not in cli("list", monitor=guest.address).out
+    assert "other" not in cli("list", monitor=guest.address).out
     cli("describe", "nope", "x", monitor=guest.address, expect=7)
     cli("protect", "a", "nope", monitor=guest.address, expect=7)
     assert not Path(f"{disk}.qsnap-notes").exists()

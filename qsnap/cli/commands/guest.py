@@ -21,6 +21,7 @@ from qsnap.cli.options import (
     textfile_option,
     vmstate_option,
     wide_option,
+    write_common_options,
 )
 from qsnap.errors import BadUsage
 
@@ -72,6 +73,23 @@ def status(
     else:
         result = do(options, recorder.around(lambda vm, _: vm.status()), recorder.record)
     return recorder.exit_code(options.shown(result))
+
+
+@click.command(cls=Command)
+@common_options
+def pause(options: Options) -> int:
+    """Pause the guest, until qsnap resume."""
+    return work(options, lambda vm, _: vm.pause())
+
+
+@click.command(cls=Command)
+@common_options
+def resume(options: Options) -> int:
+    """Run a paused guest again.
+
+    Refused (6) if a load has failed midway, because the guest must not run on RAM and disks of different moments.
+    """
+    return work(options, lambda vm, _: vm.resume())
 
 
 @click.command(cls=Command)
@@ -127,6 +145,32 @@ def completion(shell: str) -> int:
 
     with written():
         sys.stdout.write(script(click.get_current_context().find_root().command, shell))
+    return 0
+
+
+@click.command("help", cls=Command)
+@click.argument("command", required=False)
+def help_(command: str | None) -> int:
+    """Explain qsnap, or one of its commands.
+
+    qsnap help options explains the options that commands share.
+    """
+    from qsnap.cli.output.show import written
+
+    context = click.get_current_context().find_root()
+    group = context.command
+    assert isinstance(group, click.Group)
+    with written():
+        if command == "options":
+            formatter = context.make_formatter()
+            write_common_options(context, group.commands["list"], formatter)
+            sys.stdout.write(formatter.getvalue())
+        elif command is None:
+            sys.stdout.write(group.get_help(context) + "\n")
+        else:
+            name, found, _ = group.resolve_command(context, [command])
+            assert found is not None
+            sys.stdout.write(found.get_help(click.Context(found, parent=context, info_name=name)) + "\n")
     return 0
 
 

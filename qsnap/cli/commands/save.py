@@ -27,16 +27,7 @@ if TYPE_CHECKING:
     from qsnap.vm import VM
 
 
-class _SaveCommand(Command):
-    """A command whose option --live is a flag, and can have a value all the same: --live=auto."""
-
-    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        end = args.index("--") if "--" in args else len(args)
-        given = ["--live-auto" if argument == "--live=auto" else argument for argument in args[:end]]
-        return super().parse_args(ctx, given + args[end:])
-
-
-@click.command(cls=_SaveCommand)
+@click.command(cls=Command)
 @click.argument("tag", required=False)
 @prefix_option
 @click.option(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,12 +22,12 @@ from qsnap.cli.options import (
     textfile_option,
     wide_option,
 )
-from qsnap.errors import BadUsage
+from qsnap.errors import BadUsage, SnapshotNotFound
 from qsnap.tags import is_of_series
 
 if TYPE_CHECKING:
     from qsnap.cli.output.results import Details, Snapshots
-    from qsnap.model.results import DrillResult
+    from qsnap.model.results import DrillResult, LoadResult
     from qsnap.model.snapshots import Snapshot
     from qsnap.targets.config import Settings
     from qsnap.vm import VM
@@ -41,7 +41,9 @@ _SORT_KEYS: Mapping[str, Callable[[Snapshot], Any]] = {
 
 
 @click.command(cls=Command)
-@tag_argument
+@click.argument("tag", required=False, shell_complete=completes("tags"))
+@click.option("--latest", is_flag=True, help="The newest that can be loaded, but for those of the series of undo.")
+@prefix_option
 @click.option("--paused", is_flag=True, help="Leave the guest paused.")
 @click.option("--running", is_flag=True, help="Run the guest, even if it was paused.")
 @exclude_option
@@ -52,30 +54,83 @@ _SORT_KEYS: Mapping[str, Callable[[Snapshot], Any]] = {
 )
 @click.option("--full", is_flag=True, help="Load all of RAM, not only what differs.")
 @click.option("--verify", is_flag=True, help="Compare all of RAM with the snapshot before the guest runs again.")
+@click.option(
+    "--save-current/--no-save-current",
+    default=None,
+    help="Save first what the load discards, for qsnap undo: the last one is kept. --save-current=TAG: as TAG.",
+)
+@click.option("--save-current-as", hidden=True)
 @common_options
 def load(
     options: Options,
-    tag: str,
+    tag: str | None,
+    latest: bool,
+    prefix: str | None,
     paused: bool,
     running: bool,
     exclude: tuple[str, ...],
     force: bool,
     full: bool,
     verify: bool,
+    save_current: bool | None,
+    save_current_as: str | None,
 ) -> int:
     """Restore RAM, device state and all disks from snapshot TAG.
 
-    What the guest has done since is lost. It is left in the run state that it had, running or paused.
+    What the guest has done since is lost, unless --save-current is given. It is left in the run state that it had,
+    running or paused.
     """
     if paused and running:
         raise BadUsage("--paused and --running cannot be used together")
+    if (tag is None) != latest:
+        raise BadUsage("name a snapshot, or --latest for the newest" if tag is None else "a TAG and --latest: use one")
+    if prefix is not None and not latest:
+        raise BadUsage("--prefix goes with --latest")
     wanted = running if paused or running else None
-    return work(
-        options,
-        lambda vm, settings: vm.load(
-            tag, running=wanted, exclude=excluded(exclude, settings), force=force, full=full, verify=verify
-        ),
-    )
+
+    async def loaded(vm: VM, settings: Settings) -> LoadResult:
+        return await vm.load(
+            tag if tag is not None else _newest(await vm.list(), prefix),
+            running=wanted,
+            exclude=excluded(exclude, settings),
+            force=force,
+            full=full,
+            verify=verify,
+            save_current=save_current_as or (settings.save_current or False if save_current is None else save_current),
+        )
+
+    return work(options, loaded)
+
+
+def _newest(found: Sequence[Snapshot], prefix: str | None) -> str:
+    """The tag of the newest that can be loaded, of a series or of all that undo does not keep.
+
+    :raise SnapshotNotFound: there is none.
+    """
+    from qsnap.inventory.snapshots import is_loadable
+    from qsnap.tags import UNDO_SERIES
+
+    def is_meant(tag: str) -> bool:
+        return not is_of_series(tag, UNDO_SERIES) if prefix is None else is_of_series(tag, prefix)
+
+    tags = [one.tag for one in found if is_loadable(one) and is_meant(one.tag)]
+    if not tags:
+        of_series = "" if prefix is None else f" of series {prefix!r}"
+        raise SnapshotNotFound("", f"no snapshot{of_series} can be loaded; the guest was not touched")
+    return tags[-1]
+
+
+@click.command(cls=Command)
+@click.option(
+    "--save-current/--no-save-current", default=True, help="Save first what this discards, for another undo (default)."
+)
+@common_options
+def undo(options: Options, save_current: bool) -> int:
+    """Take the last load back: restore what it has discarded.
+
+    That load must have saved it: qsnap load --save-current TAG, or save-current = true in the config file.
+    """
+    return work(options, lambda vm, _: vm.undo(save_current=save_current))
 
 
 @click.command("list", cls=Command)
@@ -97,10 +152,24 @@ def list_(options: Options, prefix: str | None, last: int | None, sort: str, rev
     from qsnap.cli.several import do
 
     async def found(vm: VM, _: Settings) -> Snapshots:
-        of_it = [one for one in await vm.list() if prefix is None or is_of_series(one.tag, prefix)]
-        return Snapshots(snapshots=tuple(sorted(of_it[-last if last else 0 :], key=_SORT_KEYS[sort], reverse=reverse)))
+        tree = await vm.tree()
+        of_it = [one for one in tree.snapshots if prefix is None or is_of_series(one.tag, prefix)]
+        shown = sorted(of_it[-last if last else 0 :], key=_SORT_KEYS[sort], reverse=reverse)
+        return Snapshots(snapshots=tuple(shown), position=tree.position)
 
     return options.shown(do(options, found), wide=wide)
+
+
+@click.command(cls=Command)
+@common_options
+def tree(options: Options) -> int:
+    """Show what was made from what, and where you are.
+
+    Each snapshot is below the one that the guest had come from when it was saved. You are below the one that was loaded
+    or saved last. If another client may have loaded or saved
+    since, and nothing in the image tells, that is said.
+    """
+    return work(options, lambda vm, _: vm.tree())
 
 
 @click.command(cls=Command)

@@ -142,6 +142,12 @@ class Aside(NamedTuple):
     head: str = "qsnap"
 
 
+class Hint(NamedTuple):
+    """A line that only a terminal gets."""
+
+    text: str
+
+
 #: Text is one line, without its newline; it may hold anything, as it is made printable when it is written.
-Line: TypeAlias = str | Table | Aside
+Line: TypeAlias = str | Table | Aside | Hint
 Lines: TypeAlias = Iterator[Line]

@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 from functools import singledispatch
 from typing import TYPE_CHECKING
 
-from qsnap.cli.output.lines import Aside, Column, Lines, Table
+from qsnap.cli.output.lines import Aside, Column, Hint, Lines, Table
 from qsnap.cli.output.results import (
     Details,
     KnownVMs,
@@ -32,6 +32,7 @@ from qsnap.model.results import (
     DeleteResult,
     DrillResult,
     ExportResult,
+    GuestState,
     LoadResult,
     PruneResult,
     Recovered,
@@ -40,7 +41,7 @@ from qsnap.model.results import (
     Unfinished,
     VerifyResult,
 )
-from qsnap.model.snapshots import Kind, Snapshot, StateFile
+from qsnap.model.snapshots import Kind, Snapshot, StateFile, Tree
 
 if TYPE_CHECKING:
     from qsnap.targets.choose import KnownVM
@@ -113,6 +114,10 @@ def _(result: LoadResult) -> Lines:
     )
     if result.excluded:
         yield f"  left as it is: {_names(result.excluded, result.labels)}"
+    if result.runstate in (RunState.PAUSED, RunState.PRELAUNCH):
+        yield Hint("  it is paused, as you left it or asked for; to run it: qsnap resume")
+    if result.saved:
+        yield f"  what it has discarded is {result.saved.tag}: qsnap undo"
     if result.differing_pages is not None:
         but = f" but for {result.differing_pages} pages that QEMU's devices wrote in the load"
         yield f"  verified: RAM is as in the snapshot{but if result.differing_pages else ''}"
@@ -165,7 +170,9 @@ def _(result: DrillResult) -> Lines:
 
 @lines_of.register(Snapshots)
 def _(found: Snapshots) -> Lines:
-    return _snapshots_of({"": found.snapshots})
+    yield from _snapshots_of({"": found.snapshots})
+    if found.snapshots and found.position.unknown:
+        yield Hint(f"not known which of them the guest has come from: {found.position.unknown}")
 
 
 def _snapshots_of(found: Mapping[str, Sequence[Snapshot]]) -> Lines:
@@ -211,6 +218,40 @@ def _cells(snapshot: Snapshot, now: datetime) -> Sequence[str]:
         + (" (!)" if snapshot.problems else ""),
         _note(snapshot) or "-",
     )
+
+
+@lines_of.register(Tree)
+def _(tree: Tree) -> Lines:
+    """Each snapshot below its parent, and the guest below the one that it has come from."""
+    position = tree.position
+    tags = {one.tag for one in tree.snapshots}
+    if not tags:
+        yield Aside("no snapshots")
+        return
+    after = f" (after {', '.join(position.deleted)}, which is deleted)" if position.deleted else ""
+    you = [] if position.unknown else [f"* you are here{after}"]
+
+    def below(parent: str) -> Iterator[str]:
+        children = [one for one in tree.snapshots if (one.parent if one.parent in tags else "") == parent]
+        branches: list[list[str]] = [[_in_tree(one), *below(one.tag)] for one in children]
+        if (position.tag or "") == parent and you:
+            branches.append(you)
+        for number, (first, *more) in enumerate(branches):
+            is_last = number == len(branches) - 1
+            head, rest = ("", "") if not parent else ("└── ", "    ") if is_last else ("├── ", "│   ")
+            yield head + first
+            yield from (rest + line for line in more)
+
+    yield from below("")
+    if position.unknown:
+        yield f"not known where the guest is: {position.unknown}"
+
+
+def _in_tree(snapshot: Snapshot) -> str:
+    parent = "its parent is not known" if snapshot.parent is None else ""
+    kind = "" if snapshot.kind in (Kind.FULL, Kind.LIVE) else snapshot.kind
+    note = ": ".join(filter(None, ("protected" if snapshot.protected else "", snapshot.description)))
+    return "  ".join(filter(None, (snapshot.tag, date(snapshot.date), kind, note, f"({parent})" if parent else "")))
 
 
 @lines_of.register(Details)
@@ -324,6 +365,11 @@ def _(status: Status) -> Lines:
     yield _device_table(status.devices, status.vmstate)
 
 
+@lines_of.register(GuestState)
+def _(state: GuestState) -> Lines:
+    yield f"guest {state.runstate}" + (", as it was" if state.runstate == state.before else "")
+
+
 @lines_of.register(PluginAnswer)
 def _(answer: PluginAnswer) -> Lines:
     yield answer.health.line()
@@ -395,7 +441,7 @@ def _titled(several: Outcomes, its_lines: Callable[[object], Lines]) -> Lines:
             continue
         lines = list(its_lines(result))
         yield from (line._replace(text=f"{title}: {line.text}") for line in lines if isinstance(line, Aside))
-        first, *more = [line for line in lines if not isinstance(line, Aside)] or [""]
+        first, *more = [line for line in lines if not isinstance(line, Aside | Hint)] or [""]
         details = [line.strip() for line in more if isinstance(line, str) and line.startswith("  ")]
         if isinstance(first, Table) or len(details) < len(more):
             yield from (f"{title}:", first, *more, "")
@@ -497,7 +543,8 @@ def _run(run: Unfinished) -> str:
 def _note(snapshot: Snapshot) -> str:
     """What is written down about it, in a line."""
     state = f"guest was {snapshot.runstate}" if snapshot.runstate else ""
-    return ": ".join(filter(None, ("protected" if snapshot.protected else "", state, snapshot.description)))
+    here = "you are here" if snapshot.here else ""
+    return ": ".join(filter(None, (here, "protected" if snapshot.protected else "", state, snapshot.description)))
 
 
 def _pruned(result: PruneResult) -> str:

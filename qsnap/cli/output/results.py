@@ -13,7 +13,7 @@ from qsnap.model.checks import CheckReport
 from qsnap.model.machine import Machine
 from qsnap.model.qemu import NodeSnapshot, Struct
 from qsnap.model.results import Recovered, VerifyResult
-from qsnap.model.snapshots import Snapshot
+from qsnap.model.snapshots import Position, Snapshot
 
 if TYPE_CHECKING:
     from qsnap.targets.choose import KnownVM
@@ -21,9 +21,10 @@ if TYPE_CHECKING:
 
 
 class Snapshots(Struct, frozen=True):
-    """All that there are."""
+    """Those that there are, and where the guest is."""
 
     snapshots: tuple[Snapshot, ...]
+    position: Position = Position()
 
 
 class Notes(Struct, frozen=True):

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, TextIO
 
-from qsnap.cli.output.lines import Aside
+from qsnap.cli.output.lines import Aside, Hint
 from qsnap.cli.output.text import printable
 from qsnap.errors import QsnapError
 
@@ -83,6 +83,9 @@ def write(lines: Lines, stream: TextIO, console: Console | None = None, *, wide:
     for line in lines:
         if isinstance(line, Aside):
             say(f"{line.head}: {line.text}", keep_newlines=True)
+        elif isinstance(line, Hint):
+            if console is not None or is_terminal(stream):
+                stream.write(printable(line.text) + "\n")
         elif isinstance(line, str):
             stream.write(printable(line) + "\n")
         elif console is None and not is_terminal(stream):

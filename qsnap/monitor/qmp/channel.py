@@ -99,7 +99,14 @@ class Client(QMPClient):
 
 
 def _whole(message: Message, data: bytes) -> Message:
-    """*message*, if its texts hold no half of a pair of UTF-16: QEMU sends none, and nothing can be done with one."""
+    """*message*, if its texts hold no half of a pair of UTF-16, and its event has a name.
+
+    QEMU sends no such halves, and nothing can be done with one. The library looks an event's name up in sets.
+
+    :raise ValueError: they do, or it has not.
+    """
+    if not isinstance(message.get("event", ""), str):
+        raise ValueError("an event's name is not text")  # noqa: TRY004 (of what came, not of an argument)
     if b"\\ud" in data.lower() or b"\xed" in data:
         json.dumps(dict(message), ensure_ascii=False).encode()
     return message

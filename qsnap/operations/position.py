@@ -1,0 +1,58 @@
+"""Writing down where the guest is, around a save and a load: see :mod:`qsnap.inventory.lineage`."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+
+from qsnap.errors import NotSupported, PrecheckRefused, QsnapError, SnapshotNotFound
+from qsnap.inventory import lineage
+from qsnap.inventory.inventory import Inventory
+from qsnap.model.snapshots import Snapshot
+from qsnap.monitor.names import HERE
+from qsnap.runs.run import Run
+
+
+async def leave_position(run: Run) -> None:
+    """Before a load: what is written down does not count any more. If the load is cut short, it is somewhere."""
+    if run.first is None:
+        return
+    run.token = secrets.token_hex(8)
+    inventory, _ = run.first
+    with suppress(QsnapError):
+        old = {name for name in (await inventory.marks(run.monitor)).names if name.startswith(HERE)}
+        await inventory.change_marks(run.monitor, (f"{HERE}{run.token}",), old)
+
+
+async def note_position(
+    run: Run, inventory: Inventory, last: Snapshot | None, *, saved: bool, undo: Snapshot | None = None
+) -> None:
+    """Write down that the guest has come from *last*, and where that came from.
+
+    :param inventory: the VM's inventory after the save or load.
+    :param last: the snapshot; None if it is gone already.
+    :param saved: it was saved, and not loaded.
+    :param undo: of a load, the snapshot of what it has discarded.
+    """
+    if run.first is None or last is None:
+        return
+    _, before = run.first
+    run.token = run.token or before.token
+    if not run.token:  # QEMU has not the mark of what is written down: it was started anew
+        await leave_position(run)
+    await asyncio.to_thread(lineage.write, inventory, before, last, run.token, saved=saved, undo=undo)
+
+
+@contextmanager
+def position_kept(run: Run) -> Iterator[None]:
+    """A save that fails in the block, or a load that is refused, leaves the guest where it was."""
+    try:
+        yield
+    except BaseException as error:
+        was_refused = isinstance(error, (PrecheckRefused, NotSupported, SnapshotNotFound))
+        if run.first is not None and (was_refused or run.journal.record.operation == "save"):
+            inventory, before = run.first
+            lineage.renew(inventory, before, run.token or before.token)
+        raise

@@ -1,0 +1,83 @@
+"""No regret: what a load discards is saved first, and brought back."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from support.guest import Guest, Launch, blockdev, cli, failing_disk, make_boot_disk, make_disk
+
+
+def listed(guest: Guest) -> list[str]:
+    return cli("list", "-q", monitor=guest.address).out.split()
+
+
+@pytest.mark.parametrize("transport", ["qmp", "hmp"], indirect=True)
+def test_back_and_forth(guest: Guest, transport: str) -> None:
+    """RAM and disks are where they were; of the series the last one is kept; another undo goes back again."""
+    guest.qmp("stop")
+    cli("save", "one", monitor=guest.address)
+    early = guest.counter
+    guest.qmp("cont")
+    guest.wait_for_ticks(3)
+    guest.qmp("stop")
+    late = guest.counter
+    assert "qsnap undo" in cli("load", "one", "--save-current", monitor=guest.address).out
+    assert guest.counter == early < late
+    (first,) = set(listed(guest)) - {"one"}
+    assert first.startswith("before-load-")
+    cli("undo", monitor=guest.address)
+    assert guest.counter == late
+    (second,) = set(listed(guest)) - {"one"}
+    assert second != first
+    cli("undo", "--no-save-current", monitor=guest.address)
+    assert guest.counter == early
+    guest.qmp("cont")
+    guest.assert_running()
+    cli("load", "one", monitor=guest.address)
+    text = cli("undo", monitor=guest.address, expect=7).err
+    assert "nothing to undo: no load has saved what it discarded" in text
+    assert f"qsnap load {second}" in text
+
+
+def test_under_a_name_and_by_default(guest: Guest, tmp_path: Path) -> None:
+    cli("save", "one", monitor=guest.address)
+    cli("load", "one", "--save-current=mine", monitor=guest.address)
+    assert listed(guest) == ["one", "mine"]
+    cli("load", "one", "--save-current=mine", monitor=guest.address, expect=8)
+    cli("load", "one", "--save-current=one", monitor=guest.address, expect=2)
+    cli("load", "nope", "--save-current", monitor=guest.address, expect=7)
+    assert listed(guest) == ["one", "mine"], "nothing is saved for a load that is refused"
+    config = tmp_path / "config.toml"
+    config.write_text("[defaults]\nsave-current = true\n")
+    document = cli("load", "one", "--json", "--config", str(config), monitor=guest.address).json
+    assert listed(guest) == ["one", "mine", document["saved"]["tag"]]
+    cli("load", "one", "--no-save-current", "--config", str(config), monitor=guest.address)
+    assert len(listed(guest)) == 3
+
+
+def test_a_load_that_fails_leaves_what_was_saved(launch: Launch, tmp_path: Path) -> None:
+    make_boot_disk(tmp_path / "a")
+    guest = launch(
+        *failing_disk("a", tmp_path / "a", "vmstate_load", 5), "-device", "virtio-blk,drive=a",
+        *blockdev("b", make_disk(tmp_path / "b")), "-device", "virtio-blk,drive=b",
+    )  # fmt: skip
+    guest.wait_for_ticks(5)
+    assert guest.qmp.hmp("savevm one") == ""
+    guest.wait_for_ticks()
+    late = guest.counter
+    text = cli("load", "one", "--full", "--save-current", monitor=guest.address, expect=20).err
+    (saved,) = set(listed(guest)) - {"one"}
+    assert f"what the guest had done before is saved as '{saved}'" in text
+    cli("load", saved, "--running", monitor=guest.address)
+    guest.assert_running()
+    assert guest.counter >= late
+
+
+def test_another_client_s_load_is_not_undone(guest: Guest) -> None:
+    cli("save", "one", monitor=guest.address)
+    cli("load", "one", "--save-current", monitor=guest.address)
+    cli("save", "two", monitor=guest.address)
+    assert guest.qmp.hmp("loadvm one") == ""
+    assert "nothing to undo" in cli("undo", monitor=guest.address, expect=7).err
