@@ -1,8 +1,8 @@
 """The clusters of one snapshot in a qcow2 image: whether its tables are sound, and a checksum of what is stored.
 
 What is looked at is the snapshot's own: its L1 table, its L2 tables, and the clusters of the disk and of the VM state.
-None of it changes while the snapshot is there, so the image can be in use. Of the active tables only this is looked at:
-whether they claim one of the snapshot's clusters for themselves (the flag "copied"), because QEMU would write into it.
+None of it changes while the snapshot is there, so the image can be in use. Of the tables of the disk in use it is
+looked at whether they lead astray: into a cluster of the snapshot, or out of the file.
 
 Facts: docs/interop/qcow2.txt of QEMU.
 """
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 #: Bytes that are read at once for a checksum.
 _PIECE = 4 << 20  # a multiple of any cluster
+#: Bytes behind the end of the file that QEMU may have allocated, and not written yet.
+_AHEAD = 1 << 30
 
 
 class Cluster(NamedTuple):
@@ -54,6 +56,7 @@ class StoredSnapshot:
             raise Unreadable("its data are in a file of their own")
         self._row = qcow2.row_of(file, self._head, wanted)
         self._file_size = os.fstat(file).st_size
+        self._refcounts = _Refcounts(file, self._head)
 
     def flaws(self) -> Iterator[str]:
         """What is wrong with its tables, a clause each.
@@ -69,36 +72,67 @@ class StoredSnapshot:
         if head.first_of_state(row.disk_size) > row.l1_size:
             yield f"its disk has {row.disk_size:,} bytes, and its L1 table is too short for that"
         seen = _Marks(self._file_size, head.cluster)
-        refcounts = _Refcounts(self._file, head)
-        for begin in _clusters_of(row.l1_at, 8 * row.l1_size, head.cluster):
-            seen.add(begin)
-            yield from self._unreferenced(refcounts, begin, "its L1 table")
-        for number, (table_at, table) in enumerate(self._tables()):
+        for begin, size in ((0, 1), (head.refcounts_at, head.refcount_clusters * head.cluster), (head.rows_at, 1)):
+            seen.add(begin, size)
+        seen.add(row.l1_at, 8 * row.l1_size)
+        yield from self._freed(row.l1_at, "its L1 table")
+        for number, (table_at, table) in enumerate(self._tables(row.l1_at, row.l1_size)):
             if table is None:
                 yield f"L2 table {number} is not in the file"
                 continue
-            if not seen.add(table_at):
+            if table_at and not seen.add(table_at):
                 yield f"L2 table {number} lies where another part of it does"
-            yield from self._unreferenced(refcounts, table_at, f"L2 table {number}")
-            active = self._claimed(number)
+            yield from self._freed(table_at, f"L2 table {number}")
             for cluster in _leaves(head, number, table):
                 if cluster.offset >= self._file_size or (not cluster.is_compressed and cluster.offset % head.cluster):
                     yield f"cluster {cluster.number} is not in the file"
                 elif not cluster.is_compressed:
                     if not seen.add(cluster.offset):
                         yield f"cluster {cluster.number} lies where another part of it does"
-                    yield from self._unreferenced(refcounts, cluster.offset, f"cluster {cluster.number}")
-                    if cluster.offset in active:
-                        yield f"cluster {cluster.number} is taken by the disk in use, which would write into it"
+                    yield from self._freed(cluster.offset, f"cluster {cluster.number}")
+        yield from self._flaws_of_active(seen)
 
-    def _unreferenced(self, refcounts: _Refcounts, offset: int, what: str) -> Iterator[str]:
-        if not self._head.features & DIRTY and refcounts.of(offset) == 0:
+    def _flaws_of_active(self, seen: _Marks) -> Iterator[str]:
+        """What is wrong with the tables of the disk in use: a load frees what they lead to.
+
+        They may be older than in QEMU's memory, but they never lead astray: QEMU writes a refcount before a table that
+        needs it, and a table before one that leads to it.
+        """
+        head, row = self._head, self._row
+        disk = "of the disk in use, which any load gives up,"
+        for number, (table_at, table) in enumerate(self._tables(head.l1_at, head.l1_size)):
+            if table is None:
+                yield f"L2 table {number} {disk} is not in the file"
+                continue
+            own = qcow2.entries(self._file, row.l1_at + 8 * number, 1) if number < row.l1_size else array("Q", [0])
+            own_at = own[0] & OFFSET if own else 0
+            if table_at in (0, own_at):
+                continue
+            own_table = qcow2.entries(self._file, own_at, head.cluster // 8) if own_at else array("Q")
+            if not seen.is_free(table_at):
+                yield f"L2 table {number} {disk} lies where a part of the snapshot does"
+            for cluster in _leaves(head, number, table):
+                place = cluster.number % (head.of_l1 // head.cluster) * head.step
+                is_shared = place < len(own_table) and own_table[place] & OFFSET == cluster.offset
+                if is_shared and not table[place] & COPIED:
+                    continue
+                if cluster.is_compressed:
+                    continue
+                if cluster.offset % head.cluster or cluster.offset > self._file_size + _AHEAD:
+                    yield f"cluster {cluster.number} {disk} is not in the file"
+                elif not seen.is_free(cluster.offset):
+                    yield f"cluster {cluster.number} {disk} lies where a part of the snapshot does"
+                else:
+                    yield from self._freed(cluster.offset, f"cluster {cluster.number} {disk}")
+
+    def _freed(self, offset: int, what: str) -> Iterator[str]:
+        if offset and not self._head.features & DIRTY and self._refcounts.of(offset) == 0:
             yield f"{what} counts as free, and would be written over"
 
-    def _tables(self) -> Iterator[tuple[int, array[int] | None]]:
+    def _tables(self, l1_at: int, l1_size: int) -> Iterator[tuple[int, array[int] | None]]:
         """The L2 tables with their offsets; None for one that is not in the file. One that there is not is empty."""
         cluster = self._head.cluster
-        for entry in qcow2.entries(self._file, self._row.l1_at, self._row.l1_size):
+        for entry in qcow2.entries(self._file, l1_at, l1_size):
             at = entry & OFFSET
             if not at:
                 yield 0, array("Q")
@@ -106,18 +140,6 @@ class StoredSnapshot:
                 yield at, None
             else:
                 yield at, qcow2.entries(self._file, at, cluster // 8)
-
-    def _claimed(self, number: int) -> set[int]:
-        """The clusters that the active table says are its own, of the same part of the contents."""
-        head = self._head
-        if number >= head.l1_size:
-            return set()
-        (entry,) = qcow2.entries(self._file, head.l1_at + 8 * number, 1) or (0,)
-        at = entry & OFFSET
-        if not at or not entry & COPIED:
-            return set()
-        table = qcow2.entries(self._file, at, head.cluster // 8)
-        return {leaf & OFFSET for leaf in table[:: head.step] if leaf & COPIED and not leaf & COMPRESSED}
 
     def checksum(self, ended: Callable[[], bool]) -> str:
         """SHA-256 of the disk's size and of all that is stored for it, cluster by cluster, each with its number.
@@ -145,7 +167,7 @@ class StoredSnapshot:
     def _stretches(self) -> Iterator[tuple[int, int, int, int]]:
         """Clusters that follow each other: the first one's number, their offset, all bytes, and the bytes of each."""
         first = begin = size = 0
-        for number, (_, table) in enumerate(self._tables()):
+        for number, (_, table) in enumerate(self._tables(self._row.l1_at, self._row.l1_size)):
             if table is None:
                 raise Damaged(f"L2 table {number} is not in the file")
             for cluster in _leaves(self._head, number, table):
@@ -176,24 +198,24 @@ def _leaves(head: Header, number: int, table: array[int]) -> Iterator[Cluster]:
             yield Cluster(index, leaf & OFFSET, head.cluster, is_compressed=False)
 
 
-def _clusters_of(offset: int, size: int, cluster: int) -> range:
-    return range(offset, offset + size, cluster)
-
-
 class _Marks:
-    """Which clusters of a file have been seen."""
+    """Which clusters of a file the snapshot, or the image itself, uses."""
 
     def __init__(self, file_size: int, cluster: int) -> None:
         self._cluster = cluster
         self._seen = bytearray(-(-file_size // cluster))
-        self.add(0)  # the header
 
-    def add(self, offset: int) -> bool:
-        """Mark a cluster; false if it was marked before."""
+    def is_free(self, offset: int) -> bool:
+        """Whether a cluster is not marked."""
         number = offset // self._cluster
-        was = self._seen[number]
-        self._seen[number] = 1
-        return not was
+        return number >= len(self._seen) or not self._seen[number]
+
+    def add(self, offset: int, size: int = 1) -> bool:
+        """Mark the clusters of so many bytes; false if the first one was marked before."""
+        was_free = self.is_free(offset)
+        for number in range(offset // self._cluster, min(len(self._seen), -(-(offset + size) // self._cluster))):
+            self._seen[number] = 1
+        return was_free
 
 
 class _Refcounts:

@@ -13,7 +13,7 @@ import pytest
 
 from qsnap.inventory import qcow2
 from qsnap.inventory.state_file import STREAM_OFFSET
-from support.guest import Guest, Launch, blockdev, both_monitors, cli, make_boot_disk, needs_snapshot_jobs
+from support.guest import Guest, Launch, blockdev, both_monitors, cli, make_boot_disk, make_disk, needs_snapshot_jobs
 from support.proxy import Intercept
 
 CLUSTER = 65536
@@ -180,6 +180,42 @@ def test_a_flipped_byte(guest: Guest, images: dict[str, Path], node: str) -> Non
     assert words == f"{node}: its data are not those that were read when it was first verified"
     # Nothing new was written down
     assert verdicts(guest, "--read-data", expect=10)["t"][0] is False
+
+
+def test_a_large_sparse_disk(launch: Launch, tmp_path: Path) -> None:
+    """Most of its L1 table is empty; with small clusters, and large ones."""
+    boot = make_boot_disk(tmp_path / "boot")
+    more = []
+    for size in (4096, 2 << 20):
+        path = make_disk(
+            tmp_path / f"d{size}",
+            "40G",
+            "qcow2",
+            "-o",
+            f"cluster_size={size},extended_l2={'on' if size > 16384 else 'off'}",
+        )
+        more += [*blockdev(f"d{size}", path), "-device", f"virtio-blk,drive=d{size}"]
+    guest = launch(*blockdev("boot", boot), "-device", "virtio-blk,drive=boot", *more)
+    guest.wait_for_ticks(40)
+    cli("save", "t", monitor=guest.address)
+    assert verdicts(guest, "--read-data") == {"t": (True, "")}
+    guest.wait_for_ticks(40)
+    assert verdicts(guest, "--read-data") == {"t": (True, "")}
+
+
+def test_the_disk_in_use(guest: Guest, images: dict[str, Path]) -> None:
+    """A load would free what its tables lead to."""
+    cli("save", "t", monitor=guest.address)
+    guest.wait_for_ticks(10)
+    image = images["b"]
+    guest.qmp("stop")
+    head = _header_of(image)
+    own = entry(image, l2_of(image, "t", state=False)) & qcow2.OFFSET
+    changed(image, (entry(image, head.l1_at) & qcow2.OFFSET) + 8, struct.pack(">Q", own | qcow2.COPIED))
+    assert (
+        "b: cluster 1 of the disk in use, which any load gives up, lies where a part"
+        in verdicts(guest, expect=10)["t"][1]
+    )
 
 
 def test_counted_as_free(guest: Guest, images: dict[str, Path]) -> None:
