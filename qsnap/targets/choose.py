@@ -216,6 +216,8 @@ def _named(wanted: str, config: Config, running: Sequence[RunningVM]) -> Target:
     if not found:
         names = ", ".join(vm.name for vm in known_vms(config, running) if vm.name)
         raise NoVM(f"no VM {wanted!r} is running, by -name, pid or UUID{f' (known: {names})' if names else ''}")
+    # Not one without a monitor for us, as that of a restore drill, which has the UUID of the VM that it copies
+    found = [vm for vm in found if vm.monitor] or found
     if len(found) > 1:
         raise SeveralVMs(f"{len(found)} VMs are called {wanted!r}; choose one", found)
     return _target(found[0], config, wanted if wanted in config.vms else None)

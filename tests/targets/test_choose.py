@@ -68,6 +68,8 @@ def test_by_name_pid_and_uuid() -> None:
     other = msgspec.structs.replace(DB, uuid="AB-1")
     for wanted in ("db", "8", "ab-1"):
         assert chosen(WEB, other, wanted=wanted) == ("unix:/db", 8, False)
+    drill = msgspec.structs.replace(vm(9, None), uuid="AB-1")
+    assert chosen(other, drill, wanted="ab-1") == ("unix:/db", 8, False), "a copy without a monitor is not meant"
     with pytest.raises(NoVM, match=r"no VM 'x' is running, by -name, pid or UUID \(known: web, db\)"):
         chosen(WEB, DB, wanted="x")
     with pytest.raises(SeveralVMs) as error:

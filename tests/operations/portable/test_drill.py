@@ -15,6 +15,8 @@ import pytest
 import qsnap
 import qsnap.guest
 from qsnap.errors import VerifyFailed
+from qsnap.targets.running import running_vms
+from qsnap.targets.vms import usable
 from support.guest import (
     Guest,
     Launch,
@@ -117,6 +119,8 @@ def test_a_drill_that_is_killed_takes_its_guest_along(guest: Guest, tmp_path: Pa
         clone = until("the clone to run", lambda: next(iter(tmp_path.glob("qsnap-drill-*/work/serial0.log")), None))
         (child,) = (one for one in psutil.Process(process.pid).children() if "-incoming" in one.cmdline())
         until("its output", lambda: clone.read_bytes().count(b"c=") > 2)
+        # Nobody who looks for a VM takes it for one
+        assert [usable(vm) for vm in running_vms() if vm.pid == child.pid] == [None]
     finally:
         process.send_signal(signal.SIGKILL)
         process.wait(30)
