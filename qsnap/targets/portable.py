@@ -6,7 +6,8 @@ properties; what is behind it on this host is replaced:
 * A disk or medium gets another file (:class:`Drive`): its contents are copied, see
   :mod:`qsnap.operations.portable.export`. Filters above its image, caches and limits belong to this host.
 * A network card is connected to nothing: a hub without another port; or, because its state is in the VM state, QEMU's
-  own user network, which is restricted so that it leads nowhere (``restrict=on``).
+  own user network, which is restricted so that it leads nowhere (``restrict=on``). A card that needs a tap gets one,
+  and QEMU a network namespace in which there is nothing else.
 * A serial port or console gets a socket in the working directory, and a log beside it; any other chardev is ``null``.
 * RAM that comes from a file is plain RAM: a RAM block is known by the object's id.
 * The machine type is the one that the VM state names: an alias such as ``q35`` is another machine in every version.
@@ -73,7 +74,9 @@ _OF_USER_NETWORKS = frozenset((
     "ipv6-prefixlen", "ipv6-host", "ipv6-dns", "model", "mac", "addr", "vectors", "name",
 ))  # fmt: skip
 _OF_CARDS = frozenset(("model", "mac", "addr", "vectors", "name", "id"))
-#: Networks with an offload header (vnet_hdr): a virtio-net card that had one is not loaded without one.
+#: Networks with an offload header (vnet_hdr): a virtio-net card that had one is not loaded without one ("saved image
+#: requires vnet_hdr=on", hw/net/virtio-net.c). What stays of them besides the card.
+_OF_TAPS = frozenset(("queues", "vnet_hdr"))
 _TAPS = frozenset(("tap", "bridge"))
 _CARDS_WITH_HEADER = ("virtio-net", "virtio", "e1000e", "igb", "vmxnet3")
 _REFUSED_NETWORKS = frozenset(("vhost-user", "vhost-vdpa"))
@@ -162,6 +165,7 @@ class Portable(NamedTuple):
     :ivar words: the arguments, with drives yet to be given their contents.
     :ivar refusals: why it cannot be used elsewhere, a clause for each option; then nothing else counts.
     :ivar devices: the devices that the user has given the guest.
+    :ivar taps: the taps that QEMU makes, in a network namespace of its own.
     :ivar name: the guest's ``-name``; "" without one.
     :ivar consoles: the names of its serial ports and consoles: each is a socket, and its log has ``.log`` behind that.
     """
@@ -172,6 +176,7 @@ class Portable(NamedTuple):
     warnings: list[str]
     devices: list[GuestDevice]
     consoles: list[str]
+    taps: list[str]
     name: str
 
     @property
@@ -223,7 +228,7 @@ class _Translation:
     def __init__(self, given: Sequence[tuple[str, str]], is_file: Callable[[str], bool]) -> None:
         self._given = given
         self._is_file = is_file
-        self._made = Portable([], [], [], [], [], [], merged(given, "name", "guest").get("guest", ""))
+        self._made = Portable([], [], [], [], [], [], [], merged(given, "name", "guest").get("guest", ""))
         #: Which chardevs are consoles, by id.
         self._consoles = {
             found["chardev"]
@@ -480,7 +485,13 @@ class _Translation:
         if kind in _REFUSED_NETWORKS:
             self._refuse(option, text, "the other half of its card is outside QEMU")
         elif kind in _TAPS and card.startswith(_CARDS_WITH_HEADER):
-            self._refuse(option, text, f"a {card} card on it is not loaded without a network of that kind")
+            kept = {key: one for key, one in found.items() if key in (*_OF_CARDS, *_OF_TAPS)}
+            if "fds" in found:
+                kept["queues"] = str(len(found["fds"].split(":")))
+            name = f"qsnap{len(self._made.taps)}"
+            self._made.taps.append(name)
+            tap = {"type": "tap", "ifname": name, "script": "no", "downscript": "no", **kept}
+            self._made.words.extend((f"-{option}", joined(tap, "type")))
         elif kind == "user":
             kept = {key: one for key, one in found.items() if key in _OF_USER_NETWORKS}
             network = joined({"type": "user", **kept, "restrict": "on"}, "type")

@@ -484,6 +484,7 @@ def _complete(part: Path, target: Path, written: _Written, plan: _Plan) -> int:
         emulator=plan.qemu.emulator,
         arguments=tuple(plan.made.finished(written.contents)),
         consoles=tuple(plan.made.consoles),
+        is_isolated=bool(plan.made.taps),
         disks=tuple(written.disks),
         files=tuple(written.files),
         warnings=tuple(finding.message for finding in plan.warnings),

@@ -74,8 +74,15 @@ class Manifest(Struct, frozen=True):
     disks: tuple[ExportedDisk, ...]
     files: tuple[ExportedFile, ...]
     """All files but the manifest itself."""
+    is_isolated: bool = False
+    """QEMU is started in a network namespace of its own, and may make taps there (unshare(1), -r and -n)."""
     warnings: tuple[str, ...] = ()
     format: int = FORMAT
+
+    @property
+    def isolation(self) -> tuple[str, ...]:
+        """What comes before the program."""
+        return ("unshare", "--map-root-user", "--net", "--") if self.is_isolated else ()
 
     @property
     def loading(self) -> tuple[str, ...]:
@@ -112,6 +119,7 @@ class Manifest(Struct, frozen=True):
             tag=" ".join(shlex.quote(self.tag).split()),
             qemu=shlex.quote(Path(called(self.emulator)[-1]).name),
             overlays=overlays,
+            isolation="".join(f"{word} " for word in self.isolation),
             arguments=shlex.join(words),
         )
 
@@ -130,7 +138,7 @@ cd "$directory"
 ln -sfn "$here" export
 {overlays}
 echo "QEMU runs in $directory, with a QMP monitor at $directory/qmp. The guest is paused: c lets it run" >&2
-exec "${{QEMU:-{qemu}}}" {arguments} "$@"
+exec {isolation}"${{QEMU:-{qemu}}}" {arguments} "$@"
 """
 
 

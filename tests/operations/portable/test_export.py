@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 from pathlib import Path
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 
 import qsnap
+import support.guest
 from qsnap.errors import PrecheckRefused
 from qsnap.host import processes
 from support.disks import firmware
@@ -124,6 +126,33 @@ def test_all_kinds_of_drives(launch: Launch, tmp_path: Path) -> None:
     with booted(tmp_path / "thin", "--paused") as clone:
         assert clone.told["runstate"] == "paused"
     guest.assert_running()
+
+
+def can_tap() -> bool:
+    """Whether a process may make a tap in a network namespace of its own, as QEMU does there."""
+    made = ["unshare", "-rn", "sh", "-c", "test -r /dev/net/tun -a -w /dev/net/tun"]
+    return subprocess.run(made, capture_output=True, timeout=30).returncode == 0
+
+
+@pytest.mark.skipif(not can_tap(), reason="this machine lets nobody make a tap")
+def test_a_card_on_a_tap(launch: Launch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its state has an offload header (vnet_hdr), and is not loaded without one."""
+    boot = make_boot_disk(tmp_path / "disk0")
+    wrapper = tmp_path / "qemu"
+    wrapper.write_text(f'#!/bin/sh\nexec unshare -rn {QEMU} "$@"\n')
+    wrapper.chmod(0o755)
+    monkeypatch.setattr(support.guest, "QEMU", str(wrapper))
+    guest = launch(
+        *blockdev("disk0", boot), "-device", "virtio-blk,drive=disk0",
+        "-netdev", "tap,id=net,ifname=t0,script=no,downscript=no", "-device", "virtio-net,netdev=net",
+    )  # fmt: skip
+    guest.wait_for_ticks()
+    between = saved(guest, "s")
+    cli("export", "s", str(tmp_path / "export"), monitor=guest.address)
+    with booted(tmp_path / "export") as clone:
+        clone.assert_goes_on_from(*between, ticks=3)
+        devices = Path(f"/proc/{clone.pid}/net/dev").read_text()
+        assert re.findall(r"(\w+):", devices) == ["lo", "qsnap0"]
 
 
 def test_what_is_not_on_the_command_line_is_refused_by_name(launch: Launch, tmp_path: Path) -> None:
