@@ -44,8 +44,6 @@ LOG = "log"
 _QUOTED_LINES = 8
 #: Options of the user's that are instead of those of the export: QEMU would take both.
 _INSTEAD = ("-accel", "-cpu")
-#: What :func:`die_with_parent` sets, once more: a process that gets a user namespace loses it (prctl(2)).
-_DIES_WITH_PARENT = ("setpriv", "--pdeathsig", "KILL", "--")
 #: Waits until nobody holds the other end of standard input, and removes the directory.
 _REMOVER = 'cat >/dev/null; cd /; rm -rf -- "$1"'
 
@@ -212,8 +210,7 @@ async def started(
     (work / EXPORT).symlink_to(directory)
     images = QemuImg(emulator)
     await asyncio.gather(*(images.run(*line, cwd=work) for line in about.overlays))
-    again = _DIES_WITH_PARENT if is_ours and about.is_isolated else ()
-    words = [*about.isolation, *again, *emulator, *_arguments(about, request)]
+    words = [*about.isolation, *emulator, *_arguments(about, request)]
     listener: socket.socket | None = None
     if is_ours:
         listener = socket.socket(socket.AF_UNIX)
