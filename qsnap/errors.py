@@ -4,7 +4,6 @@
 
     QsnapError                  1   anything without a code of its own
     ├── CommandFailed           1   QEMU refused a monitor command
-    ├── OperationTimeout        1   --timeout has passed; the guest was resumed
     ├── BadUsage                2   an address, name or option that is not valid
     │   └── choice.SeveralVMs   2   it is not said which of them is meant
     ├── PartialFailure          3   of several tags, some were done and some not
@@ -20,6 +19,7 @@
     ├── JobFailed               9   QEMU began the work and reported an error
     ├── VerifyFailed           10   QEMU reported success, and what is there says otherwise
     ├── VMLocked               11   another qsnap is using this VM
+    ├── OperationTimeout       12   --timeout has passed; the guest was resumed
     ├── GuestLeftStopped       20   the guest was running and is stopped now: alert on this one
     └── Interrupted      128 + n   signal n ended the command; the guest was resumed
 
@@ -52,6 +52,8 @@ class QsnapError(Exception):
     outcome = ""
     #: A live save failed and was undone. The guest runs, and nothing of the new snapshot is left.
     undone = False
+    #: The VM that it is about, by the name that the command line uses; "" if that is not known.
+    vm = ""
 
     def __str__(self) -> str:
         sentence = self.sentence()
@@ -74,7 +76,7 @@ class QsnapError(Exception):
         return {}
 
     def _summary(self) -> dict[str, object]:
-        return {"error": type(self).__name__, "exit_code": self.exit_code, "message": str(self)}
+        return {"error": type(self).__name__, "exit_code": self.exit_code, "message": str(self), "vm": self.vm or None}
 
 
 class CommandFailed(QsnapError):
@@ -92,6 +94,9 @@ class CommandFailed(QsnapError):
 
 class OperationTimeout(QsnapError):
     """The time that the caller gave has passed. The guest was resumed before this was raised."""
+
+    exit_code = 12
+    meaning = "the time of `--timeout` is over (guest resumed)"
 
 
 class BadUsage(QsnapError):
@@ -338,6 +343,7 @@ EXIT_TABLE: tuple[tuple[str, str], ...] = (
             JobFailed,
             VerifyFailed,
             VMLocked,
+            OperationTimeout,
             GuestLeftStopped,
         )
     ),

@@ -183,6 +183,7 @@ class VM:
         full: bool = False,
         verify: bool = False,
         save_current: bool | str = False,
+        watch: Watcher | None = None,
     ) -> LoadResult:
         """Put RAM, device state and disks back: see :func:`qsnap.operations.load.do_loadvm`, and
         :class:`qsnap.model.requests.LoadRequest` for the arguments.
@@ -204,23 +205,26 @@ class VM:
             verify=verify,
         )
         if save_current is False:
-            return await self._load(request)
-        return await self._load_saving(request, None if save_current is True else save_current)
+            return await self._load(request, watch)
+        return await self._load_saving(request, None if save_current is True else save_current, watch)
 
-    async def _load(self, request: LoadRequest, saved: SaveResult | None = None) -> LoadResult:
+    async def _load(self, request: LoadRequest, watch: Watcher | None, saved: SaveResult | None = None) -> LoadResult:
         from qsnap.operations.load import do_loadvm
         from qsnap.operations.position import note_position, position_kept
+        from qsnap.operations.progress import watched_load
 
         async with self._claimed("load", (request.tag,)) as run:
             run.remember()
             inventory = await self._tidied(run)
+            found = inventory.find(request.tag)
             with position_kept(run):
-                result = await do_loadvm(run, request)
+                async with watched_load(watch, self.pid, found.vm_state_size if found else 0):
+                    result = await do_loadvm(run, request)
             undo = inventory.find(saved.tag) if saved else None
-            await note_position(run, inventory, inventory.find(request.tag), saved=False, undo=undo)
+            await note_position(run, inventory, found, saved=False, undo=undo)
             return msgspec.structs.replace(result, saved=saved)
 
-    async def _load_saving(self, request: LoadRequest, name: str | None) -> LoadResult:
+    async def _load_saving(self, request: LoadRequest, name: str | None, watch: Watcher | None) -> LoadResult:
         """Save what the load discards, and load."""
         from qsnap.operations.plan import plan_load
         from qsnap.tags import UNDO_SERIES, free_automatic_tag, series_tag
@@ -233,12 +237,12 @@ class VM:
         graph = await run.monitor.block_graph()
         tag = name or free_automatic_tag(graph, lambda now: series_tag(UNDO_SERIES, now))
         try:
-            saved = await self.save(tag, replace=False, live="auto", exclude=request.exclude)
+            saved = await self.save(tag, replace=False, live="auto", exclude=request.exclude, watch=watch)
         except QsnapError as error:
             error.adds("nothing was loaded, because what the load discards could not be saved")
             raise
         try:
-            result = await self._load(request, saved)
+            result = await self._load(request, watch, saved)
         except QsnapError as error:
             error.adds(f"what the guest had done before is saved as {tag!r}")
             raise
@@ -252,7 +256,7 @@ class VM:
                 self.remarks.append(f"of the series {UNDO_SERIES!r} not only the last snapshot is left: {error}")
         return result
 
-    async def undo(self, *, save_current: bool = True) -> LoadResult:
+    async def undo(self, *, save_current: bool = True, watch: Watcher | None = None) -> LoadResult:
         """Load what the last load has discarded, if that load saved it: see :meth:`load`.
 
         :param save_current: save first what this load discards in turn: another undo brings that back.
@@ -271,7 +275,7 @@ class VM:
             hint = f". There is {series[-1]!r}: qsnap load {series[-1]}" if series else ""
             nothing = "no load has saved what it discarded (qsnap load --save-current TAG), or that is deleted"
             raise SnapshotNotFound("", f"nothing to undo: {why or nothing}{hint}")
-        return await self.load(found, save_current=save_current)
+        return await self.load(found, save_current=save_current, watch=watch)
 
     async def delete(self, *tags: str, missing_ok: bool = False, ignore_unseen: bool = False) -> DeleteResult:
         """Delete snapshots from every device that holds them: see :func:`qsnap.operations.delete.do_delvm`.

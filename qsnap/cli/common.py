@@ -15,6 +15,8 @@ Action: TypeAlias = "Callable[[VM, Settings], Awaitable[Struct]]"
 
 #: VMs that are worked on at once by default: they share disks.
 PARALLEL_VMS = 2
+#: How progress is shown; the first is the default.
+PROGRESS_KINDS = ("auto", "json", "none")
 
 
 class Options(NamedTuple):
@@ -22,6 +24,7 @@ class Options(NamedTuple):
 
     Each is named as the parameter that click makes of its option: see :func:`qsnap.cli.options.takes`.
 
+    :ivar progress: how progress is shown: one of :data:`PROGRESS_KINDS`.
     :ivar monitor: None where the command line and the environment name none.
     :ivar vms: the names after ``--vm``.
     :ivar all_vms: every VM of this user that runs.
@@ -32,6 +35,7 @@ class Options(NamedTuple):
     quiet: bool
     verbose: bool
     config: str | None
+    progress: str = PROGRESS_KINDS[0]
     monitor: str | None = None
     vms: tuple[str, ...] = ()
     all_vms: bool = False

@@ -158,6 +158,6 @@ def plugin_answer(
         now = datetime.now().astimezone()
         if old and old.before(now) <= oldest.before(now):
             raise BadUsage(f"--warn-age {warn_age} must be shorter than --max-age {max_age}: it would never warn")
-        return do(options, recorder.around(look), answered)
+        return do(options, recorder.around(look), answered, looks=True)
     except QsnapError as error:
         return unknown(error)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from qsnap.cli.common import PARALLEL_VMS, Options
+from qsnap.cli.common import PARALLEL_VMS, PROGRESS_KINDS, Options
 
 if TYPE_CHECKING:
     from click.shell_completion import CompletionItem
@@ -84,7 +84,7 @@ def _write_options(
 
 
 def _heading(name: str) -> str:
-    if name in ("as_json", "quiet", "verbose", "config"):
+    if name in ("as_json", "quiet", "verbose", "config", "progress"):
         return "Output"
     if name in Options._fields:
         return "The VM"
@@ -106,6 +106,12 @@ output_options = (
     click.option("--json", "as_json", is_flag=True, help="Print one JSON document."),
     click.option("-q", "--quiet", is_flag=True, help="Print nothing on success (list and vms: only the names)."),
     click.option("-v", "--verbose", is_flag=True, help="Show the dialogue with QEMU on standard error."),
+    click.option(
+        "--progress",
+        type=click.Choice(PROGRESS_KINDS),
+        default=PROGRESS_KINDS[0],
+        help="How far it has come, on standard error: a bar on a terminal (auto), lines of JSON (json), or nothing.",
+    ),
     click.option(
         "--config",
         metavar="FILE",

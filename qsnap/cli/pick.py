@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import resource
+import sys
 from collections.abc import Iterator, Sequence
 from functools import cache
 from typing import TYPE_CHECKING
 
 from qsnap.cli.common import Options
-from qsnap.cli.output.show import say
+from qsnap.cli.output.show import is_terminal, say
 from qsnap.errors import BadUsage, QsnapError
 from qsnap.monitor.address import Address, TcpAddress
 from qsnap.targets.choose import Target, choose, choose_all
@@ -78,7 +79,7 @@ def _running_vms() -> Sequence[RunningVM]:
 
 
 def chosen(options: Options) -> Target:
-    """The VM that the options mean; if qsnap picked it, that is said on standard error.
+    """The VM that the options mean; if qsnap picked it, that is said: see :func:`say_which`.
 
     :raise BadUsage: a monitor was named that is not valid; or none, and several VMs run; or several were named.
     :raise NoVM: no such VM runs, or none at all.
@@ -88,10 +89,13 @@ def chosen(options: Options) -> Target:
     return meant
 
 
-def say_which(options: Options, meant: Target) -> None:
-    """Say which VM qsnap picked, and warn of a monitor that anybody can reach."""
+def say_which(options: Options, meant: Target, *, looks: bool = False) -> None:
+    """Say which VM qsnap picked, to a person and if it is changed; and warn of a monitor that anybody can reach.
+
+    :param looks: it is not changed.
+    """
     address = meant.address
     if isinstance(address, TcpAddress) and not address.is_loopback:
         say(f"warning: {address}: a monitor has no password; whoever reaches it controls the VM")
-    if meant.was_guessed and not options.quiet and not options.as_json:
-        say(f"qsnap: using {meant.title} at {address}")
+    if meant.was_guessed and not looks and not options.quiet and not options.as_json and is_terminal(sys.stderr):
+        say(f"using {meant.name}")

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from qsnap.cli.common import Action, Options
-from qsnap.cli.output.results import Outcome, Outcomes
+from qsnap.cli.output.results import OfVM, Outcome, Outcomes
 from qsnap.cli.pick import refuse_few_files, say_which, targets
 from qsnap.cli.runner import connected
 from qsnap.cli.signals import run_interruptibly
@@ -18,10 +18,17 @@ if TYPE_CHECKING:
     from qsnap.targets.choose import Target
 
 
-def do(options: Options, action: Action, seen: Callable[[Outcome], Outcome] = lambda outcome: outcome) -> Struct:
+def do(
+    options: Options,
+    action: Action,
+    seen: Callable[[Outcome], Outcome] = lambda outcome: outcome,
+    *,
+    looks: bool = False,
+) -> Struct:
     """Do *action* with each VM that is meant, at ``options.jobs`` of them at once.
 
     :param seen: is given what became of each, and may make something else of it.
+    :param looks: it changes nothing, so that it need not be said with which VM.
     :return: what came of the one VM, or all that did of several.
     :raise BadUsage: the options that choose the VMs contradict each other.
     :raise Interrupted: by a signal; the guests were resumed.
@@ -29,20 +36,22 @@ def do(options: Options, action: Action, seen: Callable[[Outcome], Outcome] = la
     """
     cut_off: list[str] = []
     try:
-        outcomes = [seen(outcome) for outcome in _each(options, action, cut_off)]
+        outcomes = [seen(outcome) for outcome in _each(options, action, cut_off, looks=looks)]
     except Interrupted as interrupted:
+        if len(cut_off) == 1:
+            (interrupted.vm,) = cut_off
         for title in cut_off:
             seen(Outcome(title, interrupted))
         raise
     if options.is_of_several:
         return Outcomes(vms=tuple(outcomes))
-    ((_, result),) = outcomes
+    ((title, result),) = outcomes
     if isinstance(result, QsnapError):
         raise result
-    return result
+    return OfVM(vm=title, result=result)
 
 
-def _each(options: Options, action: Action, cut_off: list[str]) -> list[Outcome]:
+def _each(options: Options, action: Action, cut_off: list[str], *, looks: bool) -> list[Outcome]:
     """What became of each VM; *cut_off* gets the titles of those that an interrupt has kept from being done."""
     refuse_few_files(options.jobs if options.is_of_several else 1)
     meant = list(targets(options))
@@ -51,14 +60,16 @@ def _each(options: Options, action: Action, cut_off: list[str]) -> list[Outcome]
 
     async def one(title: str, target: Target | QsnapError) -> Outcome:
         if isinstance(target, QsnapError):
+            target.vm = title
             return Outcome(title, target)
         if not options.is_of_several:
-            say_which(options, target)
+            say_which(options, target, looks=looks)
         try:
             async with turns:
                 outcome = Outcome(title, await connected(options, target, action))
             ended.append((title, "done"))
         except QsnapError as error:
+            error.vm = title
             outcome = Outcome(title, error)
             ended.append((title, str(error)))
         except asyncio.CancelledError as cancelled:

@@ -43,8 +43,8 @@ _MEANINGS: Mapping[str, str] = {
 #: The options that all commands share, which may stand before the verb: whether each takes a value.
 SHARED: Mapping[str, bool] = {
     "-m": True, "--monitor": True, "--vm": True, "--timeout": True, "--lock-wait": True, "--state-dir": True,
-    "--jobs": True, "--config": True, "--ignore-unseen": False, "--all": False, "--json": False, "-q": False,
-    "--quiet": False, "-v": False, "--verbose": False,
+    "--jobs": True, "--config": True, "--progress": True, "--ignore-unseen": False, "--all": False,
+    "--json": False, "-q": False, "--quiet": False, "-v": False, "--verbose": False,
 }  # fmt: skip
 
 

@@ -148,11 +148,20 @@ def allocated_bytes(path: Path) -> int:
 
 def written_bytes(pid: int | None) -> int:
     """Bytes that the process has given the kernel to write (proc(5), /proc/PID/io); 0 if that may not be read."""
+    return _io(pid, "wchar:")
+
+
+def read_bytes(pid: int | None) -> int:
+    """Bytes that the process has got from the kernel; 0 if that may not be read."""
+    return _io(pid, "rchar:")
+
+
+def _io(pid: int | None, field: str) -> int:
     try:
         lines = Path(f"/proc/{pid}/io").read_text().splitlines()
     except OSError:
         return 0
-    return next((int(line.split()[1]) for line in lines if line.startswith("wchar:")), 0)
+    return next((int(line.split()[1]) for line in lines if line.startswith(field)), 0)
 
 
 def free_bytes(path: Path) -> tuple[int, int]:

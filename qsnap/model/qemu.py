@@ -63,9 +63,41 @@ class Struct(msgspec.Struct, frozen=True, kw_only=True):
     """Base of the types below: immutable, named arguments only."""
 
     def to_json(self) -> dict[str, Any]:
-        """The same as plain dicts, lists, strings and numbers."""
-        plain: dict[str, Any] = msgspec.to_builtins(self)
+        """The same as plain dicts, lists, strings and numbers, with devices by the names that people use."""
+        plain: dict[str, Any] = named(msgspec.to_builtins(self))
         return plain
+
+
+#: The keys of node-names in documents; what stands beside them as ``labels`` has the names that people use.
+_NODES = ("vmstate", "devices", "missing", "excluded", "carried", "deleted", "rows")
+
+
+def named(document: Any) -> Any:  # noqa: ANN401 (any document)
+    """A document with the node-names that QEMU made up ("#block123") replaced, as far as its ``labels`` tell.
+
+    Such a name is another one after each start of QEMU. ``labels`` keeps it beside.
+    """
+    if isinstance(document, list | tuple):
+        return [named(one) for one in document]
+    if not isinstance(document, dict):
+        return document
+    labels: dict[str, str] = document.get("labels") or {}
+    return {
+        key: _renamed(value, labels) if key in _NODES and labels else value if key == "labels" else named(value)
+        for key, value in document.items()
+    }
+
+
+def _renamed(value: Any, labels: Mapping[str, str]) -> Any:  # noqa: ANN401 (a value of a document)
+    match value:
+        case str():
+            return labels.get(value, value)
+        case list() | tuple():
+            return [_renamed(one, labels) for one in value]
+        case dict():
+            return {labels.get(key, key): _renamed(one, labels) for key, one in value.items()}
+        case _:
+            return value
 
 
 class NodeSnapshot(Struct, frozen=True):

@@ -10,14 +10,15 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from enum import StrEnum
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from qsnap.host.processes import allocated_bytes, written_bytes
+from qsnap.host.processes import allocated_bytes, read_bytes, written_bytes
 
 _log = logging.getLogger(__name__)
 
@@ -37,6 +38,7 @@ class Phase(StrEnum):
     FLUSHING = "flushing"
     VERIFYING = "verifying"
     EXPORTING = "exporting"
+    LOADING = "loading"
     CHECKING = "checking"
 
 
@@ -65,7 +67,42 @@ async def watched(
     if watch is None:
         yield
         return
-    looking = asyncio.create_task(_look(watch, pid, image, expected))
+    async with _beside(_look(watch, pid, image, expected)):
+        yield
+
+
+@asynccontextmanager
+async def watched_load(watch: Watcher | None, pid: int | None, expected: int) -> AsyncIterator[None]:
+    """Call *watch* every 0.1 s for the duration of a load.
+
+    What moves are the bytes that QEMU reads, and those that we read to compare RAM with the snapshot: together about
+    the VM state. Of another user's QEMU only the time is known.
+
+    :param pid: QEMU's process, if it is on this machine.
+    :param expected: bytes of the VM state.
+    """
+    if watch is None:
+        yield
+        return
+    began, pids = time.monotonic(), (os.getpid(), pid)
+    before = sum(map(read_bytes, pids))
+
+    async def look() -> None:
+        while True:
+            done = sum(map(read_bytes, pids)) - before
+            is_seen = bool(expected) and bool(read_bytes(pid))
+            amounts = (min(done, expected), expected) if is_seen else (None, None)
+            watch(Progress(Phase.LOADING, time.monotonic() - began, *amounts))
+            await asyncio.sleep(INTERVAL_S)
+
+    async with _beside(look()):
+        yield
+
+
+@asynccontextmanager
+async def _beside(work: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
+    """Do *work* for the duration of a block, and end it then."""
+    looking = asyncio.create_task(work)
     try:
         yield
     finally:

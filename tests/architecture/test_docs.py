@@ -86,7 +86,7 @@ def test_options_in_the_docs_exist() -> None:
 
 @pytest.mark.parametrize("name", sorted(cli.commands))
 def test_which_commands_take_the_common_options(name: str) -> None:
-    of_output = {"--json", "--quiet", "--verbose", "--config"}
+    of_output = {"--json", "--quiet", "--verbose", "--config", "--progress"}
     of_vm = {"--monitor", "--vm", "--timeout", "--lock-wait", "--state-dir", "--ignore-unseen", "--all", "--jobs"}
     of_one = of_output | of_vm - {"--all", "--jobs"}
     taken = {

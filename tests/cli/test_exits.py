@@ -57,11 +57,11 @@ def test_0_done(guest: Guest, disks: dict[Path, list[str]]) -> None:
 
 
 @both_monitors
-def test_1_timeout(launch: Launch, tmp_path: Path) -> None:
+def test_12_timeout(launch: Launch, tmp_path: Path) -> None:
     guest, image = big_guest(launch, tmp_path)
-    run = cli("save", "t", "--timeout", "0.4", "--json", monitor=guest.address, expect=1)
-    assert run.error["error"] == "OperationTimeout"
-    assert run.error["exit_code"] == 1
+    run = cli("save", "t", "--timeout", "0.4", "--json", monitor=guest.address, expect=12)
+    assert (run.error["error"], run.error["exit_code"]) == ("OperationTimeout", 12)
+    assert run.error["vm"] == guest.address
     assert_nothing_left(guest, {image: []})
 
 

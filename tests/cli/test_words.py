@@ -108,7 +108,7 @@ def test_pause_and_resume(guest: Guest, transport: str) -> None:
     assert cli("pause", monitor=guest.address).out == "guest paused\n"
     count = guest.counter
     assert cli("pause", monitor=guest.address).out == "guest paused, as it was\n"
-    assert cli("pause", "--json", monitor=guest.address).json == {"runstate": "paused", "before": "paused"}
+    assert cli("pause", "--json", monitor=guest.address).json["before"] == "paused"
     cli("save", "one", monitor=guest.address)
     assert guest.counter == count
     lines = lines_on_terminal("load", "one", "-m", guest.address, columns=200)

@@ -13,16 +13,19 @@ import termios
 import unicodedata
 
 
-def on_terminal(*args: str, columns: int = 200, env: dict[str, str] | None = None) -> str:
+def on_terminal(
+    *args: str,
+    columns: int = 200,
+    env: dict[str, str] | None = None,
+    program: tuple[str, ...] = (sys.executable, "-m", "qsnap"),
+) -> str:
     """What qsnap writes when both outputs are a terminal."""
     master, slave = pty.openpty()
     fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 50, columns, 0, 0))
     environment = {**os.environ, "TERM": "xterm-256color", **(env or {})}
     environment.pop("COLUMNS", None)
     environment.pop("QSNAP_MONITOR", None)
-    process = subprocess.Popen(
-        [sys.executable, "-m", "qsnap", *args], stdin=subprocess.DEVNULL, stdout=slave, stderr=slave, env=environment
-    )
+    process = subprocess.Popen([*program, *args], stdin=subprocess.DEVNULL, stdout=slave, stderr=slave, env=environment)
     os.close(slave)
     chunks = []
     try:

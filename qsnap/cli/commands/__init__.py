@@ -5,8 +5,11 @@ from __future__ import annotations
 from qsnap.cli.common import Action, Options
 
 
-def work(options: Options, action: Action) -> int:
-    """Do *action* with each VM that is meant, and show what comes of it; the exit code."""
+def work(options: Options, action: Action, *, looks: bool = False) -> int:
+    """Do *action* with each VM that is meant, and show what comes of it; the exit code.
+
+    :param looks: it changes nothing.
+    """
     from qsnap.cli.several import do
 
-    return options.shown(do(options, action))
+    return options.shown(do(options, action, looks=looks))

@@ -36,13 +36,13 @@ def export(options: Options, tag: str, directory: Path, keep_backing: bool, forc
     DIR gets the disks as they were, the VM state, QEMU's command line without what belongs to this host, and checksums.
     The guest runs meanwhile. An option or a device that cannot be used elsewhere is refused by name.
     """
-    from qsnap.cli.output.bar import progress_bar
+    from qsnap.cli.output.bar import shown_progress
     from qsnap.cli.several import do
 
     async def action(vm: VM, _: Settings) -> ExportResult:
         return await vm.export(tag, directory, keep_backing=keep_backing, force=force, watch=watch)
 
-    with progress_bar("exporting", quiet=options.quiet) as watch:
+    with shown_progress("exporting", options) as watch:
         result = do(options, action)
     return options.shown(result)
 

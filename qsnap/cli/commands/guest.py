@@ -43,6 +43,7 @@ def check(options: Options, vmstate: str | None, exclude: tuple[str, ...]) -> in
     return work(
         options,
         lambda vm, settings: vm.check(vmstate=vmstate or settings.vmstate, exclude=excluded(exclude, settings)),
+        looks=True,
     )
 
 
@@ -71,7 +72,7 @@ def status(
     if max_age is not None:
         result = plugin_answer(options, recorder, prefix, max_age, warn_age)
     else:
-        result = do(options, recorder.around(lambda vm, _: vm.status()), recorder.record)
+        result = do(options, recorder.around(lambda vm, _: vm.status()), recorder.record, looks=True)
     return recorder.exit_code(options.shown(result))
 
 

@@ -21,7 +21,7 @@ from qsnap.cli.output.show import say
 from qsnap.errors import BadUsage, Interrupted, QsnapError
 
 if TYPE_CHECKING:
-    from qsnap.model.qemu import RunState
+    from qsnap.model.qemu import RunState, Struct
     from qsnap.model.results import LoadResult, SaveResult
     from qsnap.model.snapshots import Snapshot
     from qsnap.targets.choose import Target
@@ -168,6 +168,9 @@ class _Job:
             self._meant = chosen(self._options)
         try:
             return run_on(self._options, self._meant, action, obeys_signals=self.obeys_signals)
+        except QsnapError as error:
+            error.vm = self._meant.name
+            raise
         finally:
             # The command may start it anew: then it is another process at the same address
             self._meant = self._meant._replace(pid=None)
@@ -199,7 +202,7 @@ class _Job:
 
         result = self.step(save)
         if not dry_run:
-            self._options.shown(result, sys.stderr)
+            self._show(result)
 
     def save_to_revert(self, tag: str, runstate: RunState) -> None:
         """Save the guest under a tag of our own, and make sure that it can be put back; else nothing is left of it.
@@ -235,7 +238,13 @@ class _Job:
             may_sleep = back_to == "suspended"
             return await vm.load(tag, running=running, exclude=self.excluded(settings), may_sleep=may_sleep)
 
-        self._options.shown(self.step(load), sys.stderr)
+        self._show(self.step(load))
+
+    def _show(self, result: Struct) -> None:
+        from qsnap.cli.output.results import OfVM
+
+        assert self._meant is not None
+        self._options.shown(OfVM(vm=self._meant.name, result=result), sys.stderr)
 
 
 async def _runstate(vm: VM, _: Settings) -> RunState:

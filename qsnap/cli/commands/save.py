@@ -83,7 +83,7 @@ def save(
     one of a series; with a policy (--keep-…) the series is pruned after the save.
     """
     from qsnap.cli.monitoring import MetricsRecorder
-    from qsnap.cli.output.bar import save_bar
+    from qsnap.cli.output.bar import shown_progress
     from qsnap.cli.output.results import exit_code_of
     from qsnap.cli.ping import pinged
     from qsnap.cli.several import do
@@ -117,7 +117,7 @@ def save(
     recorder = MetricsRecorder(None if dry_run else textfile, prefix)
     with (
         pinged(None if dry_run else ping) as report,
-        save_bar(quiet=options.quiet or dry_run or options.is_of_several) as watch,
+        shown_progress("saving", options._replace(quiet=options.quiet or dry_run)) as watch,
     ):
         result = do(options, recorder.around(action), recorder.record)
         code = recorder.exit_code(exit_code_of(result))

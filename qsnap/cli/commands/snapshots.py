@@ -88,6 +88,9 @@ def load(
         raise BadUsage("--prefix goes with --latest")
     wanted = running if paused or running else None
 
+    from qsnap.cli.output.bar import shown_progress
+    from qsnap.cli.several import do
+
     async def loaded(vm: VM, settings: Settings) -> LoadResult:
         return await vm.load(
             tag if tag is not None else _newest(await vm.list(), prefix),
@@ -97,9 +100,12 @@ def load(
             full=full,
             verify=verify,
             save_current=save_current_as or (settings.save_current or False if save_current is None else save_current),
+            watch=watch,
         )
 
-    return work(options, loaded)
+    with shown_progress("loading", options) as watch:
+        result = do(options, loaded)
+    return options.shown(result)
 
 
 def _newest(found: Sequence[Snapshot], prefix: str | None) -> str:
@@ -130,7 +136,12 @@ def undo(options: Options, save_current: bool) -> int:
 
     That load must have saved it: qsnap load --save-current TAG, or save-current = true in the config file.
     """
-    return work(options, lambda vm, _: vm.undo(save_current=save_current))
+    from qsnap.cli.output.bar import shown_progress
+    from qsnap.cli.several import do
+
+    with shown_progress("loading", options) as watch:
+        result = do(options, lambda vm, _: vm.undo(save_current=save_current, watch=watch))
+    return options.shown(result)
 
 
 @click.command("list", cls=Command)
@@ -157,7 +168,7 @@ def list_(options: Options, prefix: str | None, last: int | None, sort: str, rev
         shown = sorted(of_it[-last if last else 0 :], key=_SORT_KEYS[sort], reverse=reverse)
         return Snapshots(snapshots=tuple(shown), position=tree.position)
 
-    return options.shown(do(options, found), wide=wide)
+    return options.shown(do(options, found, looks=True), wide=wide)
 
 
 @click.command(cls=Command)
@@ -169,7 +180,7 @@ def tree(options: Options) -> int:
     or saved last. If another client may have loaded or saved
     since, and nothing in the image tells, that is said.
     """
-    return work(options, lambda vm, _: vm.tree())
+    return work(options, lambda vm, _: vm.tree(), looks=True)
 
 
 @click.command(cls=Command)
@@ -184,7 +195,7 @@ def show(options: Options, tag: str, state: bool) -> int:
         snapshot, rows = await vm.show(tag)
         return Details(snapshot=snapshot, rows=rows, state=await vm.state(tag) if state else None)
 
-    return work(options, found)
+    return work(options, found, looks=True)
 
 
 @click.command(cls=Command)
@@ -237,7 +248,7 @@ def verify(
     With --boot: of one TAG, or of the newest snapshot of a series, a copy is started in another QEMU, without network.
     Exit code 10: it does not start, or its guest does not run.
     """
-    from qsnap.cli.output.bar import progress_bar
+    from qsnap.cli.output.bar import shown_progress
 
     if tags and prefix is not None:
         raise BadUsage("a tag and --prefix cannot be used together")
@@ -248,8 +259,10 @@ def verify(
         return _drill(options, tag, prefix, textfile, until=until, within_s=within_s, place=place, qemu=qemu)
     if until or within_s or place or textfile:
         raise BadUsage("--until, --within, --place and --textfile go with --boot")
-    with progress_bar("verifying", quiet=options.quiet or options.is_of_several) as watch:
-        return work(options, lambda vm, _: vm.verify(*tags, prefix=prefix, read_data=read_data, watch=watch))
+    with shown_progress("verifying", options) as watch:
+        return work(
+            options, lambda vm, _: vm.verify(*tags, prefix=prefix, read_data=read_data, watch=watch), looks=True
+        )
 
 
 def _drill(
@@ -263,12 +276,12 @@ def _drill(
 ) -> int:
     """The restore drill of one snapshot."""
     from qsnap.cli.monitoring import MetricsRecorder
-    from qsnap.cli.output.bar import progress_bar
+    from qsnap.cli.output.bar import shown_progress
     from qsnap.cli.several import do
     from qsnap.vm import DRILL_S
 
     recorder = MetricsRecorder(textfile, prefix, of_drills=True)
-    with progress_bar("exporting", quiet=options.quiet or options.is_of_several) as watch:
+    with shown_progress("exporting", options) as watch:
 
         async def action(vm: VM, _: Settings) -> DrillResult:
             return await vm.drill(tag, prefix=prefix, within_s=within_s or DRILL_S, watch=watch, **given)

@@ -1,11 +1,12 @@
-"""The bar that moves while QEMU writes and answers nobody; on a terminal alone."""
+"""Progress on standard error: on a terminal a bar, which moves while QEMU answers nobody; or lines of JSON."""
 
 from __future__ import annotations
 
+import json
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from typing import TYPE_CHECKING
 
 from qsnap.cli.output.show import is_terminal
@@ -14,6 +15,8 @@ from qsnap.operations.progress import Progress, Watcher
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress as Bar
+
+    from qsnap.cli.common import Options
 
 
 def make_bar(console: Console, clock: Callable[[], float] = time.monotonic) -> Bar:
@@ -58,12 +61,35 @@ def update(bar: Bar, task: int, progress: Progress) -> None:
 
 
 def save_bar(*, quiet: bool) -> AbstractContextManager[Watcher | None]:
-    """The same for ``VM.save``."""
-    return progress_bar("saving", quiet=quiet)
+    """A bar for ``VM.save``."""
+    return _bar("saving", quiet=quiet)
+
+
+def shown_progress(what: str, options: Options) -> AbstractContextManager[Watcher | None]:
+    """A watcher that shows progress on standard error, as the options say; None where none is shown.
+
+    Of several VMs none is, because their bars would be mixed up.
+
+    :param what: what the bar says before the first look.
+    """
+    if options.progress == "json" and not options.is_of_several:
+        return nullcontext(_write_line)
+    return _bar(what, quiet=options.quiet or options.is_of_several or options.progress == "none")
+
+
+def _write_line(progress: Progress) -> None:
+    """A line of JSON, with the keys of restic's status messages and the phase."""
+    done, total = progress.written, progress.expected
+    share = {} if done is None or not total else {
+        "percent_done": round(min(done / total, 1.0), 4), "total_bytes": total, "bytes_done": min(done, total),
+    }  # fmt: skip
+    line = {"message_type": "status", "phase": progress.phase, "seconds_elapsed": round(progress.elapsed_s, 1), **share}
+    with suppress(OSError):
+        sys.stderr.write(json.dumps(line) + "\n")
 
 
 @contextmanager
-def progress_bar(what: str, *, quiet: bool) -> Iterator[Watcher | None]:
+def _bar(what: str, *, quiet: bool) -> Iterator[Watcher | None]:
     """A watcher that draws the bar on standard error; None where none belongs."""
     if quiet or not is_terminal(sys.stderr):
         yield None

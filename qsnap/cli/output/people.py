@@ -15,6 +15,7 @@ from qsnap.cli.output.results import (
     Details,
     KnownVMs,
     Notes,
+    OfVM,
     Outcome,
     Outcomes,
     PluginAnswer,
@@ -395,6 +396,14 @@ def _(known: KnownVMs) -> Lines:
     yield _vm_table(known.vms) if known.vms else Aside("no QEMU is running that this user can see")
 
 
+# Of which VM
+
+
+@lines_of.register(OfVM)
+def _(one: OfVM) -> Lines:
+    return lines_of(one.result)
+
+
 # Several VMs
 
 
@@ -416,6 +425,8 @@ def _failed(outcome: Outcome) -> Aside:
 def quiet_lines_of(result: object) -> Lines:
     """What is said of it under ``--quiet`` nevertheless: of a list the names, for a loop in a script."""
     match result:
+        case OfVM():
+            yield from quiet_lines_of(result.result)
         case Snapshots():
             yield from (snapshot.tag for snapshot in result.snapshots)
         case KnownVMs():

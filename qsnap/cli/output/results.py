@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from qsnap.errors import GuestLeftStopped, NotSupported, PartialFailure, PrecheckRefused, QsnapError, VerifyFailed
 from qsnap.model.checks import CheckReport
 from qsnap.model.machine import Machine
-from qsnap.model.qemu import NodeSnapshot, Struct
+from qsnap.model.qemu import NodeSnapshot, Struct, named
 from qsnap.model.results import Recovered, VerifyResult
 from qsnap.model.snapshots import Position, Snapshot
 
@@ -43,7 +43,8 @@ class Details(Struct, frozen=True):
     def to_json(self) -> dict[str, Any]:
         rows = {node: [row.to_json() for row in held] for node, held in self.rows.items()}
         state = {"state": self.state.to_json()} if self.state else {}
-        return {**self.snapshot.to_json(), "rows": rows, **state}
+        document: dict[str, Any] = named({"rows": rows, "labels": self.snapshot.labels})
+        return {**self.snapshot.to_json(), "rows": document["rows"], **state}
 
 
 class Recoveries(Struct, frozen=True):
@@ -84,6 +85,16 @@ class Outcome(NamedTuple):
         return {"vm": self.title, "exit_code": exit_code_of(self.result), key: self.result.to_json()}
 
 
+class OfVM(Struct, frozen=True):
+    """What became of the VM that the command was about."""
+
+    vm: str
+    result: Struct
+
+    def to_json(self) -> dict[str, Any]:
+        return {"vm": self.vm, **self.result.to_json()}
+
+
 class Outcomes(Struct, frozen=True):
     """What became of each of several VMs."""
 
@@ -96,6 +107,8 @@ class Outcomes(Struct, frozen=True):
 def exit_code_of(result: object) -> int:
     """What a command exits with that ends with *result*."""
     match result:
+        case OfVM():
+            return exit_code_of(result.result)
         case QsnapError():
             return result.exit_code
         case CheckReport():

@@ -1,0 +1,55 @@
+"""What scripts read: the VM in each document, devices by the names that people use, progress."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from qsnap.model.qemu import named
+from support.guest import Guest, Launch, cli, make_boot_disk, make_disk
+
+
+def test_devices_have_the_names_that_people_use(launch: Launch, tmp_path: Path) -> None:
+    """QEMU makes up node-names for -drive, others at each start: they are beside, and nowhere else."""
+    make_boot_disk(tmp_path / "a")
+    make_disk(tmp_path / "b")
+    drives = [f"file={tmp_path}/{name},if=virtio,id={label}" for name, label in (("a", "root"), ("b", "data"))]
+    guest = launch("-drive", drives[0], "-drive", drives[1])
+    guest.wait_for_ticks(1)
+    saved = cli("save", "t", "--json", monitor=guest.address).json
+    assert (saved["vm"], saved["vmstate"], saved["devices"]) == (guest.address, "root", ["root", "data"])
+    assert sorted(saved["labels"].values()) == ["data", "root"]
+    assert all(name.startswith("#block") for name in saved["labels"])
+    for command in ("list", "show t", "load t", "delete t"):
+        document = cli(*command.split(), "--json", monitor=guest.address).json
+        assert document["vm"] == guest.address
+        for one in document.get("snapshots", [document]):
+            del one["labels"]
+        assert "#block" not in json.dumps(document), command
+    refused = cli("load", "x", "--json", monitor=guest.address, expect=7).error
+    assert refused["vm"] == guest.address
+
+
+@pytest.mark.no_qemu
+def test_only_made_up_names_are_replaced() -> None:
+    labels = {"#block1": "root"}
+    document = {"devices": ["#block1", "data"], "deleted": {"t": ["#block1"]}, "tag": "#block1", "labels": labels}
+    assert named({"snapshots": [document]}) == {
+        "snapshots": [{"devices": ["root", "data"], "deleted": {"t": ["root"]}, "tag": "#block1", "labels": labels}]
+    }
+
+
+def test_progress_in_lines_of_json(guest: Guest) -> None:
+    """On standard error, of a save and of a load; the document is on standard output, and complete."""
+    for command, phase in (("save", "saving"), ("load", "loading")):
+        run = cli(command, "t", "--json", "--progress", "json", monitor=guest.address)
+        assert run.json["tag"] == "t"
+        lines = [json.loads(line) for line in run.err.splitlines()]
+        assert {line["message_type"] for line in lines} == {"status"}
+        assert phase in {line["phase"] for line in lines}
+        done = [line["bytes_done"] for line in lines if "bytes_done" in line and line["phase"] == phase]
+        assert done == sorted(done)
+        assert all(0 <= line.get("percent_done", 0) <= 1 for line in lines)
+    assert cli("load", "t", "--progress", "none", monitor=guest.address).err == ""
