@@ -109,11 +109,12 @@ async def do_export(run: Run, request: ExportRequest, watch: Watcher | None = No
         _refuse_without_room(plan, target, force=request.force)
         async with _directory(target) as part:
             report = _Report(watch, plan.size)
-            written = await _written(part, plan, state, images, report)
-            again = await run.look()
-            found = again.find(snapshot.tag)
-            if found != snapshot or _rows(again, snapshot) != _rows(inventory, snapshot):
-                raise VerifyFailed(snapshot.tag, ["another client has changed it during the export"], "nothing is left")
+            try:
+                written = await _written(part, plan, state, images, report)
+            except QsnapError:
+                await _refuse_changed(run, inventory, snapshot)  # which explains it better
+                raise
+            await _refuse_changed(run, inventory, snapshot)
             size = await in_thread(lambda _: _complete(part, target, written, plan))
     return ExportResult(
         tag=snapshot.tag,
@@ -179,6 +180,13 @@ def _qemu(run: Run) -> _Qemu:
         emulator = [exe]
     firmware = (word for at, word in enumerate(arguments) if "-L" in (word, *arguments[at - 1 : at]))
     return _Qemu((*emulator, *firmware), arguments, cwd)
+
+
+async def _refuse_changed(run: Run, inventory: Inventory, snapshot: Snapshot) -> None:
+    """:raise VerifyFailed: the snapshot is not what it was in *inventory* any more."""
+    again = await run.look()
+    if again.find(snapshot.tag) != snapshot or _rows(again, snapshot) != _rows(inventory, snapshot):
+        raise VerifyFailed(snapshot.tag, ["another client has changed it during the export"], "nothing is left of that")
 
 
 def _rows(inventory: Inventory, snapshot: Snapshot) -> list[tuple[NodeSnapshot, ...]]:

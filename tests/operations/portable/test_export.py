@@ -13,7 +13,7 @@ import pytest
 
 import qsnap
 import support.guest
-from qsnap.errors import PrecheckRefused
+from qsnap.errors import PrecheckRefused, VerifyFailed
 from qsnap.host import processes
 from support.disks import firmware
 from support.guest import (
@@ -104,6 +104,7 @@ def test_all_kinds_of_drives(launch: Launch, tmp_path: Path) -> None:
     guest.qmp.hmp('qemu-io virtio0 "write -P 0x55 1M 64k"')
     between = saved(guest, "s")
     guest.qmp.hmp('qemu-io virtio0 "write -P 0x77 1M 64k"')
+    guest.qmp("block_resize", device="virtio0", size=16 << 20)
     run = cli("export", "s", str(tmp_path / "export"), monitor=guest.address)
     assert "gets the medium that is in it now" in run.err
     disks = {one["device"]: tmp_path / "export" / one["file"] for one in manifest(tmp_path / "export")["disks"]}
@@ -112,6 +113,7 @@ def test_all_kinds_of_drives(launch: Launch, tmp_path: Path) -> None:
     pattern = [tool("qemu-io"), "-r", "-c", "read -P 0x55 1M 64k", "-c", "read -P 0 4M 1M", str(disks["virtio0"])]
     assert "failed" not in subprocess.run(pattern, capture_output=True, text=True, check=True, timeout=60).stdout
     assert "backing" not in qemu_img("info", disks["virtio0"])
+    assert "virtual size: 8 MiB" in qemu_img("info", disks["virtio0"])
     with booted(tmp_path / "export") as clone:
         clone.assert_goes_on_from(*between)
         with clone.monitor() as qmp:
@@ -179,6 +181,10 @@ def test_what_is_not_on_the_command_line_is_refused_by_name(launch: Launch, tmp_
     assert not (tmp_path / "export").exists()
 
 
+def delete(guest: Guest) -> None:
+    guest.qmp.hmp("delvm s")
+
+
 async def test_refusals_before_anything_is_made(guest: Guest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cli("save", "s", monitor=guest.address)
     there = tmp_path / "there"
@@ -188,10 +194,12 @@ async def test_refusals_before_anything_is_made(guest: Guest, tmp_path: Path, mo
     cli("export", "none", str(tmp_path / "export"), monitor=guest.address, expect=7)
     cli("save", "part", "--exclude", "disk1", monitor=guest.address)
     assert "disk1 lacks it" in cli("export", "part", str(tmp_path / "export"), monitor=guest.address, expect=7).err
-    monkeypatch.setattr(processes, "free_bytes", lambda _: (1 << 20, 1 << 20))
     async with qsnap.connect(guest.address) as vm:
-        with pytest.raises(PrecheckRefused, match="no room: the export takes up to"):
+        with monkeypatch.context() as patch, pytest.raises(PrecheckRefused, match="no room: the export takes up to"):
+            patch.setattr(processes, "free_bytes", lambda _: (1 << 20, 1 << 20))
             await vm.export("s", tmp_path / "export")
+        with pytest.raises(VerifyFailed, match="another client has changed it during the export"):
+            await vm.export("s", tmp_path / "export", watch=lambda _: delete(guest))
     assert exports(tmp_path) == []
     assert exports(there) == []
     guest.assert_running()
