@@ -54,6 +54,15 @@ class Clone:
         assert [count for count, _ in lines] == list(range(lines[0][0], lines[0][0] + len(lines)))
         assert {bad for _, bad in lines} == {0}
 
+    def end(self) -> None:
+        """End it; nothing of it is left."""
+        with suppress(ProcessLookupError):
+            os.kill(self.pid, signal.SIGTERM)
+        if self.told["is_temporary"]:
+            until("the working directory to go", lambda: not self.directory.exists())
+        else:
+            until("QEMU to end", lambda: not is_alive(self.pid))
+
     @contextmanager
     def monitor(self) -> Iterator[Qmp]:
         qmp = Qmp(Path(self.told["monitor"]))
@@ -70,12 +79,7 @@ def booted(directory: Path, *options: str) -> Iterator[Clone]:
     try:
         yield clone
     finally:
-        with suppress(ProcessLookupError):
-            os.kill(clone.pid, signal.SIGTERM)
-        if clone.told["is_temporary"]:
-            until("the working directory to go", lambda: not clone.directory.exists())
-        else:
-            until("QEMU to end", lambda: not is_alive(clone.pid))
+        clone.end()
 
 
 def is_alive(pid: int) -> bool:
