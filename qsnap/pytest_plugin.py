@@ -8,7 +8,8 @@ Inert until a test asks for it, by the fixture ``qsnap_vm`` or the marker ``qsna
         qsnap_vm.save("upgraded")
 
 The VM is named by ``--qsnap-monitor=ADDRESS`` or ``--qsnap-vm=NAME``, in the ini file by ``qsnap_monitor`` or
-``qsnap_vm``, or by ``$QSNAP_MONITOR``; qsnap never picks one on its own, because its state will be lost. With
+``qsnap_vm``, or by ``$QSNAP_MONITOR``; qsnap never picks one on its own, because its state will be lost. Under
+pytest-xdist each worker needs a VM of its own: ``{worker}`` in the name is replaced by ``gw0``, ``gw1``, … With
 ``--qsnap-save-failed`` (ini: ``qsnap_save_failed = true``) the guest of a test that failed is saved as ``failed-`` and
 the test's id, before anything is torn down.
 """
@@ -33,6 +34,8 @@ if TYPE_CHECKING:
 
 _T = TypeVar("_T")
 
+#: A test that fails in here is shown by its own line, and the error.
+__tracebackhide__ = True
 #: The most bytes of a tag that a test's id may take.
 _ID_MAX = 200
 
@@ -59,6 +62,7 @@ class GuestVM:
         import asyncio
         from concurrent.futures import ThreadPoolExecutor
 
+        from qsnap.errors import QsnapError
         from qsnap.vm import connect
 
         async def connected() -> _T:
@@ -71,8 +75,13 @@ class GuestVM:
             ) as vm:
                 return await action(vm)
 
+        failure: QsnapError | None = None
         with ThreadPoolExecutor(1) as thread:
-            return thread.submit(asyncio.run, connected()).result()
+            try:
+                return thread.submit(asyncio.run, connected()).result()
+            except QsnapError as error:
+                failure = error.with_traceback(None)
+        raise failure from None
 
     def save(self, tag: str | None = None, **how: Any) -> SaveResult:  # noqa: ANN401 (of VM.save)
         """Save the guest: see :meth:`qsnap.VM.save`."""
@@ -126,7 +135,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--qsnap-timeout", metavar="SECONDS", type=float, help="for each step of qsnap (default: 120)")
     group.addoption("--qsnap-save-failed", action="store_true", default=None, help="save the guest of a failed test")
     parser.addini("qsnap_monitor", "the monitor of the VM under test")
-    parser.addini("qsnap_vm", "the VM under test: a name, pid or UUID (see qsnap vms)")
+    parser.addini("qsnap_vm", "the VM under test: a name, pid or UUID (see qsnap vms); {worker}: gw0, gw1, …")
     parser.addini("qsnap_timeout", "seconds for each step of qsnap", default="120")
     parser.addini("qsnap_save_failed", "save the guest of a failed test", type="bool", default=False)
 
@@ -152,7 +161,14 @@ def qsnap_vm(request: pytest.FixtureRequest) -> Iterator[GuestVM]:
     """
     from qsnap.errors import QsnapError
 
-    vm = GuestVM(_target(request.config), _timeout_s(request.config))
+    vm, why = None, ""
+    try:
+        vm = GuestVM(_target(request.config), _timeout_s(request.config))
+        why = _shared(vm)
+    except (QsnapError, pytest.UsageError) as error:
+        why = str(error)
+    if vm is None or why:  # not in the handler, whose traceback nobody needs
+        pytest.fail(f"qsnap: {why}", pytrace=False)
     marker = request.node.get_closest_marker("qsnap")
     tag = None if marker is None else _marked_tag(marker)
     with _alone_with(vm):
@@ -167,16 +183,44 @@ def qsnap_vm(request: pytest.FixtureRequest) -> Iterator[GuestVM]:
         yield vm
 
 
-@contextmanager
-def _alone_with(vm: GuestVM) -> Iterator[None]:
-    """Lock this guest (flock), so that no test of another process uses it. The lock ends with this process."""
+def _shared(vm: GuestVM) -> str:
+    """Why another worker of the same run (pytest-xdist) would use this VM, too; "" if none does."""
     import fcntl
+
+    run, worker = os.environ.get("PYTEST_XDIST_TESTRUNUID"), os.environ.get("PYTEST_XDIST_WORKER")
+    if not run:
+        return ""  # other runs take turns, test by test
+    file = _lock_file(vm, "owner")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        owner, _, its_run = os.pread(file, 200, 0).decode().partition(" ")
+        if its_run == run and owner != worker:
+            return (
+                f"the workers {owner} and {worker} would share the VM at {vm.address}, and put it back under each "
+                "other's tests; give each worker its own (--qsnap-vm='ci-{worker}'), or run without -n"
+            )
+        os.ftruncate(file, 0)
+        os.pwrite(file, f"{worker} {run}".encode(), 0)
+    finally:
+        os.close(file)
+    return ""
+
+
+def _lock_file(vm: GuestVM, kind: str) -> int:
     import hashlib
 
     from qsnap.runs.journal import directory
 
-    name = f"pytest-{hashlib.sha256(vm.address.encode(errors='surrogateescape')).hexdigest()[:16]}.lock"
-    file = os.open(directory() / name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    name = f"pytest-{kind}-{hashlib.sha256(vm.address.encode(errors='surrogateescape')).hexdigest()[:16]}.lock"
+    return os.open(directory() / name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+
+
+@contextmanager
+def _alone_with(vm: GuestVM) -> Iterator[None]:
+    """Lock this guest (flock), so that no test of another process uses it. The lock ends with this process."""
+    import fcntl
+
+    file = _lock_file(vm, "test")
     try:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
@@ -224,6 +268,8 @@ def _target(config: pytest.Config) -> Target:
         raise pytest.UsageError(
             "say which VM is under test: --qsnap-monitor=ADDRESS or --qsnap-vm=NAME (ini: qsnap_monitor, qsnap_vm)"
         )
+    worker = os.environ.get("PYTEST_XDIST_WORKER", "gw0")
+    monitor, vm = (word and word.replace("{worker}", worker) for word in (monitor, vm))
     return choose(files.load(os.environ.get("QSNAP_CONFIG")), running_vms, monitor=monitor or None, vm=vm or None)
 
 

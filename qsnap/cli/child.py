@@ -62,14 +62,20 @@ def executed(command: Sequence[str], timeout_s: float | None, signals_seen: Sequ
             if came is not None and came.si_signo != signal.SIGCHLD and came.si_code <= 0:
                 process.send_signal(came.si_signo)
     except FileNotFoundError:
-        say(f"qsnap: {command[0]}: not found")
-        return NOT_FOUND
+        return not_executable(command[0])
     except (OSError, ValueError, subprocess.SubprocessError) as error:
         say(f"qsnap: {command[0]}: {getattr(error, 'strerror', None) or error}")
         return NOT_EXECUTABLE
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
     return code if code >= 0 else 128 - code
+
+
+def not_executable(program: str) -> int:
+    """Say that a command is not there, or cannot be executed; its exit code, as a shell has it."""
+    is_there = os.path.lexists(program) if "/" in program else False
+    say(f"qsnap: {program}: {'it cannot be executed' if is_there else 'not found'}")
+    return NOT_EXECUTABLE if is_there else NOT_FOUND
 
 
 def _adopt_orphans() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
-from typing import TYPE_CHECKING, NamedTuple, TextIO, TypeAlias
+from typing import TYPE_CHECKING, Literal, NamedTuple, TextIO, TypeAlias
 
 if TYPE_CHECKING:
     from qsnap.model.qemu import Struct
@@ -62,3 +62,10 @@ class Options(NamedTuple):
 def excluded(given: tuple[str, ...], settings: Settings) -> tuple[str, ...]:
     """What is left out: as the command line says, else as the config file does. "" is a word for nothing."""
     return tuple(filter(None, given)) if given else settings.exclude or ()
+
+
+def liveness(live: bool | None, auto: bool, settings: Settings) -> bool | Literal["auto"]:
+    """Whether to save live, by the options, and where they say nothing by the config file."""
+    if auto:
+        return "auto"
+    return live if live is not None else settings.live or False

@@ -224,6 +224,12 @@ exclude_option = click.option(
     shell_complete=completes("nodes"),
     help="Leave this device out. Repeatable; '' for none.",
 )
+live_option = click.option(
+    "--live/--no-live",
+    default=None,
+    help="Save while the guest runs; it pauses only for milliseconds. --live=auto: if that is possible.",
+)
+live_auto_option = click.option("--live-auto", is_flag=True, hidden=True)
 vmstate_option = click.option(
     "--vmstate",
     metavar="NODE",

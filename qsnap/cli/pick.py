@@ -31,15 +31,19 @@ def target(options: Options) -> Target:
     return choose(load(options.config), _running_vms, monitor=options.monitor, vm=vm)
 
 
+def title_of(options: Options, meant: Target | None) -> str:
+    """What to call the VM that a command is about: as it was named, or else by the name that it is chosen by."""
+    return next(iter(options.vms), options.monitor) or (meant.name if meant else "")
+
+
 def targets(options: Options) -> Iterator[tuple[str, Target | QsnapError]]:
     """The VMs that the options mean, and what to call each; an error for one that cannot be had."""
     if not options.is_of_several:
-        title = next(iter(options.vms), options.monitor) or ""
         try:
             meant = target(options)
-            yield title or meant.name, meant
+            yield title_of(options, meant), meant
         except QsnapError as error:
-            yield title, error
+            yield title_of(options, None), error
         return
     if options.monitor is not None or (options.vms and options.all_vms):
         raise BadUsage("use only one of -m, --vm and --all")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import signal
 import subprocess
@@ -627,18 +628,75 @@ def test_the_plugin_says_in_a_line_that_there_is_no_such_snapshot(guest: Guest, 
     guest.assert_running()
 
 
-def test_workers_wait_for_each_other(guest: Guest, pytester: pytest.Pytester) -> None:
-    """Two processes that drive one guest would put it back under each other."""
+def test_runs_wait_for_each_other(guest: Guest, pytester: pytest.Pytester) -> None:
+    """Two runs of pytest that drive one guest would put it back under each other: their tests take turns."""
     pytester.makepyfile(
         """
         import os, pathlib, pytest
         FLAG = pathlib.Path(__file__).with_name("busy")
 
-        @pytest.mark.parametrize("n", range(4))
+        @pytest.mark.parametrize("n", range(3))
         def test_alone(qsnap_vm, n):
             os.close(os.open(FLAG, os.O_CREAT | os.O_EXCL))
             qsnap_vm.status()
             FLAG.unlink()
         """
     )
-    pytester.runpytest_subprocess(f"--qsnap-monitor={guest.address}", "-n", "2").assert_outcomes(passed=4)
+    line = [sys.executable, "-m", "pytest", "-p", "no:asyncio", f"--qsnap-monitor={guest.address}"]
+    runs = [subprocess.Popen(line, cwd=pytester.path, stdout=subprocess.DEVNULL) for _ in range(2)]
+    assert [run.wait(60) for run in runs] == [0, 0]
+
+
+def test_run_looks_for_its_command_before_it_saves(guest: Guest, disk: Path) -> None:
+    run = cli("run", "--revert", "--", "no-such-program", monitor=guest.address, expect=127)
+    assert run.err == "qsnap: no-such-program: not found\n"
+    assert "cannot be executed" in cli("run", "--revert", "--", "/etc/passwd", monitor=guest.address, expect=126).err
+    assert tags(disk) == []
+
+
+@needs_snapshot_jobs
+def test_run_saves_live(guest: Guest, disk: Path) -> None:
+    run = cli("run", "--revert", "--live", "--json", "--", "true", monitor=guest.address)
+    saved, loaded = (json.loads(line) for line in run.err.splitlines())
+    assert (saved["kind"], saved["vm"]) == ("live", guest.address)
+    assert loaded["tag"] == saved["tag"]
+    assert tags(disk) == []
+    guest.assert_running()
+
+
+WORKERS_TEST = """
+import pytest
+
+@pytest.mark.parametrize("number", range(4))
+def test_x(qsnap_vm, number):
+    assert qsnap_vm.status().name
+"""
+
+
+def test_each_worker_has_its_own(launch: Launch, pytester: pytest.Pytester) -> None:
+    """pytest-xdist: by its name; and where two would share one, that is refused in a line."""
+    for name in ("ci-gw0", "ci-gw1"):
+        launch("-name", name, memory="16")
+    pytester.makepyfile(WORKERS_TEST)
+    options = ("-n2", "-p", "no:asyncio", "--dist=each")
+    own = pytester.runpytest_subprocess("--qsnap-vm=ci-{worker}", *options)
+    own.assert_outcomes(passed=8)
+    shared = pytester.runpytest_subprocess("--qsnap-vm=ci-gw0", *options)
+    shared.assert_outcomes(passed=4, errors=4)
+    text = shared.stdout.str()
+    assert "would share the VM" in text
+    assert "Traceback" not in text
+
+
+def test_errors_of_the_plugin_are_short(pytester: pytest.Pytester) -> None:
+    pytester.makepyfile("def test_x(qsnap_vm):\n    qsnap_vm.load('x')\n")
+    text = pytester.runpytest_subprocess("--qsnap-vm=nobody", "-p", "no:asyncio").stdout.str()
+    assert "qsnap: no VM 'nobody' is running" in text
+    assert "pytest_plugin.py" not in text
+
+
+def test_an_error_in_a_test_is_shown_by_its_line(guest: Guest, pytester: pytest.Pytester) -> None:
+    pytester.makepyfile("def test_x(qsnap_vm):\n    qsnap_vm.load('x')\n")
+    text = pytester.runpytest_subprocess(f"--qsnap-monitor={guest.address}", "-p", "no:asyncio").stdout.str()
+    assert "qsnap.errors.SnapshotNotFound: no snapshot 'x' on any device" in text
+    assert "pytest_plugin.py" not in text

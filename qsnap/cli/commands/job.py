@@ -7,16 +7,25 @@ env, timeout and xargs), and never replaces a failure of the user's command.
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 from collections.abc import Awaitable, Callable, Sequence
 from datetime import datetime
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Literal, TypeVar
 
 import click
 
-from qsnap.cli.child import executed, note_signals
-from qsnap.cli.common import Options, excluded
-from qsnap.cli.options import Command, completes, exclude_option, one_vm_options, tag_argument
+from qsnap.cli.child import executed, not_executable, note_signals
+from qsnap.cli.common import Options, excluded, liveness
+from qsnap.cli.options import (
+    Command,
+    completes,
+    exclude_option,
+    live_auto_option,
+    live_option,
+    one_vm_options,
+    tag_argument,
+)
 from qsnap.cli.output.show import say
 from qsnap.errors import BadUsage, Interrupted, QsnapError
 
@@ -60,6 +69,8 @@ _command = click.argument("command", metavar="-- COMMAND...", nargs=-1, required
 @click.option(
     "--save-on-fail", metavar="TAG", help="If the command fails, save the guest as TAG before it is restored."
 )
+@live_option
+@live_auto_option
 @exclude_option
 @one_vm_options
 @_command
@@ -68,6 +79,8 @@ def run(
     revert: bool,
     revert_to: str | None,
     save_on_fail: str | None,
+    live: bool | None,
+    live_auto: bool,
     exclude: tuple[str, ...],
     command: tuple[str, ...],
 ) -> int:
@@ -79,7 +92,9 @@ def run(
     """
     if revert and revert_to is not None:
         raise BadUsage("--revert and --revert-to cannot be used together")
-    job = _Job(options, exclude)
+    if not shutil.which(command[0]):
+        return not_executable(command[0])
+    job = _Job(options, exclude, lambda settings: liveness(live, live_auto, settings))
     tag = revert_to
     signals_seen = note_signals()
     try:
@@ -146,8 +161,14 @@ def ensure(options: Options, tag: str, exclude: tuple[str, ...], command: tuple[
 class _Job:
     """qsnap's steps around a command, each with a connection of its own to the same VM."""
 
-    def __init__(self, options: Options, exclude: tuple[str, ...]) -> None:
+    def __init__(
+        self,
+        options: Options,
+        exclude: tuple[str, ...],
+        live: Callable[[Settings], bool | Literal["auto"]] = lambda settings: settings.live or False,
+    ) -> None:
         self._options = options
+        self._live = live
         self._exclude = exclude
         self._meant: Target | None = None
         self.obeys_signals = True
@@ -161,7 +182,7 @@ class _Job:
 
         :raise QsnapError: it failed, or a signal has ended it.
         """
-        from qsnap.cli.pick import chosen
+        from qsnap.cli.pick import chosen, title_of
         from qsnap.cli.runner import run_on
 
         if self._meant is None:
@@ -169,7 +190,7 @@ class _Job:
         try:
             return run_on(self._options, self._meant, action, obeys_signals=self.obeys_signals)
         except QsnapError as error:
-            error.vm = self._meant.name
+            error.vm = title_of(self._options, self._meant)
             raise
         finally:
             # The command may start it anew: then it is another process at the same address
@@ -194,7 +215,7 @@ class _Job:
                 replace=replace,
                 vmstate=settings.vmstate,
                 exclude=self.excluded(settings),
-                live=settings.live or False,
+                live=self._live(settings),
                 prepare=settings.prepare,
                 dry_run=dry_run,
                 alive=alive,
@@ -242,9 +263,9 @@ class _Job:
 
     def _show(self, result: Struct) -> None:
         from qsnap.cli.output.results import OfVM
+        from qsnap.cli.pick import title_of
 
-        assert self._meant is not None
-        self._options.shown(OfVM(vm=self._meant.name, result=result), sys.stderr)
+        self._options.shown(OfVM(vm=title_of(self._options, self._meant), result=result), sys.stderr)
 
 
 async def _runstate(vm: VM, _: Settings) -> RunState:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from qsnap.cli.common import Options, excluded
+from qsnap.cli.common import Options, excluded, liveness
 from qsnap.cli.options import (
     Command,
     common_options,
     exclude_option,
+    live_auto_option,
+    live_option,
     ping_option,
     prefix_option,
     textfile_option,
@@ -30,12 +32,8 @@ if TYPE_CHECKING:
 @click.command(cls=Command)
 @click.argument("tag", required=False)
 @prefix_option
-@click.option(
-    "--live/--no-live",
-    default=None,
-    help="Save while the guest runs; it pauses only for milliseconds. --live=auto: if that is possible.",
-)
-@click.option("--live-auto", is_flag=True, hidden=True)
+@live_option
+@live_auto_option
 @click.option(
     "--replace/--no-replace", default=None, help="If the snapshot exists: replace it (the default), or refuse."
 )
@@ -104,7 +102,7 @@ def save(
             force=force,
             dry_run=dry_run,
             watch=watch,
-            live=_liveness(live, live_auto, settings),
+            live=liveness(live, live_auto, settings),
             prepare=settings.prepare if prepare is None else prepare,
             **_replacement(replace, safe_replace, settings),
         )
@@ -124,13 +122,6 @@ def save(
         report(code)
     options.shown(result)
     return code
-
-
-def _liveness(live: bool | None, auto: bool, settings: Settings) -> bool | Literal["auto"]:
-    """Whether to save live, by the options, and where they say nothing by the config file."""
-    if auto:
-        return "auto"
-    return live if live is not None else settings.live or False
 
 
 def _replacement(replace: bool | None, safely: bool | None, settings: Settings) -> dict[str, Any]:
