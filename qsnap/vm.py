@@ -411,12 +411,15 @@ class VM:
 
         :raise SnapshotNotFound: no device holds it.
         """
+        from qsnap.inventory.lineage import lineage
+
         await self._recover_if_seen()
         inventory = await self._unclaimed().look()
-        snapshot = inventory.find(tag)
-        if snapshot is None:
+        known = lineage(inventory, (await inventory.marks(self._monitor)).names)
+        found = [one for one in known.added_to(inventory.snapshots) if one.tag == tag]
+        if not found:
             raise inventory.not_found(tag)
-        (snapshot,) = await self._with_notes(inventory, [snapshot])
+        (snapshot,) = await self._with_notes(inventory, found)
         self._warn_of_files_left(inventory, [snapshot])
         self._warn_of_unseen_files(inventory, (tag,))
         return snapshot, {name: inventory.graph.nodes[name].tagged(snapshot.disk_tag) for name in snapshot.devices}

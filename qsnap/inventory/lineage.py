@@ -1,7 +1,7 @@
-"""Which snapshot the guest has come from last, and from which each snapshot was made.
+"""Which snapshot the guest has come from last, from which each snapshot was made, and what saved it.
 
-qsnap writes both down beside the image, in ``IMAGE.qsnap-tree``, after each save and load. QEMU itself keeps neither,
-and another client may have saved or loaded since. So what is written down counts only while nothing speaks against it:
+qsnap writes that down beside the image, in ``IMAGE.qsnap-tree``, after each save and load. QEMU keeps none of it, and
+another client may have saved or loaded since. So what is written down counts only while nothing speaks against it:
 
 * QEMU has the mark of the last load (``qsnap-here-TOKEN``), which every qsnap sets before it loads, also if it cannot
   write beside the image. If there is none, QEMU has been started anew.
@@ -36,7 +36,7 @@ from qsnap.inventory.inventory import Inventory
 from qsnap.inventory.qcow2 import Unreadable, Way, Ways
 from qsnap.inventory.snapshots import owner, relevant_nodes
 from qsnap.model.qemu import Struct
-from qsnap.model.snapshots import Kind, Position, Snapshot
+from qsnap.model.snapshots import Kind, Origin, Position, Snapshot
 from qsnap.monitor.names import HERE
 
 SUFFIX = ".qsnap-tree"
@@ -62,6 +62,7 @@ class _Record(Struct, frozen=True):
     :ivar seen: the snapshots that there were.
     :ivar parents: for each snapshot the trail at its save.
     :ivar undo: the snapshot of what the last load has discarded; None if that was not saved.
+    :ivar origins: what saved each snapshot.
     """
 
     version: int
@@ -71,6 +72,7 @@ class _Record(Struct, frozen=True):
     seen: tuple[Key, ...]
     parents: tuple[tuple[Key, tuple[Key, ...]], ...]
     undo: Key | None = None
+    origins: tuple[tuple[Key, Origin], ...] = ()
 
 
 class Lineage(NamedTuple):
@@ -81,6 +83,7 @@ class Lineage(NamedTuple):
     :ivar parents: the same for the snapshots, as they were saved.
     :ivar token: that of the mark in QEMU, if it belongs to what is written down; else "".
     :ivar undo: the snapshot of what the last load has discarded; None if that was not saved, or is not known.
+    :ivar origins: what saved the snapshots, as far as qsnap did.
     """
 
     position: Position
@@ -88,13 +91,19 @@ class Lineage(NamedTuple):
     parents: Mapping[Key, tuple[Key, ...]] = {}
     token: str = ""
     undo: Key | None = None
+    origins: Mapping[Key, Origin] = {}
 
     def added_to(self, found: Iterable[Snapshot]) -> tuple[Snapshot, ...]:
         """These snapshots, with their parents."""
         found = tuple(found)
         tags = {key_of(one): one.tag for one in found}
         return tuple(
-            msgspec.structs.replace(one, parent=self._parent(one, tags), here=one.tag == self.position.tag)
+            msgspec.structs.replace(
+                one,
+                parent=self._parent(one, tags),
+                here=one.tag == self.position.tag,
+                origin=self.origins.get(key_of(one)),
+            )
             for one in found
         )
 
@@ -112,6 +121,7 @@ def lineage(inventory: Inventory, marks: Collection[str]) -> Lineage:
     """
     record = _read(inventory)
     parents = dict(record.parents) if record else {}
+    origins = dict(record.origins) if record else {}
     token = record.token if record and f"{HERE}{record.token}" in marks else ""
     if not inventory.snapshots and record is None:
         return Lineage(Position())
@@ -123,14 +133,14 @@ def lineage(inventory: Inventory, marks: Collection[str]) -> Lineage:
         except OSError as error:
             trail, unknown = (), f"an image cannot be read: {error.strerror}"
     if unknown:
-        return Lineage(Position(unknown=unknown), (), parents, token)
+        return Lineage(Position(unknown=unknown), (), parents, token, origins=origins)
     tags = {key_of(one): one.tag for one in inventory.snapshots}
     last = next((number for number, key in enumerate(trail) if key in tags), len(trail))
     position = Position(
         tag=tags[trail[last]] if last < len(trail) else None, deleted=tuple(tag for tag, _ in trail[:last])
     )
     undo = record.undo if record and record.trail == trail else None
-    return Lineage(position, trail, parents, token, undo)
+    return Lineage(position, trail, parents, token, undo, origins)
 
 
 def _trail(
@@ -200,19 +210,26 @@ def _areas(inventory: Inventory, images: Mapping[str, Ways]) -> str:
 
 
 def write(
-    inventory: Inventory, before: Lineage, last: Snapshot, token: str, *, saved: bool, undo: Snapshot | None = None
+    inventory: Inventory,
+    before: Lineage,
+    last: Snapshot,
+    token: str,
+    *,
+    saved: Origin | None,
+    undo: Snapshot | None = None,
 ) -> None:
     """Write down that *last* was saved or loaded.
 
     :param inventory: taken after that; or before a load, which changes no snapshot table.
     :param before: what was known before.
     :param token: of the mark that QEMU gets.
-    :param saved: it was saved, and not loaded.
+    :param saved: what saved it; None: it was loaded.
     :param undo: of a load, the snapshot of what it has discarded.
     """
     key = key_of(last)
-    parents = dict(before.parents)
+    parents, origins = dict(before.parents), dict(before.origins)
     if saved:
+        origins[key] = saved
         parents.pop(key, None)
         if not before.position.unknown:
             parents[key] = before.trail[:_REMEMBERED]
@@ -220,7 +237,16 @@ def write(
     there = tuple(key_of(one) for one in inventory.snapshots)
     kept = tuple((one, parents[one]) for one in there if one in parents)
     undone = before.undo if saved else key_of(undo) if undo else None
-    record = _Record(version=_VERSION, token=token, trail=trail, areas="", seen=there, parents=kept, undo=undone)
+    record = _Record(
+        version=_VERSION,
+        token=token,
+        trail=trail,
+        areas="",
+        seen=there,
+        parents=kept,
+        undo=undone,
+        origins=tuple((one, origins[one]) for one in there if one in origins),
+    )
     _try_write(inventory, record)
 
 

@@ -66,6 +66,19 @@ class InBacking(Struct, frozen=True):
     """The device, as people call it."""
 
 
+class Origin(Struct, frozen=True):
+    """What saved a snapshot, as qsnap has noted it; "" for what was not told."""
+
+    qemu: str = ""
+    """QEMU's version."""
+    machine: str = ""
+    """The machine type: "pc-q35-7.2"."""
+    cpu: str = ""
+    """The CPU model: "qemu64"."""
+    accelerator: str = ""
+    """"kvm" or "tcg"."""
+
+
 class Snapshot(Struct, frozen=True):
     """All that one tag names, over all devices."""
 
@@ -97,6 +110,9 @@ class Snapshot(Struct, frozen=True):
     "" if there is none; None if that is not known."""
     here: bool = False
     """The guest has come from it last: it is the one that was loaded or saved last, or the nearest one before that."""
+
+    origin: Origin | None = None
+    """None if qsnap did not save it, or the note is lost."""
 
     @property
     def has_state(self) -> bool:

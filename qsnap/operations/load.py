@@ -28,13 +28,13 @@ from qsnap.model.qemu import RunState
 from qsnap.model.requests import LoadRequest
 from qsnap.model.results import LoadResult
 from qsnap.model.runstates import cure_of, is_live, needs_reset, runs_after_load
-from qsnap.model.snapshots import Snapshot
+from qsnap.model.snapshots import Origin, Snapshot
 from qsnap.monitor import Monitor
 from qsnap.monitor.names import HALF_RESTORED, state_node
 from qsnap.operations.delta.load import Load, Source, refuse_flawed, refuse_incomparable
 from qsnap.operations.findings import spoiled_finding
 from qsnap.operations.plan import LoadPlan, plan_load
-from qsnap.operations.position import leave_position
+from qsnap.operations.position import leave_position, origin_of
 from qsnap.operations.reset import RESET_CURE, reboots, reset
 from qsnap.operations.same_machine import refuse_other_devices, refuse_other_machine
 from qsnap.operations.translation import flush_translations, leave_own_stop, leave_restore_vm
@@ -119,7 +119,7 @@ async def do_loadvm(run: Run, request: LoadRequest) -> LoadResult:
             force=request.force,
         )
         await after_resume.enter_async_context(load.compared("it was asked for" if request.full else "", standing))
-        with _log_quoted(monitor.pid):
+        with _explained(monitor, origin_of(run, plan.snapshot)):
             await load.load()
         with suppress(QsnapError):
             await monitor.clear_mark(HALF_RESTORED)
@@ -151,14 +151,17 @@ async def do_loadvm(run: Run, request: LoadRequest) -> LoadResult:
 
 
 @contextmanager
-def _log_quoted(pid: int | None) -> Iterator[None]:
-    """Add to an error of a block what QEMU has written to its own log meanwhile."""
-    log = ErrorOutput(pid)
+def _explained(monitor: Monitor, origin: Origin | None) -> Iterator[None]:
+    """Add to an error of a block what QEMU has written to its own log meanwhile, and which QEMU saved the snapshot."""
+    log = ErrorOutput(monitor.pid)
     try:
         yield
     except (GuestLeftStopped, JobFailed) as failure:
-        if said := log.added():
-            failure.outcome = "; ".join(filter(None, (failure.outcome, f"QEMU's log says: {said}")))
+        said = f"QEMU's log says: {said}" if (said := log.added()) else ""
+        saved_by = ""
+        if origin and origin.qemu != str(monitor.version):
+            saved_by = f"it was saved by QEMU {origin.qemu}, and this is QEMU {monitor.version}"
+        failure.outcome = "; ".join(filter(None, (failure.outcome, saved_by, said)))
         raise
 
 

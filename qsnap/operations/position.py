@@ -10,7 +10,9 @@ from contextlib import contextmanager, suppress
 from qsnap.errors import NotSupported, PrecheckRefused, QsnapError, SnapshotNotFound
 from qsnap.inventory import lineage
 from qsnap.inventory.inventory import Inventory
-from qsnap.model.snapshots import Snapshot
+from qsnap.model.snapshots import Origin, Snapshot
+from qsnap.monitor import Monitor
+from qsnap.monitor.hmp import hardware
 from qsnap.monitor.names import HERE
 from qsnap.runs.run import Run
 
@@ -42,7 +44,28 @@ async def note_position(
     run.token = run.token or before.token
     if not run.token:  # QEMU has not the mark of what is written down: it was started anew
         await leave_position(run)
-    await asyncio.to_thread(lineage.write, inventory, before, last, run.token, saved=saved, undo=undo)
+    origin = await _origin(run.monitor) if saved else None
+    await asyncio.to_thread(lineage.write, inventory, before, last, run.token, saved=origin, undo=undo)
+
+
+async def _origin(monitor: Monitor) -> Origin:
+    """What saves a snapshot now."""
+    machine = cpus = kvm = ""
+    with suppress(QsnapError):  # it is saved; this is for people
+        machine, cpus, kvm = await asyncio.gather(
+            *map(monitor.human_answer, ("qom-get /machine type", "info hotpluggable-cpus", "info kvm"))
+        )
+    return Origin(
+        qemu=str(monitor.version),
+        machine=hardware.machine_type(machine),
+        cpu=hardware.cpu_model(cpus),
+        accelerator=hardware.accelerator(kvm),
+    )
+
+
+def origin_of(run: Run, snapshot: Snapshot) -> Origin | None:
+    """What saved a snapshot, if that is written down."""
+    return run.first[1].origins.get(lineage.key_of(snapshot)) if run.first else None
 
 
 @contextmanager

@@ -55,6 +55,19 @@ def test_machine_type() -> None:
     assert hardware.machine_type("17") == ""
 
 
+def test_cpu_model() -> None:
+    text = 'Hotpluggable CPUs:\r\n  type: "Haswell-v4-x86_64-cpu"\r\n  vcpus_count: "1"\r\n'
+    assert hardware.cpu_model(text) == "Haswell-v4"
+    assert hardware.cpu_model('  type: "cortex-a57-arm-cpu"\n') == "cortex-a57"
+    assert hardware.cpu_model("Error: unsupported") == ""
+
+
+def test_accelerator() -> None:
+    assert hardware.accelerator("kvm support: enabled\r\n") == "kvm"
+    assert hardware.accelerator("kvm support: disabled\r\n") == "tcg"
+    assert hardware.accelerator("unknown command: 'info kvm'") == ""
+
+
 def test_vcpus() -> None:
     assert hardware.vcpus("* CPU #0: thread_id=81\r\n  CPU #1: thread_id=82\r\n") == 2
     assert hardware.vcpus("") == 0

@@ -289,8 +289,13 @@ def test_what_cannot_be_seen(guest: Guest, intercept: Intercept) -> None:
 
 
 def test_the_machine(guest: Guest) -> None:
-    """As QEMU's own list of RAM blocks, and of the devices that it has."""
+    """As QEMU's own list of RAM blocks, and of the devices that it has; and what saved it."""
     cli("save", "t", monitor=guest.address)
+    origin = cli("show", "t", "--json", monitor=guest.address).json["origin"]
+    version = guest.qmp("query-version")["qemu"]
+    assert origin["qemu"] == "{major}.{minor}.{micro}".format(**version)
+    assert f"{origin['machine']}-machine" == guest.qmp("qom-get", path="/machine", property="type")
+    assert (origin["cpu"], origin["accelerator"]) == ("qemu64", "tcg")
     state = cli("show", "t", "--state", "--json", monitor=guest.address).json["state"]
     assert state["name"] + "-machine" == guest.qmp("qom-get", path="/machine", property="type")
     blocks = guest.qmp.hmp("info ramblock")

@@ -42,7 +42,7 @@ from qsnap.model.results import (
     Unfinished,
     VerifyResult,
 )
-from qsnap.model.snapshots import Kind, Snapshot, StateFile, Tree
+from qsnap.model.snapshots import Kind, Origin, Snapshot, StateFile, Tree
 
 if TYPE_CHECKING:
     from qsnap.targets.choose import KnownVM
@@ -271,6 +271,7 @@ def _(details: Details) -> Lines:
         ("date", f"{date(snapshot.date)} ({age(snapshot.date, datetime.now(UTC))} ago)"),
         ("VM clock", clock(snapshot.vm_clock_ns)),
         ("missing on", _names(snapshot.missing, snapshot.labels)),
+        ("saved by", _origin(snapshot.origin)),
         *(("problem", problem) for problem in snapshot.problems),
     )
     yield Table(
@@ -563,6 +564,12 @@ def _pruned(result: PruneResult) -> str:
     verb = "would remove" if result.dry_run else "removed"
     kept = f"{'would keep' if result.dry_run else 'kept'} {len(result.keep)} of series {result.prefix}"
     return f"{kept}, {verb} {removed or 'none'}"
+
+
+def _origin(origin: Origin | None) -> str:
+    if origin is None:
+        return ""
+    return ", ".join(filter(None, (f"QEMU {origin.qemu}", origin.machine, origin.cpu, origin.accelerator)))
 
 
 def _explained(finding: Finding) -> str:

@@ -1,7 +1,7 @@
-"""What the human monitor tells of the machine: its type, its PCI devices, and how many vCPUs it has. Pure.
+"""What the human monitor tells of the machine: its type, accelerator, PCI devices and vCPUs. Pure.
 
 Formats as QEMU prints them (system/qdev-monitor.c: qdev_print; hw/pci/pci-hmp-cmds.c: pcibus_dev_print;
-hw/core/machine-hmp-cmds.c: hmp_info_cpus), held against 5.2, 7.2, 10.0 and 11.1. A text in
+hw/core/machine-hmp-cmds.c: hmp_info_cpus, hmp_hotpluggable_cpus), held against 5.2, 7.2, 10.0 and 11.1. A text in
 another form tells nothing.
 """
 
@@ -19,6 +19,7 @@ _TREE = re.compile(
     re.MULTILINE,
 )
 _CPU = re.compile(r"^[* ] CPU #\d+:", re.MULTILINE)
+_MODEL = re.compile(r'^ *type: "(.+)-[^-]+-cpu"', re.MULTILINE)
 _SUFFIX = "-machine"
 
 
@@ -41,6 +42,22 @@ def machine_type(text: str) -> str:
 def vcpus(text: str) -> int:
     """How many vCPUs ``info cpus`` shows."""
     return len(_CPU.findall(text))
+
+
+def cpu_model(text: str) -> str:
+    """The model of the CPUs that ``info hotpluggable-cpus`` shows; "" if it shows none.
+
+    QEMU's type has the architecture behind it: "qemu64-x86_64-cpu".
+    """
+    match = _MODEL.search(text)
+    return match[1] if match else ""
+
+
+def accelerator(text: str) -> str:
+    """What ``info kvm`` tells: "kvm" or "tcg"; "" if it tells nothing."""
+    if "kvm support: enabled" in text:
+        return "kvm"
+    return "tcg" if "kvm support:" in text else ""
 
 
 def pci_devices(text: str) -> Mapping[str, PciDevice]:
