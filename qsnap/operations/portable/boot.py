@@ -31,6 +31,7 @@ from qsnap.operations.portable import manifest
 from qsnap.operations.portable.images import QemuImg
 from qsnap.operations.portable.manifest import MONITOR, Manifest
 from qsnap.runs.shield import in_thread
+from qsnap.targets.command_line import qemu_arguments
 from qsnap.targets.portable import EXPORT, joined
 
 #: Seconds between two looks at a QEMU that loads.
@@ -159,12 +160,15 @@ def emulator_of(about: Manifest, named: str | None) -> tuple[str, ...]:
 
     :param named: the one that the user wants.
     :raise NotSupported: it is not installed.
+    :raise QsnapError: the export names another program.
     """
     if named is not None:
         if shutil.which(named) is None:
             raise NotSupported(f"{named} is not installed")
         return (named,)
     words = manifest.called(about.emulator)
+    if qemu_arguments(words) is None:
+        raise QsnapError(f"{' '.join(about.emulator)}, which the export names, is not a QEMU; name one: --qemu PROGRAM")
     name = Path(words[-1]).name
     if "/" in words[-1] and all(os.access(word, os.X_OK) for word in (words[0], words[-1])):
         return about.emulator

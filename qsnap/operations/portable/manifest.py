@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import shlex
 from collections.abc import Callable, Iterator, Sequence
 from datetime import datetime
@@ -28,6 +29,8 @@ START = "start.sh"
 STATE = "state"
 #: The monitor's socket in the working directory.
 MONITOR = "qmp"
+#: The name of a disk's file; its overlay has the same.
+_DISK = re.compile(r"disk\d+\.qcow2")
 _PIECE = 4 << 20
 
 
@@ -156,6 +159,8 @@ def read(directory: Path) -> Manifest:
         raise QsnapError(f"{path} cannot be read: {error.strerror}") from error
     except msgspec.DecodeError as error:
         raise QsnapError(f"{path} is damaged, or of a later qsnap: {error}") from error
+    if not all(_DISK.fullmatch(disk.file) for disk in manifest.disks):
+        raise QsnapError(f"{path} is damaged: it names a disk that no export has")
     if manifest.format != FORMAT:
         raise QsnapError(f"{path} is of a later qsnap: its format is {manifest.format}")
     return manifest

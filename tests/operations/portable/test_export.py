@@ -262,6 +262,11 @@ def test_it_is_started_by_hand(guest: Guest, tmp_path: Path) -> None:
     (export / "state").write_bytes(state[: len(state) // 2])
     assert "state has " in cli("boot", str(export), "--no-check", "--work", str(never), expect=1).err
     document = manifest(export)
+    (export / "manifest.json").write_text(json.dumps({**document, "disks": [{"file": "../x", "device": "d"}]}))
+    assert "names a disk that no export has" in cli("boot", str(export), "--work", str(never), expect=1).err
+    (export / "manifest.json").write_text(json.dumps({**document, "emulator": ["/bin/sh"], "files": []}))
+    env = {"QSNAP_QEMU": ""}  # click: as if there was none
+    assert "is not a QEMU" in cli("boot", str(export), "--work", str(never), expect=1, env=env).err
     document["files"][0]["size"] = len(state) // 2
     (export / "manifest.json").write_text(json.dumps(document))
     run = cli("boot", str(export), "--no-check", "--work", str(never), expect=1)
