@@ -52,6 +52,8 @@ _KEPT = frozenset((
     "seed", "semihosting", "semihosting-config", "singlestep", "smp", "soundhw", "tb-size", "usb", "uuid", "vga",
     "watchdog", "watchdog-action", "win2k-hack",
 ))  # fmt: skip
+#: Names of files that are copied.
+_FILES = frozenset(("kernel", "initrd", "dtb", "option-rom"))
 #: What is short for a -drive, and what it stands for.
 _DRIVES: Mapping[str, Mapping[str, str]] = {
     "hda": {"index": "0", "media": "disk"},
@@ -223,7 +225,7 @@ def joined(given: Mapping[str, str], implied: str = "") -> str:
 
 
 class _Translation:
-    """The translation of one command line."""
+    """The translation of one command line. The method ``option_X`` translates an option ``-X`` of that value."""
 
     def __init__(self, given: Sequence[tuple[str, str]], is_file: Callable[[str], bool]) -> None:
         self._given = given
@@ -257,12 +259,14 @@ class _Translation:
     def _one(self, option: str, value: str) -> None:
         if option in _LEFT_OUT or option in ("machine", "L", "nographic"):
             return
-        handler = getattr(self, f"_{option.replace('-', '_')}", None)
+        handler = getattr(self, f"option_{option.replace('-', '_')}", None)
         if option in _KEPT:
             self._keep(option, value)
+        elif option in _FILES:
+            self._keep(option, self._copied(option, value))
         elif option in _DRIVES:
             self._drive_of({**_DRIVES[option], "file": value}, f"-{option} {value}")
-        elif handler is not None and option in _HANDLED:
+        elif handler is not None:
             handler(value)
         else:
             self._refuse(option, value, "qsnap does not know what it stands for on another machine")
@@ -303,20 +307,20 @@ class _Translation:
         first = ["-machine", joined(found, "type")] if found else []
         self._made.words[:0] = [*first, *(word for name in accelerators for word in ("-accel", name))]
 
-    def _enable_kvm(self, _: str) -> None:
+    def option_enable_kvm(self, _: str) -> None:
         self._made.words.extend(("-accel", "kvm"))
 
     def _defaults(self, chardevs: Collection[str], networks: str) -> None:
         """Say what QEMU would add by itself, where that is connected to this host."""
         given = {option for option, _ in self._given}
         if "serial" not in given and "serial0" in chardevs:
-            self._serial("vc")
+            self.option_serial("vc")
         if not given & {"net", "netdev", "nic", "nodefaults"}:
             self._made.words.extend(("-net", "nic"))
             if "type=user" in networks:
                 self._made.words.extend(("-net", "user,restrict=on"))
 
-    def _cpu(self, value: str) -> None:
+    def option_cpu(self, value: str) -> None:
         if value.split(",")[0] in ("host", "max"):
             self._made.warnings.append(
                 f"-cpu {value} is the CPU of this host: it starts only where there is one like it"
@@ -325,15 +329,7 @@ class _Translation:
 
     # Files
 
-    def _file_of(option: str) -> Callable[[_Translation, str], None]:  # type: ignore[misc]  # noqa: N805
-        def handler(self: _Translation, value: str) -> None:
-            self._made.words.extend((f"-{option}", self._copied(option, value)))
-
-        return handler
-
-    _kernel, _initrd, _dtb, _option_rom = map(_file_of, ("kernel", "initrd", "dtb", "option-rom"))
-
-    def _bios(self, value: str) -> None:
+    def option_bios(self, value: str) -> None:
         # Else it is one of QEMU's own
         self._made.words.extend(("-bios", self._copied("bios", value) if self._is_file(value) else value))
 
@@ -344,36 +340,36 @@ class _Translation:
                 found[key] = ":".join(self._copied(option, path) for path in found[key].split(":"))
         self._made.words.extend((f"-{option}", joined(found) if found.keys() & set(keys) else value))
 
-    def _fw_cfg(self, value: str) -> None:
+    def option_fw_cfg(self, value: str) -> None:
         self._with_files("fw_cfg", value, ("file",))
 
-    def _smbios(self, value: str) -> None:
+    def option_smbios(self, value: str) -> None:
         self._with_files("smbios", value, ("file", "path"))
 
-    def _acpitable(self, value: str) -> None:
+    def option_acpitable(self, value: str) -> None:
         self._with_files("acpitable", value, ("file", "data"))
 
-    def _boot(self, value: str) -> None:
+    def option_boot(self, value: str) -> None:
         kept = {key: one for key, one in options(value, "order").items() if key != "splash"}
         self._made.words.extend(("-boot", joined(kept)))
 
-    def _icount(self, value: str) -> None:
+    def option_icount(self, value: str) -> None:
         kept = {key: one for key, one in options(value, "shift").items() if not key.startswith("rr")}
         if kept:
             self._made.words.extend(("-icount", joined(kept)))
 
-    def _set(self, value: str) -> None:
+    def option_set(self, value: str) -> None:
         if value.startswith("device."):
             self._keep("set", value)
         else:
             self._refuse("set", value, "it changes what belongs to this host")
 
-    def _readconfig(self, value: str) -> None:
+    def option_readconfig(self, value: str) -> None:
         self._refuse("readconfig", value, "qsnap reads no such files; put what it says on the command line")
 
     # Disks and media
 
-    def _drive(self, value: str) -> None:
+    def option_drive(self, value: str) -> None:
         self._drive_of(options(value, ""), f"-drive {value}")
 
     def _drive_of(self, found: Mapping[str, str], text: str) -> None:
@@ -382,14 +378,14 @@ class _Translation:
             self._made.devices.append(GuestDevice("virtio-blk", ""))
         self._made.words.append(Drive(found.get("id", ""), False, found.get("if", ""), kept, text))
 
-    def _blockdev(self, value: str) -> None:
+    def option_blockdev(self, value: str) -> None:
         name = options(value, "driver").get("node-name", "")
         if name in self._named:
             self._made.words.append(Drive(name, True, "", {}, f"-blockdev {value}"))
 
     # Devices, and what is behind them
 
-    def _device(self, value: str) -> None:
+    def option_device(self, value: str) -> None:
         found = options(value, "driver")
         model = found.get("driver", "")
         self._made.devices.append(GuestDevice(model, found.get("id", "")))
@@ -401,25 +397,25 @@ class _Translation:
             value = _with(value, "romfile", self._copied("device", rom))
         self._made.words.extend(("-device", value))
 
-    def _usbdevice(self, value: str) -> None:
+    def option_usbdevice(self, value: str) -> None:
         if value in _USB:
             self._keep("usbdevice", value)
         else:
             self._refuse("usbdevice", value, "it hands on a piece of this host")
 
-    def _snapshot(self, value: str) -> None:
+    def option_snapshot(self, value: str) -> None:
         self._refuse("snapshot", value, "the disks' contents are in overlays without a name")
 
-    def _virtfs(self, value: str) -> None:
+    def option_virtfs(self, value: str) -> None:
         self._refuse("virtfs", value, "the directory of this host is not in the snapshot")
 
-    def _fsdev(self, value: str) -> None:
+    def option_fsdev(self, value: str) -> None:
         self._refuse("fsdev", value, "the directory of this host is not in the snapshot")
 
-    def _tpmdev(self, value: str) -> None:
+    def option_tpmdev(self, value: str) -> None:
         self._refuse("tpmdev", value, "what the TPM keeps is not in the snapshot")
 
-    def _object(self, value: str) -> None:
+    def option_object(self, value: str) -> None:
         found = options(value, "qom-type")
         kind = found.get("qom-type", "")
         if kind.startswith(_RAM_OBJECTS):
@@ -436,7 +432,7 @@ class _Translation:
 
     # Chardevs
 
-    def _chardev(self, value: str) -> None:
+    def option_chardev(self, value: str) -> None:
         found = options(value, "backend")
         name = found.get("id", "")
         if name in self._consoles:
@@ -462,17 +458,17 @@ class _Translation:
             "backend",
         )
 
-    def _serial(self, value: str) -> None:
+    def option_serial(self, value: str) -> None:
         if value in ("none", "null", "msmouse") or value.startswith("chardev:"):
             self._keep("serial", value)
         else:
             name = f"qsnap-serial{len(self._made.consoles)}"
             self._made.words.extend(("-chardev", self._console(name), "-serial", f"chardev:{name}"))
 
-    def _parallel(self, value: str) -> None:
+    def option_parallel(self, value: str) -> None:
         self._keep("parallel", "none" if value == "none" else "null")
 
-    def _debugcon(self, _: str) -> None:
+    def option_debugcon(self, _: str) -> None:
         self._keep("debugcon", "null")
 
     # Networks
@@ -502,19 +498,19 @@ class _Translation:
             network = joined({"type": "hubport", "hubid": str(7100 + number), **kept}, "type")
             self._made.words.extend((f"-{option}", network))
 
-    def _netdev(self, value: str) -> None:
+    def option_netdev(self, value: str) -> None:
         found = options(value, "type")
         card = next((one.get("driver", "") for one in self._nics if one.get("netdev") == found.get("id")), "")
         self._network("netdev", found, card)
 
-    def _nic(self, value: str) -> None:
+    def option_nic(self, value: str) -> None:
         found = options(value, "type")
         if found.get("type") == "none":
             self._keep("nic", value)
         else:
             self._network("nic", found, found.get("model", ""))
 
-    def _net(self, value: str) -> None:
+    def option_net(self, value: str) -> None:
         found = options(value, "type")
         if found.get("type") in ("nic", "none"):
             self._keep("net", value)
@@ -524,22 +520,14 @@ class _Translation:
 
     # Sound
 
-    def _audiodev(self, value: str) -> None:
+    def option_audiodev(self, value: str) -> None:
         name = options(value, "driver").get("id", "")
         self._made.words.extend(("-audiodev", joined({"driver": "none", "id": name}, "driver")))
 
-    def _audio(self, value: str) -> None:
+    def option_audio(self, value: str) -> None:
         found = options(value, "driver")
         kept = {key: one for key, one in found.items() if key in ("id", "model")}
         self._made.words.extend(("-audio", joined({"driver": "none", **kept}, "driver")))
-
-
-#: The options with a method of their own.
-_HANDLED = frozenset((
-    "acpitable", "audio", "audiodev", "bios", "blockdev", "boot", "chardev", "cpu", "debugcon", "device", "drive",
-    "dtb", "enable-kvm", "fsdev", "fw_cfg", "icount", "initrd", "kernel", "net", "netdev", "nic", "object",
-    "option-rom", "parallel", "readconfig", "serial", "set", "smbios", "snapshot", "tpmdev", "usbdevice", "virtfs",
-))  # fmt: skip
 
 
 def _with(value: str, key: str, new: str) -> str:
