@@ -288,16 +288,11 @@ def flaw(pread: Callable[[int, int], bytes], size: int) -> str:
         # The file may end in the middle of its last cluster
         if pread(room, offset).ljust(room, b"\0") != data.ljust(room, b"\0"):
             return f"its {name} differs"
-    last = STREAM_OFFSET + content.vm_state_size - 1
-    problem = flaw_of_stream(pread(len(_STREAM_HEAD), STREAM_OFFSET), pread(1, last))
-    return f"what it holds {problem}" if problem else ""
-
-
-def flaw_of_stream(begin: bytes, end: bytes) -> str:
-    """What is wrong with the first bytes of a VM state, or with the last one, a clause; "" if nothing is."""
-    if begin[: len(_STREAM_HEAD)] != _STREAM_HEAD:
-        return "does not begin as a VM state does"
-    return "" if end in _STREAM_ENDS else "does not end as a VM state does"
+    if pread(len(_STREAM_HEAD), STREAM_OFFSET) != _STREAM_HEAD:
+        return "what it holds does not begin as a VM state does"
+    if pread(1, STREAM_OFFSET + content.vm_state_size - 1) not in _STREAM_ENDS:
+        return "what it holds does not end as a VM state does"
+    return ""
 
 
 def _extensions(head: bytes, offset: int) -> Iterator[tuple[int, bytes]]:

@@ -202,7 +202,7 @@ class _Checks:
             return
         try:
             try:
-                self._problems += (f"its VM state: {flaw}" for flaw in _flaws(state, ended, self._counted))
+                self._problems += (f"its VM state: {flaw}" for flaw in flaws(state, ended, self._counted))
             except Unknown as error:
                 self._unchecked.append(f"its VM state is not as QEMU is known to write it: {error}")
             if self._reads and isinstance(where, int) and not self._problems:
@@ -261,7 +261,7 @@ def _why(error: Exception) -> str:
     return (error.strerror or str(error)) if isinstance(error, OSError) else str(error)
 
 
-def _flaws(state: VmState, ended: threading.Event, counted: Callable[[int], None]) -> Iterator[str]:
+def flaws(state: VmState, ended: threading.Event, counted: Callable[[int], None]) -> Iterator[str]:
     """What is wrong with a VM state, a clause each.
 
     :raise Unknown: it is not as QEMU is known to write it.

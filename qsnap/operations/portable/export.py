@@ -25,7 +25,7 @@ import msgspec
 
 from qsnap.errors import CommandFailed, NotSupported, PrecheckRefused, QsnapError, SnapshotNotFound, VerifyFailed
 from qsnap.host import files, processes, trust
-from qsnap.inventory import qcow2, state_file, stream, vm_state
+from qsnap.inventory import qcow2, stream, vm_state
 from qsnap.inventory.inventory import Inventory
 from qsnap.inventory.qcow2 import Unreadable
 from qsnap.inventory.vm_state import VmState
@@ -42,6 +42,7 @@ from qsnap.operations.portable.drives import Held, holdings
 from qsnap.operations.portable.images import QemuImg
 from qsnap.operations.portable.manifest import ExportedDisk, ExportedFile, Manifest
 from qsnap.operations.progress import Phase, Progress, Watcher
+from qsnap.operations.verify import flaws
 from qsnap.runs.journal import AFTERMATH_TIMEOUT_S
 from qsnap.runs.run import Run
 from qsnap.runs.shield import in_thread, shielded
@@ -270,7 +271,7 @@ async def _plan(
     :raise PrecheckRefused: it could not be started elsewhere.
     """
     with _readable(snapshot.tag):
-        machine = await asyncio.to_thread(_machine, state)
+        machine = await in_thread(partial(_machine, state))
     chardevs = await run.monitor.human_answer("info chardev")
     made = portable(
         qemu.arguments,
@@ -289,13 +290,16 @@ async def _plan(
     return _Plan(snapshot, str(run.monitor.version), machine, qemu, made, held.drives, sizes, warnings)
 
 
-def _machine(state: VmState) -> str:
+def _machine(state: VmState, ended: threading.Event) -> str:
     """The machine type that a VM state names.
 
+    :raise Unreadable: it is damaged.
     :raise Unknown: it is not known how to read it.
     """
     walk = stream.Stream({})
     walk.parts(memoryview(state.bytes(0, stream.LONGEST_FRAME)))
+    if damages := [*flaws(state, ended, lambda _: None)]:
+        raise Unreadable(f"it is damaged, {'; '.join(damages)}")
     return walk.machine
 
 
@@ -422,20 +426,15 @@ def _copy_state(state: VmState, path: Path, report: _Report, tag: str, ended: th
     file = files.created(path)
     begin = 0
     try:
-        first = last = b""
         while begin < state.size:
             if ended.is_set():
                 raise InterruptedError
             with _readable(tag):
                 piece = buffer[: state.read(buffer, begin)]
-            first, last = first or bytes(piece[:16]), bytes(piece[-1:])
             sum_.update(piece)
             files.write(file, piece, begin)
             begin += len(piece)
             report.at(begin)
-        with _readable(tag):
-            if problem := state_file.flaw_of_stream(first, last):
-                raise Unreadable(f"it {problem}")
         os.fsync(file)
     finally:
         os.close(file)

@@ -181,6 +181,12 @@ def test_what_is_not_on_the_command_line_is_refused_by_name(launch: Launch, tmp_
     assert not (tmp_path / "export").exists()
 
 
+def damage(state: Path) -> None:
+    with state.open("r+b") as file:
+        file.seek(4 << 20)
+        file.write(b"\xff" * 5000)  # the header of at least one page
+
+
 def delete(guest: Guest) -> None:
     guest.qmp.hmp("delvm s")
 
@@ -194,6 +200,11 @@ async def test_refusals_before_anything_is_made(guest: Guest, tmp_path: Path, mo
     cli("export", "none", str(tmp_path / "export"), monitor=guest.address, expect=7)
     cli("save", "part", "--exclude", "disk1", monitor=guest.address)
     assert "disk1 lacks it" in cli("export", "part", str(tmp_path / "export"), monitor=guest.address, expect=7).err
+    state = Path(cli("save", "live", "--live", "--json", monitor=guest.address).json["file"]["path"])
+    damage(state)
+    assert (
+        "it is damaged, at byte" in cli("export", "live", str(tmp_path / "export"), monitor=guest.address, expect=6).err
+    )
     async with qsnap.connect(guest.address) as vm:
         with monkeypatch.context() as patch, pytest.raises(PrecheckRefused, match="no room: the export takes up to"):
             patch.setattr(processes, "free_bytes", lambda _: (1 << 20, 1 << 20))
