@@ -12,6 +12,7 @@ Each sequence is loaded when it is first used: a list should not wait for what a
 from __future__ import annotations
 
 import asyncio
+import os
 import shlex
 from collections.abc import AsyncIterator, Collection, Iterable, Sequence
 from contextlib import asynccontextmanager, suppress
@@ -56,6 +57,7 @@ if TYPE_CHECKING:
     from qsnap.model.requests import LoadRequest
     from qsnap.operations.progress import Watcher
     from qsnap.runs.run import Run
+    from qsnap.targets.choose import Target
     from qsnap.upkeep.retention import Policy
 
 #: Seconds to wait for another qsnap.
@@ -745,34 +747,61 @@ async def _opened(where: Address, greeting_s: float, lock_wait_s: float, snapsho
                 raise explained(busy, where) from busy
 
 
+def _chosen(address: str | Address | None, vm: str, config: str | Path | None) -> Target:
+    from qsnap.targets.choose import choose
+    from qsnap.targets.config import load
+    from qsnap.targets.running import running_vms
+
+    if address is not None:
+        raise BadUsage("an address and vm=NAME are both given; one of them names the VM")
+    return choose(load(config or os.environ.get("QSNAP_CONFIG") or None), running_vms, vm=vm)
+
+
 @asynccontextmanager
 async def connect(
-    address: str | Address,
+    address: str | Address | None = None,
     *,
+    vm: str | None = None,
+    config: str | Path | None = None,
     timeout_s: float | None = None,
-    lock_wait_s: float = LOCK_WAIT_S,
+    lock_wait_s: float | None = None,
     snapshot_jobs: bool | None = None,
     state_dir: str | Path | None = None,
-    ignore_unseen: bool = False,
+    ignore_unseen: bool | None = None,
 ) -> AsyncIterator[VM]:
     """Connect to the monitor of a running QEMU, for the duration of a block.
 
-    :param address: a path, ``unix:PATH``, ``tcp:HOST:PORT``, or QEMU's own argument pasted whole.
+    :param address: a path, ``unix:PATH``, ``tcp:HOST:PORT``, or QEMU's own argument pasted whole; or:
+    :param vm: the name of the VM in the config file, its ``-name``, pid or UUID. What the config file has for it is the
+        default of the arguments below.
+    :param config: the config file for *vm*. Default: ``$QSNAP_CONFIG``, or ``~/.config/qsnap/config.toml``.
     :param timeout_s: seconds for the whole block, None for no bound. An operation that is under way then ends as after
         an interrupt: the guest is resumed, nothing half made is left. The greeting has its own bound of 5 s. If QEMU
         does not answer for 10 s after the time-out, qsnap leaves the rest to the guard.
-    :param lock_wait_s: seconds to wait for another qsnap that is using this VM; 0 refuses at once.
+    :param lock_wait_s: seconds to wait for another qsnap that is using this VM; 0 refuses at once. Default: 5.
     :param snapshot_jobs: False uses HMP's savevm inside QMP even if QEMU has snapshot jobs.
     :param state_dir: the directory for the state files of live saves. Default: beside the images; qsnap looks there in
         any case.
     :param ignore_unseen: delete, prune and replace even if notes that protect the snapshot, or a state file that
         belongs to it, may exist and cannot be seen from here (over TCP, as another user). Default: refuse.
-    :raise BadUsage: *address* is not valid.
+    :raise BadUsage: *address* is not valid, or neither it nor *vm* is given; or *vm* means several.
+    :raise NoVM: *vm* does not run, or has no monitor that could be used.
     :raise ConnectError: nothing listens there, or it may not be opened.
     :raise MonitorBusy: another client holds it, or QEMU does not answer.
     :raise VMLocked: that client is another qsnap.
     :raise OperationTimeout: *timeout_s* have passed.
     """
+    if vm is not None:
+        target = await asyncio.to_thread(_chosen, address, vm, config)
+        settings, address = target.settings, target.address
+        timeout_s = settings.timeout if timeout_s is None else timeout_s
+        lock_wait_s = settings.lock_wait if lock_wait_s is None else lock_wait_s
+        state_dir = settings.state_dir if state_dir is None else state_dir
+        ignore_unseen = settings.ignore_unseen if ignore_unseen is None else ignore_unseen
+    if address is None:
+        raise BadUsage("name the VM: its monitor's address, or vm=NAME")
+    if lock_wait_s is None:
+        lock_wait_s = LOCK_WAIT_S
     where = parse_address(address) if isinstance(address, str) else address
     _positive("the time-out", timeout_s)
     greeting_s = GREETING_TIMEOUT_S if timeout_s is None else min(timeout_s, GREETING_TIMEOUT_S)
@@ -789,7 +818,7 @@ async def connect(
                 lock_wait_s=lock_wait_s,
                 is_timed=timeout_s is not None,
                 state_dir=None if state_dir is None else Path(state_dir),
-                ignore_unseen=ignore_unseen,
+                ignore_unseen=bool(ignore_unseen),
             )
     except TimeoutError as error:
         if not timer.expired():

@@ -38,7 +38,7 @@ HOMES = {
 #: From top to bottom; a package imports from itself and from the layers below.
 LAYERS = [
     ["__main__", "__init__"],
-    ["cli", "pytest_plugin"],
+    ["cli", "pytest_plugin", "sync"],
     ["vm"],
     ["supervision"],
     ["operations"],

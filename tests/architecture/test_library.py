@@ -1,0 +1,132 @@
+"""The library as others use it: its names are known to a type checker, and the same without ``await``."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import os
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+import qsnap
+import qsnap.sync
+from qsnap import errors
+from support.guest import Guest, Launch, blockdev, cli, make_boot_disk, until
+
+ROOT = Path(__file__).resolve().parents[2]
+
+#: Each line that ends with "#" is wrong.
+PROGRAM = """
+import qsnap
+import qsnap.sync
+
+async def main() -> None:
+    async with qsnap.connect(vm="web") as vm:
+        await vm.prune("nightly", qsnap.Policy(last=1))
+        pause: float = (await vm.save("t")).pause_ms
+
+with qsnap.sync.connect(vm="web") as vm:
+    tags: list[str] = [one.tag for one in vm.list()]
+    number: int = vm.save("t")  #
+    vm.nonsense()  #
+try:
+    qsnap.nonsense  #
+except qsnap.PrecheckRefused as refused:
+    print(refused.findings)
+"""
+
+
+@pytest.mark.no_qemu
+def test_a_type_checker_knows_the_names(tmp_path: Path) -> None:
+    program = tmp_path / "program.py"
+    program.write_text(PROGRAM)
+    done = subprocess.run(
+        [sys.executable, "-m", "mypy", "--strict", program], capture_output=True, text=True, timeout=110, cwd=ROOT
+    )
+    found = {int(line.split(":")[1]) for line in done.stdout.splitlines() if ": error:" in line}
+    wrong = {number for number, line in enumerate(PROGRAM.splitlines(), 1) if line.endswith("#")}
+    assert found == wrong, done.stdout + done.stderr
+
+
+@pytest.mark.no_qemu
+def test_all_errors_are_at_the_top() -> None:
+    of_module = {one.__name__ for _, one in inspect.getmembers(errors, inspect.isclass) if issubclass(one, Exception)}
+    assert of_module <= set(qsnap.__all__)
+    assert all(getattr(qsnap, name).__name__ == name for name in qsnap.__all__)
+    with pytest.raises(AttributeError):
+        getattr(qsnap, "nonsense")  # noqa: B009 (mypy knows that it is not there)
+
+
+def test_without_await(guest: Guest) -> None:
+    """Its results, errors and time-out are those of the library; also where a loop runs."""
+    with qsnap.sync.connect(guest.address) as vm:
+        assert vm.save("t").tag == "t"
+        assert [one.tag for one in vm.list()] == ["t"]
+        with pytest.raises(qsnap.SnapshotNotFound):
+            vm.load("nope")
+        assert vm.load("t").runstate == "running"
+        assert vm.pid == guest.pid
+
+    async def inside() -> str:
+        with qsnap.sync.connect(guest.address) as vm:
+            return str(vm.status().runstate)
+
+    assert asyncio.run(inside()) == "running"
+    assert [one.name for one in threading.enumerate() if one.name == "qsnap"] == []
+    with pytest.raises(qsnap.BadUsage), qsnap.sync.connect():
+        pass
+    guest.assert_running()
+
+
+def test_a_vm_by_its_name(launch: Launch, tmp_path: Path) -> None:
+    """With what the config file has for it."""
+    name = f"web-{os.getpid()}"
+    guest = launch(
+        *blockdev("disk0", make_boot_disk(tmp_path / "a")), "-device", "virtio-blk,drive=disk0", "-name", name
+    )  # fmt: skip
+    (tmp_path / "c.toml").write_text(f"[vm.{name}]\ntimeout = 0.000001\n")
+    with qsnap.sync.connect(vm=name) as vm:
+        assert vm.status().name == name
+    late = (qsnap.OperationTimeout, qsnap.MonitorBusy)
+    with pytest.raises(late), qsnap.sync.connect(vm=name, config=tmp_path / "c.toml") as vm:
+        vm.save("t")
+    with pytest.raises(qsnap.NoVM), qsnap.sync.connect(vm="nobody-of-that-name"):
+        pass
+    assert guest.runstate == "running"
+
+
+INTERRUPTED = """
+import sys
+import qsnap.sync
+
+with qsnap.sync.connect(sys.argv[1]) as vm:
+    try:
+        vm.save("t", watch=lambda progress: print(progress.phase, flush=True))
+    except KeyboardInterrupt:
+        print("interrupted", vm.status().runstate, flush=True)
+"""
+
+
+def test_ctrl_c_in_a_call(launch: Launch, tmp_path: Path) -> None:
+    """The save is cancelled and cleared up as everywhere, the guest runs, and the connection goes on."""
+    guest = launch(
+        *blockdev("a", make_boot_disk(tmp_path / "a")), "-device", "virtio-blk,drive=a",
+        "-object", "memory-backend-ram,id=m,size=768M,prealloc=on",
+        machine="q35,accel=tcg,memory-backend=m", memory="768",
+    )  # fmt: skip
+    guest.wait_for_ticks(1)
+    with subprocess.Popen(
+        [sys.executable, "-c", INTERRUPTED, guest.address], stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline()
+        process.send_signal(signal.SIGINT)
+        assert process.stdout.read().splitlines()[-1] == "interrupted running"
+    assert process.returncode == 0
+    until("the guest runs", lambda: guest.runstate == "running")
+    assert cli("list", "-q", monitor=guest.address).out == ""
