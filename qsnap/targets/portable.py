@@ -39,7 +39,7 @@ FILES = "files"
 #: Of this host, or only for the beginning.
 _LEFT_OUT = frozenset((
     "S", "D", "add-fd", "alt-grab", "async-teardown", "chroot", "compat", "ctrl-grab", "curses", "d", "daemonize",
-    "display", "dump-vmstate", "echr", "enable-fips", "enable-sync-profile", "full-screen", "gdb", "incoming",
+    "dfilter", "display", "dump-vmstate", "echr", "enable-fips", "enable-sync-profile", "full-screen", "gdb", "incoming",
     "iscsi", "jitdump", "loadvm", "mem-path", "mem-prealloc", "mon", "monitor", "msg", "name", "no-frame",
     "no-quit", "overcommit", "perfmap", "pidfile", "plugin", "preconfig", "qmp", "qmp-pretty", "qtest", "qtest-log",
     "run-with", "runas", "s", "sandbox", "sdl", "show-cursor", "spice", "trace", "user", "vnc", "writeconfig",
@@ -53,7 +53,7 @@ _KEPT = frozenset((
     "watchdog", "watchdog-action", "win2k-hack",
 ))  # fmt: skip
 #: Names of files that are copied.
-_FILES = frozenset(("kernel", "initrd", "dtb", "option-rom"))
+_FILES = frozenset(("kernel", "shim", "initrd", "dtb", "option-rom"))
 #: What is short for a -drive, and what it stands for.
 _DRIVES: Mapping[str, Mapping[str, str]] = {
     "hda": {"index": "0", "media": "disk"},
@@ -97,7 +97,7 @@ _KEPT_OBJECTS = (
 )  # fmt: skip
 _RAM_OBJECTS = ("memory-backend-file", "memory-backend-memfd", "memory-backend-epc", "memory-backend-shm")
 _HOST_OBJECTS = (
-    "secret", "tls-", "authz-", "filter-", "colo-compare", "input-linux", "input-barrier", "pr-manager-",
+    "secret", "tls-", "authz-", "filter-", "colo-compare", "input-linux", "input-barrier", "monitor-", "pr-manager-",
     "thread-context", "throttle-", "main-loop", "dbus-vmstate",
 )  # fmt: skip
 _OF_RAM = frozenset(("id", "size", "merge", "dump", "share", "reserve", "x-use-canonical-path-for-ramblock-id"))

@@ -36,6 +36,7 @@ CONSOLE = "socket,id={},path=serial{},server=on,wait=off,logfile=serial{}.log"
         ("-m 2G -smp 4,cores=2 -cpu qemu64 -uuid 1 -rtc utc", "-m 2G -smp 4,cores=2 -cpu qemu64 -uuid 1 -rtc utc"),
         ("-S -daemonize -pidfile p -name a,debug-threads=on -sandbox on -monitor stdio -qmp unix:x -D log -d int", ""),
         ("-mon chardev=m -chardev socket,id=m,path=/run/m,server=on", "-chardev null,id=m"),
+        ("-object monitor-qmp,id=m,chardev=c -object tls-creds-x509,id=t,dir=/etc -dfilter 0x0", ""),
         ("-vnc :1 -spice port=1 -display gtk -loadvm x -incoming defer", ""),
         ("-enable-kvm", "-accel kvm"),
         ("-machine pc,accel=kvm:tcg,usb=on", "-machine pc,usb=on -accel kvm -accel tcg"),
