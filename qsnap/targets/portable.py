@@ -39,8 +39,8 @@ FILES = "files"
 #: Of this host, or only for the beginning.
 _LEFT_OUT = frozenset((
     "S", "D", "add-fd", "alt-grab", "async-teardown", "chroot", "compat", "ctrl-grab", "curses", "d", "daemonize",
-    "dfilter", "display", "dump-vmstate", "echr", "enable-fips", "enable-sync-profile", "full-screen", "gdb", "incoming",
-    "iscsi", "jitdump", "loadvm", "mem-path", "mem-prealloc", "mon", "monitor", "msg", "name", "no-frame",
+    "dfilter", "display", "dump-vmstate", "echr", "enable-fips", "enable-sync-profile", "full-screen", "gdb",
+    "incoming", "iscsi", "jitdump", "loadvm", "mem-path", "mem-prealloc", "mon", "monitor", "msg", "name", "no-frame",
     "no-quit", "overcommit", "perfmap", "pidfile", "plugin", "preconfig", "qmp", "qmp-pretty", "qtest", "qtest-log",
     "run-with", "runas", "s", "sandbox", "sdl", "show-cursor", "spice", "trace", "user", "vnc", "writeconfig",
 ))  # fmt: skip
