@@ -15,7 +15,7 @@ import pytest
 
 from qsnap.inventory import kept
 from support.fake_proc import Machine
-from support.guest import QEMU, Guest, Launch, blockdev, make_boot_disk, make_disk
+from support.guest import QEMU, Guest, Launch, blockdev, disk_device, make_boot_disk, make_disk
 from support.proxy import Intercept, Proxy
 
 
@@ -87,8 +87,8 @@ def guest(launch: Launch, tmp_path: Path) -> Guest:
     make_boot_disk(tmp_path / "disk0.qcow2")
     make_disk(tmp_path / "disk1.qcow2")
     running = launch(
-        *blockdev("disk0", tmp_path / "disk0.qcow2"), "-device", "virtio-blk,drive=disk0,id=vd0",
-        *blockdev("disk1", tmp_path / "disk1.qcow2"), "-device", "virtio-blk,drive=disk1,id=vd1",
+        *blockdev("disk0", tmp_path / "disk0.qcow2"), *disk_device("disk0", 0, id="vd0"),
+        *blockdev("disk1", tmp_path / "disk1.qcow2"), *disk_device("disk1", 1, id="vd1"),
     )  # fmt: skip
     running.wait_for_ticks()
     return running

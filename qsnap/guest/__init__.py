@@ -17,7 +17,7 @@ BAD = 0x604
 
 #: The table on its disks: sectors, each full of the count that was last written to it.
 TABLE_OFFSET = 64 * 512
-TABLE_SLOTS = 32
+TABLE_SLOTS = 8
 
 #: A disk's size in bytes; the guest uses the first 48 KiB.
 DISK_BYTES = 8 << 20

@@ -3,19 +3,22 @@
 ; Assemble: nasm -f bin boot.asm -o boot.bin
 ;
 ; At start it fills all RAM above 2 MiB with a pattern that is not zero, so that QEMU has to
-; save every page. Then, on every tick of a 100 Hz timer, it
+; save every page. Then, on every tick of a 50 Hz timer (nothing in it needs more, and each costs the host some
+; milliseconds), it
 ;   adds one to a counter in RAM,
-;   writes the counter to slot (counter mod 32) of a table in RAM and of a table on every disk,
+;   writes the counter to slot (counter mod 8) of a table in RAM and of a table on every disk,
 ;   reads the disks' tables back and counts the slots that differ from RAM,
 ;   prints "c=<counter> bad=<differences so far>" to the first serial port, in hexadecimal.
 ; RAM and disks that come from two different moments are therefore seen within one tick.
 ;
 ; With -DPAGES=n it also writes heavily: each tick, the counter goes to n pages, those of one of 64 blocks above 4 MiB in
-; turn. Before that they must hold what the last round has written there; the others count as differences too.
+; turn. Before that they must hold what the last round has written there; the others count as differences too. Its timer
+; has 100 Hz.
 ;
-; Memory: 0x600 counter, 0x604 bad, 0x608 number of disks, 0x610 disk address packet,
-; 0x8000 one sector to write, 0x10000 the 32 sectors read, 0x200000 the table in RAM (a page a slot).
-; Disks: the table is in sectors 64 to 95.
+; Memory: 0x600 counter, 0x604 bad, 0x608 number of disks, 0x610 disk address packet, below 0x7000 the stack (in a page
+; without code: TCG takes a write beside code for a write to it, and is slow),
+; 0x8000 one sector to write, 0x10000 the 8 sectors read, 0x200000 the table in RAM (a page a slot).
+; Disks: the table is in sectors 64 to 71.
 
         bits 16
         org 0x7c00
@@ -26,18 +29,24 @@ DISKS   equ 0x608
 DAP     equ 0x610
 SECTOR  equ 0x8000
 TABLE   equ 0x200000
-SLOTS   equ 32
+SLOTS   equ 8
 LBA     equ 64
 PATTERN equ 0x51534e50                  ; "PNSQ"
 BLOCKS  equ 64
 STAMPS  equ 0x400000
+CLOCK   equ 1193182                     ; Hz, of the timer
+%ifdef PAGES
+RATE    equ 100
+%else
+RATE    equ 50
+%endif
 
 start:  cli
         cld
         xor ax, ax
         mov ds, ax
         mov ss, ax
-        mov sp, 0x7c00
+        mov sp, 0x7000
 %ifdef PAGES
         mov ax, 0x0201                  ; the second sector, behind this one (the BIOS starts us with es = 0)
         mov bx, 0x7e00
@@ -45,6 +54,14 @@ start:  cli
         mov dx, 0x80
         int 0x13
 %endif
+        mov ax, 0xe000                  ; SeaBIOS's stack lies among its code there, and TCG looks at each write to it for
+        mov ds, ax                      ; code that it changes: at much less once what was translated at the start is gone,
+        mov es, ax                      ; as it is when the same bytes are written there again
+        xor si, si
+        xor di, di
+        mov cx, 0x10000 / 4
+        rep movsd
+        mov ds, cx
         mov al, [0x475]                 ; BIOS data area: number of hard disks
         mov [DISKS], al
         in al, 0x92                     ; A20
@@ -68,9 +85,9 @@ start:  cli
         xor eax, eax
         mov [COUNTER], eax
         mov [BAD], eax
-        mov al, 0x34                    ; timer 0: 1193182 / 11932 = 100 Hz
+        mov al, 0x34                    ; timer 0
         out 0x43, al
-        mov ax, 11932
+        mov ax, CLOCK / RATE
         out 0x40, al
         mov al, ah
         out 0x40, al
@@ -99,7 +116,7 @@ tick:   sti
         mov ax, 0x42 << 8
         mov cx, SLOTS
         xor bx, bx
-        mov di, 0x1000                  ; segment of the buffer
+        mov di, 0x1000
         call disk
         call flat
         mov ax, 0x1000
@@ -148,22 +165,18 @@ store:  call flat
         dec dl
         mov ax, 0x43 << 8
         mov cx, 1
-        xor di, di
+        mov di, SECTOR / 16
         call disk
         jmp .next
 .ret:   ret
 
-; BIOS disk function ax on disk dl (0 = first): cx sectors at table slot bx.
-; Buffer: segment di:0, or SECTOR when di is 0. Keeps bx, dl.
+; BIOS disk function ax on disk dl (0 = first): cx sectors at table slot bx; the buffer is at di:0. Keeps bx, dl.
 disk:   mov si, DAP
         mov word [si], 16
         mov [si + 2], cx
         mov word [si + 4], 0
         mov [si + 6], di
-        or di, di
-        jnz .lba
-        mov word [si + 4], SECTOR
-.lba:   movzx ecx, bx
+        movzx ecx, bx
         add ecx, LBA
         mov [si + 8], ecx
         mov dword [si + 12], 0
@@ -218,10 +231,11 @@ putc:   push ax
 
 text_c: db "c=", 0
 text_bad: db " bad=", 0
-        align 8, db 0
-gdt:    dq 0, 0x00cf92000000ffff
-gdtr:   dw 15
+gdtr:                                   ; in the descriptor that nothing uses
+gdt:    dw 15
         dd gdt
+        dw 0
+        dq 0x00cf92000000ffff
 
         times 510 - ($ - $$) db 0
         dw 0xaa55

@@ -27,6 +27,7 @@ from support.guest import (
     Launch,
     blockdev,
     cli,
+    disk_device,
     finish,
     make_boot_disk,
     make_disk,
@@ -279,7 +280,7 @@ def test_colours_on_a_terminal_only(guest: Guest) -> None:
 
 
 def test_the_bar_moves_truthfully(launch: Launch, tmp_path: Path) -> None:
-    guest = launch(*blockdev("big", make_boot_disk(tmp_path / "big")), "-device", "virtio-blk,drive=big", memory="1024")
+    guest = launch(*blockdev("big", make_boot_disk(tmp_path / "big")), *disk_device("big"), memory="1024")
     guest.wait_for_ticks()
     text = on_terminal("save", "t", "-m", guest.address)
     shown = [int(match) for match in re.findall(r"(\d+)%", text.rpartition("preparing")[2].partition("saving")[2])]
@@ -309,7 +310,7 @@ def test_no_bar_where_nobody_looks(guest: Guest) -> None:
 
 
 async def test_progress_and_its_expectation(launch: Launch, tmp_path: Path) -> None:
-    guest = launch(*blockdev("a", make_boot_disk(tmp_path / "a")), "-device", "virtio-blk,drive=a", memory="768")
+    guest = launch(*blockdev("a", make_boot_disk(tmp_path / "a")), *disk_device("a"), memory="768")
     guest.wait_for_ticks()
     seen: list[Progress] = []
     async with qsnap.connect(guest.address) as vm:
@@ -329,7 +330,7 @@ async def test_progress_without_an_image_to_look_at(launch: Launch, tmp_path: Pa
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     guest = launch(
-        *blockdev("a", make_boot_disk(tmp_path / "a")), "-device", "virtio-blk,drive=a",
+        *blockdev("a", make_boot_disk(tmp_path / "a")), *disk_device("a"),
         "-qmp", f"tcp:127.0.0.1:{port},server=on,wait=off", memory="512",
     )  # fmt: skip
     guest.wait_for_ticks()

@@ -26,6 +26,7 @@ from support.guest import (
     both_monitors,
     cli,
     deliver,
+    disk_device,
     failing_disk,
     finish,
     make_boot_disk,
@@ -195,8 +196,8 @@ def test_6_raw_disk(launch: Launch, tmp_path: Path) -> None:
     image = make_boot_disk(tmp_path / "a")
     raw = make_disk(tmp_path / "b", "8M", "raw")
     guest = launch(
-        *blockdev("a", image), "-device", "virtio-blk,drive=a",
-        *blockdev("b", raw, "raw"), "-device", "virtio-blk,drive=b,id=data",
+        *blockdev("a", image), *disk_device("a"),
+        *blockdev("b", raw, "raw"), *disk_device("b", 1, id="data"),
     )  # fmt: skip
     guest.wait_for_ticks()
     error = cli("save", "t", "--json", monitor=guest.address, expect=6).error
@@ -236,7 +237,7 @@ def test_8_exists(guest: Guest, disks: dict[Path, list[str]]) -> None:
 def full_disk_guest(launch: Launch, tmp_path: Path) -> Guest:
     """A guest whose vmstate image has no room: each write of VM state fails with ENOSPC."""
     make_boot_disk(tmp_path / "a")
-    guest = launch(*failing_disk("a", tmp_path / "a", "vmstate_save", errno.ENOSPC), "-device", "virtio-blk,drive=a")
+    guest = launch(*failing_disk("a", tmp_path / "a", "vmstate_save", errno.ENOSPC), *disk_device("a"))
     guest.wait_for_ticks()
     return guest
 
@@ -265,9 +266,7 @@ def test_9_or_10_second_disk_fails(launch: Launch, tmp_path: Path) -> None:
     QEMU from 6.0 on removes it itself (9); older ones leave it, and it is for qsnap to remove it (10).
     """
     image, spare = make_boot_disk(tmp_path / "a"), make_disk(tmp_path / "b")
-    guest = launch(
-        *blockdev("a", image), "-device", "virtio-blk,drive=a", *failing_disk("b", spare, "cluster_alloc", errno.EIO)
-    )
+    guest = launch(*blockdev("a", image), *disk_device("a"), *failing_disk("b", spare, "cluster_alloc", errno.EIO))
     guest.wait_for_ticks()
     error = cli("save", "t", "--json", monitor=guest.address, expect=9 if HAS_SNAPSHOT_JOBS else 10).error
     assert "create snapshot 't' on 'b'" in error["message"] or "creating snapshot on 'b'" in error["message"]
@@ -332,7 +331,7 @@ def test_10_does_not_verify(
 @both_monitors
 def test_20_load_fails_in_the_middle(launch: Launch, tmp_path: Path) -> None:
     image = make_boot_disk(tmp_path / "a")
-    guest = launch(*failing_disk("a", image, "vmstate_load", errno.EIO), "-device", "virtio-blk,drive=a")
+    guest = launch(*failing_disk("a", image, "vmstate_load", errno.EIO), *disk_device("a"))
     guest.wait_for_ticks()
     cli("save", "t", monitor=guest.address)
     guest.wait_for_ticks(3)
@@ -349,7 +348,7 @@ def test_20_load_fails_in_the_middle(launch: Launch, tmp_path: Path) -> None:
 def test_20_nobody_knows_how_the_load_ended(launch: Launch, tmp_path: Path, intercept: Intercept) -> None:
     """Another client has dismissed its job, and with it the error that stood there."""
     image = make_boot_disk(tmp_path / "a")
-    guest = launch(*failing_disk("a", image, "vmstate_load", errno.EIO), "-device", "virtio-blk,drive=a")
+    guest = launch(*failing_disk("a", image, "vmstate_load", errno.EIO), *disk_device("a"))
     guest.wait_for_ticks()
     cli("save", "t", monitor=guest.address)
 
@@ -368,7 +367,7 @@ def test_20_nobody_knows_how_the_load_ended(launch: Launch, tmp_path: Path, inte
 @both_monitors
 def test_9_load_fails_in_the_middle_of_a_paused_guest(launch: Launch, tmp_path: Path) -> None:
     image = make_boot_disk(tmp_path / "a")
-    guest = launch(*failing_disk("a", image, "vmstate_load", errno.EIO), "-device", "virtio-blk,drive=a")
+    guest = launch(*failing_disk("a", image, "vmstate_load", errno.EIO), *disk_device("a"))
     guest.wait_for_ticks()
     cli("save", "t", monitor=guest.address)
     guest.qmp("stop")
@@ -395,7 +394,7 @@ def test_20_no_room_for_the_guest_either(launch: Launch, tmp_path: Path) -> None
 @both_monitors
 def test_6_nothing_is_saved_over_a_good_one_after_a_failed_load(launch: Launch, tmp_path: Path) -> None:
     image = make_boot_disk(tmp_path / "a")
-    guest = launch(*failing_disk("a", image, "vmstate_load", errno.EIO), "-device", "virtio-blk,drive=a")
+    guest = launch(*failing_disk("a", image, "vmstate_load", errno.EIO), *disk_device("a"))
     guest.wait_for_ticks()
     cli("save", "good", monitor=guest.address)
     before = cli("list", "--json", monitor=guest.address).json
@@ -413,7 +412,7 @@ def test_6_nothing_is_saved_over_a_good_one_after_a_failed_load(launch: Launch, 
 @both_monitors
 def test_20_load_into_another_machine(launch: Launch, tmp_path: Path) -> None:
     image = make_boot_disk(tmp_path / "a")
-    disk = [*blockdev("a", image), "-device", "virtio-blk,drive=a"]
+    disk = [*blockdev("a", image), *disk_device("a")]
     small = launch(*disk, memory="32")
     small.wait_for_ticks()
     cli("save", "t", monitor=small.address)
@@ -464,7 +463,7 @@ def test_20_the_connection_is_cut_in_a_load_that_fails(
     launch: Launch, tmp_path: Path, intercept: Intercept, transport: str
 ) -> None:
     """A guest that may be half restored is not resumed over the new connection either."""
-    disk = [*blockdev("a", make_boot_disk(tmp_path / "a")), "-device", "virtio-blk,drive=a"]
+    disk = [*blockdev("a", make_boot_disk(tmp_path / "a")), *disk_device("a")]
     small = launch(*disk, memory="32")
     small.wait_for_ticks()
     cli("save", "t", monitor=small.address)

@@ -28,6 +28,7 @@ from support.guest import (
     both_monitors,
     cli,
     deliver,
+    disk_device,
     failing_disk,
     finish,
     make_boot_disk,
@@ -61,7 +62,7 @@ def falls(guest: Guest) -> list[tuple[int, int]]:
 
 def assert_back_to(guest: Guest, before: int) -> None:
     """The guest's RAM has gone back to where it was, and counts on from there; its disks agree with it."""
-    guest.wait_for_ticks(41)  # all slots of the disk's table have been compared
+    guest.wait_for_ticks()  # all slots of the disk's table have been compared
     assert guest.lines()[-1][1] == 0, "RAM and disks differ"
     assert falls(guest), "it was put back"
     assert abs(falls(guest)[-1][1] - before) <= 60
@@ -72,7 +73,7 @@ def assert_back_to(guest: Guest, before: int) -> None:
 def test_revert(guest: Guest, disk: Path, code: int) -> None:
     """Contents: the counter in RAM falls back to where it was, and the disk's table agrees."""
     before = guest.wait_for_ticks(3)
-    run = cli("run", "--revert", "--", *wait_script(guest, 60, f"exit {code}"), monitor=guest.address, expect=code)
+    run = cli("run", "--revert", "--", *wait_script(guest, 20, f"exit {code}"), monitor=guest.address, expect=code)
     assert_back_to(guest, before)
     assert tags(disk) == [], "the temporary one is gone"
     assert run.out == ""
@@ -82,7 +83,7 @@ def test_revert(guest: Guest, disk: Path, code: int) -> None:
 def test_revert_to(guest: Guest, disk: Path) -> None:
     cli("save", "clean", monitor=guest.address)
     saved = guest.counter
-    guest.wait_for_ticks(60)
+    guest.wait_for_ticks(20)
     cli("run", "--revert-to", "clean", "-q", "--", "true", monitor=guest.address)
     assert_back_to(guest, saved)
     assert tags(disk) == ["clean"]
@@ -119,15 +120,15 @@ def test_a_paused_guest_is_paused_again(guest: Guest, disk: Path) -> None:
 def test_save_on_fail(guest: Guest, disk: Path) -> None:
     """The failed state can be looked at later; and the guest is back where it was all the same."""
     before = guest.wait_for_ticks(3)
-    command = wait_script(guest, 60, "exit 3")
+    command = wait_script(guest, 20, "exit 3")
     cli("run", "--revert", "--save-on-fail", "failed-7", "--", *command, monitor=guest.address, expect=3)
     assert_back_to(guest, before)
     assert tags(disk) == ["failed-7"]
     now = guest.counter
     cli("load", "failed-7", monitor=guest.address)
-    guest.wait_for_ticks(41)
+    guest.wait_for_ticks()
     assert guest.lines()[-1][1] == 0
-    assert guest.counter > min(now, before + 60)
+    assert guest.counter > min(now, before + 20)
     cli("run", "--save-on-fail", "other", "--", "true", monitor=guest.address)
     assert tags(disk) == ["failed-7"]
 
@@ -169,7 +170,7 @@ def test_signals_are_the_command_s(guest: Guest, disk: Path, tmp_path: Path, sig
     script = f"trap 'exit 9' TERM INT HUP; touch {tmp_path}/up; while :; do sleep 0.05; done"
     process = start_cli("run", "--revert", "--", "sh", "-c", script, monitor=guest.address)
     until("the command runs", (tmp_path / "up").exists)
-    guest.wait_for_ticks(45)
+    guest.wait_for_ticks()
     process.send_signal(signum)
     assert finish(process).code == 9
     assert_back_to(guest, before)
@@ -181,7 +182,7 @@ def test_a_killed_command(guest: Guest, disk: Path, tmp_path: Path) -> None:
     script = f"echo $$ > {tmp_path}/pid.part; mv {tmp_path}/pid.part {tmp_path}/pid; exec sleep 1000"
     process = start_cli("run", "--revert", "--save-on-fail", "f", "--", "sh", "-c", script, monitor=guest.address)
     until("the command runs", (tmp_path / "pid").exists)
-    guest.wait_for_ticks(45)
+    guest.wait_for_ticks()
     os.kill(int((tmp_path / "pid").read_text()), signal.SIGKILL)
     assert finish(process).code == 137
     assert_back_to(guest, before)
@@ -234,7 +235,7 @@ def test_a_signal_between_the_steps_after_the_command(guest: Guest, disk: Path, 
     ran = tmp_path / "ran"
     (tmp_path / "sitecustomize.py").write_text(SIGNALLED_IN_BETWEEN.replace("RAN", repr(str(ran))))
     before = guest.wait_for_ticks(3)
-    command = wait_script(guest, 60, f"touch {ran}; exit 5")
+    command = wait_script(guest, 20, f"touch {ran}; exit 5")
     args = ("run", "--revert", "--save-on-fail", "f", "--", *command)
     cli(*args, monitor=guest.address, expect=5, env={"PYTHONPATH": str(tmp_path)})
     assert_back_to(guest, before)
@@ -427,9 +428,9 @@ def test_what_fails_afterwards_is_told(guest: Guest, disk: Path) -> None:
 def test_what_the_guest_could_not_be_put_back_to_stays(launch: Launch, tmp_path: Path) -> None:
     """A load that fails midway leaves it stopped: the temporary snapshot is the only way back then."""
     image = make_boot_disk(tmp_path / "a")
-    guest = launch(*failing_disk("a", image, "vmstate_load", errno.EIO), "-device", "virtio-blk,drive=a")
+    guest = launch(*failing_disk("a", image, "vmstate_load", errno.EIO), *disk_device("a"))
     before = guest.wait_for_ticks()
-    cli("run", "--revert", "--", *wait_script(guest, 60), monitor=guest.address, expect=123)
+    cli("run", "--revert", "--", *wait_script(guest, 20), monitor=guest.address, expect=123)
     (tag,) = tags(image)
     cli("load", tag, "--running", monitor=guest.address)  # the fault comes once
     assert_back_to(guest, before)
@@ -444,7 +445,7 @@ def test_ensure(guest: Guest, disk: Path, tmp_path: Path) -> None:
     run = cli("ensure", "warm", "--", *command, monitor=guest.address)
     assert "saved warm" in run.err
     saved = guest.counter
-    guest.wait_for_ticks(60)
+    guest.wait_for_ticks(20)
     run = cli("ensure", "warm", "--", *command, monitor=guest.address)
     assert "loaded warm" in run.err
     assert_back_to(guest, saved)
@@ -528,7 +529,7 @@ def test_the_plugin(guest: Guest, disk: Path, pytester: pytest.Pytester) -> None
     pytester.makepyfile(PLUGIN_TEST.replace("SERIAL_PATH", repr(str(guest.serial))))
     cli("save", "clean", monitor=guest.address)
     saved = guest.counter
-    guest.wait_for_ticks(60)
+    guest.wait_for_ticks(20)
     result = pytester.runpytest_subprocess(
         f"--qsnap-monitor={guest.address}", "--qsnap-save-failed", "-k", "good or bad"
     )
@@ -582,7 +583,7 @@ def test_a_guest_that_is_started_anew(launch: Launch, tmp_path: Path, by: str) -
     """The command may end QEMU and start it again, at the same address: as another process than the one first seen."""
     image = make_boot_disk(tmp_path / "disk0.qcow2")
     name = f"web-{os.getpid()}"  # there may be others
-    guest = launch(*blockdev("disk0", image), "-device", "virtio-blk,drive=disk0", "-name", name)
+    guest = launch(*blockdev("disk0", image), *disk_device("disk0"), "-name", name)
     cli("save", "clean", monitor=guest.address)
     is_named = by == "the config file"
     (tmp_path / "config.toml").write_text(f"[vm.{name}]\nmonitor = '{guest.address}'\n" if is_named else "")

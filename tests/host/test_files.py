@@ -39,6 +39,7 @@ from support.guest import (
     Launch,
     blockdev,
     cli,
+    disk_device,
     finish,
     make_boot_disk,
     needs_snapshot_jobs,
@@ -218,7 +219,7 @@ def live_guest(launch: Launch, directory: Path) -> Guest:
     """A guest of root's on an image of nobody's, with so much RAM that its stream can be caught in the middle."""
     image = make_boot_disk(directory / "disk0")
     os.chown(image, NOBODY, NOBODY)
-    guest = launch(*blockdev("disk0", image), "-device", "virtio-blk,drive=disk0", memory="512")
+    guest = launch(*blockdev("disk0", image), *disk_device("disk0"), memory="512")
     guest.wait_for_ticks(5)
     return guest
 
@@ -338,12 +339,12 @@ def test_a_monitor_that_claims_an_image_of_roots(launch: Launch, theirs: Path, t
         states = shared if where == "beside the image" else tmp_path / "states"
         states.mkdir(exist_ok=True)
         options = () if states == shared else ("--state-dir", str(states))
-        guest = launch(*blockdev("disk0", image), "-device", "virtio-blk,drive=disk0")
+        guest = launch(*blockdev("disk0", image), *disk_device("disk0"))
         guest.wait_for_ticks(5)
         cli("save", "--live", "golden", *options, monitor=guest.address)
         cli("protect", "golden", *options, monitor=guest.address)
         as_nobody(lambda: shutil.copyfile(image, copy))
-        attacker = launch(*blockdev("disk0", copy), "-device", "virtio-blk,drive=disk0")
+        attacker = launch(*blockdev("disk0", copy), *disk_device("disk0"))
         attacker.directory.chmod(0o755)
         Path(attacker.address).chmod(0o777)
         kept = {path: path.read_bytes() for path in (*shared.iterdir(), *states.iterdir()) if path != image}
@@ -402,7 +403,7 @@ def test_honest_qemus_of_other_users(launch: Launch, theirs: Path, tmp_path: Pat
     """Root saves, notes and loads beside the image of a QEMU that has not root's rights; also a state file."""
     image = make_boot_disk(theirs / "disk0")
     os.chown(image, NOBODY, NOBODY)
-    drive = (*blockdev("disk0", image), "-device", "virtio-blk,drive=disk0")
+    drive = (*blockdev("disk0", image), *disk_device("disk0"))
     first = launch(*drive)
     first.wait_for_ticks(5)
     cli("save", "--live", "live", monitor=first.address)
@@ -431,7 +432,7 @@ def test_a_state_file_of_somebody_elses(launch: Launch, theirs: Path) -> None:
     """A file of root's that stands beside nobody's image is not handed to a QEMU of nobody's."""
     image = make_boot_disk(theirs / "disk0")
     os.chown(image, NOBODY, NOBODY)
-    drive = (*blockdev("disk0", image), "-device", "virtio-blk,drive=disk0")
+    drive = (*blockdev("disk0", image), *disk_device("disk0"))
     first = launch(*drive)
     first.wait_for_ticks(5)
     cli("save", "--live", "t", monitor=first.address)

@@ -26,6 +26,7 @@ from support.guest import (
     blockdev,
     both_monitors,
     cli,
+    disk_device,
     make_boot_disk,
     make_disk,
     needs_snapshot_jobs,
@@ -46,9 +47,7 @@ def overlaid(launch: Launch, tmp_path: Path) -> Guest:
     base = make_boot_disk(tmp_path / "base.qcow2")
     subprocess.run([tool("qemu-io"), "-c", "write -q -P 7 4M 64k", base], check=True, timeout=60)
     qemu_img("create", "-q", "-f", "qcow2", "-b", base, "-F", "qcow2", tmp_path / "top.qcow2")
-    guest = launch(
-        "-drive", f"file={tmp_path / 'top.qcow2'},format=qcow2,if=none,id=hd0", "-device", "virtio-blk,drive=hd0"
-    )
+    guest = launch("-drive", f"file={tmp_path / 'top.qcow2'},format=qcow2,if=none,id=hd0", *disk_device("hd0"))
     guest.wait_for_ticks()
     return guest
 
@@ -159,7 +158,7 @@ def test_a_save_beside_a_job(overlaid: Guest, tmp_path: Path) -> None:
         saved = cli("save", "t", "--json", monitor=overlaid.address).json
         assert (saved["kind"], saved["devices"]) == ("full", [saved["vmstate"]])
         overlaid.qmp("cont")
-        overlaid.wait_for_ticks(40)
+        overlaid.wait_for_ticks()
         end(overlaid, job)
         assert tags(tmp_path / "top.qcow2") == ["t"]
         assert tags(tmp_path / "base.qcow2") == []
@@ -260,8 +259,8 @@ def test_a_device_that_has_left_its_image(launch: Launch, tmp_path: Path, comman
     qemu_img("create", "-q", "-f", "qcow2", "-b", base, "-F", "qcow2", tmp_path / "top")
     make_disk(tmp_path / "other")
     guest = launch(
-        *blockdev("hd", tmp_path / "top"), "-device", "virtio-blk,drive=hd,id=vd",
-        *blockdev("other", tmp_path / "other"), "-device", "virtio-blk,drive=other,id=vo",
+        *blockdev("hd", tmp_path / "top"), *disk_device("hd", id="vd"),
+        *blockdev("other", tmp_path / "other"), *disk_device("other", 1, id="vo"),
     )  # fmt: skip
     guest.wait_for_ticks()
     cli("save", "a", monitor=guest.address)
@@ -272,7 +271,7 @@ def test_a_device_that_has_left_its_image(launch: Launch, tmp_path: Path, comman
         more = {"target": "copy", "sync": "full"}
     guest.qmp(command, job_id="j", device="hd", **more)
     completed(guest)
-    guest.wait_for_ticks(36)
+    guest.wait_for_ticks()
     for options in ([], ["--exclude", "vd"]):
         error = cli("load", "a", *options, "--json", monitor=guest.address, expect=6).error
         (finding,) = error["findings"]
@@ -281,7 +280,7 @@ def test_a_device_that_has_left_its_image(launch: Launch, tmp_path: Path, comman
         assert "leave that as it is now" not in error["message"]
     error = cli("load", "a", "--exclude", "vd", "--exclude", "vo", "--force", "--json", monitor=guest.address, expect=6)
     assert [finding["code"] for finding in error.error["findings"]] == ["no-device"]
-    guest.wait_for_ticks(36)
+    guest.wait_for_ticks()
     assert guest.lines()[-1][1] == 0, "RAM and disk are of one moment still"
 
 
@@ -303,7 +302,7 @@ def test_one_of_two_disks_below_an_external_overlay(guest: Guest, tmp_path: Path
     guest.qmp("block-commit", job_id="j", device="ext", base_node="disk1")
     completed(guest)
     cli("load", "live", monitor=guest.address)
-    guest.wait_for_ticks(36)
+    guest.wait_for_ticks()
     assert guest.lines()[-1][1] == 0
 
 
@@ -317,7 +316,7 @@ def test_dirty_bitmaps_block_a_load(launch: Launch, tmp_path: Path) -> None:
         "-object", "throttle-group,id=tg",
         *blockdev("fmt", make_boot_disk(tmp_path / "a")),
         "-blockdev", "driver=throttle,node-name=top,throttle-group=tg,file=fmt",
-        "-device", "virtio-blk,drive=top",
+        *disk_device("top"),
     )  # fmt: skip
     guest.wait_for_ticks()
     assert cli("check", "--json", monitor=guest.address).json["findings"] == []
@@ -356,8 +355,8 @@ def test_dirty_bitmaps_that_hmp_does_not_show(launch: Launch, tmp_path: Path) ->
     """QEMU comes upon them in the middle of the load. On the first disk nothing has gone back by then."""
     guest = launch(
         "-drive", f"file={make_boot_disk(tmp_path / 'a')},format=qcow2,if=none,id=vdb",
-        "-device", "virtio-blk,drive=vdb",
-        *blockdev("second", make_disk(tmp_path / "b")), "-device", "virtio-blk,drive=second,id=first",
+        *disk_device("vdb"),
+        *blockdev("second", make_disk(tmp_path / "b")), *disk_device("second", 1, id="first"),
     )  # fmt: skip
     guest.wait_for_ticks()
     cli("save", "t", monitor=guest.hmp_address)
@@ -370,7 +369,7 @@ def test_dirty_bitmaps_that_hmp_does_not_show(launch: Launch, tmp_path: Path) ->
         assert "Remove the dirty bitmaps of vdb by QMP" in error["message"]
         assert guest.runstate == ("running" if is_running else "paused")
         if is_running:
-            guest.wait_for_ticks(40)
+            guest.wait_for_ticks()
             guest.assert_running()
             guest.qmp("stop")
             counter = guest.counter
@@ -389,7 +388,7 @@ def test_dirty_bitmaps_that_hmp_does_not_show(launch: Launch, tmp_path: Path) ->
         assert guest.runstate != "running"
     guest.qmp("block-dirty-bitmap-remove", node="second", name="tool")
     cli("load", "t", "--running", monitor=guest.hmp_address)
-    guest.wait_for_ticks(40)
+    guest.wait_for_ticks()
     guest.assert_running()
 
 
@@ -397,7 +396,7 @@ def test_dirty_bitmaps_that_hmp_does_not_show(launch: Launch, tmp_path: Path) ->
 @both_monitors
 def test_the_filter_of_a_backup_without_a_job(launch: Launch, tmp_path: Path, transport: str) -> None:
     """What lies below it is told as ever, saved, and not loaded before the filter is gone."""
-    guest = launch(*blockdev("fmt", make_boot_disk(tmp_path / "a")), "-device", "virtio-blk,drive=fmt,id=vd")
+    guest = launch(*blockdev("fmt", make_boot_disk(tmp_path / "a")), *disk_device("fmt", id="vd"))
     guest.wait_for_ticks()
     cli("save", "t", monitor=guest.address)
     device = guest.qmp("query-block")[0]["qdev"]
@@ -422,7 +421,7 @@ def test_the_filter_of_a_backup_without_a_job(launch: Launch, tmp_path: Path, tr
         error = cli("delete", "t", "--json", monitor=guest.address, expect=6).error
         assert [f["code"] for f in error["findings"]] == ["backup-filter"]
     guest.qmp("cont")
-    guest.wait_for_ticks(40)
+    guest.wait_for_ticks()
     assert list(refused(guest, "t")) == ["backup-filter"]
     guest.qmp("qom-set", path=device, property="drive", value="fmt")
     guest.qmp("blockdev-del", node_name="cbw")

@@ -12,6 +12,7 @@ from support.guest import (
     blockdev,
     both_monitors,
     cli,
+    disk_device,
     make_boot_disk,
     needs_snapshot_jobs,
     tags,
@@ -31,7 +32,7 @@ def encrypted(node: str, path: Path) -> list[str]:
     # On a busy machine it may say that it cannot tell how long a round of the key's derivation takes
     until("an encrypted image", lambda: subprocess.run(command, timeout=DEADLINE_S).returncode == 0)
     return [*SECRET, *blockdev(node, path, "qcow2", "encrypt.format=luks", "encrypt.key-secret=s"),
-            "-device", f"virtio-blk,drive={node}"]  # fmt: skip
+            *disk_device(node)]  # fmt: skip
 
 
 @both_monitors
@@ -51,7 +52,7 @@ def test_another_image_is_taken(launch: Launch, tmp_path: Path, transport: str) 
     """Where QEMU can be told which; the encrypted disk goes back too."""
     guest = launch(
         *encrypted("e", tmp_path / "e"),
-        *blockdev("plain", make_boot_disk(tmp_path / "p")), "-device", "virtio-blk,drive=plain",
+        *blockdev("plain", make_boot_disk(tmp_path / "p")), *disk_device("plain", 1),
     )  # fmt: skip
     if not HAS_SNAPSHOT_JOBS or transport == "hmp":
         (found,) = findings(guest).values()

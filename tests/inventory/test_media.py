@@ -14,6 +14,7 @@ from support.guest import (
     Launch,
     both_monitors,
     cli,
+    disk_device,
     make_boot_disk,
     make_disk,
     needs_snapshot_jobs,
@@ -34,7 +35,7 @@ def test_removable_media_that_hold_the_state(launch: Launch, tmp_path: Path, tra
     guest = launch(
         "-drive", f"file={make_disk(tmp_path / 'fd', '1440K')},format=qcow2,if=floppy,id=fd",
         *drive("stick", make_disk(tmp_path / "stick")), "-device", "qemu-xhci", "-device", "usb-storage,drive=stick",
-        *drive("hd0", make_boot_disk(tmp_path / "hd0")), "-device", "virtio-blk,drive=hd0",
+        *drive("hd0", make_boot_disk(tmp_path / "hd0")), *disk_device("hd0"),
         machine="pc,accel=tcg",
     )  # fmt: skip
     guest.wait_for_ticks()
@@ -84,7 +85,7 @@ def test_an_export_that_cannot_grow(launch: Launch, exported: str, tmp_path: Pat
     """QEMU gives an input/output error. It is said before, with cures that work."""
     guest = launch(
         *("-blockdev", "driver=nbd,node-name=n,server.type=unix,server.path=" + exported),
-        *("-blockdev", "driver=qcow2,node-name=hd,file=n", "-device", "virtio-blk,drive=hd"),
+        *("-blockdev", "driver=qcow2,node-name=hd,file=n", *disk_device("hd")),
     )  # fmt: skip
     guest.wait_for_ticks()
     knows = transport == "qmp"  # a human monitor gives no exact sizes
@@ -129,7 +130,7 @@ def test_directories_and_old_formats(launch: Launch, tmp_path: Path) -> None:
     (tmp_path / "shared").mkdir()
     guest = launch(
         "-drive", f"file=fat:rw:{tmp_path}/shared,format=raw,if=virtio,id=dir",
-        *drive("old", make_disk(tmp_path / "old", driver="qcow"), "qcow"), "-device", "virtio-blk,drive=old",
+        *drive("old", make_disk(tmp_path / "old", driver="qcow"), "qcow"), *disk_device("old"),
         "-drive", f"file={make_disk(tmp_path / 'a')},format=qcow2,if=virtio",
     )  # fmt: skip
     found = cli("check", "--json", monitor=guest.address, expect=6).json["findings"]

@@ -19,6 +19,7 @@ from support.guest import (
     blockdev,
     both_monitors,
     cli,
+    disk_device,
     make_boot_disk,
     make_disk,
     needs_snapshot_jobs,
@@ -68,7 +69,7 @@ def backend(tmp_path: Path) -> Iterator[Backend]:
 def beside(launch: Launch, backend: Backend, tmp_path: Path) -> Guest:
     """The counting guest on a qcow2 disk and on one that another process serves."""
     guest = launch(
-        *SHARED, *blockdev("disk0", make_boot_disk(tmp_path / "disk0")), "-device", "virtio-blk,drive=disk0",
+        *SHARED, *blockdev("disk0", make_boot_disk(tmp_path / "disk0")), *disk_device("disk0"),
         *backend.options,
     )  # fmt: skip
     guest.wait_for_ticks()
@@ -91,7 +92,7 @@ def test_a_disk_of_another_process(beside: Guest, tmp_path: Path) -> None:
     (listed,) = cli("list", "--json", monitor=beside.address).json["snapshots"]
     assert (listed["kind"], [names[one] for one in listed["missing"]]) == ("partial", ["vub"])
     beside.assert_running()
-    beside.wait_for_ticks(40)
+    beside.wait_for_ticks()
     refused = cli("load", "t", monitor=beside.address, expect=6).err
     assert "--exclude vub" in refused
     assert "keep the contents that it has now" in refused

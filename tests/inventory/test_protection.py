@@ -32,7 +32,7 @@ from qsnap.upkeep.retention import Policy
 from support.fake_proc import IS_ROOT, NOBODY
 from support.graphs import graph as graph_of
 from support.graphs import node
-from support.guest import Guest, Launch, blockdev, cli, make_boot_disk, qemu_version, tags
+from support.guest import Guest, Launch, blockdev, cli, disk_device, make_boot_disk, qemu_version, tags
 from support.state_files import DATE, written
 
 TCP = ("-qmp", "tcp:127.0.0.1:0,server=on,wait=off", "-monitor", "tcp:127.0.0.1:0,server=on,wait=off")
@@ -54,7 +54,7 @@ def unprivileged() -> Iterator[None]:
 def far(launch: Launch, tmp_path: Path) -> Guest:
     """A guest on one disk whose monitors are on TCP too; from there nobody sees its images."""
     make_boot_disk(tmp_path / "disk0.qcow2")
-    guest = launch(*blockdev("disk0", tmp_path / "disk0.qcow2"), "-device", "virtio-blk,drive=disk0,id=vd0", *TCP)
+    guest = launch(*blockdev("disk0", tmp_path / "disk0.qcow2"), *disk_device("disk0", id="vd0"), *TCP)
     guest.wait_for_ticks(3)
     return guest
 
@@ -147,7 +147,7 @@ async def test_what_another_user_may_not_see(launch: Launch, open_directory: Pat
     """Neither the notes, nor a state file, nor the directory: nothing goes that may be protected or be part of it."""
     directory = open_directory
     disk = make_boot_disk(directory / "disk0.qcow2")
-    guest = launch(*blockdev("disk0", disk), "-device", "virtio-blk,drive=disk0,id=vd0")
+    guest = launch(*blockdev("disk0", disk), *disk_device("disk0", id="vd0"))
     guest.wait_for_ticks(3)
     cli("save", "full", monitor=guest.address)
     is_live = qemu_version() >= (6, 0)
@@ -194,7 +194,7 @@ async def test_a_state_file_that_cannot_be_removed(
 ) -> None:
     """Half a snapshot is of no use, so nothing goes. Where that shows too late, it is said what has become of it."""
     disk, names = make_boot_disk(open_directory / "disk0.qcow2"), ("a", "b", "n-20260101T000000", "c")
-    guest = launch(*blockdev("disk0", disk), "-device", "virtio-blk,drive=disk0,id=vd0")
+    guest = launch(*blockdev("disk0", disk), *disk_device("disk0", id="vd0"))
     guest.wait_for_ticks(3)
     for tag in names:
         cli("save", "--live", tag, monitor=guest.address)

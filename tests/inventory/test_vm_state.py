@@ -15,14 +15,14 @@ from qsnap.inventory.stream import PAGE, Frame, Stream
 from qsnap.inventory.vm_state import VmState, of_image
 from qsnap.model.qemu import NodeSnapshot
 from qsnap.monitor.qmp import replies
-from support.guest import Launch, blockdev, make_boot_disk, qemu_img
+from support.guest import Launch, blockdev, disk_device, make_boot_disk, qemu_img
 
 
 @pytest.fixture
 def saved(launch: Launch, tmp_path: Path) -> tuple[Path, NodeSnapshot]:
     """An image with a state, as QEMU has it open; and the snapshot's row."""
     image = make_boot_disk(tmp_path / "a")
-    guest = launch(*blockdev("a", image), "-device", "virtio-blk,drive=a")
+    guest = launch(*blockdev("a", image), *disk_device("a"))
     guest.wait_for_ticks(3)
     for tag in ("before", "t", "after"):
         assert guest.qmp.hmp(f"savevm {tag}") == ""

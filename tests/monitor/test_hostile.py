@@ -29,6 +29,7 @@ from support.guest import (
     blockdev,
     both_monitors,
     cli,
+    disk_device,
     make_boot_disk,
     tags,
     until,
@@ -308,7 +309,7 @@ NAMES = ["a b", "$(id)", "`id`", "[red]x[/red]", "%s%n", "x,y=z", "../../x", "{}
 @both_monitors
 def test_tags_and_names_of_the_guest(launch: Launch, tmp_path: Path) -> None:
     guest = launch(
-        *blockdev("a", make_boot_disk(tmp_path / "a [b] $(id)")), "-device", "virtio-blk,drive=a",
+        *blockdev("a", make_boot_disk(tmp_path / "a [b] $(id)")), *disk_device("a"),
         "-name", "guest=x [red]\x1b[31m $(id) `id`",
     )  # fmt: skip
     guest.wait_for_ticks()
@@ -363,7 +364,7 @@ def test_another_client_deletes_the_snapshot_under_a_load(
 def test_the_image_is_gone(launch: Launch, tmp_path: Path, runtime_directory: Path) -> None:
     """QEMU has it open still: a save works, and so does a load; only the witness cannot look."""
     image = make_boot_disk(tmp_path / "a")
-    guest = launch(*blockdev("a", image), "-device", "virtio-blk,drive=a")
+    guest = launch(*blockdev("a", image), *disk_device("a"))
     guest.wait_for_ticks()
     image.unlink()
     cli("save", "t", monitor=guest.address)
@@ -398,7 +399,7 @@ def test_the_guest_shuts_down_by_itself(
 ) -> None:
     """Just before it is stopped. QEMU ends with it: that is said, and nothing of ours is left."""
     image = make_boot_disk(tmp_path / "a")
-    guest = launch(*blockdev("a", image), "-device", "virtio-blk,drive=a", "-no-reboot")
+    guest = launch(*blockdev("a", image), *disk_device("a"), "-no-reboot")
     guest.wait_for_ticks()
     cli("save", "old", monitor=guest.address)
 
@@ -426,7 +427,7 @@ def test_the_guest_shuts_down_and_qemu_stays(
     """It ran, and has ended by itself: it is not for us to resume."""
     image = make_boot_disk(tmp_path / "a")
     action = ("-action", "reboot=shutdown,shutdown=pause")
-    guest = launch(*blockdev("a", image), "-device", "virtio-blk,drive=a", *action)
+    guest = launch(*blockdev("a", image), *disk_device("a"), *action)
     guest.wait_for_ticks()
 
     def shut_down(message: dict[str, Any]) -> None:

@@ -13,7 +13,7 @@ from qsnap.errors import BadUsage
 from qsnap.monitor import open_monitor
 from qsnap.monitor.address import TcpAddress, parse_address
 from qsnap.monitor.connection import AnotherAnswers
-from support.guest import Guest, Launch, blockdev, both_monitors, cli, make_boot_disk, tags
+from support.guest import Guest, Launch, blockdev, both_monitors, cli, disk_device, make_boot_disk, tags
 from support.killed import Killer, assert_all_is_well
 from support.proxy import Intercept, Proxy, deed
 
@@ -38,7 +38,7 @@ def odd_guest(launch: Launch, tmp_path: Path, kind: str) -> tuple[Guest, Path]:
     """A guest with that kind of monitor, which is its ``address``."""
     image = make_boot_disk(tmp_path / "a")
     words = [word.format(path=tmp_path / "odd") for word in KINDS[kind]]
-    guest = launch(*blockdev("a", image), "-device", "virtio-blk,drive=a", *words)
+    guest = launch(*blockdev("a", image), *disk_device("a"), *words)
     guest.address = str(tmp_path / "odd")
     guest.wait_for_ticks()
     return guest, image
@@ -140,7 +140,7 @@ def test_telnet_over_tcp(launch: Launch, tmp_path: Path) -> None:
     port = free_port()
     word = f"telnet:127.0.0.1:{port},server=on,wait=off"
     guest = launch(
-        *blockdev("a", make_boot_disk(tmp_path / "a")), "-device", "virtio-blk,drive=a", "-monitor", word,
+        *blockdev("a", make_boot_disk(tmp_path / "a")), *disk_device("a"), "-monitor", word,
         "-name", b"x\xff\xfb\xff\xff\xfez",
     )  # fmt: skip
     for address in (f"telnet:127.0.0.1:{port}", f"-monitor {word}", f"tcp:127.0.0.1:{port}"):

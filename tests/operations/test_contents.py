@@ -109,7 +109,7 @@ def test_contents_are_back(booted: Guest, tmp_path: Path) -> None:
     assert booted.runstate == "paused"
     assert "t" in tags(tmp_path / "a")
     booted.qmp("cont")
-    booted.wait_for_ticks(40)
+    booted.wait_for_ticks()
     cli("load", "t", "--paused", monitor=booted.address)
     assert booted.runstate == "paused"
     assert booted.counter == saved
@@ -129,7 +129,7 @@ def test_a_running_guest_runs_on(booted: Guest) -> None:
     result = cli("save", "t", "--json", monitor=booted.address).json
     assert result["runstate"] == "running"
     assert result["pause_ms"] > 0
-    after_save = booted.wait_for_ticks(40)
+    after_save = booted.wait_for_ticks()
     cli("load", "t", monitor=booted.address)
     booted.wait_for_ticks(3)
     after_load = booted.lines()[-1][0]

@@ -88,7 +88,7 @@ def test_the_guest_notices_a_disk_that_was_not_put_back(launch: Launch, tmp_path
     guest.wait_for_ticks()
     cli("save", "t", "--exclude", "raw", monitor=guest.address)
     guest.assert_running()
-    guest.wait_for_ticks(40)
+    guest.wait_for_ticks()
     cli("load", "t", "--exclude", "raw", monitor=guest.address)
     guest.wait_for_ticks(3)
     assert guest.lines()[-1][1] > 0

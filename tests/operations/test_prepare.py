@@ -24,6 +24,7 @@ from support.guest import (
     blockdev,
     both_monitors,
     cli,
+    disk_device,
     finish,
     make_boot_disk,
     make_disk,
@@ -88,7 +89,7 @@ def beside(request: pytest.FixtureRequest, launch: Launch, tmp_path: Path) -> Gu
     """A guest whose VM state goes to a disk that the guest itself does not write."""
     spare, boot = make_disk(tmp_path / "spare"), make_boot_disk(tmp_path / "boot")
     if request.param == "-blockdev":
-        disk = [*blockdev("spare", spare), "-device", "virtio-blk,drive=spare,id=s"]
+        disk = [*blockdev("spare", spare), *disk_device("spare", id="s")]
     else:
         disk = ["-drive", f"format=qcow2,id=spare,if=virtio,file={spare}"]
     guest = launch(*disk, *blockdev("boot", boot), "-device", "virtio-blk,drive=boot,bootindex=0")
@@ -153,7 +154,7 @@ def test_what_is_ready_is_left(guest: Guest, tmp_path: Path, transport: str) -> 
 )
 def test_other_images(launch: Launch, tmp_path: Path, options: str) -> None:
     image = make_boot_disk(tmp_path / "a", "qcow2", "-o", options)
-    guest = launch(*blockdev("a", image), "-device", "virtio-blk,drive=a")
+    guest = launch(*blockdev("a", image), *disk_device("a"))
     guest.wait_for_ticks()
     cli("save", "a", monitor=guest.address)
     cli("load", "a", monitor=guest.address)
@@ -169,7 +170,7 @@ def test_other_images(launch: Launch, tmp_path: Path, options: str) -> None:
 def test_what_is_missing(launch: Launch, tmp_path: Path) -> None:
     """Of a large state that is made before, too; the options and the config file say whether."""
     image = make_boot_disk(tmp_path / "a")
-    guest = launch(*blockdev("a", image), "-device", "virtio-blk,drive=a", memory="96")
+    guest = launch(*blockdev("a", image), *disk_device("a"), memory="96")
     guest.wait_for_ticks()
     trace = Trace(guest)
     config = tmp_path / "config.toml"
@@ -197,7 +198,7 @@ def test_what_is_missing(launch: Launch, tmp_path: Path) -> None:
 def test_the_image_does_not_grow_by_it(launch: Launch, tmp_path: Path) -> None:
     """A state that is smaller than the one that was loaded leaves none of that behind in the new snapshots."""
     image = make_boot_disk(tmp_path / "a")
-    guest = launch(*blockdev("a", image), "-device", "virtio-blk,drive=a", memory="96")
+    guest = launch(*blockdev("a", image), *disk_device("a"), memory="96")
     guest.wait_for_ticks()
     cli("save", "large", monitor=guest.address)
     cli("load", "large", monitor=guest.address)
@@ -226,7 +227,7 @@ def test_what_qemu_has_not_written_down(launch: Launch, tmp_path: Path) -> None:
     """A disk that nobody flushes: its file shows for long what QEMU has discarded. Each large save is prepared."""
     spare = make_disk(tmp_path / "spare")
     guest = launch(
-        *blockdev("boot", make_boot_disk(tmp_path / "boot")), "-device", "virtio-blk,drive=boot",
+        *blockdev("boot", make_boot_disk(tmp_path / "boot")), *disk_device("boot"),
         *blockdev("spare", spare), "-device", "pcie-root-port,id=rp0,chassis=3", memory="96",
     )  # fmt: skip
     guest.wait_for_ticks()
@@ -278,7 +279,7 @@ def test_a_block_device(launch: Launch, tmp_path: Path, loop_device: Path) -> No
     with loop_device.open("r+b") as device:
         device.write(image.read_bytes())
     disk = f"driver=qcow2,node-name=a,file.driver=host_device,file.filename={loop_device}"
-    guest = launch("-blockdev", disk, "-device", "virtio-blk,drive=a")
+    guest = launch("-blockdev", disk, *disk_device("a"))
     guest.wait_for_ticks()
     cli("save", "a", monitor=guest.address)
     cli("load", "a", monitor=guest.address)
@@ -296,7 +297,7 @@ def test_no_device_of_the_guest(launch: Launch, tmp_path: Path) -> None:
     """The area of such an image cannot be prepared: that is said beforehand, and the save does without."""
     spare = make_disk(tmp_path / "spare")
     guest = launch(
-        *blockdev("boot", make_boot_disk(tmp_path / "boot")), "-device", "virtio-blk,drive=boot",
+        *blockdev("boot", make_boot_disk(tmp_path / "boot")), *disk_device("boot"),
         *blockdev("spare", spare),
     )  # fmt: skip
     guest.wait_for_ticks()
@@ -315,7 +316,7 @@ def test_no_device_of_the_guest(launch: Launch, tmp_path: Path) -> None:
 @pytest.fixture
 def half_prepared(launch: Launch, tmp_path: Path) -> tuple[Guest, Trace, list[str]]:
     """A guest with a large state, after a load; and what it was started with."""
-    disk = [*blockdev("a", make_boot_disk(tmp_path / "a")), "-device", "virtio-blk,drive=a"]
+    disk = [*blockdev("a", make_boot_disk(tmp_path / "a")), *disk_device("a")]
     guest = launch(*disk, memory="128")
     guest.wait_for_ticks()
     cli("save", "a", monitor=guest.address)

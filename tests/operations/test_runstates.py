@@ -26,6 +26,7 @@ from support.guest import (
     blockdev,
     both_monitors,
     cli,
+    disk_device,
     finish,
     newer,
     qemu_version,
@@ -61,7 +62,7 @@ def boot(launch: Launch, image: Path) -> Boot:
 
     def start(*more: str) -> Guest:
         panic = ["-action", "panic=pause"] if HAS_SNAPSHOT_JOBS else []
-        args = (*blockdev("a", image), "-device", "virtio-blk,drive=a", "-device", "pvpanic", "-no-shutdown")
+        args = (*blockdev("a", image), *disk_device("a"), "-device", "pvpanic", "-no-shutdown")
         guest = launch(*args, *panic, *more, memory="16")
         until("the guest to count", lambda: guest.counter > 100 or None)
         return guest

@@ -20,6 +20,7 @@ from support.guest import (
     blockdev,
     both_monitors,
     cli,
+    disk_device,
     failing_disk,
     finish,
     make_boot_disk,
@@ -43,7 +44,7 @@ async def test_the_order(guest: Guest, intercept: Intercept, tmp_path: Path, tra
         await vm.save("t", safe_replace=True)
         for name in (SECOND, "t"):
             proxy.commands.clear()
-            reached = guest.wait_for_ticks(20)
+            reached = guest.wait_for_ticks(10)
             result = await vm.save("t", safe_replace=True)
             deeds = [c for c in proxy.commands if c in ("stop", "cont") or c.startswith("snapshot-")]
             assert deeds == ["stop", "snapshot-save", "cont", "snapshot-delete"]
@@ -82,14 +83,14 @@ def test_qsnap_is_killed(
 def save_and_go_on(guest: Guest) -> int:
     cli("save", "t", monitor=guest.address)
     before = guest.lines()[-1][0]
-    guest.wait_for_ticks(20)
+    guest.wait_for_ticks(10)
     return before
 
 
 def assert_loads(guest: Guest, state: str, before: int) -> None:
     """Contents: the counter tells whose state it is, and the guest checks its disks against its RAM."""
     cli("load", "t", "--paused", monitor=guest.address)
-    assert (guest.counter > before + 10) == (state == "new")
+    assert (guest.counter > before + 5) == (state == "new")
     cli("load", "t", "--running", monitor=guest.address)
     guest.assert_running()
 
@@ -104,7 +105,7 @@ def test_qemu_is_killed(launch: Launch, intercept: Intercept, tmp_path: Path, co
     The control is an ordinary replacement: QEMU killed in its write leaves none.
     """
     image = make_boot_disk(tmp_path / "a")
-    disk = [*blockdev("a", image), "-device", "virtio-blk,drive=a"]
+    disk = [*blockdev("a", image), *disk_device("a")]
     guest = launch(*disk, memory="256")
     guest.wait_for_ticks()
     cli("save", "t", monitor=guest.address)
@@ -144,13 +145,11 @@ def kill_in_the_write(guest: Guest, image: Path, base: int) -> None:
 def test_no_room_for_the_new_one(launch: Launch, tmp_path: Path) -> None:
     """The older snapshot is as it was."""
     image, spare = make_boot_disk(tmp_path / "a"), make_disk(tmp_path / "b")
-    first = launch(*blockdev("a", image), "-device", "virtio-blk,drive=a", *blockdev("b", spare))
+    first = launch(*blockdev("a", image), *disk_device("a"), *blockdev("b", spare))
     first.wait_for_ticks()
     cli("save", "t", monitor=first.address)
     first.quit()
-    guest = launch(
-        *failing_disk("a", image, "vmstate_save", 28), "-device", "virtio-blk,drive=a", *blockdev("b", spare)
-    )
+    guest = launch(*failing_disk("a", image, "vmstate_save", 28), *disk_device("a"), *blockdev("b", spare))
     guest.wait_for_ticks()
     run = cli("save", "t", "--safe-replace", monitor=guest.address, expect=9)
     assert "the older snapshot 't' is as it was; the guest is running" in run.err

@@ -161,7 +161,7 @@ def test_qemu_loads_it(launch: Launch, tmp_path: Path, what: str) -> None:
     image = make_boot_disk(tmp_path / "disk")
     counter = saved(launch, image, then)
     guest = launched(launch, image, now)
-    guest.wait_for_ticks(counter + 40)
+    guest.wait_for_ticks(counter + 10)
     before = guest.counter
     cli("load", "t", monitor=guest.address)
     guest.assert_running()

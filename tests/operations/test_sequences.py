@@ -95,11 +95,11 @@ async def test_a_replacement(guest: Guest, tmp_path: Path) -> None:
     async with qsnap.connect(guest.address) as vm:
         assert not (await vm.save("t")).replaced
         first = guest.lines()[-1][0]
-        guest.wait_for_ticks(20)
+        guest.wait_for_ticks(10)
         assert (await vm.save("t")).replaced
         assert on_both(tmp_path) == [["t"], ["t"]]
         await vm.load("t", running=False)
-        assert guest.counter >= first + 20
+        assert guest.counter >= first + 10
         await vm.load("t", running=True)
     guest.assert_running()
 
@@ -143,7 +143,7 @@ async def test_the_vmstate_node_is_chosen(guest: Guest, tmp_path: Path) -> None:
 async def test_snapshots_of_others_are_listed_and_loaded(guest: Guest) -> None:
     assert guest.qmp.hmp("savevm by-hmp") == ""
     counter = guest.lines()[-1][0]
-    guest.wait_for_ticks(40)
+    guest.wait_for_ticks()
     async with qsnap.connect(guest.address) as vm:
         (listed,) = await vm.list()
         assert (listed.tag, listed.kind, listed.vmstate) == ("by-hmp", "full", "disk0")
@@ -589,17 +589,17 @@ def test_a_tag_that_is_an_id(guest: Guest, tmp_path: Path) -> None:
     cli("save", "first", monitor=guest.address)
     error = cli("save", "1", "--json", monitor=guest.address, expect=6).error
     assert [(f["code"], f["cure"]) for f in error["findings"]] == [("bad-tag", "choose a tag with a letter: v1")]
-    guest.wait_for_ticks(45)
+    guest.wait_for_ticks()
     guest.qmp.hmp("savevm 1")
     assert tags(tmp_path / "disk0.qcow2") == ["first", "1"]
-    before = guest.wait_for_ticks(45)
+    before = guest.wait_for_ticks()
     error = cli("load", "1", "--json", monitor=guest.address, expect=6).error
     assert "'1' is the ID of snapshot 'first'" in error["findings"][0]["message"]
     assert guest.wait_for_ticks(3) > before, "it was not touched"
     # What stands in the way goes: then it is the one that is meant
     cli("delete", "first", monitor=guest.address)
     cli("load", "1", monitor=guest.address)
-    guest.wait_for_ticks(41)
+    guest.wait_for_ticks()
     guest.assert_running()
     cli("delete", "1", monitor=guest.address)
     assert tags(tmp_path / "disk0.qcow2") == []

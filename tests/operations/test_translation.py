@@ -16,6 +16,7 @@ from support.guest import (
     blockdev,
     both_monitors,
     cli,
+    disk_device,
     newer,
     tool,
     until,
@@ -64,7 +65,7 @@ class Modifier:
 def disk(tmp_path: Path) -> list[str]:
     sector = (GUESTS / "selfmod.bin").read_bytes()
     qsnap.guest.make_disk(tmp_path / "a", qemu_img=tool("qemu-img"), sector=sector)
-    return [*blockdev("a", tmp_path / "a"), "-device", "virtio-blk,drive=a"]
+    return [*blockdev("a", tmp_path / "a"), *disk_device("a")]
 
 
 @pytest.fixture

@@ -41,6 +41,7 @@ from support.guest import (
     both_monitors,
     cli,
     deliver,
+    disk_device,
     finish,
     make_boot_disk,
     start_cli,
@@ -264,7 +265,7 @@ def test_another_qemu_in_the_place_of_the_first(
 ) -> None:
     """No process of QEMU's can be seen there. It is sent nothing but the question whether it is the same."""
     monitor = (option, f"unix:{tmp_path}/mon,server=on,wait=off")
-    first = launch(*blockdev("a", make_boot_disk(tmp_path / "a")), "-device", "virtio-blk,drive=a", *monitor)
+    first = launch(*blockdev("a", make_boot_disk(tmp_path / "a")), *disk_device("a"), *monitor)
     first.wait_for_ticks()
     cli("save", "old", monitor=first.address)
 

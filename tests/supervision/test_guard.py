@@ -32,6 +32,7 @@ from support.guest import (
     blockdev,
     both_monitors,
     cli,
+    disk_device,
     failing_disk,
     finish,
     make_boot_disk,
@@ -116,7 +117,7 @@ def killed_replacement(
     images = [tmp_path / "disk0.qcow2", tmp_path / "disk1.qcow2"]
     cli("save", "t", monitor=guest.address)
     before = guest.lines()[-1][0]
-    guest.wait_for_ticks(20)
+    guest.wait_for_ticks(10)
     killer.run("save", "t", monitor=intercept(guest, on_command=killer).address)
     expected = [] if kept == "neither" else ["t"]
     assert_all_is_well(guest, runtime_directory, dict.fromkeys(images, expected))
@@ -124,7 +125,7 @@ def killed_replacement(
         return
     # Contents: the counter that comes back tells whose state it is, and the guest checks its disks against it
     cli("load", "t", "--paused", monitor=guest.address)
-    assert (guest.counter > before + 10) == (kept == "new")
+    assert (guest.counter > before + 5) == (kept == "new")
     cli("load", "t", "--running", monitor=guest.address)
     guest.assert_running()
 
@@ -218,7 +219,7 @@ def test_another_users_journal_is_not_needed(
 def test_a_qemu_that_was_restarted_is_another_one(launch: Launch, tmp_path: Path, runtime_directory: Path) -> None:
     """Its guest waits for its user, and is not taken for the one that a killed qsnap had stopped."""
     image = make_boot_disk(tmp_path / "a")
-    disk = [*blockdev("a", image), "-device", "virtio-blk,drive=a"]
+    disk = [*blockdev("a", image), *disk_device("a")]
     address = tmp_path / "same"
     first = launch(*disk, "-qmp", f"unix:{address},server=on,wait=off")
     first.wait_for_ticks()
@@ -352,7 +353,7 @@ def test_killed_in_a_load(guest: Guest, intercept: Intercept, tmp_path: Path, ru
     """QEMU completes it, and the guest runs on from there."""
     cli("save", "t", monitor=guest.address)
     saved = guest.lines()[-1][0]
-    guest.wait_for_ticks(60)
+    guest.wait_for_ticks(12)
     late = guest.lines()[-1][0]
     killer = Killer("snapshot-load")
     killer.run("load", "t", monitor=intercept(guest, on_command=killer).address)
@@ -377,7 +378,7 @@ def test_killed_in_a_load_that_fails(
 ) -> None:
     """It is left stopped on purpose, and a save is refused, as after any load that failed midway."""
     image = make_boot_disk(tmp_path / "a")
-    guest = launch(*failing_disk("a", image, "vmstate_load", 5), "-device", "virtio-blk,drive=a")
+    guest = launch(*failing_disk("a", image, "vmstate_load", 5), *disk_device("a"))
     guest.wait_for_ticks()
     cli("save", "t", monitor=guest.address)
     killer = Killer(command)
@@ -494,7 +495,7 @@ async def test_a_load_that_fails_while_qemu_does_not_answer(
 ) -> None:
     """Nobody tells it to go on before it is known how the load ended: what waits for QEMU would be done then."""
     image = make_boot_disk(tmp_path / "a")
-    guest = launch(*failing_disk("a", image, "vmstate_load", errno.EIO), "-device", "virtio-blk,drive=a")
+    guest = launch(*failing_disk("a", image, "vmstate_load", errno.EIO), *disk_device("a"))
     guest.wait_for_ticks()
     cli("save", "t", monitor=guest.address)
     is_frozen = threading.Event()

@@ -11,6 +11,7 @@ from support.guest import (
     Guest,
     Launch,
     blockdev,
+    disk_device,
     make_boot_disk,
     tags,
     until,
@@ -20,7 +21,7 @@ from support.guest import (
 def big_guest(launch: Launch, tmp_path: Path) -> tuple[Guest, Path]:
     """A guest whose save takes long enough to be interrupted."""
     image = make_boot_disk(tmp_path / "big")
-    guest = launch(*blockdev("big", image), "-device", "virtio-blk,drive=big", memory="768")
+    guest = launch(*blockdev("big", image), *disk_device("big"), memory="768")
     guest.wait_for_ticks()
     return guest, image
 

@@ -10,6 +10,7 @@ from support.guest import (
     GUESTS,
     Guest,
     blockdev,
+    disk_device,
     make_disk,
     tool,
 )
@@ -25,8 +26,8 @@ def make_heavy_disk(path: Path) -> Path:
 
 
 def two_disks(d: Path) -> list[str]:
-    return [*blockdev("disk0", make_heavy_disk(d / "disk0")), "-device", "virtio-blk,drive=disk0",
-            *blockdev("disk1", make_disk(d / "disk1")), "-device", "virtio-blk,drive=disk1"]  # fmt: skip
+    return [*blockdev("disk0", make_heavy_disk(d / "disk0")), *disk_device("disk0", 0),
+            *blockdev("disk1", make_disk(d / "disk1")), *disk_device("disk1", 1)]  # fmt: skip
 
 
 def state_files(directory: Path) -> list[str]:

@@ -17,6 +17,7 @@ from support.guest import (
     blockdev,
     both_monitors,
     cli,
+    disk_device,
     failing_disk,
     finish,
     make_boot_disk,
@@ -116,12 +117,12 @@ def test_a_prefix_is_no_pattern(guest: Guest, disk: Path) -> None:
 @needs_snapshot_jobs
 def test_a_failed_save_prunes_nothing(launch: Launch, tmp_path: Path) -> None:
     image = make_boot_disk(tmp_path / "disk0.qcow2")
-    guest = launch(*failing_disk("disk0", image, "vmstate_save", 28), "-device", "virtio-blk,drive=disk0")
+    guest = launch(*failing_disk("disk0", image, "vmstate_save", 28), *disk_device("disk0"))
     cli("save", "--prefix", "nightly", "--keep-last", "1", monitor=guest.address, expect=9)
     names = [save_series(guest)["tag"] for _ in range(3)]
     assert tags(image) == names
     guest.quit()
-    guest = launch(*failing_disk("disk0", image, "vmstate_save", 28), "-device", "virtio-blk,drive=disk0")
+    guest = launch(*failing_disk("disk0", image, "vmstate_save", 28), *disk_device("disk0"))
     cli("save", "--prefix", "nightly", "--keep-last", "1", monitor=guest.address, expect=9)
     assert_nothing_left(guest, {image: names})
 
@@ -142,8 +143,8 @@ def test_saved_but_not_pruned(guest: Guest, disk: Path) -> None:
 def test_half_made_ones_do_not_count(launch: Launch, tmp_path: Path) -> None:
     images = [make_boot_disk(tmp_path / "disk0.qcow2"), make_disk(tmp_path / "disk1.qcow2")]
     guest = launch(
-        *blockdev("disk0", images[0]), "-device", "virtio-blk,drive=disk0",
-        *blockdev("disk1", images[1]), "-device", "virtio-blk,drive=disk1",
+        *blockdev("disk0", images[0]), *disk_device("disk0"),
+        *blockdev("disk1", images[1]), *disk_device("disk1", 1),
     )  # fmt: skip
     whole = save_series(guest)["tag"]
     partial = save_series(guest, "--exclude", "disk1")["tag"]
@@ -205,7 +206,7 @@ def test_described(guest: Guest, disk: Path) -> None:
 
 def test_notes_survive_both_programs_and_are_of_one_snapshot(launch: Launch, tmp_path: Path) -> None:
     image = make_boot_disk(tmp_path / "disk0.qcow2")
-    arguments = (*blockdev("disk0", image), "-device", "virtio-blk,drive=disk0")
+    arguments = (*blockdev("disk0", image), *disk_device("disk0"))
     guest = launch(*arguments)
     cli("save", "a", "--description", "the first", monitor=guest.address)
     cli("protect", "a", monitor=guest.address)
@@ -286,7 +287,7 @@ def test_no_place_for_notes(guest: Guest, disk: Path) -> None:
 def two(launch: Launch, tmp_path: Path) -> tuple[list[Guest], list[Path], Path]:
     """Two guests, their images, and a config file that names them."""
     images = [make_boot_disk(tmp_path / f"{name}.qcow2") for name in ("web", "db")]
-    guests = [launch(*blockdev("disk0", image), "-device", "virtio-blk,drive=disk0") for image in images]
+    guests = [launch(*blockdev("disk0", image), *disk_device("disk0")) for image in images]
     config = tmp_path / "config.toml"
     named = zip(("web", "db"), guests, strict=True)
     config.write_text("".join(f"[vm.{name}]\nmonitor = {json.dumps(guest.address)}\n" for name, guest in named))

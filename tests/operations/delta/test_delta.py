@@ -27,6 +27,7 @@ from support.guest import (
     Launch,
     blockdev,
     cli,
+    disk_device,
     finish,
     make_boot_disk,
     make_disk,
@@ -102,8 +103,8 @@ def big(launch: Launch, tmp_path: Path) -> Guest:
     make_boot_disk(tmp_path / "disk0.qcow2")
     make_disk(tmp_path / "disk1.qcow2")
     guest = launch(
-        *blockdev("disk0", tmp_path / "disk0.qcow2"), "-device", "virtio-blk,drive=disk0",
-        *blockdev("disk1", tmp_path / "disk1.qcow2"), "-device", "virtio-blk,drive=disk1",
+        *blockdev("disk0", tmp_path / "disk0.qcow2"), *disk_device("disk0"),
+        *blockdev("disk1", tmp_path / "disk1.qcow2"), *disk_device("disk1", 1),
         "-vga", "none", "-device", "VGA", "-device", "qemu-xhci", "-device", "usb-tablet",
     )  # fmt: skip
     guest.wait_for_ticks()
@@ -182,7 +183,7 @@ def test_other_memory(
     launch: Launch, tmp_path: Path, memory: str, options: list[str], ranges: list[tuple[int, int]]
 ) -> None:
     guest = launch(
-        *blockdev("a", make_boot_disk(tmp_path / "a")), "-device", "virtio-blk,drive=a", *options, memory=memory
+        *blockdev("a", make_boot_disk(tmp_path / "a")), *disk_device("a"), *options, memory=memory
     )  # fmt: skip
     guest.wait_for_ticks()
     dice = seeded(len(options))
@@ -307,7 +308,7 @@ def test_a_page_changes_between_comparison_and_load(
 def test_a_device_that_may_write_meanwhile(launch: Launch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """virtio-serial takes what comes for a port also while the guest is stopped. So a load is verified unasked."""
     guest = launch(
-        *blockdev("a", make_boot_disk(tmp_path / "a")), "-device", "virtio-blk,drive=a",
+        *blockdev("a", make_boot_disk(tmp_path / "a")), *disk_device("a"),
         "-device", "virtio-serial", "-chardev", "null,id=c", "-device", "virtserialport,chardev=c",
     )  # fmt: skip
     guest.wait_for_ticks()
@@ -367,7 +368,7 @@ def test_what_a_reset_writes_into_ram(launch: Launch, tmp_path: Path) -> None:
     """As -device loader has it do: a load resets the guest after the comparison."""
     (tmp_path / "rom").write_bytes(b"rom" * 5000)
     guest = launch(
-        *blockdev("a", make_boot_disk(tmp_path / "a")), "-device", "virtio-blk,drive=a",
+        *blockdev("a", make_boot_disk(tmp_path / "a")), *disk_device("a"),
         "-device", f"loader,file={tmp_path / 'rom'},addr=0x1000000,force-raw=on",
     )  # fmt: skip
     guest.wait_for_ticks()
@@ -380,7 +381,7 @@ def test_what_a_reset_writes_into_ram(launch: Launch, tmp_path: Path) -> None:
 
 def test_another_process_has_the_memory(launch: Launch, tmp_path: Path) -> None:
     """It may write while RAM is compared."""
-    guest = launch(*blockdev("a", make_boot_disk(tmp_path / "a")), "-device", "virtio-blk,drive=a", *ONE)
+    guest = launch(*blockdev("a", make_boot_disk(tmp_path / "a")), *disk_device("a"), *ONE)
     guest.wait_for_ticks()
     changed = Changed(guest)
     file = next(

@@ -7,7 +7,17 @@ from typing import Any
 
 import pytest
 
-from support.guest import Guest, Launch, blockdev, cli, make_boot_disk, make_disk, needs_snapshot_jobs, tags
+from support.guest import (
+    Guest,
+    Launch,
+    blockdev,
+    cli,
+    disk_device,
+    make_boot_disk,
+    make_disk,
+    needs_snapshot_jobs,
+    tags,
+)
 from support.live import state_files
 from support.proxy import Intercept
 
@@ -29,9 +39,9 @@ def below(launch: Launch, d: Path, *names: str) -> Guest:
         *(part for number, (name, path) in enumerate(zip(names, disks, strict=True)) for part in (
             *blockdev(f"q{number}", path),
             *(option.replace("=top", f"=top{number}").replace("file=q", f"file=q{number}") for option in FILTERS[name]),
-            "-device", f"virtio-blk,drive=top{number}",
+            *disk_device(f"top{number}", number),
         )),
-        *blockdev("disk1", make_disk(d / "disk1")), "-device", "virtio-blk,drive=disk1",
+        *blockdev("disk1", make_disk(d / "disk1")), *disk_device("disk1", len(names)),
     )  # fmt: skip
     guest.wait_for_ticks()
     return guest
@@ -76,7 +86,7 @@ def test_a_live_save_that_fails_midway(launch: Launch, tmp_path: Path, intercept
     assert "saved the ordinary way: " in why
     assert "nothing of it is left" in why
     assert (run.json["kind"], tags(tmp_path / "q0"), tags(tmp_path / "disk1")) == ("full", ["l"], ["l"])
-    at = guest.wait_for_ticks(40)
+    at = guest.wait_for_ticks()
     cli("load", "l", monitor=guest.address)
     guest.assert_running()
     assert guest.lines()[-1][0] < at

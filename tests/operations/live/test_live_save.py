@@ -43,6 +43,7 @@ from support.guest import (
     blockdev,
     cli,
     deliver,
+    disk_device,
     failing_disk,
     finish,
     make_disk,
@@ -491,7 +492,7 @@ def test_an_ordinary_save_over_it_that_fails(launch: Launch, tmp_path: Path) -> 
     """Its disks were deleted by then: without them its file is of no use, and takes as much room as the RAM."""
     make_heavy_disk(tmp_path / "disk0")
     guest = launch(
-        *failing_disk("disk0", tmp_path / "disk0", "vmstate_save", errno.ENOSPC), "-device", "virtio-blk,drive=disk0",
+        *failing_disk("disk0", tmp_path / "disk0", "vmstate_save", errno.ENOSPC), *disk_device("disk0"),
         memory="96",
     )  # fmt: skip
     guest.wait_for_ticks(5)
@@ -647,8 +648,8 @@ def test_without_qsnap(heavy: Guest, disks: list[Path], launch: Launch, tmp_path
     for image in disks:
         qemu_img("snapshot", "-a", "t", image)
     stream = f"exec:tail -c +65537 {tmp_path}/disk0.t.qsnap"
-    arguments = [*blockdev("disk0", disks[0]), "-device", "virtio-blk,drive=disk0",
-                 *blockdev("disk1", disks[1]), "-device", "virtio-blk,drive=disk1"]  # fmt: skip
+    arguments = [*blockdev("disk0", disks[0]), *disk_device("disk0"),
+                 *blockdev("disk1", disks[1]), *disk_device("disk1", 1)]  # fmt: skip
     again = launch(*arguments, "-incoming", stream, "-S", memory="96")
     until("the state to be there", lambda: again.runstate in ("paused", "prelaunch") or None)
     assert before <= again.counter <= after
@@ -851,8 +852,8 @@ def test_qemu_is_killed(big: Guest, disks: list[Path], launch: Launch, tmp_path:
     assert run.code == 4
     assert "qsnap delete t" in run.err
     assert state_files(tmp_path) == []
-    again = launch(*blockdev("disk0", disks[0]), "-device", "virtio-blk,drive=disk0",
-                   *blockdev("disk1", disks[1]), "-device", "virtio-blk,drive=disk1", memory="512")  # fmt: skip
+    again = launch(*blockdev("disk0", disks[0]), *disk_device("disk0"),
+                   *blockdev("disk1", disks[1]), *disk_device("disk1", 1), memory="512")  # fmt: skip
     (snapshot,) = cli("list", "--json", monitor=again.address).json["snapshots"]
     assert snapshot["kind"] == "disk-only"
     cli("delete", "t", monitor=again.address)
@@ -871,8 +872,8 @@ def test_everything_is_killed_and_qemu_too(
     process.kill()
     process.communicate()
     assert state_files(tmp_path) == ["disk0.t.qsnap-part"]
-    again = launch(*blockdev("disk0", disks[0]), "-device", "virtio-blk,drive=disk0",
-                   *blockdev("disk1", disks[1]), "-device", "virtio-blk,drive=disk1", memory="512")  # fmt: skip
+    again = launch(*blockdev("disk0", disks[0]), *disk_device("disk0"),
+                   *blockdev("disk1", disks[1]), *disk_device("disk1", 1), memory="512")  # fmt: skip
     again.wait_for_ticks(5)
     cli("save", "--live", "t", monitor=again.address)
     (snapshot,) = cli("list", "--json", monitor=again.address).json["snapshots"]
@@ -1115,7 +1116,7 @@ def test_a_neighbour_whose_image_begins_alike(launch: Launch, tmp_path: Path) ->
     guests = []
     for name in ("vm", "vm.data"):
         disk = make_heavy_disk(tmp_path / name)
-        guests.append(launch(*blockdev("disk0", disk), "-device", "virtio-blk,drive=disk0", memory="256"))
+        guests.append(launch(*blockdev("disk0", disk), *disk_device("disk0"), memory="256"))
     ours, theirs = guests
     theirs.wait_for_ticks(5)
     part = tmp_path / "vm.data.1x.qsnap-part"
@@ -1152,8 +1153,8 @@ def test_images_and_their_state_files_elsewhere(launch: Launch, tmp_path: Path, 
     name = "other.img" if how == "renamed" else "disk0"
     (new / "disk0").rename(new / name)
     (new / "disk0.a.qsnap").rename(new / f"{name}.a.qsnap")
-    again = launch(*blockdev("disk0", new / name), "-device", "virtio-blk,drive=disk0",
-                   *blockdev("disk1", new / "disk1"), "-device", "virtio-blk,drive=disk1", memory="96")  # fmt: skip
+    again = launch(*blockdev("disk0", new / name), *disk_device("disk0"),
+                   *blockdev("disk1", new / "disk1"), *disk_device("disk1", 1), memory="96")  # fmt: skip
     again.wait_for_ticks(2)
     (found,) = cli("list", "--json", monitor=again.address).json["snapshots"]
     assert (found["tag"], found["kind"]) == ("a", "live")
