@@ -14,6 +14,7 @@ from __future__ import annotations
 import asyncio
 import os
 import shlex
+import time
 from collections.abc import AsyncIterator, Collection, Iterable, Sequence
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
@@ -32,7 +33,7 @@ from qsnap.errors import (
 )
 from qsnap.inventory.state_store import StateStore
 from qsnap.model.checks import CheckReport
-from qsnap.model.qemu import NodeSnapshot
+from qsnap.model.qemu import NodeSnapshot, RunState
 from qsnap.model.results import (
     DeleteResult,
     DrillResult,
@@ -185,6 +186,7 @@ class VM:
         full: bool = False,
         verify: bool = False,
         save_current: bool | str = False,
+        sync_time: bool = False,
         watch: Watcher | None = None,
     ) -> LoadResult:
         """Put RAM, device state and disks back: see :func:`qsnap.operations.load.do_loadvm`, and
@@ -193,6 +195,8 @@ class VM:
         :param save_current: save first what the load discards, live if that is possible: under that tag, or True: as
             the next snapshot of the series "before-load", of which the last one is kept once the load has succeeded.
             :meth:`undo` brings it back. If it cannot be saved, nothing is loaded; if the load fails, it stays.
+        :param sync_time: set the guest's clock through the guest agent afterwards: see
+            :mod:`qsnap.operations.guest_clock`. If that fails, a remark says why.
         :raise VMLocked: another qsnap is using this VM.
         """
         from qsnap.model.requests import LoadRequest
@@ -207,10 +211,20 @@ class VM:
             verify=verify,
         )
         if save_current is False:
-            return await self._load(request, watch)
-        return await self._load_saving(request, None if save_current is True else save_current, watch)
+            result = await self._load(request, watch)
+        else:
+            result = await self._load_saving(request, None if save_current is True else save_current, watch)
+        if not sync_time or result.clock_behind_s is None:
+            return result
+        from qsnap.operations.guest_clock import set_clock
+
+        if why := await set_clock(self._monitor):
+            self.remarks.append(f"the guest's clock was not set: {why}")
+            return result
+        return msgspec.structs.replace(result, clock_behind_s=0.0)
 
     async def _load(self, request: LoadRequest, watch: Watcher | None, saved: SaveResult | None = None) -> LoadResult:
+        from qsnap.operations.guest_clock import announce
         from qsnap.operations.load import do_loadvm
         from qsnap.operations.position import note_position, position_kept
         from qsnap.operations.progress import watched_load
@@ -224,7 +238,11 @@ class VM:
                     result = await do_loadvm(run, request)
             undo = inventory.find(saved.tag) if saved else None
             await note_position(run, inventory, found, saved=False, undo=undo)
-            return msgspec.structs.replace(result, saved=saved)
+            behind_s = None
+            if result.runstate is RunState.RUNNING:
+                await announce(run.monitor)
+                behind_s = round(max(0.0, time.time() - result.date.timestamp()), 1)
+            return msgspec.structs.replace(result, saved=saved, clock_behind_s=behind_s)
 
     async def _load_saving(self, request: LoadRequest, name: str | None, watch: Watcher | None) -> LoadResult:
         """Save what the load discards, and load."""

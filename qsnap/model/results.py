@@ -89,6 +89,9 @@ class LoadResult(Struct, frozen=True):
     loaded; None if they were not compared."""
     saved: SaveResult | None = None
     """The save before the load, of what the load has discarded."""
+    clock_behind_s: float | None = None
+    """Seconds that the guest's clock is behind, because it goes on from the time of the save; 0 if it was set through
+    the guest agent; None if the guest does not run."""
 
 
 class GuestState(Struct, frozen=True):

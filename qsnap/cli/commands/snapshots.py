@@ -60,6 +60,7 @@ _SORT_KEYS: Mapping[str, Callable[[Snapshot], Any]] = {
     help="Save first what the load discards, for qsnap undo: the last one is kept. --save-current=TAG: as TAG.",
 )
 @click.option("--save-current-as", hidden=True)
+@click.option("--sync-time", is_flag=True, help="Set the guest's clock afterwards, through the guest agent.")
 @common_options
 def load(
     options: Options,
@@ -74,6 +75,7 @@ def load(
     verify: bool,
     save_current: bool | None,
     save_current_as: str | None,
+    sync_time: bool,
 ) -> int:
     """Restore RAM, device state and all disks from snapshot TAG.
 
@@ -100,6 +102,7 @@ def load(
             full=full,
             verify=verify,
             save_current=save_current_as or (settings.save_current or False if save_current is None else save_current),
+            sync_time=sync_time,
             watch=watch,
         )
 

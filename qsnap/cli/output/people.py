@@ -23,7 +23,7 @@ from qsnap.cli.output.results import (
     Snapshots,
     exit_code_of,
 )
-from qsnap.cli.output.text import age, clock, date, printable, seconds, shortened, size
+from qsnap.cli.output.text import age, clock, date, duration, printable, seconds, shortened, size
 from qsnap.errors import QsnapError
 from qsnap.model.checks import CheckReport, Device, Finding, Labels, Verdict
 from qsnap.model.machine import Machine
@@ -79,6 +79,9 @@ def _(error: QsnapError) -> Lines:
 
 # Saves and loads
 
+#: So many seconds are told that a guest's clock is behind.
+_CLOCK_S = 60
+
 
 @lines_of.register(SaveResult)
 def _(result: SaveResult) -> Lines:
@@ -117,6 +120,8 @@ def _(result: LoadResult) -> Lines:
         yield f"  left as it is: {_names(result.excluded, result.labels)}"
     if result.runstate in (RunState.PAUSED, RunState.PRELAUNCH):
         yield Hint("  it is paused, as you left it or asked for; to run it: qsnap resume")
+    if (behind_s := result.clock_behind_s) is not None and behind_s >= _CLOCK_S:
+        yield Hint(f"  guest clock is {duration(behind_s)} behind, until the guest sets it, or --sync-time")
     if result.saved:
         yield f"  what it has discarded is {result.saved.tag}: qsnap undo"
     if result.differing_pages is not None:

@@ -52,6 +52,18 @@ def age(then: datetime, now: datetime) -> str:
     return f"{seconds} s"
 
 
+def duration(number: float) -> str:
+    """``95 s``, ``3 h 20 min``, ``12 d 4 h``: in the two largest units."""
+    left, parts = int(number), []
+    for unit, length in (("d", 86400), ("h", 3600), ("min", 60), ("s", 1)):
+        count, left = divmod(left, length)
+        if count:
+            parts.append(f"{count} {unit}")
+        elif parts:
+            break
+    return " ".join(parts[:2]) or "0 s"
+
+
 def seconds(milliseconds: float) -> str:
     """``3.2 ms``, ``0.31 s``, ``75 s``."""
     if milliseconds < 100:
