@@ -246,6 +246,14 @@ qemu_option = click.option(
     show_envvar=True,
     help="The QEMU to run. Default: the one that the guest was saved in.",
 )
+image_option = click.option(
+    "--image",
+    "images",
+    metavar="FILE",
+    multiple=True,
+    shell_complete=completes("files"),
+    help="With the VM off: its image. Repeatable, for all its images.",
+)
 wide_option = click.option("--wide", is_flag=True, help="Leave out and cut nothing to fit the terminal.")
 textfile_option = click.option(
     "--textfile",

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, cast
 
 from qsnap.cli.common import Action, Options
 from qsnap.cli.output.results import OfVM, Outcome, Outcomes
 from qsnap.cli.pick import refuse_few_files, say_which, targets
 from qsnap.cli.runner import connected
 from qsnap.cli.signals import run_interruptibly
-from qsnap.errors import Interrupted, QsnapError
+from qsnap.errors import BadUsage, Interrupted, QsnapError
 
 if TYPE_CHECKING:
     from qsnap.model.qemu import Struct
     from qsnap.targets.choose import Target
+    from qsnap.vm import VM
 
 
 def do(
@@ -24,16 +25,20 @@ def do(
     seen: Callable[[Outcome], Outcome] = lambda outcome: outcome,
     *,
     looks: bool = False,
+    images: Sequence[str] = (),
 ) -> Struct:
     """Do *action* with each VM that is meant, at ``options.jobs`` of them at once.
 
     :param seen: is given what became of each, and may make something else of it.
     :param looks: it changes nothing, so that it need not be said with which VM.
+    :param images: with these instead, of a VM that is off.
     :return: what came of the one VM, or all that did of several.
     :raise BadUsage: the options that choose the VMs contradict each other.
     :raise Interrupted: by a signal; the guests were resumed.
     :raise QsnapError: of a single VM, what went wrong with it; or too few files may be open for so many at once.
     """
+    if images:
+        return _offline(options, action, images)
     cut_off: list[str] = []
     try:
         outcomes = [seen(outcome) for outcome in _each(options, action, cut_off, looks=looks)]
@@ -49,6 +54,19 @@ def do(
     if isinstance(result, QsnapError):
         raise result
     return OfVM(vm=title, result=result)
+
+
+def _offline(options: Options, action: Action, images: Sequence[str]) -> Struct:
+    from qsnap.offline import Images
+    from qsnap.targets.config import Settings
+
+    if options.vms or options.all_vms:
+        raise BadUsage("--image is for a VM that is off; --vm and --all are for those that run")
+    opened = Images(images, options.state_dir)
+    try:
+        return run_interruptibly(action(cast("VM", opened), Settings()))
+    finally:
+        opened.close()
 
 
 def _each(options: Options, action: Action, cut_off: list[str], *, looks: bool) -> list[Outcome]:

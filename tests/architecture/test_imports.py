@@ -39,7 +39,7 @@ HOMES = {
 LAYERS = [
     ["__main__", "__init__"],
     ["cli", "pytest_plugin", "sync"],
-    ["vm"],
+    ["vm", "offline"],
     ["supervision"],
     ["operations"],
     ["upkeep"],

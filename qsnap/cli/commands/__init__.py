@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from qsnap.cli.common import Action, Options
 
 
-def work(options: Options, action: Action, *, looks: bool = False) -> int:
+def work(options: Options, action: Action, *, looks: bool = False, images: Sequence[str] = ()) -> int:
     """Do *action* with each VM that is meant, and show what comes of it; the exit code.
 
     :param looks: it changes nothing.
+    :param images: of a VM that is off, instead.
     """
     from qsnap.cli.several import do
 
-    return options.shown(do(options, action, looks=looks))
+    return options.shown(do(options, action, looks=looks, images=images))

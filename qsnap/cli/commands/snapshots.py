@@ -15,6 +15,7 @@ from qsnap.cli.options import (
     common_options,
     completes,
     exclude_option,
+    image_option,
     prefix_option,
     qemu_option,
     tag_argument,
@@ -155,8 +156,17 @@ def undo(options: Options, save_current: bool) -> int:
 )
 @click.option("--reverse", is_flag=True, help="The newest, or greatest, first.")
 @wide_option
+@image_option
 @common_options
-def list_(options: Options, prefix: str | None, last: int | None, sort: str, reverse: bool, wide: bool) -> int:
+def list_(
+    options: Options,
+    images: tuple[str, ...],
+    prefix: str | None,
+    last: int | None,
+    sort: str,
+    reverse: bool,
+    wide: bool,
+) -> int:
     """List the snapshots, oldest first.
 
     On a terminal, columns that say the same everywhere are left out, and long texts are cut; --wide shows everything,
@@ -171,26 +181,28 @@ def list_(options: Options, prefix: str | None, last: int | None, sort: str, rev
         shown = sorted(of_it[-last if last else 0 :], key=_SORT_KEYS[sort], reverse=reverse)
         return Snapshots(snapshots=tuple(shown), position=tree.position)
 
-    return options.shown(do(options, found, looks=True), wide=wide)
+    return options.shown(do(options, found, looks=True, images=images), wide=wide)
 
 
 @click.command(cls=Command)
+@image_option
 @common_options
-def tree(options: Options) -> int:
+def tree(options: Options, images: tuple[str, ...]) -> int:
     """Show what was made from what, and where you are.
 
     Each snapshot is below the one that the guest had come from when it was saved. You are below the one that was loaded
     or saved last. If another client may have loaded or saved
     since, and nothing in the image tells, that is said.
     """
-    return work(options, lambda vm, _: vm.tree(), looks=True)
+    return work(options, lambda vm, _: vm.tree(), looks=True, images=images)
 
 
 @click.command(cls=Command)
 @tag_argument
 @click.option("--state", is_flag=True, help="Show the machine in its VM state: its type, RAM blocks and devices.")
+@image_option
 @common_options
-def show(options: Options, tag: str, state: bool) -> int:
+def show(options: Options, tag: str, state: bool, images: tuple[str, ...]) -> int:
     """Show snapshot TAG, device by device."""
     from qsnap.cli.output.results import Details
 
@@ -198,7 +210,9 @@ def show(options: Options, tag: str, state: bool) -> int:
         snapshot, rows = await vm.show(tag)
         return Details(snapshot=snapshot, rows=rows, state=await vm.state(tag) if state else None)
 
-    return work(options, found, looks=True)
+    if state and images:
+        raise BadUsage("--state needs the running VM, and not --image")
+    return work(options, found, looks=True, images=images)
 
 
 @click.command(cls=Command)
@@ -229,9 +243,11 @@ def show(options: Options, tag: str, state: bool) -> int:
 )
 @qemu_option
 @textfile_option
+@image_option
 @common_options
 def verify(
     options: Options,
+    images: tuple[str, ...],
     tags: tuple[str, ...],
     prefix: str | None,
     read_data: bool,
@@ -256,15 +272,18 @@ def verify(
     if tags and prefix is not None:
         raise BadUsage("a tag and --prefix cannot be used together")
     if boot:
-        if read_data or len(tags) != (prefix is None):
-            raise BadUsage("--boot takes one TAG, or --prefix PREFIX, and not --read-data")
+        if read_data or images or len(tags) != (prefix is None):
+            raise BadUsage("--boot takes one TAG, or --prefix PREFIX, and neither --read-data nor --image")
         tag = tags[0] if tags else None
         return _drill(options, tag, prefix, textfile, until=until, within_s=within_s, place=place, qemu=qemu)
     if until or within_s or place or textfile:
         raise BadUsage("--until, --within, --place and --textfile go with --boot")
     with shown_progress("verifying", options) as watch:
         return work(
-            options, lambda vm, _: vm.verify(*tags, prefix=prefix, read_data=read_data, watch=watch), looks=True
+            options,
+            lambda vm, _: vm.verify(*tags, prefix=prefix, read_data=read_data, watch=watch),
+            looks=True,
+            images=images,
         )
 
 
@@ -296,7 +315,8 @@ def _drill(
 @click.command(cls=Command)
 @tags_argument
 @click.option("--missing-ok", is_flag=True, help="It is not an error if a snapshot does not exist.")
+@image_option
 @common_options
-def delete(options: Options, tags: tuple[str, ...], missing_ok: bool) -> int:
+def delete(options: Options, tags: tuple[str, ...], missing_ok: bool, images: tuple[str, ...]) -> int:
     """Delete snapshots from every device that holds them."""
-    return work(options, lambda vm, _: vm.delete(*tags, missing_ok=missing_ok))
+    return work(options, lambda vm, _: vm.delete(*tags, missing_ok=missing_ok), images=images)
