@@ -6,15 +6,18 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
-from support.guest import Guest, cli, tags
+from support.guest import QEMU, Guest, cli, make_boot_disk, needs_snapshot_jobs, tags, tool
 
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = ROOT / "examples"
@@ -24,14 +27,18 @@ UNITS = ROOT / "scripts" / "systemd"
 class Job:
     """A directory for a job, with a provisioning script and tests that can be told to fail."""
 
-    def __init__(self, directory: Path, guest: Guest) -> None:
+    def __init__(self, directory: Path, guest: Guest | None) -> None:
         self.directory = directory
         programs = directory / "bin"
         programs.mkdir()
         (programs / "qsnap").symlink_to(Path(sys.executable).with_name("qsnap"))
         self.write("provision", "echo provisioned >> log")
         self.tests("true")
-        self.environment = {**os.environ, "PATH": f"{programs}:/usr/bin:/bin", "QSNAP_MONITOR": guest.address}
+        self.environment = {
+            **os.environ,
+            "PATH": f"{programs}:/usr/bin:/bin",
+            "QSNAP_MONITOR": guest.address if guest else "",
+        }
 
     def write(self, name: str, text: str) -> None:
         path = self.directory / name
@@ -120,6 +127,59 @@ def test_gitlab(job: Job, guest: Guest, disk: Path) -> None:
     assert job.log == ["provisioned", "tests", "tests"]
     assert [re.sub(r"-.*", "", tag) for tag in tags(disk)] == ["provisioned", "failed"]
     guest.assert_running()
+
+
+@pytest.fixture
+def hosted(tmp_path: Path) -> Iterator[Job]:
+    """A job on a machine without a guest. What it would install is there: QEMU, qemu-img and qsnap."""
+    directory = tmp_path / "job"
+    directory.mkdir()
+    job = Job(directory, None)
+    make_boot_disk(directory / "guest.qcow2")
+    for name in ("qemu-system-x86_64", "qemu-img"):
+        program = shutil.which(QEMU if name.startswith("qemu-s") else tool(name))
+        assert program is not None
+        (directory / "bin" / name).symlink_to(program)
+    job.environment |= {"QSNAP_MONITOR": str(tmp_path / "guest.qmp"), "IMAGE": "guest.qcow2"}
+    pid = tmp_path / "guest.pid"
+    yield job
+    if pid.exists():
+        with suppress(ProcessLookupError):
+            os.kill(int(pid.read_text()), signal.SIGKILL)
+
+
+def on_this_machine(script: str, tmp_path: Path) -> str:
+    """A script with its files below a directory of the test, and a guest as small as that of the test."""
+    return script.replace("/tmp/guest", f"{tmp_path}/guest").replace("-m 1G", "-m 32")
+
+
+@needs_snapshot_jobs
+@pytest.mark.parametrize("fails", [False, True])
+def test_github_s_own_runner(hosted: Job, tmp_path: Path, fails: bool) -> None:
+    document: dict[str, Any] = yaml.safe_load((EXAMPLES / "github-hosted.yml").read_text())
+    steps = [step for step in document["jobs"]["test"]["steps"] if "run" in step and step["name"] != "Install"]
+    hosted.tests("exit 7" if fails else "true")
+    failed = False
+    for step in steps:
+        when = step.get("if", "success()")
+        if when == "always()" or (when == "failure()") == failed:
+            is_test = fails and step["name"] == "Test"
+            hosted.shell(on_this_machine(step["run"], tmp_path), expect=7 if is_test else 0)
+            failed = failed or is_test
+    assert hosted.log == ["provisioned", "tests"]
+    assert tags(hosted.directory / "guest.qcow2") == ["provisioned", "failed"][: 1 + fails]
+    assert (hosted.directory / "failed-guest").is_dir() == fails
+
+
+@needs_snapshot_jobs
+def test_gitlab_s_own_runner(hosted: Job, tmp_path: Path) -> None:
+    document: dict[str, Any] = yaml.safe_load((EXAMPLES / "gitlab-hosted.yml").read_text())["test"]
+    begins = [line for line in document["before_script"] if not line.startswith(("apt-get", "pipx"))]
+    hosted.tests("exit 1")
+    hosted.shell(on_this_machine("\n".join(begins + document["script"]), tmp_path), expect=1)
+    hosted.shell(on_this_machine("\n".join(document["after_script"]), tmp_path), CI_JOB_STATUS="failed")
+    assert tags(hosted.directory / "guest.qcow2") == ["provisioned", "failed"]
+    assert (hosted.directory / "failed-guest").is_dir()
 
 
 def test_the_ansible_tasks_commands(job: Job, guest: Guest, disk: Path) -> None:
