@@ -58,7 +58,7 @@ def _prepare_streams() -> None:
 def _exit_code(arguments: list[str]) -> int:
     if not arguments:  # before click, whose versions differ here
         with suppress(OSError):
-            sys.stderr.write(cli.get_help(click.Context(cli, info_name="qsnap")) + "\n")
+            sys.stderr.write(cli.get_help(click.Context(cli, info_name="qsnap", **cli.context_settings)) + "\n")
         return BadUsage.exit_code
     arguments = verb_first(arguments)
     # Before the line is parsed, whatever is before "--"; then what the command was given

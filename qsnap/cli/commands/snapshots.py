@@ -268,6 +268,7 @@ def verify(
     Exit code 10: it does not start, or its guest does not run.
     """
     from qsnap.cli.output.bar import shown_progress
+    from qsnap.cli.several import do
 
     if tags and prefix is not None:
         raise BadUsage("a tag and --prefix cannot be used together")
@@ -279,12 +280,13 @@ def verify(
     if until or within_s or place or textfile:
         raise BadUsage("--until, --within, --place and --textfile go with --boot")
     with shown_progress("verifying", options) as watch:
-        return work(
+        result = do(
             options,
             lambda vm, _: vm.verify(*tags, prefix=prefix, read_data=read_data, watch=watch),
             looks=True,
             images=images,
         )
+    return options.shown(result)
 
 
 def _drill(
