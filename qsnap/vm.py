@@ -166,13 +166,22 @@ class VM:
                 run.remember()
             if description:
                 (await run.look()).notes_path()
-            with position_kept(run):
-                result = await save_live_or_not(run, request, live, watch)
-            if not dry_run:
-                inventory = await self._tidied(run)
-                await note_position(run, inventory, inventory.find(result.tag), saved=True)
-                remark = annotate.note_save(run, inventory, result, description)
-                self.remarks += [remark] if remark else []
+            saved = None
+            try:
+                with position_kept(run):
+                    result = await save_live_or_not(run, request, live, watch)
+                if not dry_run:
+                    saved = result.tag
+                    inventory = await self._tidied(run)
+                    await note_position(run, inventory, inventory.find(result.tag), saved=True)
+                    remark = annotate.note_save(run, inventory, result, description)
+                    self.remarks += [remark] if remark else []
+            except asyncio.CancelledError as cancelled:
+                if saved is not None:
+                    cancelled.add_note(f"{saved!r} was saved")
+                elif not getattr(cancelled, "__notes__", ()):
+                    cancelled.add_note("nothing was saved")
+                raise
         return msgspec.structs.replace(result, description=description)
 
     async def load(
@@ -765,6 +774,15 @@ async def _opened(where: Address, greeting_s: float, lock_wait_s: float, snapsho
                 raise explained(busy, where) from busy
 
 
+async def _tell_of_guest(monitor: Monitor, cancelled: asyncio.CancelledError) -> None:
+    """Note the guest's run state on an interrupt, unless that tells of the guest already or QEMU does not answer."""
+    if any("guest" in note for note in getattr(cancelled, "__notes__", ())):
+        return
+    with suppress(QsnapError, TimeoutError):
+        async with asyncio.timeout(1):
+            cancelled.add_note(f"the guest is {await monitor.runstate()}")
+
+
 def _chosen(address: str | Address | None, vm: str, config: str | Path | None) -> Target:
     from qsnap.targets.choose import choose
     from qsnap.targets.config import load
@@ -830,7 +848,7 @@ async def connect(
     timer = asyncio.timeout_at(deadline)
     try:
         async with timer:
-            yield VM(
+            opened = VM(
                 monitor,
                 where,
                 lock_wait_s=lock_wait_s,
@@ -838,6 +856,11 @@ async def connect(
                 state_dir=None if state_dir is None else Path(state_dir),
                 ignore_unseen=bool(ignore_unseen),
             )
+            try:
+                yield opened
+            except asyncio.CancelledError as cancelled:
+                await _tell_of_guest(monitor, cancelled)
+                raise
     except TimeoutError as error:
         if not timer.expired():
             raise  # the caller's own

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from qsnap.model.qemu import named
-from support.guest import Guest, Launch, cli, make_boot_disk, make_disk
+from support.guest import Guest, Launch, cli, finish, make_boot_disk, make_disk, needs_snapshot_jobs, start_cli
+from support.proxy import Intercept, deed
 
 
 def test_devices_have_the_names_that_people_use(launch: Launch, tmp_path: Path) -> None:
@@ -53,3 +57,21 @@ def test_progress_in_lines_of_json(guest: Guest) -> None:
         assert done == sorted(done)
         assert all(0 <= line.get("percent_done", 0) <= 1 for line in lines)
     assert cli("load", "t", "--progress", "none", monitor=guest.address).err == ""
+
+
+@needs_snapshot_jobs
+def test_an_interrupt_says_what_became_of_it(guest: Guest, intercept: Intercept) -> None:
+    """Before anything was done, too: that nothing was saved, and that the guest runs."""
+    running: list[subprocess.Popen[str]] = []
+
+    def interrupt(message: dict[str, Any]) -> None:
+        if deed(message) == "query-migrate" and running:
+            running.pop().send_signal(signal.SIGINT)
+
+    proxy = intercept(guest, on_command=interrupt)
+    process = start_cli("save", "t", "--no-prepare", monitor=proxy.address)
+    running.append(process)
+    run = finish(process)
+    assert run.code == 130
+    assert "nothing was saved; the guest is running" in run.err
+    guest.assert_running()
