@@ -295,7 +295,8 @@ def test_qapi_device_gone(launch: Launch, tmp_path: Path) -> None:
     cli("save", "snap0", monitor=first.address)
     first.quit()
     second = launch(*args, memory="16")
-    run = cli("load", "snap0", monitor=second.address, expect=20)
+    assert "virtio-rng of PCI address" in cli("load", "snap0", monitor=second.address, expect=6).err
+    run = cli("load", "snap0", "--force", monitor=second.address, expect=20)
     assert "Do not `cont` it" in run.err
     assert second.runstate != "running"
     assert second.jobs() == []

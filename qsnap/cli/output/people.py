@@ -179,7 +179,7 @@ def _(found: Snapshots) -> Lines:
     yield from _snapshots_of({"": found.snapshots})
     if found.snapshots and found.position.tag is None and found.position.deleted:
         yield Hint(f"the guest has come from {found.position.deleted[0]}, which is deleted")
-    if found.snapshots and found.position.unknown:
+    if found.position.unknown and any(one.origin for one in found.snapshots):  # qsnap has written something down
         yield Hint(f"not known which of them the guest has come from: {found.position.unknown}")
 
 
