@@ -51,19 +51,6 @@ def started(launch: Launch, directory: Path, code: bytes) -> Guest:
     return guest
 
 
-async def test_a_guest_that_runs_and_writes(guest: Guest, tmp_path: Path) -> None:
-    async with qsnap.connect(guest.address) as vm:
-        await vm.save("s")
-        result = await vm.drill("s", until=" bad=0000", place=tmp_path)
-        assert (result.tag, result.until, result.vcpus) == ("s", " bad=0000", 1)
-        assert result.sign == "vCPU 0 executes instructions"
-        with pytest.raises(VerifyFailed, match="its guest runs, and does not write 'no such' within 1 s"):
-            await vm.drill("s", until="no such", within_s=1, place=tmp_path)
-    assert not left(tmp_path)
-    guest.assert_running()
-    assert not [one for one in psutil.Process().children() if "-incoming" in one.cmdline()]
-
-
 def test_it_is_a_command_for_cron(guest: Guest, tmp_path: Path) -> None:
     """Of the newest of a series: a line, an exit code, metrics."""
     text = tmp_path / "drill.prom"
@@ -80,6 +67,8 @@ def test_it_is_a_command_for_cron(guest: Guest, tmp_path: Path) -> None:
     run = cli("verify", *options, "--until", "no", "--within", "0.5", "--json", monitor=guest.address, expect=10)
     assert run.error["problems"] == ["its guest runs, and does not write 'no' within 0.5 s"]
     assert re.search(r"^qsnap_drill_last_exit_code\{.*\} 10$", text.read_text(), re.M)
+    assert not [one for one in psutil.Process().children() if "-incoming" in one.cmdline()]
+    guest.assert_running()
     for wrong in (("--boot",), ("--boot", "a", "b"), ("--boot", "a", "--read-data"), ("--until", "x")):
         cli("verify", *wrong, monitor=guest.address, expect=2)
     assert not left(tmp_path)

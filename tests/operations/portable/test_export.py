@@ -7,6 +7,7 @@ import os
 import re
 import signal
 import subprocess
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -61,14 +62,16 @@ def test_clones_go_on_where_the_snapshot_left_off(guest: Guest, tmp_path: Path, 
     assert export.stat().st_mode & 0o777 == 0o700
     before = sums(export)
     assert {file["name"]: file["sha256"] for file in manifest(export)["files"]}.items() <= before.items()
-    with booted(export) as one, booted(export) as two, booted(export, "--work", str(tmp_path / "work")) as three:
-        assert len({one.pid, two.pid, three.pid}) == 3
-        for clone in (one, two, three):
+    with ExitStack() as stack:
+        named = stack.enter_context(booted(export, "--work", str(tmp_path / "work")))
+        clones = [named, *(stack.enter_context(booted(export)) for _ in range(0 if live else 2))]
+        assert len({clone.pid for clone in clones}) == len(clones)
+        for clone in clones:
             assert clone.told["runstate"] == "running"
             clone.assert_goes_on_from(*between)
         # It is a guest like any other, under a name of its own
-        cli("save", "again", monitor=str(tmp_path / "work" / "qmp"))
-        with three.monitor() as qmp:
+        cli("save", "again", monitor=named.told["monitor"])
+        with named.monitor() as qmp:
             assert qmp("query-name") == {"name": "guest@s"}
     assert tags(tmp_path / "work" / "disk0.qcow2") == ["again"]
     assert sums(export) == before
