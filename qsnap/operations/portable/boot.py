@@ -239,10 +239,11 @@ async def started(
     try:
         return await _loaded(process, work, request)
     except BaseException as error:
+        said = _said(process, work)
         end(process)
         if not isinstance(error, _NotLoaded):
             raise
-        raise QsnapError(f"{error}; {await _older(emulator, about)}{_said(process, work)}") from error
+        raise QsnapError(f"{error}; {await _older(emulator, about)}{said}") from error
 
 
 def _spawned(
