@@ -12,6 +12,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import qsnap.guest
 from support.guest import Qmp, cli, until
 
 
@@ -45,7 +46,7 @@ class Clone:
         found = re.findall(r"c=([0-9A-F]{8}) bad=([0-9A-F]{4})\r?\n", text)
         return [(int(count, 16), int(bad, 16)) for count, bad in found]
 
-    def assert_goes_on_from(self, first: int, last: int, ticks: int = 40) -> None:
+    def assert_goes_on_from(self, first: int, last: int, ticks: int = qsnap.guest.TABLE_SLOTS + 2) -> None:
         """It counts on from a snapshot that was made between these counts, and its disks agree with its RAM."""
         until(f"{ticks} ticks of the clone", lambda: len(self.lines()) > ticks or None)
         lines = self.lines()
