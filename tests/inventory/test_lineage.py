@@ -50,7 +50,7 @@ def images(tmp_path: Path) -> Path:
 def test_saves_and_loads(launch: Launch, images: Path, transport: str) -> None:
     """By qsnap and by others; and when QEMU was started anew."""
     guest = start(launch, images)
-    assert tree(guest) == {"snapshots": [], "position": NOTHING}
+    assert tree(guest) == {"vm": guest.address, "snapshots": [], "position": NOTHING}
     for line in ("save one", "save two", "load one", "save three"):
         cli(*line.split(), monitor=guest.address)
     assert here(guest) == "three"
