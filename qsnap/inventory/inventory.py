@@ -134,14 +134,18 @@ class Inventory:
 
     def not_found(self, tag: str, hint: str = "") -> SnapshotNotFound:
         """The error that no device holds *tag*; it says so if a backing image does, and names one that may be meant."""
+        return snapshots.not_found(self.graph, self.devices, tag, f"{hint}{self.near(tag)}")
+
+    def near(self, tag: str) -> str:
+        """A sentence about the snapshot that is meant by a wrong *tag*, or about all if they are few; "" for many."""
         from difflib import get_close_matches
 
         tags = [one.tag for one in self.snapshots]
         if near := get_close_matches(tag, tags, 1):
-            hint += f". Did you mean {near[0]!r}?"
-        elif len(tags) <= _NAMED:
-            hint += f". There is {', '.join(map(repr, tags))}" if tags else ". There are no snapshots"
-        return snapshots.not_found(self.graph, self.devices, tag, hint)
+            return f". Did you mean {near[0]!r}?"
+        if len(tags) > _NAMED:
+            return ""
+        return f". There is {', '.join(map(repr, tags))}" if tags else ". There are no snapshots"
 
     @property
     def in_backing(self) -> tuple[InBacking, ...]:

@@ -70,7 +70,8 @@ async def do_delvm(run: Run, request: DeleteRequest, inventory: Inventory | None
     if len(failed) == 1 and not deleted:
         raise next(iter(failed.values()))
     if not deleted and all(isinstance(error, SnapshotNotFound) for error in failed.values()):
-        raise SnapshotNotFound(next(iter(failed)), f"{'; '.join(map(str, failed.values()))}; nothing was deleted")
+        unknown, near = ", ".join(map(repr, failed)), "".join(dict.fromkeys(map(inventory.near, failed)))
+        raise SnapshotNotFound(next(iter(failed)), f"no snapshot {unknown} on any device; nothing was deleted{near}")
     raise PartialFailure(tuple(deleted), failed)
 
 
