@@ -40,9 +40,9 @@ def on_terminal(
 
 
 def lines_on_terminal(*args: str, columns: int = 80) -> list[str]:
-    """Its lines without colours; none is wider than the terminal."""
+    """Its lines without colours, as they are at the end; none is wider than the terminal."""
     text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", on_terminal(*args, columns=columns))
-    lines = text.replace("\r", "").splitlines()
+    lines = [line.rstrip("\r").rpartition("\r")[2] for line in text.rstrip("\n").split("\n")]
     assert max(map(cells, lines)) <= columns, lines
     return lines
 

@@ -179,8 +179,9 @@ def _(found: Snapshots) -> Lines:
     yield from _snapshots_of({"": found.snapshots})
     if found.snapshots and found.position.tag is None and found.position.deleted:
         yield Hint(f"the guest has come from {found.position.deleted[0]}, which is deleted")
-    if found.position.unknown and any(one.origin for one in found.snapshots):  # qsnap has written something down
-        yield Hint(f"not known which of them the guest has come from: {found.position.unknown}")
+    # Where qsnap has never written anything down, there is nothing to miss
+    if found.position.unknown and any(one.parent is not None for one in found.snapshots):
+        yield Hint(f"not known where the guest is: {found.position.unknown}")
 
 
 def _snapshots_of(found: Mapping[str, Sequence[Snapshot]]) -> Lines:
