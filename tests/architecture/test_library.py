@@ -16,7 +16,7 @@ import pytest
 import qsnap
 import qsnap.sync
 from qsnap import errors
-from support.guest import Guest, Launch, blockdev, cli, make_boot_disk, until
+from support.guest import Guest, Launch, blockdev, cli, disk_device, make_boot_disk, until
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -87,7 +87,7 @@ def test_a_vm_by_its_name(launch: Launch, tmp_path: Path) -> None:
     """With what the config file has for it."""
     name = f"web-{os.getpid()}"
     guest = launch(
-        *blockdev("disk0", make_boot_disk(tmp_path / "a")), "-device", "virtio-blk,drive=disk0", "-name", name
+        *blockdev("disk0", make_boot_disk(tmp_path / "a")), *disk_device("disk0"), "-name", name
     )  # fmt: skip
     (tmp_path / "c.toml").write_text(f"[vm.{name}]\ntimeout = 0.000001\n")
     with qsnap.sync.connect(vm=name) as vm:
@@ -115,7 +115,7 @@ with qsnap.sync.connect(sys.argv[1]) as vm:
 def test_ctrl_c_in_a_call(launch: Launch, tmp_path: Path) -> None:
     """The save is cancelled and cleared up as everywhere, the guest runs, and the connection goes on."""
     guest = launch(
-        *blockdev("a", make_boot_disk(tmp_path / "a")), "-device", "virtio-blk,drive=a",
+        *blockdev("a", make_boot_disk(tmp_path / "a")), *disk_device("a"),
         "-object", "memory-backend-ram,id=m,size=768M,prealloc=on",
         machine="q35,accel=tcg,memory-backend=m", memory="768",
     )  # fmt: skip

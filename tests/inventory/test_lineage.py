@@ -8,7 +8,17 @@ from typing import Any
 import pytest
 
 from qsnap.inventory.lineage import SUFFIX
-from support.guest import Guest, Launch, blockdev, cli, make_boot_disk, make_disk, needs_snapshot_jobs, qemu_img
+from support.guest import (
+    Guest,
+    Launch,
+    blockdev,
+    cli,
+    disk_device,
+    make_boot_disk,
+    make_disk,
+    needs_snapshot_jobs,
+    qemu_img,
+)
 
 NOTHING: dict[str, object] = {"tag": None, "deleted": [], "unknown": ""}
 
@@ -32,8 +42,8 @@ def parents(guest: Guest) -> dict[str, str | None]:
 def start(launch: Launch, directory: Path) -> Guest:
     """The counting guest on two disks, of which the second has room that the guest does not use."""
     guest = launch(
-        *blockdev("a", directory / "a"), "-device", "virtio-blk,drive=a,share-rw=on",
-        *blockdev("b", directory / "b"), "-device", "virtio-blk,drive=b,share-rw=on",
+        *blockdev("a", directory / "a"), *disk_device("a", share_rw="on"),
+        *blockdev("b", directory / "b"), *disk_device("b", 1, share_rw="on"),
     )  # fmt: skip
     guest.wait_for_ticks(1)
     return guest

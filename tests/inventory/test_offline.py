@@ -6,14 +6,24 @@ from pathlib import Path
 
 import pytest
 
-from support.guest import Guest, Launch, blockdev, cli, make_boot_disk, make_disk, needs_snapshot_jobs, tags
+from support.guest import (
+    Guest,
+    Launch,
+    blockdev,
+    cli,
+    disk_device,
+    make_boot_disk,
+    make_disk,
+    needs_snapshot_jobs,
+    tags,
+)
 from support.live import state_files
 
 
 def start(launch: Launch, directory: Path, *more: str) -> Guest:
     guest = launch(
-        *blockdev("a", directory / "a"), "-device", "virtio-blk,drive=a",
-        *blockdev("b", directory / "b"), "-device", "virtio-blk,drive=b", *more,
+        *blockdev("a", directory / "a"), *disk_device("a"),
+        *blockdev("b", directory / "b"), *disk_device("b", 1), *more,
     )  # fmt: skip
     guest.wait_for_ticks(1)
     return guest

@@ -12,7 +12,7 @@ import pytest
 
 from qsnap.cli.output.text import duration
 from qsnap.operations.guest_clock import agent_socket
-from support.guest import Guest, Launch, blockdev, cli, make_boot_disk, until
+from support.guest import Guest, Launch, blockdev, cli, disk_device, make_boot_disk, until
 from support.terminal import on_terminal
 
 
@@ -32,7 +32,7 @@ def agent(tmp_path: Path) -> list[str]:
 
 @pytest.fixture
 def guest(launch: Launch, tmp_path: Path) -> Guest:
-    disk = [*blockdev("a", make_boot_disk(tmp_path / "a")), "-device", "virtio-blk,drive=a"]
+    disk = [*blockdev("a", make_boot_disk(tmp_path / "a")), *disk_device("a")]
     running = launch(*disk, *network(tmp_path), *agent(tmp_path))
     running.wait_for_ticks(1)
     return running

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from support.guest import Guest, Launch, blockdev, both_monitors, cli, make_boot_disk, qemu_version
+from support.guest import Guest, Launch, blockdev, both_monitors, cli, disk_device, make_boot_disk, qemu_version
 
 #: QEMU tells the monitor all that it knows, and writes nothing to its log.
 HAS_LONG_ERRORS = qemu_version() >= (11, 0)
-DISK = ["-device", "virtio-blk,drive=disk,addr=10,num-queues=1"]
+DISK = disk_device("disk")
 NIC = "virtio-net-pci,addr=11"
 XHCI = ["-device", "qemu-xhci,addr=13"]
 #: (machine, RAM in MiB, more) of the guest that is saved, and the same of the one that loads.

@@ -13,7 +13,17 @@ import pytest
 
 from qsnap.inventory import qcow2
 from qsnap.inventory.state_file import STREAM_OFFSET
-from support.guest import Guest, Launch, blockdev, both_monitors, cli, make_boot_disk, make_disk, needs_snapshot_jobs
+from support.guest import (
+    Guest,
+    Launch,
+    blockdev,
+    both_monitors,
+    cli,
+    disk_device,
+    make_boot_disk,
+    make_disk,
+    needs_snapshot_jobs,
+)
 from support.proxy import Intercept
 
 CLUSTER = 65536
@@ -26,10 +36,8 @@ def images(tmp_path: Path) -> dict[str, Path]:
 
 @pytest.fixture
 def guest(launch: Launch, images: dict[str, Path]) -> Guest:
-    disks = [
-        part for name, path in images.items() for part in (*blockdev(name, path), "-device", f"virtio-blk,drive={name}")
-    ]
-    guest = launch(*disks)
+    disks = [(*blockdev(name, path), *disk_device(name, number)) for number, (name, path) in enumerate(images.items())]
+    guest = launch(*disks[0], *disks[1])
     guest.wait_for_ticks(3)
     return guest
 
@@ -194,8 +202,8 @@ def test_a_large_sparse_disk(launch: Launch, tmp_path: Path) -> None:
             "-o",
             f"cluster_size={size},extended_l2={'on' if size > 16384 else 'off'}",
         )
-        more += [*blockdev(f"d{size}", path), "-device", f"virtio-blk,drive=d{size}"]
-    guest = launch(*blockdev("boot", boot), "-device", "virtio-blk,drive=boot", *more)
+        more += [*blockdev(f"d{size}", path), *disk_device(f"d{size}", 1 + (size > 16384))]
+    guest = launch(*blockdev("boot", boot), *disk_device("boot"), *more)
     guest.wait_for_ticks(40)
     cli("save", "t", monitor=guest.address)
     assert verdicts(guest, "--read-data") == {"t": (True, "")}
@@ -302,6 +310,6 @@ def test_the_machine(guest: Guest) -> None:
     for block in state["ram_blocks"]:
         assert re.search(rf"{re.escape(block['name'])} .* 0x{block['size']:016x} ", blocks), block
     names = [section["name"] for section in state["sections"]]
-    assert {"timer", "cpu", "0000:00:01.0/virtio-blk", "0000:00:02.0/virtio-blk", "globalstate"} <= {*names}
+    assert {"timer", "cpu", "0000:00:1f.2/ich9_ahci", "globalstate"} <= {*names}
     out = cli("show", "t", "--state", monitor=guest.address).out
     assert f"machine:      {state['name']}" in out

@@ -382,7 +382,8 @@ def disk_device(node: str, number: int = 0, **more: str) -> list[str]:
     SeaBIOS, by which the guest reads and writes, burns many times as much of the host's time while it waits for a
     virtio disk as for this one. All kinds of disks are in test_contents.
     """
-    return ["-device", ",".join([f"ide-hd,drive={node},bus=ide.{number}", *(f"{k}={v}" for k, v in more.items())])]
+    options = [f"{name.replace('_', '-')}={value}" for name, value in more.items()]
+    return ["-device", ",".join([f"ide-hd,drive={node},bus=ide.{number}", *options])]
 
 
 def failing_disk(node: str, path: Path, event: str, errno: int, *, once: bool = True) -> list[str]:

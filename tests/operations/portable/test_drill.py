@@ -22,6 +22,7 @@ from support.guest import (
     Launch,
     blockdev,
     cli,
+    disk_device,
     needs_snapshot_jobs,
     tool,
     until,
@@ -46,7 +47,7 @@ def started(launch: Launch, directory: Path, code: bytes) -> Guest:
     path = directory / "disk"
     sector = code.ljust(510, b"\0") + b"\x55\xaa"
     qsnap.guest.make_disk(path, qemu_img=tool("qemu-img"), sector=sector)
-    guest = launch(*blockdev("disk", path), "-device", "virtio-blk,drive=disk")
+    guest = launch(*blockdev("disk", path), *disk_device("disk"))
     until("its code to run", lambda: "IP=00007c0" in guest.qmp.hmp("info registers"))
     return guest
 

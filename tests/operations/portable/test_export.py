@@ -24,6 +24,7 @@ from support.guest import (
     Qmp,
     blockdev,
     cli,
+    disk_device,
     finish,
     make_boot_disk,
     make_disk,
@@ -148,7 +149,7 @@ def test_a_card_on_a_tap(launch: Launch, tmp_path: Path, monkeypatch: pytest.Mon
     wrapper.chmod(0o755)
     monkeypatch.setattr(support.guest, "QEMU", str(wrapper))
     guest = launch(
-        *blockdev("disk0", boot), "-device", "virtio-blk,drive=disk0",
+        *blockdev("disk0", boot), *disk_device("disk0"),
         "-netdev", "tap,id=net,ifname=t0,script=no,downscript=no", "-device", "virtio-net,netdev=net",
     )  # fmt: skip
     guest.wait_for_ticks()
@@ -162,7 +163,7 @@ def test_a_card_on_a_tap(launch: Launch, tmp_path: Path, monkeypatch: pytest.Mon
 
 def test_what_is_not_on_the_command_line_is_refused_by_name(launch: Launch, tmp_path: Path) -> None:
     guest = launch(
-        *blockdev("disk0", make_boot_disk(tmp_path / "disk0")), "-device", "virtio-blk,drive=disk0",
+        *blockdev("disk0", make_boot_disk(tmp_path / "disk0")), *disk_device("disk0"),
         "-device", "qemu-xhci", "-device", "usb-mouse,id=gone", "-device", "usb-kbd",
     )  # fmt: skip
     guest.qmp("device_add", driver="usb-tablet", id="added")
