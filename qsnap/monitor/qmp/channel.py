@@ -158,6 +158,11 @@ async def negotiated(link: Connection, address: Address) -> tuple[Client, QemuVe
     client = Client()
     try:
         await client.connect(link.sock)
+    except AssertionError as error:
+        # qemu.qmp asserts that the connection still stands when QEMU has greeted
+        with suppress(Exception):
+            await client.disconnect()
+        raise ConnectError(f"cannot use {address} as a monitor: QEMU has closed it, or has ended") from error
     except QMPError as error:
         raise ConnectError(
             f"cannot use {address} as a monitor: {client.unreadable or str(error).rstrip(': ')}"
