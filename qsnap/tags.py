@@ -20,6 +20,9 @@ SECOND_SUFFIX = ".qsnap-2"
 #: Suffixes that no user's tag may have. Earlier versions of qsnap used the last one for such a snapshot.
 RESERVED_SUFFIXES = (SECOND_SUFFIX, ".qsnap-stand-in")
 
+#: Seconds by which automatic tags are looked for ahead of the time: there is one for each save within a second.
+_AHEAD_S = 120
+
 #: The series of what loads have discarded: ``load --save-current`` makes it, and ``undo`` loads it.
 UNDO_SERIES = "before-load"
 
@@ -88,10 +91,14 @@ def second_name(tag: str) -> str:
 def free_automatic_tag(graph: BlockGraph, name: Callable[[datetime], str] = automatic_tag) -> str:
     """The automatic tag; if it is taken, that of a later second, because nobody asked to replace anything.
 
+    It comes after all that are ahead of the time for that reason, so that the names stay in order.
+
     :param name: makes the tag from the local time.
     """
     taken = {row.tag for node in graph.nodes.values() for row in node.snapshots}
     now = datetime.now().astimezone()
+    ahead = [second for second in range(_AHEAD_S) if name(now + timedelta(seconds=second)) in taken]
+    now += timedelta(seconds=ahead[-1] + 1 if ahead else 0)
     while (tag := name(now)) in taken:
         now += timedelta(seconds=1)
     return tag

@@ -55,7 +55,7 @@ class StoredSnapshot:
         if self._head.features & DATA_FILE:
             raise Unreadable("its data are in a file of their own")
         self._row = qcow2.row_of(file, self._head, wanted)
-        self._file_size = os.fstat(file).st_size
+        self._file_size = qcow2.size_of(file)
         self._refcounts = _Refcounts(file, self._head)
 
     def flaws(self) -> Iterator[str]:

@@ -185,6 +185,11 @@ def read(file: int, size: int, offset: int) -> bytes:
     return os.pread(file, size, offset) if offset <= _MOST_OFFSET else b""
 
 
+def size_of(file: int) -> int:
+    """Bytes of an open image; of a block device, those of the device."""
+    return os.lseek(file, 0, os.SEEK_END)
+
+
 def entries(file: int, offset: int, number: int) -> array[int]:
     """A table of *number* entries of 64 bits at *offset*; shorter where the file ends."""
     import sys

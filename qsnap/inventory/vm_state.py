@@ -214,7 +214,7 @@ def _extents(file: int, head: Header, row: Row) -> Iterator[Extent]:
     last = first + -(-size // head.of_l1)
     if last > row.l1_size:
         raise Damaged("the state's tables are shorter than it is")
-    file_size = os.fstat(file).st_size
+    file_size = qcow2.size_of(file)
     current = Extent(0, 0, 0)
     begin = 0
     for entry in qcow2.entries(file, row.l1_at + 8 * first, last - first):

@@ -47,7 +47,8 @@ def test_the_help_has_headings() -> None:
     """Every command is under one of them, and every option of a command."""
     text = cli("--help").out
     assert re.findall(r"^(\w.*):$", text, re.M) == [
-        "Options", "Snapshots", "The guest", "Series and notes", "Around a command", "This machine", "Other names",
+        "Options", "Snapshots", "The guest", "Series and notes", "Elsewhere", "Around a command", "This machine",
+        "Other names",
     ]  # fmt: skip
     assert set(re.findall(r"^  ([a-z]+) {2,}[A-Z]", text, re.M)) == set(qsnap.cli.cli.commands)
     text = cli("save", "--help").out

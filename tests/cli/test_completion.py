@@ -209,8 +209,8 @@ def test_commands_and_options(machine: Machine, shell: Start, name: str) -> None
     assert running.run("qsnap delete x --missing\t y") == ["delete", "x", "--missing-ok", "y"]
     (machine.directory / "some file").touch()
     assert running.run("qsnap list --config some\t") == ["list", "--config", "some file"]
-    shown = running.listed("qsnap ", "vms")
-    assert all(word in shown for word in ("save", "load", "list", "show", "delete", "check", "status", "demo"))
+    shown = running.listed("qsnap s", "status")  # of all, fish shows as many as there is room for
+    assert all(word in shown for word in ("save", "show"))
 
 
 @SHELLS

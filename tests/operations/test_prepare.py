@@ -286,6 +286,7 @@ def test_a_block_device(launch: Launch, tmp_path: Path, loop_device: Path) -> No
     trace = Trace(guest)
     cli("save", "b", monitor=guest.address)
     assert (trace.prepares, trace.in_pause < MANY) == (True, True)
+    cli("verify", "--read-data", monitor=guest.address)
     for tag in "ab":
         cli("load", tag, monitor=guest.address)
         guest.assert_running()
