@@ -168,6 +168,6 @@ class Images:
 def _row(row: qcow2.Row) -> NodeSnapshot:
     identity, tag, seconds = row.name
     return NodeSnapshot(
-        tag=tag, id=identity, vm_state_size=row.size, date=datetime.fromtimestamp(seconds, UTC),
+        tag=tag, id=identity, vm_state_size=row.size, date=datetime.fromtimestamp(seconds + row.date_ns / 1e9, UTC),
         vm_clock_ns=row.vm_clock_ns,
     )  # fmt: skip

@@ -18,7 +18,7 @@ import asyncio
 import threading
 from collections.abc import Awaitable, Callable, Iterator
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import wraps
 from inspect import iscoroutinefunction
 from typing import Any
@@ -90,7 +90,7 @@ class _Session:
 
     def close(self) -> None:
         """Close the connection, and end the thread."""
-        if self._thread.is_alive():
+        with suppress(RuntimeError):  # the loop has ended by itself
             self._loop.call_soon_threadsafe(self._jobs.put_nowait, None)
         self._thread.join()
 

@@ -92,6 +92,7 @@ class Row(NamedTuple):
     """A row of the table of snapshots: its L1 table, the bytes of its state and of its disk, and what identifies it.
 
     :ivar name: ID, tag, and date in seconds since 1970.
+    :ivar date_ns: nanoseconds of the date behind these seconds.
     """
 
     l1_at: int
@@ -100,6 +101,7 @@ class Row(NamedTuple):
     disk_size: int
     name: tuple[str, str, int]
     vm_clock_ns: int
+    date_ns: int
 
     def is_of(self, wanted: NodeSnapshot) -> bool:
         """Whether they are the same snapshot, as far as QEMU tells. HMP tells the clock in ms, and no time zone."""
@@ -147,9 +149,10 @@ def rows(file: int, head: Header) -> Iterator[Row]:
     begin = 0
     for _ in range(head.rows):
         try:
-            l1_at, l1_size, id_size, name_size, seconds, _, clock_ns, size, added_size = _ROW.unpack_from(table, begin)
+            fields = _ROW.unpack_from(table, begin)
         except struct.error:
             raise Damaged("the image's table of snapshots is cut short") from None
+        l1_at, l1_size, id_size, name_size, seconds, date_ns, clock_ns, size, added_size = fields
         added_at = begin + _ROW.size
         id_at = added_at + added_size
         end = id_at + id_size + name_size
@@ -160,7 +163,7 @@ def rows(file: int, head: Header) -> Iterator[Row]:
             size, disk_size = _ADDED.unpack_from(table, added_at)
         identity = table[id_at : id_at + id_size].decode(errors="replace")
         tag = table[id_at + id_size : end].decode(errors="replace")
-        yield Row(l1_at, l1_size, size, disk_size, (identity, tag, seconds), clock_ns)
+        yield Row(l1_at, l1_size, size, disk_size, (identity, tag, seconds), clock_ns, date_ns)
         begin = (end + 7) // 8 * 8
 
 

@@ -358,7 +358,8 @@ def test_qemu_ends_in_the_middle(half_prepared: tuple[Guest, Trace, list[str]], 
     guest.process.kill()
     ended = finish(saving)
     assert ended.code == 4
-    assert "QEMU has ended; there is no guest any more; nothing was saved" in ended.err
+    # It may have been done with the preparation by then
+    assert "QEMU has ended" in ended.err
     guest.process.wait(30)
     assert "stop" not in trace.events
     assert_sound(tmp_path / "a")
