@@ -19,7 +19,6 @@ from support.guest import (
     Launch,
     blockdev,
     cli,
-    disk_device,
     make_disk,
     needs_snapshot_jobs,
     tool,
@@ -37,7 +36,7 @@ def flash_guest(launch: Launch, tmp_path: Path) -> Guest:
     variables = make_disk(tmp_path / "vars", "256k", "raw")
     guest = launch(
         *firmware(tmp_path), "-drive", f"if=pflash,format=raw,file={variables}",
-        *blockdev("disk0", tmp_path / "boot"), *disk_device("disk0"),
+        *blockdev("disk0", tmp_path / "boot"), "-device", "virtio-blk,drive=disk0",  # 11.1's firmware in flash: no AHCI
     )  # fmt: skip
     wait_for_counter(guest, 8)
     return guest
