@@ -47,7 +47,7 @@ EXAMPLES: Mapping[str, Sequence[tuple[str, str]]] = {
     ),
     "pause": (
         ("qsnap pause", "as `stop` in QEMU's monitor"),
-        ("qsnap pause --all", "all VMs of yours"),
+        ("qsnap pause --all", "all your VMs"),
     ),
     "resume": (
         ("qsnap resume", "as `cont` in QEMU's monitor"),

@@ -221,7 +221,7 @@ class BootResult(Struct, frozen=True):
 
 
 class DrillResult(Struct, frozen=True):
-    """A restore drill that the guest has passed: it was exported, started, seen to run, and ended."""
+    """A restore drill that the guest has passed: it was exported, it was started, its guest ran, and it was ended."""
 
     tag: str
     qemu_version: str
