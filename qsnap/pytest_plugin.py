@@ -57,6 +57,16 @@ class GuestVM:
         """Where its monitor is."""
         return str(self._target.address)
 
+    @property
+    def identity(self) -> str:
+        """What tells the VM from others: its process, because one VM may have several monitors; else its address."""
+        from qsnap.targets.running import running_vms
+
+        for one in running_vms():
+            if any(point.address == self._target.address for point in one.monitors):
+                return f"process {one.pid}"
+        return self.address
+
     def call(self, action: Callable[[VM], Awaitable[_T]]) -> _T:
         """Connect, do *action*, and return what it returns; also where an event loop runs already."""
         import asyncio
@@ -211,7 +221,7 @@ def _lock_file(vm: GuestVM, kind: str) -> int:
 
     from qsnap.runs.journal import directory
 
-    name = f"pytest-{kind}-{hashlib.sha256(vm.address.encode(errors='surrogateescape')).hexdigest()[:16]}.lock"
+    name = f"pytest-{kind}-{hashlib.sha256(vm.identity.encode(errors='surrogateescape')).hexdigest()[:16]}.lock"
     return os.open(directory() / name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
 
 
