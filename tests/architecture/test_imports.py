@@ -100,8 +100,9 @@ def test_every_module_says_what_it_is_for() -> None:
         assert ast.get_docstring(ast.parse(path.read_text())), path
 
 
-def test_each_module_that_guards_a_guest_has_tests_that_find_changes() -> None:
+def test_each_module_that_guards_a_guest_has_tests_that_find_changes(monkeypatch: pytest.MonkeyPatch) -> None:
     """The table of scripts/mutate names modules and tests that are there."""
+    monkeypatch.syspath_prepend(PACKAGE.parent / "scripts")
     script = runpy.run_path(str(PACKAGE.parent / "scripts" / "mutate"))
     for module, tests in script["TESTS"].items():
         assert script["Changes"](module).found
