@@ -139,7 +139,7 @@ class Drive(NamedTuple):
         if self.is_node:
             return "-blockdev", json.dumps({"driver": "null-co", "node-name": self.name, "size": 0, "read-only": True})
         more = {"file": contents.file, "format": "qcow2"} if contents.file else {}
-        read_only = {"readonly": "on"} if contents.is_read_only and self.kept.get("media") != "cdrom" else {}
+        read_only = {"readonly": "on"} if contents.is_read_only else {}
         return "-drive", joined({**self.kept, **more, **read_only})
 
 

@@ -25,6 +25,10 @@ def configuration(more: bytes = b"") -> bytes:
     return b"QEVM\0\0\0\3\7" + struct.pack(">I", 11) + b"pc-q35-10.0" + more
 
 
+def subsection(name: str, version: int = 1, data: bytes = b"") -> bytes:
+    return b"\5" + named(f"configuration/{name}") + struct.pack(">I", version) + data
+
+
 def start(name: str = "ram", version: int = 4, blocks: dict[str, int] = BLOCKS, more: bytes = b"") -> bytes:
     sizes = b"".join(named(block) + struct.pack(">Q", size) for block, size in blocks.items())
     head = b"\1" + struct.pack(">I", SECTION) + named(name) + struct.pack(">II", 0, version)
@@ -111,16 +115,27 @@ def test_a_page_filled_with_something_stays() -> None:
     assert all(run.is_kept for _, run in walked(stream, 1 << 20) if run)
 
 
+def test_the_parts_of_the_configuration_are_gone_over() -> None:
+    """Those that QEMU writes when it is asked to compare capabilities or the UUID, or when pages have other sizes."""
+    capabilities = subsection("capabilities", data=struct.pack(">I", 2) + named("mapped-ram") + named("validate-uuid"))
+    pages, uuid = subsection("target-page-bits", data=struct.pack(">I", 12)), subsection("uuid", data=os.urandom(16))
+    stream = configuration(capabilities + pages + uuid) + start() + part(record(5, PAGES[0], "pc.ram")) + DEVICES
+    assert [run.page for _, run in walked(stream, 1 << 20) if run] == [5]
+
+
 @pytest.mark.parametrize(
     ("stream", "words"),
     [
         (b"QEVM\0\0\0\2" + GOOD[8:], "does not begin"),
         (b"QEVM\0\0\0\3" + start(), "type 1"),
-        (configuration(b"\5" + named("configuration/other") + struct.pack(">I", 1)) + start(), "configuration/other"),
-        (configuration(b"\5" + named("configuration/target-page-bits") + struct.pack(">II", 1, 14)), "another size"),
+        (configuration()[:9] + struct.pack(">I", 1 << 17), "name is too long"),
+        (configuration(subsection("other")) + start(), "configuration/other"),
+        (configuration(subsection("target-page-bits", data=struct.pack(">I", 14))), "another size"),
+        (configuration(subsection("capabilities", data=struct.pack(">I", 1 << 16))), "too many"),
         (configuration() + start("dirty-bitmap"), "dirty-bitmap"),
         (configuration() + start(version=5), "ram"),
         (configuration() + start(more=b"\0" * 8), "more to the RAM blocks"),  # x-ignore-shared
+        (configuration() + start(blocks={**BLOCKS, "odd": 2048, "end": 2048}), "'odd' .* a size of 2,048"),
         (configuration() + start(blocks={"pc.ram": 128 * PAGE}), "pc.ram"),
         (configuration() + start(blocks={"other": 128 * PAGE}), "pc.ram"),
         (configuration() + start() + part(record(64, b"\0", "pc.ram")), "no page"),

@@ -41,6 +41,7 @@ CONSOLE = "socket,id={},path=serial{},server=on,wait=off,logfile=serial{}.log"
         ("-enable-kvm", "-accel kvm"),
         ("-machine pc,accel=kvm:tcg,usb=on", "-machine pc,usb=on -accel kvm -accel tcg"),
         ("-M pc -machine usb=on", "-machine pc,usb=on"),
+        ("-M pc,firmware=bios.bin -device e1000,romfile=/gone", "-machine pc,firmware=bios.bin -device e1000,romfile=/gone"),
         ("-nographic", "-machine graphics=off"),
         (
             "-chardev pty,id=c -device isa-serial,chardev=c",
@@ -109,6 +110,12 @@ def test_nodes_below_filters_are_one_image() -> None:
     assert json.loads(drive.words(Contents(""))[1])["driver"] == "null-co"
 
 
+def test_a_drive_that_was_read_only_is_so_again() -> None:
+    (disk,) = made("-drive file=a").drives
+    assert disk.words(Contents("d0", is_read_only=True)) == ("-drive", "file=d0,format=qcow2,readonly=on")
+    assert disk.words(Contents("d0")) == ("-drive", "file=d0,format=qcow2")
+
+
 def test_files_are_copied() -> None:
     files = ("vmlinuz", "/a/initrd", "/a/rom", "s.bin", "t1", "t2")
     line = (
@@ -133,7 +140,7 @@ def test_files_are_copied() -> None:
         "-device vfio-pci,host=01:00.0", "-device usb-host,vendorid=1", "-device vhost-user-blk-pci,chardev=c",
         "-device tpm-tis,tpmdev=t", "-tpmdev emulator,id=t,chardev=c", "-device ivshmem-plain,memdev=m",
         "-device scsi-block,drive=d", "-virtfs local,path=/,mount_tag=t", "-fsdev local,id=f,path=/",
-        "-readconfig x.cfg", "-snapshot", "-kernel missing", "-set drive.d.file=x", "-usbdevice braille",
+        "-readconfig x.cfg", "-snapshot", "-kernel missing", "-machine kernel=missing", "-set drive.d.file=x", "-usbdevice braille",
         "-object sev-guest,id=s", "-machine confidential-guest-support=s", "-netdev vhost-user,id=n,chardev=c",
         "-newer-than-qsnap x",
     ],
