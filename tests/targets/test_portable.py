@@ -41,7 +41,8 @@ CONSOLE = "socket,id={},path=serial{},server=on,wait=off,logfile=serial{}.log"
         ("-enable-kvm", "-accel kvm"),
         ("-machine pc,accel=kvm:tcg,usb=on", "-machine pc,usb=on -accel kvm -accel tcg"),
         ("-M pc -machine usb=on", "-machine pc,usb=on"),
-        ("-M pc,firmware=bios.bin -device e1000,romfile=/gone", "-machine pc,firmware=bios.bin -device e1000,romfile=/gone"),
+        ("-M pc,firmware=bios.bin", "-machine pc,firmware=bios.bin"),
+        ("-device e1000,romfile=/gone", "-device e1000,romfile=/gone"),
         ("-nographic", "-machine graphics=off"),
         (
             "-chardev pty,id=c -device isa-serial,chardev=c",
@@ -140,9 +141,9 @@ def test_files_are_copied() -> None:
         "-device vfio-pci,host=01:00.0", "-device usb-host,vendorid=1", "-device vhost-user-blk-pci,chardev=c",
         "-device tpm-tis,tpmdev=t", "-tpmdev emulator,id=t,chardev=c", "-device ivshmem-plain,memdev=m",
         "-device scsi-block,drive=d", "-virtfs local,path=/,mount_tag=t", "-fsdev local,id=f,path=/",
-        "-readconfig x.cfg", "-snapshot", "-kernel missing", "-machine kernel=missing", "-set drive.d.file=x", "-usbdevice braille",
-        "-object sev-guest,id=s", "-machine confidential-guest-support=s", "-netdev vhost-user,id=n,chardev=c",
-        "-newer-than-qsnap x",
+        "-readconfig x.cfg", "-snapshot", "-kernel missing", "-machine kernel=missing", "-set drive.d.file=x",
+        "-usbdevice braille", "-object sev-guest,id=s", "-machine confidential-guest-support=s",
+        "-netdev vhost-user,id=n,chardev=c", "-newer-than-qsnap x",
     ],
 )  # fmt: skip
 def test_what_cannot_be_used_elsewhere_is_refused_by_name(line: str) -> None:
