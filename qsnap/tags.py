@@ -6,7 +6,7 @@ Which of these names the disks have is decided by ``qsnap/inventory/snapshots.py
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from datetime import datetime, timedelta
 
 from qsnap.errors import BadUsage
@@ -62,6 +62,11 @@ def series_of(tag: str) -> str | None:
     """The prefix of the series that a tag belongs to; None if :func:`series_tag` did not make it."""
     match = re.fullmatch(r"(.+)-[0-9]{8}T[0-9]{6}", tag, re.DOTALL)
     return match[1] if match else None
+
+
+def all_series(tags: Iterable[str]) -> tuple[str, ...]:
+    """The prefixes of the series that *tags* belong to, sorted."""
+    return tuple(sorted(filter(None, set(map(series_of, tags)))))
 
 
 def is_of_series(tag: str, prefix: str) -> bool:

@@ -87,7 +87,26 @@ def _said(error: QsnapError, as_json: bool) -> int:
 def _usage_message(error: click.ClickException) -> str:
     context = getattr(error, "ctx", None)
     hint = f" (see {context.command_path} --help)" if context else ""
+    if isinstance(error, click.NoSuchOption) and context:
+        return _without_option(error.option_name, context) + hint
     return " ".join(error.format_message().split()) + hint
+
+
+def _without_option(word: str, context: click.Context) -> str:
+    """What to say of a wrong option: the one that is spelt like it, or the commands that have it."""
+    from difflib import get_close_matches
+
+    def options_of(command: click.Command) -> list[str]:
+        return [name for one in command.params if not getattr(one, "hidden", False) for name in one.opts]
+
+    message = f"There is no option {word!r}."
+    if near := get_close_matches(word, options_of(context.command), 1, 0.75):
+        return f"{message} Did you mean {near[0]!r}?"
+    if others := ", ".join(name for name, command in cli.commands.items() if word in options_of(command)):
+        if context.parent is None:
+            return f"{word} comes after the command; these have it: {others}"
+        return f"{context.info_name} has no option {word}; these have it: {others}"
+    return message
 
 
 def _exit_table() -> str:

@@ -236,9 +236,7 @@ vmstate_option = click.option(
     shell_complete=completes("nodes"),
     help="The device that holds the VM state. Default: the one that QEMU chooses.",
 )
-prefix_option = click.option(
-    "--prefix", metavar="PREFIX", help="The series: the snapshots named PREFIX-YYYYmmddTHHMMSS."
-)
+prefix_option = click.option("--prefix", metavar="PREFIX", help="The series of that name: PREFIX-YYYYmmddTHHMMSS.")
 qemu_option = click.option(
     "--qemu",
     metavar="PROGRAM",

@@ -102,4 +102,4 @@ def say_which(options: Options, meant: Target, *, looks: bool = False) -> None:
     if isinstance(address, TcpAddress) and not address.is_loopback:
         say(f"warning: {address}: a monitor has no password; whoever reaches it controls the VM")
     if meant.was_guessed and not looks and not options.quiet and not options.as_json and is_terminal(sys.stderr):
-        say(f"using {meant.name}")
+        say(f"using {meant.title if meant.name == str(meant.pid) else meant.name}")

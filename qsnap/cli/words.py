@@ -17,8 +17,8 @@ ALIASES: Mapping[str, str] = {
 
 #: What a word that is not a command most likely means. Spelling alone would take "pause" for "prune".
 _MEANINGS: Mapping[str, str] = {
-    "add": "save", "backup": "save", "commit": "save", "make": "save", "new": "save", "savevm": "save",
-    "snap": "save", "snapshot": "save",
+    "add": "save", "backup": "save", "checkpoint": "save", "commit": "save", "make": "save", "new": "save",
+    "savevm": "save", "snap": "save", "snapshot": "save",
     "apply": "load", "goto": "load", "loadvm": "load", "reset": "load", "rollback": "load", "switch": "load",
     "back": "undo", "redo": "undo",
     "clear": "delete", "del": "delete", "delvm": "delete", "destroy": "delete", "drop": "delete", "erase": "delete",

@@ -141,8 +141,9 @@ class Inventory:
         from difflib import get_close_matches
 
         tags = [one.tag for one in self.snapshots]
-        if near := get_close_matches(tag, tags, 1):
-            return f". Did you mean {near[0]!r}?"
+        spelt = {one.casefold(): one for one in tags}
+        if near := get_close_matches(tag.casefold(), spelt, 1):
+            return f". Did you mean {spelt[near[0]]!r}?"
         if len(tags) > _NAMED:
             return ""
         return f". There is {', '.join(map(repr, tags))}" if tags else ". There are no snapshots"

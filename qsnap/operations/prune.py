@@ -14,7 +14,7 @@ from qsnap.model.snapshots import Kind, Snapshot
 from qsnap.operations.delete import do_delvm
 from qsnap.operations.removal import unseen_notes
 from qsnap.runs.run import Run
-from qsnap.tags import check_prefix, is_of_series, series_of
+from qsnap.tags import all_series, check_prefix, is_of_series
 from qsnap.upkeep import retention
 from qsnap.upkeep.retention import Decision, Policy
 
@@ -44,7 +44,7 @@ async def do_prune(run: Run, request: PruneRequest, inventory: Inventory | None 
 
     :param inventory: as for :func:`qsnap.operations.delete.do_delvm`.
     :return: the snapshots that were kept, with the reasons, and those that were deleted.
-    :raise BadUsage: the policy is empty, or the prefix cannot be one; nothing was done.
+    :raise BadUsage: the policy is empty or not valid, or the prefix cannot be one; nothing was done.
     :raise QsnapError: the notes on what is protected cannot be read; nothing was done.
     :raise PartialFailure: some could not be deleted; the others were.
     :raise PrecheckRefused: it cannot be seen from here which ones are protected; nothing was done. Or as
@@ -74,7 +74,7 @@ async def do_prune(run: Run, request: PruneRequest, inventory: Inventory | None 
         keep=_told(decision for decision in decisions if decision.is_kept),
         remove=_told(remove),
         dry_run=request.dry_run,
-        other_series=() if series else tuple(sorted(filter(None, {series_of(one.tag) for one in inventory.snapshots}))),
+        other_series=() if series else all_series(one.tag for one in inventory.snapshots),
     )
 
 

@@ -215,7 +215,8 @@ def _named(wanted: str, config: Config, running: Sequence[RunningVM]) -> Target:
     found = [_known(vm, config, running) for vm in find(running, wanted)]
     if not found:
         names = ", ".join(vm.name for vm in known_vms(config, running) if vm.name)
-        raise NoVM(f"no VM {wanted!r} is running, by -name, pid or UUID{f' (known: {names})' if names else ''}")
+        those = f"known: {names}" if names else "qsnap vms lists those that run"
+        raise NoVM(f"no VM {wanted!r} is running, by -name, pid or UUID ({those})")
     # Not one without a monitor for us, as that of a restore drill, which has the UUID of the VM that it copies
     found = [vm for vm in found if vm.monitor] or found
     if len(found) > 1:

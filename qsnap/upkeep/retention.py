@@ -115,6 +115,9 @@ PERIODS = (
 class Policy(NamedTuple):
     """What to keep: a snapshot is kept if any of these rules keeps it.
 
+    Periods are called "hourly", "daily", "weekly", "monthly" and "yearly". A duration may be a text, such as "26h" or
+    "1y6m".
+
     :ivar last: the number of newest snapshots to keep.
     :ivar counts: by the name of a period: the number of periods of which to keep the newest snapshot.
     :ivar within: keep all snapshots that are no older than that, counted from the newest snapshot.
@@ -124,14 +127,32 @@ class Policy(NamedTuple):
 
     last: int = 0
     counts: Mapping[str, int] = {}
-    within: Duration | None = None
-    within_periods: Mapping[str, Duration] = {}
+    within: Duration | str | None = None
+    within_periods: Mapping[str, Duration | str] = {}
     tags: tuple[str, ...] = ()
 
     @property
     def is_empty(self) -> bool:
         """Whether the policy keeps nothing."""
         return not (self.last or any(self.counts.values()) or self.within or self.within_periods or self.tags)
+
+    def check(self) -> None:
+        """Refuse what is not a policy: a word that is wrong would be a rule that keeps nothing.
+
+        :raise BadUsage: a count, a duration or the name of a period is not valid.
+        """
+        names = [period.name for period in PERIODS]
+        for name in (*self.counts, *self.within_periods):
+            if name not in names:
+                raise BadUsage(f"a policy has no period {name!r}; it has {', '.join(names)}")
+        for count in (self.last, *self.counts.values()):
+            if not isinstance(count, int) or count < 0:
+                raise BadUsage(f"{count!r} is not a number of snapshots to keep; it must be 0 or more")
+        if isinstance(self.tags, str):
+            raise BadUsage(f"the tags of a policy are several patterns: ({self.tags!r},)")
+        for length in (self.within, *self.within_periods.values()):
+            if length is not None:
+                _duration(length)
 
 
 class Decision(NamedTuple):
@@ -147,6 +168,14 @@ class Decision(NamedTuple):
     def is_kept(self) -> bool:
         """Whether the snapshot is kept."""
         return bool(self.reasons)
+
+
+def _duration(length: Duration | str) -> Duration:
+    """That length of time.
+
+    :raise BadUsage: it is not one.
+    """
+    return length if isinstance(length, Duration) else Duration.parse(str(length))
 
 
 def parse_count(text: str) -> int:
@@ -176,8 +205,9 @@ def decide(
     :param zone: the time zone of the periods; None is the system's.
     :param protected: the tags of the protected snapshots.
     :param allow_remove_all: keep only what the policy or protection keeps, even if that is nothing.
-    :raise BadUsage: the policy is empty, and not all may be removed.
+    :raise BadUsage: the policy is not valid; or it is empty, and not all may be removed.
     """
+    policy.check()
     if policy.is_empty and not allow_remove_all:
         raise BadUsage(EMPTY_POLICY)
     ordered = sorted(snapshots, key=lambda snapshot: (snapshot.date, snapshot.tag), reverse=True)
@@ -207,13 +237,15 @@ def _kept(group: Sequence[Snapshot], policy: Policy, zone: tzinfo | None) -> Ite
         yield from ((snapshot, f"tag {pattern}") for snapshot in group if fnmatchcase(snapshot.tag, pattern))
     latest = group[0].date
     if policy.within:
-        start = policy.within.before(latest, zone)
-        yield from ((snapshot, f"within {policy.within}") for snapshot in group if snapshot.date > start)
+        length = _duration(policy.within)
+        start = length.before(latest, zone)
+        yield from ((snapshot, f"within {length}") for snapshot in group if snapshot.date > start)
     yield from _newest(group, "last snapshot", policy.last, [snapshot.tag for snapshot in group])
     for period in PERIODS:
         periods = [period.of(snapshot.date.astimezone(zone)) for snapshot in group]
         yield from _newest(group, f"{period.name} snapshot", policy.counts.get(period.name, 0), periods)
-        if within := policy.within_periods.get(period.name):
+        if given := policy.within_periods.get(period.name):
+            within = _duration(given)
             start = within.before(latest, zone)
             near = [snapshot for snapshot in group if snapshot.date > start]
             reaches_all = len(near) == len(group)

@@ -57,6 +57,7 @@ def test_the_help_has_headings() -> None:
     ]  # fmt: skip
     for option in qsnap.cli.cli.commands["save"].params:
         assert option.opts[-1] in text or getattr(option, "hidden", True)
+    assert "..." not in cli("--help").out.replace("[ARGS]...", "").replace("COMMAND...", ""), "nothing is cut"
     assert "Interrupt the command after that time" not in text
     assert "Interrupt the command after that time" in cli("help", "options").out
     assert cli("help", "save").out == text
@@ -71,6 +72,26 @@ def test_usage_errors_are_one_line() -> None:
     assert cli("sav", expect=2).err == "qsnap: There is no command 'sav'. Did you mean 'save'? (see qsnap --help)\n"
 
 
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("list --prefx x", "There is no option '--prefx'. Did you mean '--prefix'? (see qsnap list --help)"),
+        ("list --nonsense", "There is no option '--nonsense'. (see qsnap list --help)"),
+        (
+            "save t --image x",
+            "save has no option --image; these have it: list, tree, show, delete, verify (see qsnap save --help)",
+        ),
+        (
+            "--latest load",
+            "--latest comes after the command; these have it: load (see qsnap --help)",
+        ),
+    ],
+)
+def test_a_wrong_option(line: str, message: str) -> None:
+    """Nothing is suggested that is only spelt a little like it, such as --ignore-unseen."""
+    assert cli(*line.split(), expect=2).err == f"qsnap: {message}\n"
+
+
 def test_usage_errors_with_an_older_click(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """Before 8.2 click has not all of its exceptions; qsnap takes 8.1.7."""
     for name in ("NoArgsIsHelpError", "NoSuchCommand"):
@@ -78,7 +99,7 @@ def test_usage_errors_with_an_older_click(monkeypatch: pytest.MonkeyPatch, capsy
     assert qsnap.cli._exit_code([]) == 2
     assert capsys.readouterr().err.startswith("Usage: qsnap ")
     assert qsnap.cli._exit_code(["list", "--bogus"]) == 2
-    assert capsys.readouterr().err.startswith("qsnap: No such option")
+    assert capsys.readouterr().err.startswith("qsnap: There is no option '--bogus'. (see")
 
 
 def test_start_up_loads_nothing_heavy() -> None:

@@ -44,6 +44,7 @@ def test_a_snapshot_is_a_line_with_ten_disks(launch: Launch, tmp_path: Path) -> 
     head, first, second = lines_on_terminal("list", "-m", guest.address)
     assert head.split() == ["TAG", "KIND", "STATE", "AGE", "DEVICES"]
     assert first.split()[:2] == ["a", "partial"]
+    assert " 9 of 10, not " in first
     assert "\u2026" in first
     assert second.startswith("b-tag-that-")
     assert second.split()[0].endswith("-11-26")

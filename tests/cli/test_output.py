@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import inspect
+from datetime import UTC, datetime
 
 import pytest
 
 import qsnap
-from qsnap.cli.output import results
-from qsnap.cli.output.lines import Aside
+from qsnap.cli.output import results, text
+from qsnap.cli.output.lines import Aside, Cut
 from qsnap.cli.output.people import lines_of
 from qsnap.cli.output.results import Outcome, Outcomes, Recoveries, Snapshots
 from qsnap.cli.output.show import show
 from qsnap.errors import QsnapError
 from qsnap.model.qemu import Struct
+from qsnap.model.snapshots import Kind, Position, Snapshot, Tree
 
 pytestmark = pytest.mark.no_qemu
 
@@ -51,3 +53,35 @@ def test_what_is_said_of_several_vms_names_them() -> None:
     assert list(lines_of(Outcomes(vms=vms))) == [
         Aside("web: no snapshots"), Aside("d\\nb: nothing to recover"), Aside("bad: no\nmore"),
     ]  # fmt: skip
+
+
+def in_tree(*family: tuple[str, str | None], here: str | None = None, deleted: tuple[str, ...] = ()) -> list[str]:
+    """The tree of snapshots of these tags and parents, without dates."""
+    made = datetime(2026, 11, 26, tzinfo=UTC)
+    snapshots = tuple(
+        Snapshot(tag=tag, kind=Kind.FULL, vm_state_size=1, date=made, vm_clock_ns=0, vmstate="a", devices=("a",),
+                 parent=parent)
+        for tag, parent in family
+    )  # fmt: skip
+    lines = [
+        line.text if isinstance(line, Cut) else str(line)
+        for line in lines_of(Tree(snapshots=snapshots, position=Position(tag=here, deleted=deleted)))
+    ]
+    return [line.replace(f"  {text.date(made)}", "") for line in lines]
+
+
+def test_a_tree_is_set_in_only_where_it_branches() -> None:
+    """So a series is not a staircase; what was made from nothing that is there is behind a gap."""
+    assert in_tree(
+        ("root", ""), ("one", "root"), ("two", "one"), ("fork", "one"), ("three", "two"), ("other", ""), here="three"
+    ) == ["root", "one", "\u251c\u2500\u2500 two", "\u2502   three", "\u2502   * you are here",
+          "\u2514\u2500\u2500 fork", "", "other"]  # fmt: skip
+    assert in_tree(("a", None), ("b", None), here=None, deleted=("y", "x")) == [
+        "a  (its parent is not known)", "b  (its parent is not known)", "",
+        "* you are here (after y, which is deleted)",
+    ]  # fmt: skip
+    long = [("t0", ""), *((f"t{number}", f"t{number - 1}") for number in range(1, 3000))]
+    lines = in_tree(*long, here="t2999")
+    assert lines == [*(tag for tag, _ in long), "* you are here"]
+    forks = [("t0", ""), *((f"{kind}{number}", f"t{number - 1}") for number in range(1, 1100) for kind in "tu")]
+    assert len(in_tree(*forks)) == len(forks) + 2

@@ -28,6 +28,16 @@ def test_printable() -> None:
     assert text.printable("a\nb", keep_newlines=True) == "a\nb"
 
 
+def test_wrapped() -> None:
+    """At blanks alone; a line that is set in is a command, and stays as it is."""
+    assert text.wrapped("qsnap: no more", 14) == "qsnap: no more"
+    assert text.wrapped("qsnap: no more", 13) == "qsnap: no\n  more"
+    assert text.wrapped("- one two  three", 11) == "- one two\n    three"
+    assert text.wrapped("  qemu-img create", 5) == "  qemu-img create"
+    assert text.wrapped("a" * 9 + " b", 5) == "a" * 9 + "\n  b"
+    assert text.wrapped("\u96ea\u96ea \u96ea", 6) == "\u96ea\u96ea\n  \u96ea"
+
+
 def test_plain_table() -> None:
     assert Table((Column("A"), Column("LONG")), [("1", "2"), ("333", "")]).plain() == "A    LONG\n1    2\n333"
     assert Table((Column("A"), Column("B")), [("雪", "2"), ("e\u0301é", "3")]).plain() == "A   B\n雪  2\ne\u0301é  3"

@@ -81,7 +81,7 @@ def test_more_rules_never_remove_more(snapshots: list[Snapshot], one: Policy, ot
     both = Policy(
         last=max(one.last, other.last),
         counts={name: max(one.counts.get(name, 0), other.counts.get(name, 0)) for name in names},
-        within=min(within, key=lambda duration: duration.before(NOW), default=None),
+        within=min(within, key=lambda duration: Duration.parse(str(duration)).before(NOW), default=None),
         within_periods={**other.within_periods, **one.within_periods},
         tags=one.tags + other.tags,
     )
@@ -208,6 +208,27 @@ def test_an_empty_policy_is_refused() -> None:
         with pytest.raises(BadUsage, match="keep nothing"):
             decide(some, policy, NOW)
         assert kept(decide(some, policy, NOW, allow_remove_all=True)) == []
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        Policy(last=-1), Policy(last="3"), Policy(counts={"dayly": 7}), Policy(counts={"daily": -1}),  # type: ignore[arg-type]
+        Policy(within="7"), Policy(within_periods={"day": "7d"}), Policy(last=1, tags="keep*"),  # type: ignore[arg-type]
+    ],
+)  # fmt: skip
+def test_a_policy_that_is_not_one(wrong: Policy) -> None:
+    """In a program nobody parses it; a rule whose name is wrong would keep nothing."""
+    with pytest.raises(BadUsage):
+        decide(hourly(NOW - timedelta(hours=3), NOW), wrong, NOW)
+
+
+def test_a_duration_may_be_a_text() -> None:
+    some = hourly(NOW - timedelta(hours=50), NOW)
+    for text in ("26h", "1d2h"):
+        for length in (text, Duration.parse(text)):
+            assert len(kept(decide(some, Policy(within=length), NOW))) == 26
+            assert len(kept(decide(some, Policy(within_periods={"hourly": length}), NOW))) == 26
 
 
 def test_the_newest_whole_one_stays_whatever_the_policy_says() -> None:

@@ -366,3 +366,6 @@ def test_a_series_that_there_is_not(guest: Guest) -> None:
     run = cli("prune", "--prefix", "nigthly", "--keep-last", "1", "-q", monitor=guest.address)
     assert "there is no series 'nigthly', so nothing was pruned; there is nightly" in run.err
     assert cli("prune", "--prefix", "nightly", "--keep-last", "1", "-q", monitor=guest.address).err == ""
+    assert "there is nightly" in cli("prune", "--keep-last", "1", monitor=guest.address, expect=2).err
+    assert "there is nightly" in cli("list", "--prefix", "nigthly", monitor=guest.address).err
+    assert ": nightly" in cli("load", "--latest", "--prefix", "nigthly", monitor=guest.address, expect=7).err

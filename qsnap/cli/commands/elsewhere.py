@@ -31,10 +31,11 @@ if TYPE_CHECKING:
 )
 @one_vm_options
 def export(options: Options, tag: str, directory: Path, keep_backing: bool, force: bool) -> int:
-    """Export snapshot TAG to the new directory DIR, from which another machine can start it.
+    """Export snapshot TAG to DIR, to start it on another machine.
 
-    DIR gets the disks as they were, the VM state, QEMU's command line without what belongs to this host, and checksums.
-    The guest runs meanwhile. An option or a device that cannot be used elsewhere is refused by name.
+    DIR, which must not exist, gets the disks as they were, the VM state, QEMU's command line without what belongs to
+    this host, and checksums. The guest runs meanwhile. An option or a device that cannot be used elsewhere is refused
+    by name.
     """
     from qsnap.cli.output.bar import shown_progress
     from qsnap.cli.several import do
@@ -81,10 +82,10 @@ def boot(
     within_s: float,
     qemu: str | None,
 ) -> int:
-    """Start a QEMU from the export in DIR, where the snapshot left off, and leave it running.
+    """Start a QEMU from the export in DIR, and leave it running.
 
-    The guest writes to overlays: the export stays as it is, and several can be started from it at once. It has no
-    network. What follows -- is appended to QEMU's command line.
+    The guest goes on where the snapshot left off. It writes to overlays: the export stays as it is, and several can be
+    started from it at once. It has no network. What follows -- is appended to QEMU's command line.
     """
     from qsnap.cli.signals import run_interruptibly
     from qsnap.model.requests import BootRequest

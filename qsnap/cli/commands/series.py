@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -11,6 +11,22 @@ from qsnap.cli.common import Options
 from qsnap.cli.options import Command, common_options, prefix_option
 from qsnap.cli.policy import policy_of, policy_options
 from qsnap.errors import BadUsage
+from qsnap.tags import all_series
+
+if TYPE_CHECKING:
+    from qsnap.model.qemu import Struct
+    from qsnap.targets.config import Settings
+    from qsnap.vm import VM
+
+
+async def _which_series(vm: VM, _: Settings) -> Struct:
+    """Refuse to choose.
+
+    :raise BadUsage: always; it names the series that there are.
+    """
+    found = ", ".join(all_series(one.tag for one in await vm.list()))
+    there = f"there is {found}" if found else "there is none yet"
+    raise BadUsage(f"name the series: --prefix PREFIX; {there}. Snapshots outside a series are never pruned")
 
 
 @click.command(cls=Command)
@@ -27,6 +43,6 @@ def prune(options: Options, prefix: str | None, allow_remove_all: bool, dry_run:
     are always kept.
     """
     if prefix is None:
-        raise BadUsage("name the series: --prefix PREFIX. Snapshots outside a series are never pruned")
+        return work(options, _which_series, looks=True)
     policy = policy_of(keep, may_be_empty=allow_remove_all)
     return work(options, lambda vm, _: vm.prune(prefix, policy, allow_remove_all=allow_remove_all, dry_run=dry_run))

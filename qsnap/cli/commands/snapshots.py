@@ -24,7 +24,7 @@ from qsnap.cli.options import (
     wide_option,
 )
 from qsnap.errors import BadUsage, SnapshotNotFound
-from qsnap.tags import is_of_series
+from qsnap.tags import all_series, is_of_series
 
 if TYPE_CHECKING:
     from qsnap.cli.output.results import Details, Snapshots
@@ -58,7 +58,7 @@ _SORT_KEYS: Mapping[str, Callable[[Snapshot], Any]] = {
 @click.option(
     "--save-current/--no-save-current",
     default=None,
-    help="Save first what the load discards, for qsnap undo: the last one is kept. --save-current=TAG: as TAG.",
+    help="Save first what the load discards, for qsnap undo: the last one is kept; with =TAG as TAG, which stays.",
 )
 @click.option("--save-current-as", hidden=True)
 @click.option("--sync-time", is_flag=True, help="Set the guest's clock afterwards, through the guest agent.")
@@ -126,7 +126,9 @@ def _newest(found: Sequence[Snapshot], prefix: str | None) -> str:
     tags = [one.tag for one in found if is_loadable(one) and is_meant(one.tag)]
     if not tags:
         of_series = "" if prefix is None else f" of series {prefix!r}"
-        raise SnapshotNotFound("", f"no snapshot{of_series} can be loaded; the guest was not touched")
+        there = ", ".join(all_series(one.tag for one in found)) if prefix is not None else ""
+        others = f"; the series that there are: {there}" if there else ""
+        raise SnapshotNotFound("", f"no snapshot{of_series} can be loaded; the guest was not touched{others}")
     return tags[-1]
 
 
@@ -179,7 +181,8 @@ def list_(
         tree = await vm.tree()
         of_it = [one for one in tree.snapshots if prefix is None or is_of_series(one.tag, prefix)]
         shown = sorted(of_it[-last if last else 0 :], key=_SORT_KEYS[sort], reverse=reverse)
-        return Snapshots(snapshots=tuple(shown), position=tree.position)
+        others = all_series(one.tag for one in tree.snapshots) if prefix is not None and not of_it else ()
+        return Snapshots(snapshots=tuple(shown), position=tree.position, other_series=others)
 
     return options.shown(do(options, found, looks=True, images=images), wide=wide)
 

@@ -148,6 +148,12 @@ class Hint(NamedTuple):
     text: str
 
 
+class Cut(NamedTuple):
+    """A line that a terminal gets without the end for which it is too narrow."""
+
+    text: str
+
+
 #: Text is one line, without its newline; it may hold anything, as it is made printable when it is written.
-Line: TypeAlias = str | Table | Aside | Hint
+Line: TypeAlias = str | Table | Aside | Hint | Cut
 Lines: TypeAlias = Iterator[Line]

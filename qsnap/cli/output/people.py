@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 from functools import singledispatch
 from typing import TYPE_CHECKING
 
-from qsnap.cli.output.lines import Aside, Column, Hint, Lines, Table
+from qsnap.cli.output.lines import Aside, Column, Cut, Hint, Lines, Table
 from qsnap.cli.output.results import (
     Details,
     KnownVMs,
@@ -109,13 +109,15 @@ def _(result: SaveResult) -> Lines:
 @lines_of.register(LoadResult)
 def _(result: LoadResult) -> Lines:
     asleep = ", as it was saved: `system_wakeup` in its monitor wakes it"
-    differed = "" if result.ram_bytes is None else f"{size(result.ram_bytes)} that differed of "
     yield (
-        f"loaded {result.tag} of {date(result.date)}: {differed}{size(result.vm_state_size)} from "
-        f"{_file_or_node(result.vmstate, result.file, result.labels)}, {_count(result.devices, 'device')}, "
-        f"{seconds(result.duration_ms)}, guest {result.runstate}"
+        f"loaded {result.tag} of {date(result.date)}, guest {result.runstate}"
         f"{asleep if result.runstate is RunState.SUSPENDED else ''}"
     )
+    read = size(result.vm_state_size)
+    read = read if result.ram_bytes is None else f"{size(result.ram_bytes)} of {read} differed"
+    # The path of a state file has no place in a line
+    place = f"from {_names([result.vmstate], result.labels)}" if result.vmstate else "from its state file"
+    yield f"  {read}, {place}, {_count(result.devices, 'device')}, {seconds(result.duration_ms)}"
     if result.excluded:
         yield f"  left as it is: {_names(result.excluded, result.labels)}"
     if result.runstate in (RunState.PAUSED, RunState.PRELAUNCH):
@@ -123,7 +125,7 @@ def _(result: LoadResult) -> Lines:
     if (behind_s := result.clock_behind_s) is not None and behind_s >= _CLOCK_S:
         yield Hint(f"  guest clock is {duration(behind_s)} behind, until the guest sets it, or --sync-time")
     if result.saved:
-        yield f"  what it has discarded is {result.saved.tag}: qsnap undo"
+        yield f"  what it discarded is kept as {result.saved.tag}: qsnap undo"
     if result.differing_pages is not None:
         but = f" but for {result.differing_pages} pages that QEMU's devices wrote in the load"
         yield f"  verified: RAM is as in the snapshot{but if result.differing_pages else ''}"
@@ -176,7 +178,7 @@ def _(result: DrillResult) -> Lines:
 
 @lines_of.register(Snapshots)
 def _(found: Snapshots) -> Lines:
-    yield from _snapshots_of({"": found.snapshots})
+    yield from _snapshots_of({"": found})
     if found.snapshots and found.position.tag is None and found.position.deleted:
         yield Hint(f"the guest has come from {found.position.deleted[0]}, which is deleted")
     # Where qsnap has never written anything down, there is nothing to miss
@@ -184,15 +186,18 @@ def _(found: Snapshots) -> Lines:
         yield Hint(f"not known where the guest is: {found.position.unknown}")
 
 
-def _snapshots_of(found: Mapping[str, Sequence[Snapshot]]) -> Lines:
+def _snapshots_of(found: Mapping[str, Snapshots]) -> Lines:
     """The snapshots of VMs in one table; their names are in it if there are several."""
-    for name in (name for name, snapshots in found.items() if not snapshots):
-        yield Aside(f"{printable(name)}: no snapshots" if name else "no snapshots")
-    listed = [snapshot for snapshots in found.values() for snapshot in snapshots]
+    for name, one in found.items():
+        if not one.snapshots:
+            others = f" of that series; there is {', '.join(one.other_series)}" if one.other_series else ""
+            yield Aside(f"{f'{printable(name)}: ' if name else ''}no snapshots{others}")
+    listed = [snapshot for one in found.values() for snapshot in one.snapshots]
     if not listed:
         return
-    # Where something is wrong, it is seen in these
-    is_usual = all(one.kind is Kind.FULL and not one.missing and not one.problems for one in listed)
+    # Where something is wrong, it is seen in KIND and DEVICES
+    has_gaps = any(one.missing or one.problems for one in listed)
+    is_usual = not has_gaps and all(one.kind is Kind.FULL for one in listed)
     columns = (
         Column("VM", cut="middle"),
         Column("TAG", cut="middle", whole=40),
@@ -202,11 +207,11 @@ def _snapshots_of(found: Mapping[str, Sequence[Snapshot]]) -> Lines:
         Column("AGE", is_number=True),
         Column("VM CLOCK", is_number=True, goes=4),
         Column("VMSTATE", cut="middle", is_dull=True, goes=3),
-        Column("DEVICES", cut="middle", is_dull=is_usual, goes=2 if is_usual else 0),
+        Column("DEVICES", cut="end", is_dull=not has_gaps, goes=0 if has_gaps else 2),
         Column("NOTE", cut="end", whole=30),
     )
     now = datetime.now(UTC)
-    rows = [(name, *_cells(one, now)) for name, snapshots in found.items() for one in snapshots]
+    rows = [(name, *_cells(snapshot, now)) for name, one in found.items() for snapshot in one.snapshots]
     unused = {"VM"} if len(found) == 1 else set()
     unused |= set() if any(map(_note, listed)) else {"NOTE"}
     yield Table(columns, rows).without(unused)
@@ -222,36 +227,51 @@ def _cells(snapshot: Snapshot, now: datetime) -> Sequence[str]:
         age(snapshot.date, now),
         clock(snapshot.vm_clock_ns),
         _file_or_node(snapshot.vmstate, snapshot.file, snapshot.labels, short=True),
-        (_names(snapshot.devices, snapshot.labels) or "-")
-        + (f" (not {_names(snapshot.missing, snapshot.labels)})" if snapshot.missing else "")
-        + (" (!)" if snapshot.problems else ""),
+        _devices(snapshot),
         _note(snapshot) or "-",
+    )
+
+
+def _devices(snapshot: Snapshot) -> str:
+    """Those that hold it; what is wrong comes first, so that it is seen where the cell is cut."""
+    held, lacking = snapshot.devices, snapshot.missing
+    gap = f"{len(held)} of {len(held) + len(lacking)}, not {_names(lacking, snapshot.labels)}" if lacking else ""
+    return ("(!) " if snapshot.problems else "") + (
+        ": ".join(filter(None, (gap, _names(held, snapshot.labels)))) or "-"
     )
 
 
 @lines_of.register(Tree)
 def _(tree: Tree) -> Lines:
-    """Each snapshot below its parent, and the guest below the one that it has come from."""
+    """Each snapshot below its parent, and the guest below the one that it has come from.
+
+    Only where there are several below one are they set in: a series of a hundred is not a staircase.
+    """
     position = tree.position
     tags = {one.tag for one in tree.snapshots}
     if not tags:
         yield Aside("no snapshots")
         return
-    after = f" (after {', '.join(position.deleted)}, which is deleted)" if position.deleted else ""
-    you = [] if position.unknown else [f"* you are here{after}"]
-
-    def below(parent: str) -> Iterator[str]:
-        children = [one for one in tree.snapshots if (one.parent if one.parent in tags else "") == parent]
-        branches: list[list[str]] = [[_in_tree(one), *below(one.tag)] for one in children]
-        if (position.tag or "") == parent and you:
-            branches.append(you)
-        for number, (first, *more) in enumerate(branches):
-            is_last = number == len(branches) - 1
-            head, rest = ("", "") if not parent else ("└── ", "    ") if is_last else ("├── ", "│   ")
-            yield head + first
-            yield from (rest + line for line in more)
-
-    yield from below("")
+    after = f" (after {position.deleted[0]}, which is deleted)" if position.deleted else ""
+    below: dict[str, list[tuple[str, str]]] = {}
+    for one in tree.snapshots:
+        below.setdefault(one.parent if one.parent in tags else "", []).append((one.tag, _in_tree(one)))
+    if not position.unknown:
+        below.setdefault(position.tag or "", []).append(("", f"* you are here{after}"))
+    roots, unknown = below.pop(""), {one.tag for one in tree.snapshots if one.parent is None}
+    for number, root in enumerate(roots):
+        if number and root[0] not in unknown:
+            yield ""  # what is below another without a gap was made from it
+        left = [(root, "", "")]
+        while left:
+            (tag, text), head, rest = left.pop()
+            yield Cut(head + text)
+            match below.get(tag, []):
+                case [child]:
+                    left.append((child, rest, rest))
+                case [*others, last]:
+                    left.append((last, f"{rest}└── ", f"{rest}    "))
+                    left.extend((one, f"{rest}├── ", f"{rest}│   ") for one in reversed(others))
     if position.unknown:
         yield f"not known where the guest is: {position.unknown}"
 
@@ -331,7 +351,8 @@ def _(result: VerifyResult) -> Lines:
 @lines_of.register(Notes)
 def _(notes: Notes) -> Lines:
     for snapshot in notes.snapshots:
-        yield f"{snapshot.tag}: {_note(snapshot) or 'not protected'}"
+        protected = "protected" if snapshot.protected else "not protected"
+        yield f"{snapshot.tag}: {': '.join(filter(None, (protected, snapshot.description)))}"
 
 
 @lines_of.register(DeleteResult)
@@ -418,7 +439,7 @@ def _(one: OfVM) -> Lines:
 
 @lines_of.register(Outcomes)
 def _(several: Outcomes) -> Lines:
-    found = {one.title: one.result.snapshots for one in several.vms if isinstance(one.result, Snapshots)}
+    found = {one.title: one.result for one in several.vms if isinstance(one.result, Snapshots)}
     failed = [one for one in several.vms if isinstance(one.result, QsnapError)]
     if not found or len(found) + len(failed) < len(several.vms):
         yield from _titled(several, lines_of)
@@ -463,7 +484,7 @@ def _titled(several: Outcomes, its_lines: Callable[[object], Lines]) -> Lines:
         yield from (line._replace(text=f"{title}: {line.text}") for line in lines if isinstance(line, Aside))
         first, *more = [line for line in lines if not isinstance(line, Aside | Hint)] or [""]
         details = [line.strip() for line in more if isinstance(line, str) and line.startswith("  ")]
-        if isinstance(first, Table) or len(details) < len(more):
+        if isinstance(first, Table | Cut) or len(details) < len(more):
             yield from (f"{title}:", first, *more, "")
         elif first:
             yield f"{title}: {'; '.join([first, *details])}"

@@ -25,6 +25,8 @@ class Snapshots(Struct, frozen=True):
 
     snapshots: tuple[Snapshot, ...]
     position: Position = Position()
+    other_series: tuple[str, ...] = ()
+    """The prefixes of the series that exist, if that of ``--prefix`` has no snapshot."""
 
 
 class Notes(Struct, frozen=True):

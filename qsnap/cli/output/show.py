@@ -9,8 +9,8 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, TextIO
 
-from qsnap.cli.output.lines import Aside, Hint
-from qsnap.cli.output.text import printable
+from qsnap.cli.output.lines import Aside, Cut, Hint
+from qsnap.cli.output.text import cut, printable, wrapped
 from qsnap.errors import QsnapError
 
 if TYPE_CHECKING:
@@ -26,9 +26,10 @@ def is_terminal(stream: TextIO) -> bool:
 
 
 def say(text: str, *, keep_newlines: bool = False) -> None:
-    """Write a line to standard error; nothing happens if that cannot be written."""
+    """Write a line, or lines, to standard error; nothing happens if that cannot be written."""
     with suppress(OSError):
-        sys.stderr.write(printable(text, keep_newlines=keep_newlines) + "\n")
+        for line in text.split("\n") if keep_newlines else [text]:
+            _write_line(line, sys.stderr)
 
 
 def show(
@@ -85,15 +86,34 @@ def write(lines: Lines, stream: TextIO, console: Console | None = None, *, wide:
             say(f"{line.head}: {line.text}", keep_newlines=True)
         elif isinstance(line, Hint):
             if console is not None or is_terminal(stream):
-                stream.write(printable(line.text) + "\n")
+                _write_line(line.text, stream)
+        elif isinstance(line, Cut):
+            text = printable(line.text)
+            stream.write((cut(text, _columns(stream)) if is_terminal(stream) else text) + "\n")
         elif isinstance(line, str):
-            stream.write(printable(line) + "\n")
+            _write_line(line, stream)
         elif console is None and not is_terminal(stream):
             stream.write(line.plain() + "\n")
         else:
             from rich.console import Console
 
             line.draw(console or Console(file=stream), wide=wide)
+
+
+def _write_line(line: str, stream: TextIO) -> None:
+    """Write text that may hold anything; on a terminal its words stay whole."""
+    text = printable(line)
+    stream.write((wrapped(text, _columns(stream)) if is_terminal(stream) else text) + "\n")
+
+
+def _columns(stream: TextIO) -> int:
+    """How wide the terminal is."""
+    if (given := os.environ.get("COLUMNS", "")).isdecimal() and int(given):
+        return int(given)
+    with suppress(OSError, ValueError):
+        if found := os.get_terminal_size(stream.fileno()).columns:
+            return found
+    return 80
 
 
 def _write_document(document: Mapping[str, Any], stream: TextIO) -> None:

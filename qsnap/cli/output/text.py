@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import unicodedata
 from datetime import datetime, timedelta
 
@@ -85,6 +86,24 @@ def width(text: str) -> int:
     return sum(
         0 if unicodedata.combining(char) else 1 + (unicodedata.east_asian_width(char) in ("W", "F")) for char in text
     )
+
+
+def wrapped(line: str, columns: int) -> str:
+    """*line* with breaks at its blanks, so that no word is torn apart at the edge of a terminal of so many columns.
+
+    A line that is set in stays whole: it may be a command, which somebody copies.
+    """
+    if width(line) <= columns or line.startswith(" "):
+        return line
+    set_in = "    " if line.startswith("- ") else "  "
+    first, *more = re.findall(r"\S+\s*", line)
+    lines = [first]
+    for word in more:
+        if width((lines[-1] + word).rstrip()) <= columns:
+            lines[-1] += word
+        else:
+            lines.append(set_in + word)
+    return "\n".join(one.rstrip() for one in lines)
 
 
 def cut(text: str, columns: int, *, middle: bool = False) -> str:

@@ -135,7 +135,7 @@ def test_all_of_ram_in_random_order(big: Guest) -> None:
         assert ram(big) == expected[tag]
         big.qmp("cont")
         big.assert_running()
-    assert cli("load", "live", monitor=big.address).out.count(" that differed of ") == 1
+    assert cli("load", "live", monitor=big.address).out.count(" differed, from ") == 1
     assert nothing_of_ours(big)
 
 
@@ -270,7 +270,7 @@ def test_verified(changed: Changed, more: list[str]) -> None:
     """By either way; and the line for people says so."""
     run = cli("load", "t", "--verify", "--paused", *more, monitor=changed.guest.address)
     assert "  verified: RAM is as in the snapshot\n" in run.out
-    assert (" that differed of " in run.out) is not bool(more)
+    assert (" differed, from " in run.out) is not bool(more)
     assert ram(changed.guest) == changed.expected
 
 
