@@ -24,6 +24,7 @@ from inspect import iscoroutinefunction
 from typing import Any
 
 import qsnap.vm
+from qsnap.errors import BadUsage
 from qsnap.monitor.address import Address
 
 __all__ = ["VM", "connect"]
@@ -36,16 +37,21 @@ class VM:
         self._vm = vm
         self._session = session
 
-    def __getattr__(self, name: str) -> Any:  # noqa: ANN401 (whatever VM has)
-        found = getattr(self._vm, name)
-        if name.startswith("_") or not iscoroutinefunction(found):
-            return found
+    def __getattr__(self, name: str) -> Any:  # noqa: ANN401 (what is not a method of VM)
+        return getattr(self._vm, name)
 
-        @wraps(found)
-        def call(*args: Any, **how: Any) -> Any:  # noqa: ANN401 (of that method)
-            return self._session.call(lambda: found(*args, **how))
 
-        return call
+def _without_await(method: Callable[..., Awaitable[Any]]) -> Callable[..., Any]:
+    @wraps(method)
+    def call(self: VM, *args: Any, **how: Any) -> Any:  # noqa: ANN401 (of that method)
+        return self._session.call(lambda: method(self._vm, *args, **how))
+
+    return call
+
+
+for _name, _method in vars(qsnap.vm.VM).items():
+    if iscoroutinefunction(_method) and not _name.startswith("_"):
+        setattr(VM, _name, _without_await(_method))
 
 
 @contextmanager
@@ -84,6 +90,8 @@ class _Session:
         """Do *deed* in the thread, and return what it returns."""
         if self._error is not None:
             raise self._error
+        if not self._thread.is_alive():
+            raise BadUsage(qsnap.vm.CLOSED)
         future: Future[Any] = Future()
         self._loop.call_soon_threadsafe(self._jobs.put_nowait, (deed, future))
         return self._awaited(future)

@@ -61,6 +61,8 @@ if TYPE_CHECKING:
     from qsnap.targets.choose import Target
     from qsnap.upkeep.retention import Policy
 
+#: What a VM says whose block has ended.
+CLOSED = "the connection to this VM is closed, because its `with` block has ended"
 #: Seconds to wait for another qsnap.
 LOCK_WAIT_S = 5.0
 #: Seconds for a guest to show in a drill that it runs.
@@ -88,7 +90,7 @@ class VM:
         state_dir: Path | None = None,
         ignore_unseen: bool = False,
     ) -> None:
-        self._monitor = monitor
+        self._connected: Monitor | None = monitor
         self.address = address
         self.lock_wait_s = lock_wait_s
         self.recovered: list[Recovered] = []
@@ -96,6 +98,15 @@ class VM:
         self._is_timed = is_timed
         self._store = StateStore(monitor.pid, state_dir, peer_user(monitor.sock), ignores_unseen=ignore_unseen)
         self._turn = asyncio.Lock()
+
+    @property
+    def _monitor(self) -> Monitor:
+        """
+        :raise BadUsage: the block that it was opened for has ended.
+        """
+        if self._connected is None:
+            raise BadUsage(CLOSED)
+        return self._connected
 
     @property
     def pid(self) -> int | None:
@@ -861,6 +872,8 @@ async def connect(
             except asyncio.CancelledError as cancelled:
                 await _tell_of_guest(monitor, cancelled)
                 raise
+            finally:
+                opened._connected = None
     except TimeoutError as error:
         if not timer.expired():
             raise  # the caller's own

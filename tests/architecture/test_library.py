@@ -76,11 +76,24 @@ def test_without_await(guest: Guest) -> None:
         with qsnap.sync.connect(guest.address) as vm:
             return str(vm.status().runstate)
 
+    with pytest.raises(qsnap.BadUsage, match="closed"):
+        vm.list()
+    assert "description" in inspect.signature(qsnap.sync.VM.save).parameters, "help() and editors know it"
     assert asyncio.run(inside()) == "running"
     assert [one.name for one in threading.enumerate() if one.name == "qsnap"] == []
     with pytest.raises(qsnap.BadUsage), qsnap.sync.connect():
         pass
     guest.assert_running()
+
+
+async def test_a_vm_after_its_block(guest: Guest) -> None:
+    """It makes no new connection, which nobody would close."""
+    async with qsnap.connect(guest.address) as vm:
+        pass
+    for call in (vm.list, vm.save, vm.status, vm.save):
+        with pytest.raises(qsnap.BadUsage, match="closed"):
+            await call()
+    assert guest.node_tags("disk0") == []
 
 
 def test_a_vm_by_its_name(launch: Launch, tmp_path: Path) -> None:
