@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING, Literal, NamedTuple, TextIO, TypeAlias
 
 if TYPE_CHECKING:
     from qsnap.model.qemu import Struct
+    from qsnap.operations.progress import Watcher
     from qsnap.targets.config import Settings
     from qsnap.vm import VM
 
-#: What a command does with each VM, given the defaults that the config file has for it.
-Action: TypeAlias = "Callable[[VM, Settings], Awaitable[Struct]]"
+#: What a command does with each VM, given the defaults that the config file has for it, and who watches its progress.
+Action: TypeAlias = "Callable[[VM, Settings, Watcher | None], Awaitable[Struct]]"
 
 #: VMs that are worked on at once by default: they share disks.
 PARALLEL_VMS = 2

@@ -16,7 +16,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 import qsnap.guest
-from qsnap.cli.output.bar import save_bar
+from qsnap.cli.output.bar import bars
 from qsnap.cli.output.results import Snapshots
 from qsnap.cli.output.show import show
 from qsnap.errors import ConnectError, NotSupported, QsnapError, VerifyFailed
@@ -57,7 +57,7 @@ async def _walk_through(vm: VM, serial: Path, disk: Path, qemu_img: str) -> None
     show(await vm.check())
     _command("save before")
     before = _last(serial)
-    with save_bar(quiet=False) as watch:
+    with bars("saving") as watching, watching("") as watch:
         show(await vm.save("before", watch=watch))
     after = await _watch(serial, 1, "The guest runs on")
     later = await _watch(serial, 40, "... and on")

@@ -23,6 +23,7 @@ from qsnap.upkeep.metrics import Metric
 from qsnap.upkeep.retention import Duration
 
 if TYPE_CHECKING:
+    from qsnap.operations.progress import Watcher
     from qsnap.targets.config import Settings
     from qsnap.vm import VM
 
@@ -54,8 +55,8 @@ class MetricsRecorder:
         if self._path is None:
             return action
 
-        async def measured(vm: VM, settings: Settings) -> Measured:
-            result = await action(vm, settings)
+        async def measured(vm: VM, settings: Settings, watch: Watcher | None) -> Measured:
+            result = await action(vm, settings, watch)
             if isinstance(result, SaveResult):
                 figures = {
                     metrics.LAST_SUCCESS: time.time(),
@@ -125,7 +126,7 @@ def plugin_answer(
 ) -> Struct:
     """Whether snapshots are fresh: of each VM, and whatever goes wrong, the answer of a monitoring plugin."""
 
-    async def look(vm: VM, settings: Settings) -> PluginAnswer:
+    async def look(vm: VM, settings: Settings, _: object) -> PluginAnswer:
         status = await vm.status()
         troubles = [status.trouble] if status.trouble else []
         if status.is_half_restored:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, cast
 
 from qsnap.cli.common import Action, Options
+from qsnap.cli.output.bar import shown_progress
 from qsnap.cli.output.results import OfVM, Outcome, Outcomes
 from qsnap.cli.pick import refuse_few_files, say_which, targets
 from qsnap.cli.runner import connected
@@ -26,22 +27,24 @@ def do(
     *,
     looks: bool = False,
     images: Sequence[str] = (),
+    shows: str = "",
 ) -> Struct:
     """Do *action* with each VM that is meant, at ``options.jobs`` of them at once.
 
     :param seen: is given what became of each, and may make something else of it.
     :param looks: it changes nothing, so that it need not be said with which VM.
     :param images: with these instead, of a VM that is off.
+    :param shows: what its progress is called; "" if it has none.
     :return: what came of the one VM, or all that did of several.
     :raise BadUsage: the options that choose the VMs contradict each other.
     :raise Interrupted: by a signal; the guests were resumed.
     :raise QsnapError: of a single VM, what went wrong with it; or too few files may be open for so many at once.
     """
     if images:
-        return _offline(options, action, images)
+        return _offline(options, action, images, shows)
     cut_off: list[str] = []
     try:
-        outcomes = [seen(outcome) for outcome in _each(options, action, cut_off, looks=looks)]
+        outcomes = [seen(outcome) for outcome in _each(options, action, cut_off, looks=looks, shows=shows)]
     except Interrupted as interrupted:
         if len(cut_off) == 1:
             (interrupted.vm,) = cut_off
@@ -56,7 +59,7 @@ def do(
     return OfVM(vm=title, result=result)
 
 
-def _offline(options: Options, action: Action, images: Sequence[str]) -> Struct:
+def _offline(options: Options, action: Action, images: Sequence[str], shows: str) -> Struct:
     from qsnap.offline import Images
     from qsnap.targets.config import Settings
 
@@ -64,12 +67,13 @@ def _offline(options: Options, action: Action, images: Sequence[str]) -> Struct:
         raise BadUsage("--image is for a VM that is off; --vm and --all are for those that run")
     opened = Images(images, options.state_dir)
     try:
-        return run_interruptibly(action(cast("VM", opened), Settings()))
+        with shown_progress(shows, options) as progress, progress("") as watch:
+            return run_interruptibly(action(cast("VM", opened), Settings(), watch))
     finally:
         opened.close()
 
 
-def _each(options: Options, action: Action, cut_off: list[str], *, looks: bool) -> list[Outcome]:
+def _each(options: Options, action: Action, cut_off: list[str], *, looks: bool, shows: str) -> list[Outcome]:
     """What became of each VM; *cut_off* gets the titles of those that an interrupt has kept from being done."""
     refuse_few_files(options.jobs if options.is_of_several else 1)
     meant = list(targets(options))
@@ -80,11 +84,11 @@ def _each(options: Options, action: Action, cut_off: list[str], *, looks: bool) 
         if isinstance(target, QsnapError):
             target.vm = title
             return Outcome(title, target)
-        if not options.is_of_several:
-            say_which(options, target, looks=looks)
         try:
             async with turns:
-                outcome = Outcome(title, await connected(options, target, action))
+                with progress(title) as watch:
+                    result = await connected(options, target, lambda vm, settings: action(vm, settings, watch))
+            outcome = Outcome(title, result)
             ended.append((title, "done"))
         except QsnapError as error:
             error.vm = title
@@ -105,4 +109,8 @@ def _each(options: Options, action: Action, cut_off: list[str], *, looks: bool) 
                 told.add_note(f"{title}: {note}" if options.is_of_several else note)
             raise told from None
 
-    return run_interruptibly(each())
+    for _, target in meant:
+        if not options.is_of_several and not isinstance(target, QsnapError):
+            say_which(options, target, looks=looks)
+    with shown_progress(shows, options) as progress:
+        return run_interruptibly(each())

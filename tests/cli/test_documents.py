@@ -11,8 +11,19 @@ from typing import Any
 import pytest
 
 from qsnap.model.qemu import named
-from support.guest import Guest, Launch, cli, finish, make_boot_disk, make_disk, needs_snapshot_jobs, start_cli
+from support.guest import (
+    Guest,
+    Launch,
+    blockdev,
+    cli,
+    finish,
+    make_boot_disk,
+    make_disk,
+    needs_snapshot_jobs,
+    start_cli,
+)
 from support.proxy import Intercept, deed
+from support.terminal import on_terminal
 
 
 def test_devices_have_the_names_that_people_use(launch: Launch, tmp_path: Path) -> None:
@@ -52,11 +63,29 @@ def test_progress_in_lines_of_json(guest: Guest) -> None:
         assert run.json["tag"] == "t"
         lines = [json.loads(line) for line in run.err.splitlines()]
         assert {line["message_type"] for line in lines} == {"status"}
+        assert {line["vm"] for line in lines} == {guest.address}
         assert phase in {line["phase"] for line in lines}
         done = [line["bytes_done"] for line in lines if "bytes_done" in line and line["phase"] == phase]
         assert done == sorted(done)
         assert all(0 <= line.get("percent_done", 0) <= 1 for line in lines)
     assert cli("load", "t", "--progress", "none", monitor=guest.address).err == ""
+
+
+def test_the_progress_of_several_vms(launch: Launch, tmp_path: Path) -> None:
+    """Each has lines of its own, and a bar of its own, which begins with its name."""
+    guests = [
+        launch(*blockdev("disk", make_disk(tmp_path / name)), "-device", "virtio-blk,drive=disk", memory="16")
+        for name in ("a", "b")
+    ]
+    names = [str(guest.pid) for guest in guests]
+    both = [word for name in names for word in ("--vm", name)]
+    lines = [json.loads(line) for line in cli("save", "t", "--progress", "json", *both).err.splitlines()]
+    assert {line["vm"] for line in lines} == set(names)
+    text = on_terminal("save", "t", *both, columns=80)
+    for name in names:
+        assert f"{name}: saving" in text
+        assert f"{name}: saved t" in text
+    assert ": saving" not in on_terminal("save", "t", "--progress", "none", *both)
 
 
 @needs_snapshot_jobs

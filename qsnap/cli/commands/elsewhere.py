@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING
 
 import click
 
+from qsnap.cli.commands import work
 from qsnap.cli.common import Options
 from qsnap.cli.options import Command, completes, one_vm_options, output_options, qemu_option, tag_argument, takes
 
 if TYPE_CHECKING:
     from qsnap.model.results import ExportResult
-    from qsnap.targets.config import Settings
+    from qsnap.operations.progress import Watcher
     from qsnap.vm import VM
 
 
@@ -37,15 +38,11 @@ def export(options: Options, tag: str, directory: Path, keep_backing: bool, forc
     this host, and checksums. The guest runs meanwhile. An option or a device that cannot be used elsewhere is refused
     by name.
     """
-    from qsnap.cli.output.bar import shown_progress
-    from qsnap.cli.several import do
 
-    async def action(vm: VM, _: Settings) -> ExportResult:
+    async def action(vm: VM, _: object, watch: Watcher | None) -> ExportResult:
         return await vm.export(tag, directory, keep_backing=keep_backing, force=force, watch=watch)
 
-    with shown_progress("exporting", options) as watch:
-        result = do(options, action)
-    return options.shown(result)
+    return work(options, action, shows="exporting")
 
 
 @click.command(cls=Command)

@@ -27,7 +27,6 @@ from qsnap.errors import BadUsage
 
 if TYPE_CHECKING:
     from qsnap.cli.output.results import Recoveries
-    from qsnap.targets.config import Settings
     from qsnap.vm import VM
 
 
@@ -42,7 +41,7 @@ def check(options: Options, vmstate: str | None, exclude: tuple[str, ...]) -> in
     """
     return work(
         options,
-        lambda vm, settings: vm.check(vmstate=vmstate or settings.vmstate, exclude=excluded(exclude, settings)),
+        lambda vm, settings, _: vm.check(vmstate=vmstate or settings.vmstate, exclude=excluded(exclude, settings)),
         looks=True,
     )
 
@@ -72,7 +71,7 @@ def status(
     if max_age is not None:
         result = plugin_answer(options, recorder, prefix, max_age, warn_age)
     else:
-        result = do(options, recorder.around(lambda vm, _: vm.status()), recorder.record, looks=True)
+        result = do(options, recorder.around(lambda vm, *_: vm.status()), recorder.record, looks=True)
     return recorder.exit_code(options.shown(result))
 
 
@@ -80,7 +79,7 @@ def status(
 @common_options
 def pause(options: Options) -> int:
     """Pause the guest, until qsnap resume."""
-    return work(options, lambda vm, _: vm.pause())
+    return work(options, lambda vm, *_: vm.pause())
 
 
 @click.command(cls=Command)
@@ -90,7 +89,7 @@ def resume(options: Options) -> int:
 
     Refused (6) if a load has failed midway, because the guest must not run on RAM and disks of different moments.
     """
-    return work(options, lambda vm, _: vm.resume())
+    return work(options, lambda vm, *_: vm.resume())
 
 
 @click.command(cls=Command)
@@ -106,7 +105,7 @@ def recover(options: Options, force: bool) -> int:
     """
     from qsnap.cli.output.results import Recoveries
 
-    async def recovered(vm: VM, _: Settings) -> Recoveries:
+    async def recovered(vm: VM, *_: object) -> Recoveries:
         return Recoveries(recovered=tuple(await vm.recover(force=force)))
 
     return work(options, recovered)

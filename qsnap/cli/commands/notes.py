@@ -12,7 +12,6 @@ from qsnap.cli.options import Command, common_options, tag_argument, tags_argume
 
 if TYPE_CHECKING:
     from qsnap.cli.output.results import Notes
-    from qsnap.targets.config import Settings
     from qsnap.vm import VM
 
 
@@ -47,7 +46,7 @@ def describe(options: Options, tag: str, description: str) -> int:
 def _change_notes(options: Options, tags: tuple[str, ...], **changes: Any) -> int:  # noqa: ANN401 (of VM.note)
     from qsnap.cli.output.results import Notes
 
-    async def changed(vm: VM, _: Settings) -> Notes:
+    async def changed(vm: VM, *_: object) -> Notes:
         return Notes(snapshots=tuple(await vm.note(*tags, **changes)))
 
     return work(options, changed)

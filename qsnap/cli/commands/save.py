@@ -24,6 +24,7 @@ from qsnap.errors import BadUsage, GuestLeftStopped, PartialFailure, QsnapError
 
 if TYPE_CHECKING:
     from qsnap.model.results import PruneResult, SaveResult
+    from qsnap.operations.progress import Watcher
     from qsnap.targets.config import Settings
     from qsnap.upkeep.retention import Policy
     from qsnap.vm import VM
@@ -81,7 +82,6 @@ def save(
     one of a series; with a policy (--keep-…) the series is pruned after the save.
     """
     from qsnap.cli.monitoring import MetricsRecorder
-    from qsnap.cli.output.bar import shown_progress
     from qsnap.cli.output.results import exit_code_of
     from qsnap.cli.ping import pinged
     from qsnap.cli.several import do
@@ -92,7 +92,7 @@ def save(
     if policy is not None and prefix is None:
         raise BadUsage("a policy (--keep-…) needs a series: name it with --prefix PREFIX")
 
-    async def action(vm: VM, settings: Settings) -> SaveResult:
+    async def action(vm: VM, settings: Settings, watch: Watcher | None) -> SaveResult:
         result = await vm.save(
             tag,
             prefix=prefix,
@@ -113,11 +113,8 @@ def save(
         return msgspec.structs.replace(result, pruned=await _prune_after(vm, prefix, policy, result))
 
     recorder = MetricsRecorder(None if dry_run else textfile, prefix)
-    with (
-        pinged(None if dry_run else ping) as report,
-        shown_progress("saving", options._replace(quiet=options.quiet or dry_run)) as watch,
-    ):
-        result = do(options, recorder.around(action), recorder.record)
+    with pinged(None if dry_run else ping) as report:
+        result = do(options, recorder.around(action), recorder.record, shows="" if dry_run else "saving")
         code = recorder.exit_code(exit_code_of(result))
         report(code)
     options.shown(result)

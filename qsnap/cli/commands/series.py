@@ -15,11 +15,10 @@ from qsnap.tags import all_series
 
 if TYPE_CHECKING:
     from qsnap.model.qemu import Struct
-    from qsnap.targets.config import Settings
     from qsnap.vm import VM
 
 
-async def _which_series(vm: VM, _: Settings) -> Struct:
+async def _which_series(vm: VM, *_: object) -> Struct:
     """Refuse to choose.
 
     :raise BadUsage: always; it names the series that there are.
@@ -45,4 +44,4 @@ def prune(options: Options, prefix: str | None, allow_remove_all: bool, dry_run:
     if prefix is None:
         return work(options, _which_series, looks=True)
     policy = policy_of(keep, may_be_empty=allow_remove_all)
-    return work(options, lambda vm, _: vm.prune(prefix, policy, allow_remove_all=allow_remove_all, dry_run=dry_run))
+    return work(options, lambda vm, *_: vm.prune(prefix, policy, allow_remove_all=allow_remove_all, dry_run=dry_run))

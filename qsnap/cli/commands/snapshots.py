@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from qsnap.cli.output.results import Details, Snapshots
     from qsnap.model.results import DrillResult, LoadResult
     from qsnap.model.snapshots import Snapshot
+    from qsnap.operations.progress import Watcher
     from qsnap.targets.config import Settings
     from qsnap.vm import VM
 
@@ -91,10 +92,7 @@ def load(
         raise BadUsage("--prefix goes with --latest")
     wanted = running if paused or running else None
 
-    from qsnap.cli.output.bar import shown_progress
-    from qsnap.cli.several import do
-
-    async def loaded(vm: VM, settings: Settings) -> LoadResult:
+    async def loaded(vm: VM, settings: Settings, watch: Watcher | None) -> LoadResult:
         return await vm.load(
             tag if tag is not None else _newest(await vm.list(), prefix),
             running=wanted,
@@ -107,9 +105,7 @@ def load(
             watch=watch,
         )
 
-    with shown_progress("loading", options) as watch:
-        result = do(options, loaded)
-    return options.shown(result)
+    return work(options, loaded, shows="loading")
 
 
 def _newest(found: Sequence[Snapshot], prefix: str | None) -> str:
@@ -142,12 +138,7 @@ def undo(options: Options, save_current: bool) -> int:
 
     That load must have saved it: qsnap load --save-current TAG, or save-current = true in the config file.
     """
-    from qsnap.cli.output.bar import shown_progress
-    from qsnap.cli.several import do
-
-    with shown_progress("loading", options) as watch:
-        result = do(options, lambda vm, _: vm.undo(save_current=save_current, watch=watch))
-    return options.shown(result)
+    return work(options, lambda vm, _, watch: vm.undo(save_current=save_current, watch=watch), shows="loading")
 
 
 @click.command("list", cls=Command)
@@ -177,7 +168,7 @@ def list_(
     from qsnap.cli.output.results import Snapshots
     from qsnap.cli.several import do
 
-    async def found(vm: VM, _: Settings) -> Snapshots:
+    async def found(vm: VM, *_: object) -> Snapshots:
         tree = await vm.tree()
         of_it = [one for one in tree.snapshots if prefix is None or is_of_series(one.tag, prefix)]
         shown = sorted(of_it[-last if last else 0 :], key=_SORT_KEYS[sort], reverse=reverse)
@@ -197,7 +188,7 @@ def tree(options: Options, images: tuple[str, ...]) -> int:
     or saved last. If another client may have loaded or saved
     since, and nothing in the image tells, that is said.
     """
-    return work(options, lambda vm, _: vm.tree(), looks=True, images=images)
+    return work(options, lambda vm, *_: vm.tree(), looks=True, images=images)
 
 
 @click.command(cls=Command)
@@ -209,7 +200,7 @@ def show(options: Options, tag: str, state: bool, images: tuple[str, ...]) -> in
     """Show snapshot TAG, device by device."""
     from qsnap.cli.output.results import Details
 
-    async def found(vm: VM, _: Settings) -> Details:
+    async def found(vm: VM, *_: object) -> Details:
         snapshot, rows = await vm.show(tag)
         return Details(snapshot=snapshot, rows=rows, state=await vm.state(tag) if state else None)
 
@@ -270,9 +261,6 @@ def verify(
     With --boot: of one TAG, or of the newest snapshot of a series, a copy is started in another QEMU, without network.
     Exit code 10: it does not start, or its guest does not run.
     """
-    from qsnap.cli.output.bar import shown_progress
-    from qsnap.cli.several import do
-
     if tags and prefix is not None:
         raise BadUsage("a tag and --prefix cannot be used together")
     if boot:
@@ -282,14 +270,13 @@ def verify(
         return _drill(options, tag, prefix, textfile, until=until, within_s=within_s, place=place, qemu=qemu)
     if until or within_s or place or textfile:
         raise BadUsage("--until, --within, --place and --textfile go with --boot")
-    with shown_progress("verifying", options) as watch:
-        result = do(
-            options,
-            lambda vm, _: vm.verify(*tags, prefix=prefix, read_data=read_data, watch=watch),
-            looks=True,
-            images=images,
-        )
-    return options.shown(result)
+    return work(
+        options,
+        lambda vm, _, watch: vm.verify(*tags, prefix=prefix, read_data=read_data, watch=watch),
+        looks=True,
+        images=images,
+        shows="verifying",
+    )
 
 
 def _drill(
@@ -303,17 +290,14 @@ def _drill(
 ) -> int:
     """The restore drill of one snapshot."""
     from qsnap.cli.monitoring import MetricsRecorder
-    from qsnap.cli.output.bar import shown_progress
     from qsnap.cli.several import do
     from qsnap.vm import DRILL_S
 
+    async def action(vm: VM, _: Settings, watch: Watcher | None) -> DrillResult:
+        return await vm.drill(tag, prefix=prefix, within_s=within_s or DRILL_S, watch=watch, **given)
+
     recorder = MetricsRecorder(textfile, prefix, of_drills=True)
-    with shown_progress("exporting", options) as watch:
-
-        async def action(vm: VM, _: Settings) -> DrillResult:
-            return await vm.drill(tag, prefix=prefix, within_s=within_s or DRILL_S, watch=watch, **given)
-
-        result = do(options, recorder.around(action), recorder.record)
+    result = do(options, recorder.around(action), recorder.record, shows="exporting")
     return recorder.exit_code(options.shown(result))
 
 
@@ -324,4 +308,4 @@ def _drill(
 @common_options
 def delete(options: Options, tags: tuple[str, ...], missing_ok: bool, images: tuple[str, ...]) -> int:
     """Delete snapshots from every device that holds them."""
-    return work(options, lambda vm, _: vm.delete(*tags, missing_ok=missing_ok), images=images)
+    return work(options, lambda vm, *_: vm.delete(*tags, missing_ok=missing_ok), images=images)

@@ -7,16 +7,23 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, TypeAlias
 
 from qsnap.cli.output.show import is_terminal
-from qsnap.operations.progress import Progress, Watcher
+from qsnap.cli.output.text import cut, printable
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress as Bar
 
     from qsnap.cli.common import Options
+    from qsnap.operations.progress import Progress, Watcher
+
+#: Who watches the work with the VM of a name, for the duration of a block; None where no progress is shown.
+Watching: TypeAlias = "Callable[[str], AbstractContextManager[Watcher | None]]"
+#: The columns of a terminal that a VM's name takes before a bar.
+_TITLE = 16
 
 
 def make_bar(console: Console, clock: Callable[[], float] = time.monotonic) -> Bar:
@@ -44,58 +51,65 @@ def make_bar(console: Console, clock: Callable[[], float] = time.monotonic) -> B
     )
 
 
-def update(bar: Bar, task: int, progress: Progress) -> None:
-    """Show *progress*. The total is an estimate, so the bar stops short of it until the save has ended."""
+def update(bar: Bar, task: int, progress: Progress, head: str = "") -> None:
+    """Show *progress*. The total is an estimate, so the bar stops short of it until the save has ended.
+
+    :param head: what the bar begins with.
+    """
     from rich.progress import TaskID
 
     if progress.written is None or progress.expected is None:
-        bar.update(TaskID(task), description=f"{progress.phase} (QEMU does not answer meanwhile)")
+        bar.update(TaskID(task), description=f"{head}{progress.phase} (QEMU does not answer meanwhile)")
         return
     total = progress.expected
     bar.update(
         TaskID(task),
-        description=f"{progress.phase:<8}",
+        description=f"{head}{progress.phase:<8}",
         total=total,
         completed=min(progress.written, int(total * 0.99)),
     )
 
 
-def save_bar(*, quiet: bool) -> AbstractContextManager[Watcher | None]:
-    """A bar for ``VM.save``."""
-    return _bar("saving", quiet=quiet)
+@contextmanager
+def shown_progress(what: str, options: Options) -> Iterator[Watching]:
+    """What gives the work with a VM its watcher, who shows its progress on standard error as the options say.
 
-
-def shown_progress(what: str, options: Options) -> AbstractContextManager[Watcher | None]:
-    """A watcher that shows progress on standard error, as the options say; None where none is shown.
-
-    Of several VMs none is, because their bars would be mixed up.
-
-    :param what: what the bar says before the first look.
+    :param what: what the bar says before the first look; "" where there is no progress.
     """
-    if options.progress == "json" and not options.is_of_several:
-        return nullcontext(_write_line)
-    return _bar(what, quiet=options.quiet or options.is_of_several or options.progress == "none")
+    if what and options.progress == "json":
+        yield lambda title: nullcontext(partial(_write_line, title))
+    elif not what or options.quiet or options.progress == "none" or not is_terminal(sys.stderr):
+        yield lambda _: nullcontext()
+    else:
+        with bars(what, is_of_several=options.is_of_several) as watching:
+            yield watching
 
 
-def _write_line(progress: Progress) -> None:
-    """A line of JSON, with the keys of restic's status messages and the phase."""
+@contextmanager
+def bars(what: str, *, is_of_several: bool = False) -> Iterator[Watching]:
+    """A bar on standard error for each VM while there is work with it; of several it begins with the VM's name."""
+    from rich.console import Console
+
+    with make_bar(Console(stderr=True)) as bar:
+
+        @contextmanager
+        def watching(title: str) -> Iterator[Watcher]:
+            head = f"{cut(printable(title), _TITLE)}: " if is_of_several else ""
+            task = bar.add_task(head + what, total=None)
+            try:
+                yield lambda progress: update(bar, task, progress, head)
+            finally:
+                bar.remove_task(task)
+
+        yield watching
+
+
+def _write_line(title: str, progress: Progress) -> None:
+    """A line of JSON, with the keys of restic's status messages, the VM and the phase."""
     done, total = progress.written, progress.expected
     share = {} if done is None or not total else {
         "percent_done": round(min(done / total, 1.0), 4), "total_bytes": total, "bytes_done": min(done, total),
     }  # fmt: skip
-    line = {"message_type": "status", "phase": progress.phase, "seconds_elapsed": round(progress.elapsed_s, 1), **share}
+    when = {"phase": progress.phase, "seconds_elapsed": round(progress.elapsed_s, 1)}
     with suppress(OSError):
-        sys.stderr.write(json.dumps(line) + "\n")
-
-
-@contextmanager
-def _bar(what: str, *, quiet: bool) -> Iterator[Watcher | None]:
-    """A watcher that draws the bar on standard error; None where none belongs."""
-    if quiet or not is_terminal(sys.stderr):
-        yield None
-        return
-    from rich.console import Console
-
-    with make_bar(Console(stderr=True)) as bar:
-        task = bar.add_task(what, total=None)
-        yield lambda progress: update(bar, task, progress)
+        sys.stderr.write(json.dumps({"message_type": "status", "vm": title or None, **when, **share}) + "\n")
