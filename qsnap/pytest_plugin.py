@@ -120,6 +120,17 @@ class GuestVM:
         """The guest's run state and devices."""
         return self.call(lambda vm: vm.status())
 
+    def __getattr__(self, name: str) -> Any:  # noqa: ANN401 (of VM)
+        """Any other method of :class:`qsnap.VM`."""
+        from inspect import iscoroutinefunction
+
+        from qsnap.vm import VM
+
+        method = getattr(VM, name, None)
+        if name.startswith("_") or not iscoroutinefunction(method):
+            raise AttributeError(f"the VM under test has no method {name!r}")
+        return lambda *given, **how: self.call(lambda vm: method(vm, *given, **how))
+
 
 def tag_of(nodeid: str) -> str:
     """The tag under which the guest of a failed test is saved.
@@ -171,16 +182,17 @@ def qsnap_vm(request: pytest.FixtureRequest) -> Iterator[GuestVM]:
     """
     from qsnap.errors import QsnapError
 
-    vm, why = None, ""
+    __tracebackhide__ = False  # where it shows no frame at all, pytest says so, beside our message
+    vm, tag, why = None, None, ""
     try:
+        marker = request.node.get_closest_marker("qsnap")
+        tag = None if marker is None else _marked_tag(marker)
         vm = GuestVM(_target(request.config), _timeout_s(request.config))
         why = _shared(vm)
     except (QsnapError, pytest.UsageError) as error:
         why = str(error)
     if vm is None or why:  # not in the handler, whose traceback nobody needs
         pytest.fail(f"qsnap: {why}", pytrace=False)
-    marker = request.node.get_closest_marker("qsnap")
-    tag = None if marker is None else _marked_tag(marker)
     with _alone_with(vm):
         failure: QsnapError | None = None
         try:

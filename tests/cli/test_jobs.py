@@ -694,6 +694,26 @@ def test_errors_of_the_plugin_are_short(pytester: pytest.Pytester) -> None:
     text = pytester.runpytest_subprocess("--qsnap-vm=nobody", "-p", "no:asyncio").stdout.str()
     assert "qsnap: no VM 'nobody' is running" in text
     assert "pytest_plugin.py" not in text
+    assert "hidden" not in text
+    pytester.makepyfile("import pytest\n@pytest.mark.qsnap(lod='x')\ndef test_x(): pass\n")
+    text = pytester.runpytest_subprocess("--qsnap-vm=nobody", "-p", "no:asyncio").stdout.str()
+    assert "\nqsnap: the marker qsnap takes the tag of a snapshot: @pytest.mark.qsnap(load='TAG')\n" in text
+
+
+def test_the_fixture_has_the_methods_of_a_vm(guest: Guest, pytester: pytest.Pytester) -> None:
+    pytester.makepyfile("""
+        import pytest
+
+        def test_x(qsnap_vm):
+            assert qsnap_vm.pause().runstate == "paused"
+            qsnap_vm.save("x")
+            qsnap_vm.load("x", save_current=True)
+            assert qsnap_vm.undo(save_current=False).tag.startswith("before-load-")
+            assert qsnap_vm.resume().runstate == "running"
+            with pytest.raises(AttributeError):
+                qsnap_vm.nonsense()
+    """)
+    pytester.runpytest_subprocess(f"--qsnap-monitor={guest.address}", "-p", "no:asyncio").assert_outcomes(passed=1)
 
 
 def test_an_error_in_a_test_is_shown_by_its_line(guest: Guest, pytester: pytest.Pytester) -> None:

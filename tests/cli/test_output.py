@@ -9,12 +9,13 @@ import pytest
 
 import qsnap
 from qsnap.cli.output import results, text
-from qsnap.cli.output.lines import Aside, Cut
+from qsnap.cli.output.lines import Aside, Cut, Table
 from qsnap.cli.output.people import lines_of
 from qsnap.cli.output.results import Outcome, Outcomes, Recoveries, Snapshots
 from qsnap.cli.output.show import show
 from qsnap.errors import QsnapError
-from qsnap.model.qemu import Struct
+from qsnap.model.checks import CheckReport, Device, Role, Verdict
+from qsnap.model.qemu import RunState, Struct
 from qsnap.model.snapshots import Kind, Position, Snapshot, Tree
 
 pytestmark = pytest.mark.no_qemu
@@ -85,3 +86,19 @@ def test_a_tree_is_set_in_only_where_it_branches() -> None:
     assert lines == [*(tag for tag, _ in long), "* you are here"]
     forks = [("t0", ""), *((f"{kind}{number}", f"t{number - 1}") for number in range(1, 1100) for kind in "tu")]
     assert len(in_tree(*forks)) == len(forks) + 2
+
+
+@pytest.mark.parametrize(("device", "heads"), [("database-data-9", "DEVICE DRIVER"), ("", "NODE DEVICE DRIVER")])
+def test_a_device_is_a_line_at_80_columns(device: str, heads: str) -> None:
+    """Its node-name goes first, if it can be named otherwise."""
+    devices = (
+        Device(node="#block1983", device="database-data-9", driver="qcow2", role=Role.DISK, verdict=Verdict.SAVED,
+               image="#block1983"),
+        Device(node="#block99", device=device, driver="raw", role=Role.NODE, verdict=Verdict.IGNORED, why="empty"),
+    )  # fmt: skip
+    report = CheckReport(ok=True, runstate=RunState.RUNNING, devices=devices, findings=(), vmstate="#block1983")
+    table = next(iter(lines_of(report)))
+    assert isinstance(table, Table)
+    fitted = table._fitting(80)
+    assert " ".join(column.head for column in fitted.columns).startswith(heads)
+    assert not device or sum(fitted._widths()) + 2 * (len(fitted.columns) - 1) <= 80

@@ -505,12 +505,13 @@ def _device_table(devices: Sequence[Device], vmstate: str | None) -> Table:
 
     return Table(
         (
-            Column("NODE"),
+            # Whoever has DEVICE can do without, because options take that, too
+            Column("NODE", goes=1 if all(device.device for device in devices) else 0),
             Column("DEVICE"),
             Column("DRIVER"),
             Column("ROLE"),
             Column("VERDICT", styles=_VERDICTS),
-            Column("WHY", folds=True),
+            Column("WHY", folds=True, whole=len("holds the VM state")),
         ),
         [
             (device.node or "-", device.device or "-", device.driver or "-", device.role, device.verdict, why(device))
