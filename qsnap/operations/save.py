@@ -39,6 +39,9 @@ from qsnap.runs.record import SaveWork, row_keys
 from qsnap.runs.run import Run
 from qsnap.tags import free_automatic_tag
 
+#: Findings of what QEMU reports as an error of input or output only, when the save fails by it.
+_CAUSES = ("no-room", "little-room", "cannot-grow")
+
 
 async def do_savevm(run: Run, request: SaveRequest, watch: Watcher | None = None) -> SaveResult:
     """Save RAM, device state and every writable disk under one tag.
@@ -111,7 +114,8 @@ async def do_savevm(run: Run, request: SaveRequest, watch: Watcher | None = None
         row = await attempt.read_back(inventory.graph, was_running=pause.was_running)
         left = await run.shielded(attempt.conclude())
     except BaseException as failure:
-        hint = next((finding.message for finding in report.findings if finding.code == "cannot-grow"), "")
+        known = (finding for finding in report.findings if isinstance(failure, JobFailed) and finding.code in _CAUSES)
+        hint = next((f"{finding.message}: {finding.cure}" for finding in known), "")
         await run.shielded(attempt.clear_up(failure, was_running=was_running, hint=hint))
         raise
     return save_result(plan, tag, bool(replaced) or held.exists, began, row=row, pause=pause, left=left)

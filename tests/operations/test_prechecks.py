@@ -302,6 +302,7 @@ def test_no_room(launch: Launch, small_file_system: Path) -> None:
     # --force tries; it is QEMU then that finds no room, and the guest may be hit by it too (ENOSPC).
     run = cli("save", "t", "--force", "--json", monitor=guest.address, expect=9)
     assert "Error while writing VM state" in run.error["reason"]
+    assert "the guest is running. a: no room: " in run.error["message"], "QEMU says only input/output error"
     assert tags(image) == []
 
 
