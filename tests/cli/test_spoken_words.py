@@ -103,8 +103,7 @@ def test_as_a_user_types(guest: Guest) -> None:
     assert "There are no snapshots" in cli("load", "x", monitor=guest.address, expect=7).err
 
 
-@pytest.mark.parametrize("transport", ["qmp", "hmp"], indirect=True)
-def test_pause_and_resume(guest: Guest, transport: str) -> None:
+def test_pause_and_resume(guest: Guest) -> None:
     assert cli("pause", monitor=guest.address).out == "guest paused\n"
     count = guest.counter
     assert cli("pause", monitor=guest.address).out == "guest paused, as it was\n"

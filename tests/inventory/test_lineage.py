@@ -56,8 +56,7 @@ def images(tmp_path: Path) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize("transport", ["qmp", "hmp"], indirect=True)
-def test_saves_and_loads(launch: Launch, images: Path, transport: str) -> None:
+def test_saves_and_loads(launch: Launch, images: Path) -> None:
     """By qsnap and by others; and when QEMU was started anew."""
     guest = start(launch, images)
     assert tree(guest) == {"vm": guest.address, "snapshots": [], "position": NOTHING}

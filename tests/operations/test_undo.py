@@ -6,14 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from support.guest import Guest, Launch, blockdev, cli, failing_disk, make_boot_disk, make_disk
+from support.guest import Guest, Launch, blockdev, cli, disk_device, failing_disk, make_boot_disk, make_disk, until
 
 
 def listed(guest: Guest) -> list[str]:
     return cli("list", "-q", monitor=guest.address).out.split()
 
 
-@pytest.mark.parametrize("transport", ["qmp", "hmp"], indirect=True)
+@pytest.mark.parametrize("transport", ["hmp"], indirect=True)  # by QMP in what follows
 def test_back_and_forth(guest: Guest, transport: str) -> None:
     """RAM and disks are where they were; of the series the last one is kept; another undo goes back again."""
     guest.qmp("stop")
@@ -73,6 +73,25 @@ def test_a_load_that_fails_leaves_what_was_saved(launch: Launch, tmp_path: Path)
     cli("load", saved, "--running", monitor=guest.address)
     guest.assert_running()
     assert guest.counter >= late
+
+
+@pytest.mark.parametrize("transport", ["hmp"], indirect=True)  # which saves into the image
+def test_what_cannot_be_saved_is_not_discarded(launch: Launch, tmp_path: Path, transport: str) -> None:
+    image = make_boot_disk(tmp_path / "a")
+    guest = launch(*blockdev("a", image), *disk_device("a"))
+    guest.wait_for_ticks(1)
+    cli("save", "one", monitor=guest.address)
+    early = guest.counter
+    guest.quit()
+    guest = launch(*failing_disk("a", image, "vmstate_save", 5, once=False), *disk_device("a"))
+    until("what the load would discard", lambda: guest.counter > early + 10)
+    late = guest.counter
+    text = cli("load", "one", "--save-current", monitor=guest.address, expect=9).err
+    assert "nothing was loaded, because what the load discards could not be saved" in text
+    assert guest.counter >= late
+    assert listed(guest) == ["one"]
+    assert guest.runstate == "running"
+    guest.wait_for_ticks(3)
 
 
 def test_another_client_s_load_is_not_undone(guest: Guest) -> None:
