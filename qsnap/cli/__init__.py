@@ -18,7 +18,7 @@ from typing import NoReturn
 import click
 
 from qsnap import __version__
-from qsnap.cli.words import ALIASES, meant_by, verb_first
+from qsnap.cli.words import ALIASES, SHARED, meant_by, verb_first
 from qsnap.errors import EXIT_TABLE, BadUsage, Interrupted, QsnapError
 
 #: Set by the scripts of ``qsnap completion``: what they ask for.
@@ -102,6 +102,8 @@ def _without_option(word: str, context: click.Context) -> str:
     message = f"There is no option {word!r}."
     if near := get_close_matches(word, options_of(context.command), 1, 0.75):
         return f"{message} Did you mean {near[0]!r}?"
+    if word in SHARED:
+        return f"{context.info_name} has no option {word}"
     if others := ", ".join(name for name, command in cli.commands.items() if word in options_of(command)):
         if context.parent is None:
             return f"{word} comes after the command; these have it: {others}"

@@ -81,6 +81,7 @@ def test_usage_errors_are_one_line() -> None:
             "save t --image x",
             "save has no option --image; these have it: list, tree, show, delete, verify (see qsnap save --help)",
         ),
+        ("boot --vm x y", "boot has no option --vm (see qsnap boot --help)"),
         (
             "--latest load",
             "--latest comes after the command; these have it: load (see qsnap --help)",
