@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from urllib.parse import urlsplit, urlunsplit
 
 from qsnap.cli.output.show import say
@@ -85,8 +86,10 @@ def _call(url: str, what: str, message: str) -> None:
         answer.close()
         _warn(url, f"answered {answer.code} {answer.reason}".rstrip())
     except Exception as error:  # noqa: BLE001 (whatever a library makes of whatever a server sends)
-        _warn(url, f"could not be reached: {error or type(error).__name__}")
+        reason = getattr(error, "reason", error)  # urllib wraps what the system says
+        _warn(url, f"could not be reached: {getattr(reason, 'strerror', None) or reason or type(error).__name__}")
 
 
+@cache  # the same of both calls is said once
 def _warn(url: str, why: str) -> None:
     say(f"warning: the health check at {urlsplit(url).hostname} {why}"[:500])
