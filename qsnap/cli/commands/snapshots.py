@@ -184,9 +184,9 @@ def list_(
 def tree(options: Options, images: tuple[str, ...]) -> int:
     """Show what was made from what, and where you are.
 
-    Each snapshot is below the one that the guest had come from when it was saved. You are below the one that was loaded
-    or saved last. If another client may have loaded or saved
-    since, and nothing in the image tells, that is said.
+    Each snapshot is below the one that the guest had come from when it was saved: in the same column, or as a branch
+    if there are several. You are below the one that was loaded or saved last. If another client may have loaded or
+    saved since, and nothing in the image tells, that is said. On a terminal, long lines are cut.
     """
     return work(options, lambda vm, *_: vm.tree(), looks=True, images=images)
 
