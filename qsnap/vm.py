@@ -313,7 +313,9 @@ class VM:
             why = known.position.unknown and f"it is not known which load was the last: {known.position.unknown}"
             series = [one.tag for one in inventory.snapshots if is_of_series(one.tag, UNDO_SERIES)]
             hint = f". There is {series[-1]!r}: qsnap load {series[-1]}" if series else ""
-            nothing = "no load has saved what it discarded (qsnap load --save-current TAG), or that is deleted"
+            nothing = (
+                "the last load saved nothing first (qsnap load --save-current TAG does), or what it saved is deleted"
+            )
             raise SnapshotNotFound("", f"nothing to undo: {why or nothing}{hint}")
         return await self.load(found, save_current=save_current, watch=watch)
 

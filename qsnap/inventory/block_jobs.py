@@ -52,7 +52,7 @@ def load_findings(graph: BlockGraph, devices: Sequence[Device], going_back: Coll
         if left := _left_filter(graph, device):
             yield _finding(
                 "backup-filter",
-                f"the filter {left} stands above {name}, for a backup: its copy would be of two moments",
+                f"the filter {left} is above {name}, for a backup: its copy would be of two moments",
                 _END_BACKUP,
                 device,
             )
@@ -68,7 +68,7 @@ def load_findings(graph: BlockGraph, devices: Sequence[Device], going_back: Coll
             yield _finding(
                 "dirty-bitmaps",
                 f"{name}: Device has active dirty bitmaps, and QEMU takes back no disk that has. They have no name, so "
-                "something in QEMU is at work with them",
+                "something in QEMU is using them",
                 "wait for its end",
                 device,
             )
@@ -118,7 +118,7 @@ def live_obstacle(graph: BlockGraph, devices: Sequence[Device]) -> str:
         return f"while {_told(job, device, devices)}: wait for its end, or {_ending(job)}"
     for device in saved:
         if left := _left_filter(graph, device):
-            return f"while the filter {left} stands above {_name(device, devices)}: {_END_BACKUP}"
+            return f"while the filter {left} is above {_name(device, devices)}: {_END_BACKUP}"
     return ""
 
 
@@ -148,7 +148,7 @@ def _of_all_devices(graph: BlockGraph, devices: Sequence[Device], what: str, bes
         if device.verdict is Verdict.SAVED and (left := _left_filter(graph, device)):
             yield _finding(
                 "backup-filter",
-                f"the filter {left} stands above {_name(device, devices)}, for a backup: QEMU's {what} through it",
+                f"the filter {left} is above {_name(device, devices)}, for a backup: QEMU's {what} through it",
                 _END_BACKUP,
                 device,
             )

@@ -487,7 +487,7 @@ def _encrypted(
                 f"{name}, QEMU's choice for the state, is encrypted, and QEMU crashes in that: the state goes to "
                 f"{there}, where the guest's RAM is in the clear; `loadvm` in a human monitor will not look there"
             ),
-            f"--vmstate {shlex.quote(there)} says that this is meant",
+            f"--vmstate {shlex.quote(there)} confirms that you want this",
             chosen,
         )
         return

@@ -85,7 +85,7 @@ class ChangeBelow(NamedTuple):
     def told(self, name: str) -> str:
         """The change in words, for the disk with the user's *name*."""
         then, now = (" and ".join(names) or "no other image" for names in (self.then, self.now))
-        return f"{name} stood on {then} when it was saved, and stands on {now} now"
+        return f"{name} had {then} below it when it was saved, and has {now} now"
 
 
 class _File(Struct, frozen=True):

@@ -225,7 +225,7 @@ def not_found(graph: BlockGraph, devices: Sequence[Device], tag: str, hint: str 
     if below is not None:
         hint += (
             f". It is in the backing image {below.image} of {below.device}: commit the overlay first (block-commit), "
-            "if no other image stands on that one"
+            "if no other image has that one below it"
         )
     return SnapshotNotFound(tag, f"no snapshot {tag!r} on any device{hint}")
 

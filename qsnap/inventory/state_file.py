@@ -277,7 +277,7 @@ def flaw(pread: Callable[[int, int], bytes], size: int) -> str:
     """
     content = content_of(pread)
     if content is None:
-        return "it is no state file"
+        return "it is not a state file"
     layout = _layout(content.vm_state_size)
     if size < layout.end:
         return "it is cut short"

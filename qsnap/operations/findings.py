@@ -56,7 +56,7 @@ def device_findings_for_load(survey: rules.Survey, exclude_all: str) -> Iterator
             yield Finding.refusal(
                 finding.code,
                 f"{finding.message}: it would keep the contents that it has now, while the rest goes back",
-                f"if that is meant: {exclude_all}" if exclude_all else "if the snapshot was made without it: unplug it",
+                f"if you want that: {exclude_all}" if exclude_all else "if the snapshot was made without it: unplug it",
                 finding.node,
             )
         elif finding.code == "exclude-unknown":
@@ -327,7 +327,7 @@ def chain_findings(inventory: Inventory, snapshot: Snapshot, devices: Collection
             "backing-changed",
             f"{change.told(label)}: what {snapshot.tag!r} reads from there would be lost, or be other data",
             "with the guest off, put the old one back below: qemu-img rebase -u -F FORMAT -b FILE IMAGE; or, if what "
-            "it stands on now holds the same (a renamed image, one that block-commit has merged): --force",
+            "is below it now holds the same (a renamed image, one that block-commit has merged): --force",
             change.node,
         )
 
@@ -342,7 +342,7 @@ def elsewhere_findings(inventory: Inventory, snapshot: Snapshot) -> Iterator[Fin
             yield Finding.refusal(
                 "in-backing",
                 f"the part of {name} is in its backing image {below[0].image}: an overlay was made above it",
-                "commit the overlay first (block-commit), if no other image stands on that one",
+                "commit the overlay first (block-commit), if no other image has that one below it",
                 node,
             )
         elif strays:

@@ -210,7 +210,7 @@ async def _begin(run: Run, pause: Pause, plan: LoadPlan, vmstate: str, devices: 
 def _standing(*, was_reset: bool, was_stopped: bool) -> str:
     """The guest's state, for the message of a refusal at the second look."""
     if was_reset:
-        return "nothing was loaded; the guest was reset, and stands still"
+        return "nothing was loaded; the guest was reset, and is paused"
     return "the guest was stopped for a moment, and resumed" if was_stopped else UNTOUCHED
 
 

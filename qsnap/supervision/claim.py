@@ -163,7 +163,7 @@ async def _release(monitor: Monitor, ours: Journal) -> None:
 
 def _locked(holder: Holder | None, waited_s: float) -> VMLocked:
     if holder is None:
-        cure = "If none is at work: qsnap recover --force takes the claim away, and leaves the guest as it is"
+        cure = "If no qsnap is using the VM: qsnap recover --force removes the claim, and leaves the guest as it is"
         return VMLocked(f"its claim (the object {CLAIM} in QEMU) is of another version, or damaged", waited_s, cure)
     cure = _cure_of_stopped(holder.owner.pid) if holder.is_here else ""
     if not holder.is_here:

@@ -269,7 +269,7 @@ class _Translation:
         elif handler is not None:
             handler(value)
         else:
-            self._refuse(option, value, "qsnap does not know what it stands for on another machine")
+            self._refuse(option, value, "qsnap does not know what it means on another machine")
 
     def _keep(self, option: str, value: str) -> None:
         self._made.words.extend((f"-{option}", value) if value else (f"-{option}",))
@@ -428,7 +428,7 @@ class _Translation:
                 ("-object", _without(value, ("host-nodes", "policy", "prealloc", "prealloc-context")))
             )
         elif not kind.startswith(_HOST_OBJECTS):
-            self._refuse("object", value, "qsnap does not know what it stands for on another machine")
+            self._refuse("object", value, "qsnap does not know what it means on another machine")
 
     # Chardevs
 

@@ -412,7 +412,7 @@ def test_the_filter_of_a_backup_without_a_job(launch: Launch, tmp_path: Path, tr
     if transport == "qmp":
         guest.qmp("cont")
         error = cli("save", "l", "--live", monitor=guest.address, expect=5).err
-        assert "a live save is not possible while the filter cbw stands above fmt: end the backup" in error
+        assert "a live save is not possible while the filter cbw is above fmt: end the backup" in error
         guest.qmp("stop")
         counter = guest.counter
         cli("save", "t", monitor=guest.address)
@@ -445,7 +445,7 @@ def test_a_backing_file_that_was_streamed_away(overlaid: Guest, tmp_path: Path) 
     found = refused(overlaid, "t")
     assert list(found) == ["backing-changed"]
     message = found["backing-changed"]["message"]
-    assert "hd0 stood on base.qcow2 when it was saved, and stands on no other image now" in message
+    assert "hd0 had base.qcow2 below it when it was saved, and has no other image now" in message
     listed = cli("list", "--json", monitor=overlaid.address).json["snapshots"]
     assert [len(one["problems"]) for one in listed] == [1, 1]
     assert "2 that cannot be loaded" in cli("status", "--max-age", "1h", monitor=overlaid.address, expect=2).out

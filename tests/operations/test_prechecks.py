@@ -444,7 +444,7 @@ def test_a_disk_that_cannot_go_back_is_named_with_a_cure_that_works(launch: Laun
     (finding,) = cli("load", "t", "--json", monitor=guest.address, expect=6).error["findings"]
     assert (finding["code"], finding["node"]) == ("device-cannot-snapshot", "r")
     if HAS_SNAPSHOT_JOBS:
-        assert finding["cure"] == "if that is meant: --exclude r"
+        assert finding["cure"] == "if you want that: --exclude r"
         cli("load", "t", "--exclude", "r", monitor=guest.address)
     else:
         assert finding["cure"] == "if the snapshot was made without it: unplug it"

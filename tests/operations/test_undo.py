@@ -37,7 +37,7 @@ def test_back_and_forth(guest: Guest, transport: str) -> None:
     guest.assert_running()
     cli("load", "one", monitor=guest.address)
     text = cli("undo", monitor=guest.address, expect=7).err
-    assert "nothing to undo: no load has saved what it discarded" in text
+    assert "nothing to undo: the last load saved nothing first" in text
     assert f"qsnap load {second}" in text
 
 

@@ -138,7 +138,7 @@ async def _place_findings(monitor: Monitor, path: Path, force: bool, *, is_taken
     directory = path.parent
     cure = _PLACE_CURE
     if is_taken:
-        message = f"the state file would be {path}, and what is there is no state file of this VM"
+        message = f"the state file would be {path}, and what is there is not a state file of this VM"
         cure = f"choose another tag, or {_PLACE_CURE.removeprefix('choose ')}"
         return [Finding.refusal("state-file-taken", message, cure)]
     if not os.access(directory, os.W_OK | os.X_OK):
@@ -334,7 +334,7 @@ class LiveSaveAttempt:
         """
         found = read(Path(self._work.path))
         if found is None or not found.is_whole:
-            raise VerifyFailed(self._tag, [f"{self._work.path} is no state file"])
+            raise VerifyFailed(self._tag, [f"{self._work.path} is not a state file"])
         await self._put_back()
         older = [path for path in self._work.older_files if path != self._work.path]
         left = await delete_replaced(self._monitor, self._devices, self._work.older, older)
