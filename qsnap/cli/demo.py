@@ -1,18 +1,20 @@
-"""The demo: a tiny guest of qsnap's own, saved and loaded before the user's eyes.
+"""The demo: a tiny guest of qsnap's own, saved and loaded before the user's eyes, and then by QEMU's own commands.
 
-The guest counts on its serial port, writes every count to its disk, and compares the two on every tick.
+The guest counts on its serial port, writes every count to its disk, and compares the two on every tick. None of its RAM
+is zero, so that QEMU has to save every page.
 """
 
 from __future__ import annotations
 
 import asyncio
+import json
 import re
 import shutil
 import sys
 import tempfile
 import time
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, closing
 from pathlib import Path
 
 import qsnap.guest
@@ -20,12 +22,13 @@ from qsnap.cli.output.bar import bars
 from qsnap.cli.output.results import Snapshots
 from qsnap.cli.output.show import show
 from qsnap.errors import ConnectError, NotSupported, QsnapError, VerifyFailed
+from qsnap.model.snapshots import Kind
 from qsnap.vm import VM, connect
 
 #: Seconds for the guest to do something that takes it milliseconds.
 PATIENCE_S = 30.0
 #: MiB of guest RAM.
-MEMORY = 64
+MEMORY = 256
 
 
 async def demo(qemu: str) -> None:
@@ -41,24 +44,26 @@ async def demo(qemu: str) -> None:
         directory = Path(name)
         disk = directory / "disk.qcow2"
         qsnap.guest.make_disk(disk, qemu_img=qemu_img)
-        _say(
-            f"A guest of {MEMORY} MiB with one disk boots in {directory}: it counts, and writes each count to its disk."
-        )
+        _say(f"A guest of {MEMORY} MiB with one disk boots in {directory}:")
+        _say("it counts, and writes each count to its disk.")
         async with _booted(qemu, directory, disk) as serial:
             address = str(directory / "qmp")
             await _watch(serial, 5, "It counts")
             async with connect(address) as vm:
-                await _walk_through(vm, serial, disk, qemu_img)
+                pause_ms = await _walk_through(vm, serial, disk, qemu_img)
+                await _compare(vm, pause_ms, directory / "bare")
     _say("The guest has been ended, and its directory removed. For a guest of your own: qsnap --help")
 
 
-async def _walk_through(vm: VM, serial: Path, disk: Path, qemu_img: str) -> None:
+async def _walk_through(vm: VM, serial: Path, disk: Path, qemu_img: str) -> float:
+    """Check, save, list and load; the save's pause in milliseconds."""
     _command("check")
     show(await vm.check())
     _command("save before")
     before = _last(serial)
     with bars("saving") as watching, watching("") as watch:
-        show(await vm.save("before", watch=watch))
+        saved = await vm.save("before", watch=watch)
+        show(saved)
     after = await _watch(serial, 1, "The guest runs on")
     later = await _watch(serial, 40, "... and on")
     _command("list")
@@ -75,6 +80,45 @@ async def _walk_through(vm: VM, serial: Path, disk: Path, qemu_img: str) -> None
     _say(f"It has compared its RAM with its disk after every count: {bad} differences.")
     if not (before <= on_disk <= after and on_disk <= back <= on_disk + 1 and bad == 0):
         raise VerifyFailed("before", [f"disk {on_disk}, guest {back}, saved between {before} and {after}, {bad} bad"])
+    return saved.pause_ms
+
+
+async def _compare(vm: VM, pause_ms: float, monitor: Path) -> None:
+    """A live save and a load, and the same by QEMU's own commands through another monitor."""
+    reader, writer = await asyncio.open_unix_connection(monitor)
+
+    def send(command: str, **arguments: str) -> None:
+        writer.write(json.dumps({"execute": command, "arguments": arguments}).encode() + b"\n")
+
+    async def stopped_ms(line: str = "") -> float:
+        """For how long the guest was stopped, by QEMU's own events: by *line* of the human monitor, or just before."""
+        if line:
+            send("human-monitor-command", **{"command-line": line})
+        stamps: dict[str, float] = {}
+        while not {"STOP", "RESUME"} <= stamps.keys():
+            message = json.loads(await asyncio.wait_for(reader.readline(), PATIENCE_S))
+            if message.get("return"):
+                raise QsnapError(f"{line}: {message['return']}")
+            if "event" in message:
+                at = message["timestamp"]
+                stamps[message["event"]] = at["seconds"] * 1000 + at["microseconds"] / 1000
+        return stamps["RESUME"] - stamps["STOP"]
+
+    with closing(writer):
+        _command("save live --live=auto")
+        with bars("saving") as watching, watching("") as watch:
+            live = await vm.save("live", live="auto", watch=watch)
+            show(live)
+        send("qmp_capabilities")
+        _command("load live")
+        show(await vm.load("live"))
+        load = await stopped_ms()
+        _say("The same by QEMU's own commands, savevm and loadvm:")
+        first, second, bare = [await stopped_ms(line) for line in ("savevm a", "savevm b", "loadvm b")]
+    pauses = f"{live.pause_ms:.0f} ms (--live) or {pause_ms:.0f} ms" if live.kind is Kind.LIVE else f"{pause_ms:.0f} ms"
+    _say(f"A save paused the guest for {pauses};")
+    _say(f"savevm for {second:.0f} ms, and for {first:.0f} ms when it was the first one after a load.")
+    _say(f"A load paused it for {load:.0f} ms, loadvm for {bare:.0f} ms.")
 
 
 @asynccontextmanager
@@ -83,9 +127,10 @@ async def _booted(qemu: str, directory: Path, disk: Path) -> AsyncIterator[Path]
     serial = directory / "serial"
     process = await asyncio.create_subprocess_exec(
         qemu, "-machine", "q35,accel=tcg", "-m", str(MEMORY), "-nodefaults", "-display", "none", "-name", "qsnap-demo",
-        "-qmp", f"unix:{directory}/qmp,server=on,wait=off", "-serial", f"file:{serial}",
+        "-qmp", f"unix:{directory}/qmp,server=on,wait=off", "-qmp", f"unix:{directory}/bare,server=on,wait=off",
+        "-serial", f"file:{serial}",
         "-blockdev", f"driver=qcow2,node-name=disk0,file.driver=file,file.filename={disk}",
-        "-device", "virtio-blk,drive=disk0",
+        "-device", "virtio-blk,drive=disk0,id=vda",
         stdin=asyncio.subprocess.DEVNULL, stderr=asyncio.subprocess.PIPE,
     )  # fmt: skip
     try:

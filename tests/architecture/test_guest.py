@@ -44,8 +44,11 @@ def test_demo() -> None:
     assert int(back[2]) <= int(on_disk[1]) <= int(back[3]) < int(on_disk[2])
     assert int(back[1]) - int(on_disk[1]) in (0, 1)
     assert ": 0 differences" in out
-    for command in ("check", "save before", "list", "load before --paused", "load before --running"):
-        assert f"$ qsnap {command}\n" in out
+    assert re.search(r"A save paused the guest for \d+ ms \(--live\) or \d+ ms;\n# savevm for \d+ ms, and for \d+", out)
+    assert re.search(r"A load paused it for \d+ ms, loadvm for \d+ ms", out)
+    shown = ["check", "save before", "list", "load before --paused", "load before --running", "save live", "load live"]
+    for command in shown:
+        assert f"$ qsnap {command}" in out
 
 
 def test_demo_without_qemu(tmp_path: Path) -> None:
@@ -59,7 +62,7 @@ def test_demo_ends_its_guest_when_interrupted() -> None:
     line = process.stdout.readline()
     directory = re.search(r"boots in (\S+):", line)
     assert directory is not None
-    process.stdout.readline()
+    assert [process.stdout.readline()[:4] for _ in range(2)] == ["# it", "# It"]
     process.terminate()
     assert finish(process).code == 143
     assert not Path(directory[1]).exists()
