@@ -9,6 +9,7 @@ from pathlib import Path
 
 import click
 import pytest
+import yaml
 
 import qsnap
 from qsnap.cli import child, cli
@@ -46,6 +47,15 @@ def test_links_lead_somewhere(page: Path) -> None:
         if anchor:
             headings = re.findall(r"^#+ (.+)$", PAGES[target], re.M)
             assert anchor in {re.sub(r"[^\w -]", "", heading).replace(" ", "-").lower() for heading in headings}, link
+
+
+def test_the_site_has_every_page_and_builds_without_a_warning(tmp_path: Path) -> None:
+    nav = re.findall(r"[\w-]+\.md", str(yaml.safe_load((ROOT / "mkdocs.yml").read_text())["nav"]))
+    assert sorted(nav) == sorted(["index.md", "changelog.md", *(path.name for path in PAGES if path.parent != ROOT)])
+    build = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)]
+    done = subprocess.run(build, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert 'src="demo.svg"' in (tmp_path / "index.html").read_text()
 
 
 def test_the_exit_table_is_in_the_help() -> None:
@@ -107,7 +117,7 @@ def test_which_commands_take_the_common_options(name: str) -> None:
 def test_files_that_the_docs_name_exist() -> None:
     for name in re.findall(r"scripts/[\w-]+", DOCS):
         assert (ROOT / name).exists(), name
-    laid_out = PAGES[ROOT / "docs" / "design.md"].split("```\nqsnap/\n")[1].split("```")[0]
+    laid_out = PAGES[ROOT / "docs" / "design.md"].split("```text\nqsnap/\n")[1].split("```")[0]
     for name in re.findall(r"[\w/]+\.py|^  \w+/", laid_out, re.M):
         assert (ROOT / "qsnap" / name.strip()).exists(), name
 
@@ -120,9 +130,10 @@ def test_the_library_example_names_what_there_is() -> None:
         assert getattr(qsnap, name)
 
 
-def test_the_changelog_has_an_unreleased_block_on_top() -> None:
+def test_the_changelog_has_an_unreleased_block_on_top_and_this_version_below() -> None:
     headings = re.findall(r"^## (.+)$", (ROOT / "CHANGELOG.md").read_text(), re.M)
     assert headings[0] == "Unreleased"
+    assert re.fullmatch(rf"{re.escape(qsnap.__version__)} - \d{{4}}-\d\d-\d\d", headings[1])
 
 
 def test_the_codes_of_jobs() -> None:
