@@ -74,12 +74,12 @@ EXAMPLES: Mapping[str, Sequence[tuple[str, str]]] = {
         ("qsnap describe before-upgrade ''", "remove it"),
     ),
     "export": (
-        ("qsnap export before-upgrade /backup/before-upgrade", "with disks and VM state"),
-        ("qsnap export before-upgrade /backup/new --keep-backing", "on the same backing images"),
+        ("qsnap export before-upgrade ~/backups/before-upgrade", "with disks and VM state"),
+        ("qsnap export before-upgrade ~/backups/thin --keep-backing", "on the same backing images"),
     ),
     "boot": (
-        ("qsnap boot /backup/before-upgrade", "where the snapshot left off"),
-        ("qsnap boot /backup/before-upgrade --work ~/second --network", "and keep what it does"),
+        ("qsnap boot ~/backups/before-upgrade", "where the snapshot left off"),
+        ("qsnap boot ~/backups/before-upgrade --work ~/second --network", "and keep what it does"),
     ),
     "run": (
         ("qsnap run --revert -- make check", "and put the guest back"),
