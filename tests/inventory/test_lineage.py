@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 
 from qsnap.inventory.lineage import SUFFIX
 from support.guest import (
+    DEADLINE_S,
     Guest,
     Launch,
     blockdev,
@@ -18,6 +20,8 @@ from support.guest import (
     make_disk,
     needs_snapshot_jobs,
     qemu_img,
+    tool,
+    until,
 )
 
 NOTHING: dict[str, object] = {"tag": None, "deleted": [], "unknown": ""}
@@ -103,6 +107,43 @@ def test_a_live_snapshot_shares_its_place(launch: Launch, images: Path) -> None:
     assert here(guest) == "live"
     (images / f"a{SUFFIX}").unlink()
     assert here(guest).startswith("?"), "both may be it"
+
+
+@needs_snapshot_jobs
+def test_disks_that_may_have_been_put_back_while_the_vm_was_off(launch: Launch, tmp_path: Path) -> None:
+    """To a live snapshot, too, which no QEMU loads by itself: where nothing in the disks tells it from another one."""
+    image = make_disk(tmp_path / "a")
+    guest = launch(*blockdev("a", image), *disk_device("a"), memory="16")
+    for line in ("save full", "load full", "save --live live", "load full"):
+        cli(*line.split(), monitor=guest.address)
+    assert here(guest) == "full"
+    guest.quit()
+    qemu_img("snapshot", "-a", "live", image)
+    guest = launch(*blockdev("a", image), *disk_device("a"), memory="16")
+    assert here(guest) == (
+        "? the disks may have been put back to 'live' while the VM was off: nothing in them tells"
+    )  # fmt: skip
+
+
+def test_a_disk_that_cannot_be_seen(launch: Launch, tmp_path: Path) -> None:
+    """What it holds may be of another moment, whatever the other disks say."""
+    make_boot_disk(tmp_path / "a")
+    with make_disk(tmp_path / "b").open("r+b") as file:
+        file.truncate(4 << 20)  # an export does not grow
+    export = tmp_path / "nbd"
+    server = subprocess.Popen([tool("qemu-nbd"), "-t", "-f", "raw", "-k", export, tmp_path / "b"])
+    try:
+        until("the export", lambda: export.exists() or server.poll() is not None)
+        guest = launch(
+            *blockdev("a", tmp_path / "a"), *disk_device("a"),
+            "-blockdev", f"driver=nbd,node-name=n,server.type=unix,server.path={export}",
+            "-blockdev", "driver=qcow2,node-name=b,file=n", *disk_device("b", 1),
+        )  # fmt: skip
+        cli("save", "one", monitor=guest.address)
+        assert here(guest) == "? the image of b cannot be seen from here"
+    finally:
+        server.kill()
+        server.wait(DEADLINE_S)
 
 
 @needs_snapshot_jobs
