@@ -52,11 +52,8 @@ def meant_by(word: str, commands: Collection[str]) -> str:
     """The command that a word most likely means, by its meaning, or else by its spelling; "" if none."""
     from difflib import get_close_matches
 
-    word = word.lower()
-    if (meaning := _MEANINGS.get(word, "")) in commands:
-        return meaning
     known = [*commands, *ALIASES, *_MEANINGS]
-    near = next(iter(get_close_matches(word, known, 1, 0.7)), "")
+    near = next(iter(get_close_matches(word.lower(), known, 1, 0.7)), "")
     found = ALIASES.get(near) or _MEANINGS.get(near) or near
     return found if found in commands else ""
 
