@@ -15,6 +15,7 @@ from support.guest import (
     make_boot_disk,
     make_disk,
     needs_snapshot_jobs,
+    qemu_img,
     tags,
 )
 from support.live import state_files
@@ -74,3 +75,13 @@ def test_what_is_not_an_image(tmp_path: Path) -> None:
     assert "No such file" in cli("list", "--image", str(tmp_path / "none"), expect=2).err
     cli("list", "--image", str(make_disk(tmp_path / "d")), "--all", expect=2)
     assert "no snapshots" in cli("list", "--image", str(tmp_path / "d")).err
+
+
+@pytest.mark.no_qemu
+def test_a_tag_that_could_be_an_id(tmp_path: Path) -> None:
+    """qemu-img would look it up among the IDs, too."""
+    image = make_disk(tmp_path / "a")
+    for tag in ("2", "other"):
+        qemu_img("snapshot", "-c", tag, image)
+    assert "could be the ID of another" in cli("delete", "2", "--image", str(image), expect=1).err
+    assert tags(image) == ["2", "other"]

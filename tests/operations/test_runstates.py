@@ -111,6 +111,19 @@ def assert_back(guest: Guest, marks: int = 0) -> None:
     assert guest.word(MARKS) == marks
 
 
+def test_resume_is_refused_where_cont_does_not_help(boot: Boot) -> None:
+    """What does help is said."""
+    guest = boot()
+    cli("save", "up", monitor=guest.address)
+    for key, cure in (("s", "system_wakeup"), ("q", "system_reset")):
+        press(guest, key)
+        text = cli("resume", monitor=guest.address, expect=6).err
+        assert f"it is {STATES[key]}" in text
+        assert cure in text
+        assert guest.runstate == STATES[key]
+        cli("load", "up", monitor=guest.address)
+
+
 @both_monitors
 def test_a_load_brings_back_a_guest_that_has_stopped_by_itself(boot: Boot) -> None:
     """That is no pause of the user's."""
