@@ -27,6 +27,8 @@ from qsnap.vm import VM, connect
 
 #: Seconds for the guest to do something that takes it milliseconds.
 PATIENCE_S = 30.0
+#: Seconds for a savevm, which flushes the disk some thousand times if it is the first one after a load.
+BARE_PATIENCE_S = 300.0
 #: MiB of guest RAM.
 MEMORY = 256
 
@@ -52,7 +54,7 @@ async def demo(qemu: str) -> None:
             async with connect(address) as vm:
                 pause_ms = await _walk_through(vm, serial, disk, qemu_img)
                 await _compare(vm, pause_ms, directory / "bare")
-    _say("The guest has been ended, and its directory removed. For a guest of your own: qsnap --help")
+    _say("The guest has been ended, and its directory removed. For yours: qsnap --help")
 
 
 async def _walk_through(vm: VM, serial: Path, disk: Path, qemu_img: str) -> float:
@@ -96,7 +98,10 @@ async def _compare(vm: VM, pause_ms: float, monitor: Path) -> None:
             send("human-monitor-command", **{"command-line": line})
         stamps: dict[str, float] = {}
         while not {"STOP", "RESUME"} <= stamps.keys():
-            message = json.loads(await asyncio.wait_for(reader.readline(), PATIENCE_S))
+            try:
+                message = json.loads(await asyncio.wait_for(reader.readline(), BARE_PATIENCE_S))
+            except TimeoutError:
+                raise QsnapError(f"QEMU has not done {line!r} within {BARE_PATIENCE_S:g} s") from None
             if message.get("return"):
                 raise QsnapError(f"{line}: {message['return']}")
             if "event" in message:
