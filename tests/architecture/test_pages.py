@@ -88,7 +88,7 @@ AMONG_OTHERS = ("qsnap vms",)
 #: ``guest NAME qmp|mon DISK...``: start a guest of that name with that monitor, which qsnap then means.
 GUEST = """
 guest() {
-  local name=$1 directory=$HOME/${1%% *} monitor=$2 contents=boot letters=abc options=() disk file
+  local name=$1 directory=$HOME/${1%% *} monitor=$2 contents=boot number=0 ids=(vda vdb vdc) options=() disk file
   local -A format=([qcow2]=qcow2 [img]=raw)
   shift 2
   mkdir $directory
@@ -96,13 +96,13 @@ guest() {
     file=$directory/$disk; [[ $disk = *.img ]] || file+=.qcow2
     cp templates/$contents.${file##*.} $file
     options+=(-blockdev "driver=${format[${file##*.}]},node-name=${disk%.img},file.driver=file,file.filename=$file")
-    options+=(-device virtio-blk,drive=${disk%.img},id=vd${letters:0:1})
-    contents=empty letters=${letters:1}
+    options+=(-device ide-hd,drive=${disk%.img},bus=ide.$number,id=${ids[number]})
+    contents=empty number=$((number + 1))
   done
   export QSNAP_MONITOR=$directory.$monitor
   [ $monitor = qmp ] && options+=(-qmp) || options+=(-monitor)
   options+=(unix:$QSNAP_MONITOR,server=on,wait=off -serial file:$directory/serial)
-  qemu-system-x86_64 -name "$name" -nodefaults "${options[@]}"
+  qemu-system-x86_64 -name "$name" -machine q35 -nodefaults "${options[@]}"
   printf "[vm.'%s']\nmonitor = '%s'\n" "$name" $QSNAP_MONITOR >> .config/qsnap/config.toml
 }
 """
