@@ -254,8 +254,13 @@ class VM:
             inventory = await self._tidied(run)
             found = inventory.find(request.tag)
             with position_kept(run):
-                async with watched_load(watch, self.pid, found.vm_state_size if found else 0):
-                    result = await do_loadvm(run, request)
+                try:
+                    async with watched_load(watch, self.pid, found.vm_state_size if found else 0):
+                        result = await do_loadvm(run, request)
+                except asyncio.CancelledError as cancelled:
+                    if not run.loads:
+                        cancelled.add_note("nothing was loaded")
+                    raise
             undo = inventory.find(saved.tag) if saved else None
             await note_position(run, inventory, found, saved=False, undo=undo)
             behind_s = None
@@ -857,7 +862,11 @@ async def connect(
     clock = asyncio.get_running_loop().time
     deadline = None if timeout_s is None else clock() + timeout_s
     patience_s = lock_wait_s if timeout_s is None else min(lock_wait_s, timeout_s)
-    monitor = await _opened(where, greeting_s, patience_s, snapshot_jobs)
+    try:
+        monitor = await _opened(where, greeting_s, patience_s, snapshot_jobs)
+    except asyncio.CancelledError as cancelled:
+        cancelled.add_note("the guest was not touched")
+        raise
     timer = asyncio.timeout_at(deadline)
     try:
         async with timer:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, cast
 
 from qsnap.cli.common import Action, Options
-from qsnap.cli.output.bar import shown_progress
+from qsnap.cli.output.bar import Watching, shown_progress
 from qsnap.cli.output.results import OfVM, Outcome, Outcomes
 from qsnap.cli.pick import refuse_few_files, say_which, targets
 from qsnap.cli.runner import connected
@@ -66,9 +66,13 @@ def _offline(options: Options, action: Action, images: Sequence[str], shows: str
     if options.vms or options.all_vms:
         raise BadUsage("--image is for a VM that is off; --vm and --all are for those that run")
     opened = Images(images, options.state_dir)
-    try:
+
+    async def work() -> Struct:
         with shown_progress(shows, options) as progress, progress("") as watch:
-            return run_interruptibly(action(cast("VM", opened), Settings(), watch))
+            return await action(cast("VM", opened), Settings(), watch)
+
+    try:
+        return run_interruptibly(work())
     finally:
         opened.close()
 
@@ -80,7 +84,7 @@ def _each(options: Options, action: Action, cut_off: list[str], *, looks: bool, 
     turns = asyncio.Semaphore(options.jobs)
     ended: list[tuple[str, str]] = []
 
-    async def one(title: str, target: Target | QsnapError) -> Outcome:
+    async def one(title: str, target: Target | QsnapError, progress: Watching) -> Outcome:
         if isinstance(target, QsnapError):
             target.vm = title
             return Outcome(title, target)
@@ -102,7 +106,9 @@ def _each(options: Options, action: Action, cut_off: list[str], *, looks: bool, 
 
     async def each() -> list[Outcome]:
         try:
-            return await asyncio.gather(*(one(*named) for named in meant))
+            # Signals are handled by now, so that a bar is always taken away again
+            with shown_progress(shows, options) as progress:
+                return await asyncio.gather(*(one(*named, progress) for named in meant))
         except asyncio.CancelledError:
             told = asyncio.CancelledError()
             for title, note in ended:
@@ -112,5 +118,4 @@ def _each(options: Options, action: Action, cut_off: list[str], *, looks: bool, 
     for _, target in meant:
         if not options.is_of_several and not isinstance(target, QsnapError):
             say_which(options, target, looks=looks)
-    with shown_progress(shows, options) as progress:
-        return run_interruptibly(each())
+    return run_interruptibly(each())

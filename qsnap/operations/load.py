@@ -188,6 +188,7 @@ async def _begin(run: Run, pause: Pause, plan: LoadPlan, vmstate: str, devices: 
     :raise GuestLeftStopped: the outcome is unknown, or the load was interrupted and has failed.
     """
     monitor, journal = run.monitor, run.journal
+    run.loads = True
     journal.note(work=LoadWork(was_running=pause.was_running, stage=LoadStage.BEGUN))
     try:
         async with monitor.snapshot_load(plan.snapshot.disk_tag, vmstate, devices) as failure:

@@ -70,12 +70,12 @@ def origin_of(run: Run, snapshot: Snapshot) -> Origin | None:
 
 @contextmanager
 def position_kept(run: Run) -> Iterator[None]:
-    """A save that fails in the block, or a load that is refused, leaves the guest where it was."""
+    """A save that fails in the block, or a load that ends before QEMU begins with it, leaves the guest where it was."""
     try:
         yield
     except BaseException as error:
         was_refused = isinstance(error, (PrecheckRefused, NotSupported, SnapshotNotFound))
-        if run.first is not None and (was_refused or run.journal.record.operation == "save"):
+        if run.first is not None and (was_refused or not run.loads):
             inventory, before = run.first
             lineage.renew(inventory, before, run.token or before.token)
         raise

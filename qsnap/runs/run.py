@@ -24,6 +24,7 @@ class Run:
     :ivar journal: the journal of the claim. Without a claim, nobody completes or undoes the work if we are killed.
     :ivar first: the first look at the VM, and what was known then of where the guest is; None before it, and if the
         run does not ask for that: :meth:`remember`.
+    :ivar loads: QEMU may have got the command to load.
     :ivar token: that of the mark that the run has set in QEMU: see :mod:`qsnap.operations.position`.
     """
 
@@ -33,6 +34,7 @@ class Run:
         self.journal = journal or Journal()
         self.first: tuple[Inventory, Lineage] | None = None
         self.token = ""
+        self.loads = False
         self._remembers = False
 
     def remember(self) -> None:

@@ -10,6 +10,8 @@ import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import click
@@ -18,7 +20,9 @@ from rich.console import Console
 
 import qsnap
 import qsnap.cli
-from qsnap.cli.output.bar import make_bar, update
+from qsnap.cli import several
+from qsnap.cli.common import Options
+from qsnap.cli.output.bar import Watching, make_bar, update
 from qsnap.host.processes import state_estimate
 from qsnap.operations.progress import Phase, Progress
 from support.guest import (
@@ -324,6 +328,25 @@ def test_the_bar_does_not_go_back_when_the_writing_goes_on() -> None:
         update(bar, task, Progress(phase, 1.0, written, 1000))
         shown.append(bar.tasks[0].completed)
     assert shown == [980, 990, 990, 990]
+
+
+def test_a_bar_that_is_interrupted_is_taken_away(guest: Guest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The cursor comes back: signals are handled before the bar hides it, and until it is back."""
+    text = on_terminal("save", "t", "-m", guest.address, interrupt_at="saving")
+    assert text.count("\x1b[?25l") == text.count("\x1b[?25h") == 1
+    handlers = []
+
+    @contextmanager
+    def shown_progress(what: str, options: Options) -> Iterator[Watching]:
+        handlers.append(signal.getsignal(signal.SIGINT))
+        yield lambda _: nullcontext()
+        handlers.append(signal.getsignal(signal.SIGINT))
+
+    monkeypatch.setattr(several, "shown_progress", shown_progress)
+    before = signal.getsignal(signal.SIGINT)
+    assert qsnap.cli._exit_code(["save", "t", "-m", guest.address]) == 0
+    assert len(handlers) == 2
+    assert before not in handlers
 
 
 def test_no_bar_where_nobody_looks(guest: Guest) -> None:

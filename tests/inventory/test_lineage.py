@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+import qsnap
 from qsnap.inventory.lineage import SUFFIX
 from support.guest import (
     DEADLINE_S,
@@ -173,6 +175,26 @@ def test_a_save_that_fails_changes_nothing(launch: Launch, images: Path) -> None
     assert here(guest) in ("one", "two")
     cli("load", "one", "--exclude", "b", monitor=guest.address, expect=None)
     assert here(guest) in ("one", "two")
+
+
+async def test_a_load_that_ends_before_qemu_begins_with_it(
+    launch: Launch, images: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever ends it: the guest is where it was."""
+    guest = start(launch, images)
+    for line in ("save one", "save two"):
+        cli(*line.split(), monitor=guest.address)
+
+    async def interrupted() -> None:
+        raise asyncio.CancelledError
+
+    async with qsnap.connect(guest.address) as vm:
+        monkeypatch.setattr(vm._monitor, "stop", interrupted)
+        with pytest.raises(asyncio.CancelledError) as cancelled:
+            await vm.load("one")
+    assert cancelled.value.__notes__ == ["nothing was loaded"]
+    assert here(guest) == "two"
+    guest.assert_running()
 
 
 @needs_snapshot_jobs

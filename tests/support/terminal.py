@@ -6,6 +6,7 @@ import fcntl
 import os
 import pty
 import re
+import signal
 import struct
 import subprocess
 import sys
@@ -18,8 +19,12 @@ def on_terminal(
     columns: int = 200,
     env: dict[str, str] | None = None,
     program: tuple[str, ...] = (sys.executable, "-m", "qsnap"),
+    interrupt_at: str = "",
 ) -> str:
-    """What qsnap writes when both outputs are a terminal."""
+    """What qsnap writes when both outputs are a terminal.
+
+    :param interrupt_at: it gets a SIGINT as soon as it has written that.
+    """
     master, slave = pty.openpty()
     fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 50, columns, 0, 0))
     environment = {**os.environ, "TERM": "xterm-256color", **(env or {})}
@@ -31,6 +36,9 @@ def on_terminal(
     try:
         while chunk := os.read(master, 65536):
             chunks.append(chunk)
+            if interrupt_at and interrupt_at in b"".join(chunks).decode(errors="replace"):
+                process.send_signal(signal.SIGINT)
+                interrupt_at = ""
     except OSError:
         pass  # the other end is closed
     finally:
