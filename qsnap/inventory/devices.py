@@ -368,8 +368,10 @@ def cure_of(graph: BlockGraph, node_name: str | None) -> str:
 
 
 def _warnings(graph: BlockGraph, device: Device) -> Iterator[Finding]:
-    if device.verdict is not Verdict.SAVED or device.image is None or device.node is None:
+    if device.verdict is not Verdict.SAVED:
         return
+    assert device.image is not None
+    assert device.node is not None
     if graph.nodes[device.image].is_temporary:
         (name,) = displayed([device.node], [device])
         yield Finding.warning(

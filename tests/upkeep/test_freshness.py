@@ -128,6 +128,7 @@ def test_a_file_of_metrics(guest: Guest, tmp_path: Path) -> None:
     assert after[f"qsnap_save_last_exit_code{label}"] == 6
     changed = {f"qsnap_save_failures_total{label}", f"qsnap_save_last_exit_code{label}"}
     assert {k: v for k, v in after.items() if k not in changed} == {k: v for k, v in found.items() if k not in changed}
+    path.chmod(0o600)  # Prometheus could not read it
     cli("status", "--max-age", "1d", "--textfile", str(path), monitor=guest.address)
     whole = f'{{vm="{guest.address}",prefix=""}}'
     assert figures(path)[f"qsnap_snapshots{whole}"] == 1

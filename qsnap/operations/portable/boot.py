@@ -221,8 +221,8 @@ async def started(
         listener.bind(str(work / MONITOR))
         listener.listen(1)
         # One without an address is not found: see qsnap.targets.command_line
-        words += ["-chardev", f"socket,id=qsnap-monitor,fd={listener.fileno()},server=on,wait=off"]
-        words += ["-mon", "chardev=qsnap-monitor,mode=control"]
+        chardev = f"socket,id=qsnap-monitor,fd={listener.fileno()},server=on,wait=off"
+        words += ["-chardev", chardev, "-mon", "chardev=qsnap-monitor,mode=control"]
         held = (*held, listener.fileno())
     else:
         words += ["-qmp", f"unix:{MONITOR},server=on,wait=off", "-name", _name(about)]

@@ -16,6 +16,7 @@ import qsnap
 import support.guest
 from qsnap.errors import PrecheckRefused, VerifyFailed
 from qsnap.host import processes
+from qsnap.operations.portable.manifest import called
 from support.disks import firmware
 from support.guest import (
     QEMU,
@@ -109,7 +110,10 @@ def test_all_kinds_of_drives(launch: Launch, tmp_path: Path) -> None:
     between = saved(guest, "s")
     guest.qmp.hmp('qemu-io virtio0 "write -P 0x77 1M 64k"')
     guest.qmp("block_resize", device="virtio0", size=16 << 20)
+    # Renamed since QEMU opened it: the name in the header of what stands on it leads nowhere
+    base.rename(tmp_path / "moved")
     run = cli("export", "s", str(tmp_path / "export"), monitor=guest.address)
+    (tmp_path / "moved").rename(base)
     assert "gets the medium that is in it now" in run.err
     disks = {one["device"]: tmp_path / "export" / one["file"] for one in manifest(tmp_path / "export")["disks"]}
     assert len(disks) == 6
@@ -165,7 +169,10 @@ def test_what_is_not_on_the_command_line_is_refused_by_name(launch: Launch, tmp_
     guest = launch(
         *blockdev("disk0", make_boot_disk(tmp_path / "disk0")), *disk_device("disk0"),
         "-device", "qemu-xhci", "-device", "usb-mouse,id=gone", "-device", "usb-kbd",
+        "-drive", f"file={make_disk(tmp_path / 'taken')},format=qcow2,index=3",
     )  # fmt: skip
+    guest.qmp.hmp("drive_del ide3-hd0")
+    guest.qmp.hmp(f"drive_add 0 if=none,id=other,file={make_disk(tmp_path / 'other')},format=qcow2")
     guest.qmp("device_add", driver="usb-tablet", id="added")
     guest.qmp("device_add", driver="usb-mouse")
     guest.qmp("device_del", id="gone")
@@ -176,6 +183,7 @@ def test_what_is_not_on_the_command_line_is_refused_by_name(launch: Launch, tmp_
     run = cli("export", "s", str(tmp_path / "export"), "--json", monitor=guest.address, expect=6)
     told = [finding["message"] for finding in run.error["findings"]]
     assert sorted(told) == [
+        f"-drive file={tmp_path / 'taken'},format=qcow2,index=3: QEMU does not have that drive any more",
         "a device usb-mouse without an id was plugged in after QEMU was started",
         "device 'added' (usb-tablet) was plugged in after QEMU was started",
         "device 'gone' was unplugged after QEMU was started",
@@ -183,6 +191,13 @@ def test_what_is_not_on_the_command_line_is_refused_by_name(launch: Launch, tmp_
         "late: it is not on QEMU's command line, but was added later",
     ]
     assert not (tmp_path / "export").exists()
+
+
+@pytest.mark.no_qemu
+def test_how_an_emulator_is_called() -> None:
+    loader = ["ld.so", "--library-path", "/l", "/t/qemu"]
+    assert [*called([*loader, "-L", "/s", "-L", "/t"])] == [*called(loader)] == loader
+    assert [*called([])] == ["qemu-system-x86_64"]
 
 
 def damage(state: Path) -> None:
