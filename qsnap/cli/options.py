@@ -121,10 +121,28 @@ output_options = (
         help="The config file. Default: ~/.config/qsnap/config.toml.",
     ),
 )
+
+
+class _Monitor(click.Option):
+    """An option that is given once, and says so: --vm can be repeated."""
+
+    def value_from_envvar(self, ctx: click.Context) -> tuple[str, ...] | None:
+        found = self.resolve_envvar_value(ctx)
+        return None if found is None else (found,)
+
+    def process_value(self, ctx: click.Context, value: Any) -> str | None:  # noqa: ANN401 (of click)
+        given = super().process_value(ctx, value) or ()
+        if len(given) > 1:
+            raise click.UsageError("-m names one VM; several are named by --vm NAME --vm NAME", ctx)
+        return given[0] if given else None
+
+
 _vm_options = (
     click.option(
         "-m",
         "--monitor",
+        cls=_Monitor,
+        multiple=True,
         metavar="ADDRESS",
         envvar="QSNAP_MONITOR",
         shell_complete=completes("files"),

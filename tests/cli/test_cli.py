@@ -85,6 +85,7 @@ def test_usage_errors_are_one_line() -> None:
             "save t --image x",
             "save has no option --image; these have it: list, tree, show, delete, verify (see qsnap save --help)",
         ),
+        ("delete x -m a -m b", "-m names one VM; several are named by --vm NAME --vm NAME (see qsnap delete --help)"),
         ("boot --vm x y", "boot has no option --vm (see qsnap boot --help)"),
         (
             "--latest load",

@@ -17,6 +17,7 @@ from qsnap.errors import QsnapError
 from qsnap.model.checks import CheckReport, Device, Role, Verdict
 from qsnap.model.qemu import RunState, Struct
 from qsnap.model.snapshots import Kind, Position, Snapshot, Tree
+from qsnap.targets.choose import KnownVM, SeveralVMs
 
 pytestmark = pytest.mark.no_qemu
 
@@ -54,6 +55,15 @@ def test_what_is_said_of_several_vms_names_them() -> None:
     assert list(lines_of(Outcomes(vms=vms))) == [
         Aside("web: no snapshots"), Aside("d\\nb: nothing to recover"), Aside("bad: no\nmore"),
     ]  # fmt: skip
+
+
+def test_of_several_vms_that_are_meant_each_can_be_chosen() -> None:
+    """Also where that is one of several names."""
+    one = KnownVM(running=None, config="web", monitor=None, selector="web")
+    error, table = lines_of(Outcomes(vms=(Outcome("web", SeveralVMs("2 VMs", [one, one])),)))
+    assert error == Aside("web: 2 VMs")
+    assert isinstance(table, Table)
+    assert len(table.rows) == 2
 
 
 def in_tree(*family: tuple[str, str | None], here: str | None = None, deleted: tuple[str, ...] = ()) -> list[str]:

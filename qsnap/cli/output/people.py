@@ -444,12 +444,16 @@ def _(several: Outcomes) -> Lines:
     if not found or len(found) + len(failed) < len(several.vms):
         yield from _titled(several, lines_of)
         return
-    yield from map(_failed, failed)
+    for one in failed:
+        yield from _failed(one)
     yield from _snapshots_of(found)
 
 
-def _failed(outcome: Outcome) -> Aside:
-    return Aside(f"{printable(outcome.title)}: {outcome.result}")
+def _failed(outcome: Outcome) -> Lines:
+    """What went wrong with a VM, with its name, and what else there is to say of that."""
+    error, *more = lines_of(outcome.result)
+    assert isinstance(error, Aside)
+    yield from (error._replace(text=f"{printable(outcome.title)}: {error.text}"), *more)
 
 
 def quiet_lines_of(result: object) -> Lines:
@@ -478,7 +482,7 @@ def _titled(several: Outcomes, its_lines: Callable[[object], Lines]) -> Lines:
     for outcome in several.vms:
         title, result = printable(outcome.title), outcome.result
         if isinstance(result, QsnapError):
-            yield _failed(outcome)
+            yield from _failed(outcome)
             continue
         lines = list(its_lines(result))
         yield from (line._replace(text=f"{title}: {line.text}") for line in lines if isinstance(line, Aside))
