@@ -5,10 +5,13 @@ from __future__ import annotations
 import asyncio
 import inspect
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,7 +19,7 @@ import pytest
 import qsnap
 import qsnap.sync
 from qsnap import errors
-from support.guest import Guest, Launch, blockdev, cli, disk_device, make_boot_disk, until
+from support.guest import Guest, Launch, blockdev, cli, disk_device, make_boot_disk, needs_snapshot_jobs, until
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -60,6 +63,35 @@ def test_all_errors_are_at_the_top() -> None:
     assert all(getattr(qsnap, name).__name__ == name for name in qsnap.__all__)
     with pytest.raises(AttributeError):
         getattr(qsnap, "nonsense")  # noqa: B009 (mypy knows that it is not there)
+
+
+@needs_snapshot_jobs
+async def test_a_program_that_stays_has_no_more_files_open_each_time(guest: Guest, tmp_path: Path) -> None:
+    """Images, state files, directories, journals, sockets, guards: what a run has opened, it closes."""
+
+    async def day() -> list[str]:
+        async with qsnap.connect(guest.address) as vm:
+            for _ in range(2):
+                await vm.save("live", live=True)
+            await vm.save("t")
+            await vm.note("t", description="before the update", protected=True)
+            await vm.list()
+            await vm.verify()
+            await vm.load("live")
+            await vm.load("t", save_current=True)
+            await vm.undo()
+            await vm.export("t", tmp_path / "export")
+            await vm.note("t", protected=False)
+            await vm.delete("t", "live")
+            await vm.status()
+        shutil.rmtree(tmp_path / "export")
+        return sorted(re.sub(r"\d+", "", os.readlink(f"/proc/self/fd/{file}")) for file in fds())  # noqa: PTH115
+
+    def fds() -> Iterator[str]:
+        return (name for name in os.listdir("/proc/self/fd") if os.path.lexists(f"/proc/self/fd/{name}"))  # noqa: PTH208
+
+    first = await day()
+    assert await day() == first
 
 
 def test_without_await(guest: Guest) -> None:
