@@ -235,7 +235,7 @@ def _capabilities(configuration: bytes) -> Iterator[tuple[int, int]]:
     """The kind and the place of each capability in a PCI device's configuration space."""
     at = configuration[0x34] & ~3
     for _ in range(_MOST_CAPABILITIES):
-        if not at or at + 12 > len(configuration):
+        if not at:
             return
         yield configuration[at], at
         at = configuration[at + 1] & ~3

@@ -74,7 +74,7 @@ async def refuse_other_machine(
         ) from error
     except (Unreadable, Unknown, OSError):
         return None
-    _refuse(snapshot.tag, [*_differences(saved, now)], standing)
+    _refuse(snapshot.tag, [*differences(saved, now)], standing)
     return saved
 
 
@@ -123,7 +123,7 @@ def _refuse(tag: str, differences: list[tuple[str, str]], standing: str) -> None
         )
 
 
-def _differences(saved: Contents, now: Hardware) -> Iterator[tuple[str, str]]:
+def differences(saved: Contents, now: Hardware) -> Iterator[tuple[str, str]]:
     """What QEMU would refuse, and what to do about it; "" for what is said of all."""
     then = saved.machine
     if now.name and now.name != then.name:

@@ -9,6 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from qsnap.inventory.machine import Contents, Devices, of_devices
+from qsnap.inventory.stream import Unknown
+from qsnap.model.machine import Machine, RamBlock, Section
+from qsnap.operations.same_machine import Hardware, differences
 from support.guest import Guest, Launch, blockdev, both_monitors, cli, disk_device, make_boot_disk, qemu_version
 
 #: QEMU tells the monitor all that it knows, and writes nothing to its log.
@@ -152,6 +156,17 @@ def test_seen_in_qemus_devices(launch: Launch, tmp_path: Path, what: str) -> Non
     guest = launched(launch, image, now)
     assert_refused(guest, text)
     assert_fails_in_qemu(guest)
+
+
+@pytest.mark.no_qemu
+def test_what_cannot_be_told_is_not_refused() -> None:
+    """A QEMU whose human monitor tells nothing of its machine; and one that writes its devices in another way."""
+    sections = (Section(name="cpu_common", instance=0, version=1, size=1),)
+    machine = Machine(name="pc-q35-7.2", ram_blocks=(RamBlock(name="pc.ram", size=1 << 20),), sections=sections)
+    assert [*differences(Contents(machine, Devices(sections, {}, {})), Hardware("", {}, {}, 0))] == []
+    for data in (b"", b"\4\0\0\0\1", b"QEVM\0\0\0\3" + bytes(100)):
+        with pytest.raises(Unknown):
+            of_devices(data)
 
 
 @both_monitors
