@@ -29,6 +29,7 @@ if TYPE_CHECKING:
         VerifyFailed,
         VMLocked,
     )
+    from qsnap.joint import Done, together
     from qsnap.model.checks import CheckReport
     from qsnap.model.results import DeleteResult, LoadResult, PruneResult, SaveResult, Status
     from qsnap.model.snapshots import Position, Snapshot, Tree
@@ -46,6 +47,7 @@ __all__ = [
     "CommandFailed",
     "ConnectError",
     "DeleteResult",
+    "Done",
     "GuestLeftStopped",
     "Interrupted",
     "JobFailed",
@@ -73,6 +75,7 @@ __all__ = [
     "VMLocked",
     "VerifyFailed",
     "connect",
+    "together",
 ]
 
 #: Where names are that are not in ``errors``.
@@ -81,7 +84,7 @@ _HOMES = {
     "Position": "model.snapshots", "Tree": "model.snapshots", "Progress": "operations.progress",
     "Policy": "upkeep.retention", "SeveralVMs": "targets.choose", "DeleteResult": "model.results",
     "LoadResult": "model.results", "PruneResult": "model.results", "SaveResult": "model.results",
-    "Status": "model.results",
+    "Status": "model.results", "together": "joint", "Done": "joint",
 }  # fmt: skip
 
 if not TYPE_CHECKING:  # a type checker would take any name for one that is there

@@ -231,7 +231,7 @@ def _shared(vm: GuestVM) -> str:
 def _lock_file(vm: GuestVM, kind: str) -> int:
     import hashlib
 
-    from qsnap.runs.journal import directory
+    from qsnap.runs.runtime_dir import directory
 
     name = f"pytest-{kind}-{hashlib.sha256(vm.identity.encode(errors='surrogateescape')).hexdigest()[:16]}.lock"
     return os.open(directory() / name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)

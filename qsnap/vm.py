@@ -57,6 +57,7 @@ if TYPE_CHECKING:
     from qsnap.model.machine import Machine
     from qsnap.model.requests import LoadRequest
     from qsnap.operations.progress import Watcher
+    from qsnap.runs.group import Member
     from qsnap.runs.run import Run
     from qsnap.targets.choose import Target
     from qsnap.upkeep.retention import Policy
@@ -78,6 +79,7 @@ class VM:
     :ivar recovered: what any method of this object did about runs that had died.
     :ivar remarks: further messages for the user, a sentence each.
     :ivar lock_wait_s: how many seconds to wait for another qsnap that is using this VM; 0 refuses at once.
+    :ivar member: its part in a group of VMs: see :func:`qsnap.together`.
     """
 
     def __init__(
@@ -98,6 +100,7 @@ class VM:
         self._is_timed = is_timed
         self._store = StateStore(monitor.pid, state_dir, peer_user(monitor.sock), ignores_unseen=ignore_unseen)
         self._turn = asyncio.Lock()
+        self.member: Member | None = None
 
     @property
     def _monitor(self) -> Monitor:
@@ -151,7 +154,8 @@ class VM:
         from qsnap.operations import annotate
         from qsnap.operations.live.choose import save_live_or_not
         from qsnap.operations.position import note_position, position_kept
-        from qsnap.tags import next_of_series
+        from qsnap.runs.group import Point
+        from qsnap.tags import free_automatic_tag, next_of_series
 
         if tag is not None and prefix is not None:
             raise BadUsage("a tag and a prefix exclude each other")
@@ -169,10 +173,17 @@ class VM:
         )
         checked_description(description)
         async with self._claimed("save", (tag or prefix or "",), is_dry=dry_run) as run:
-            if prefix is not None:
-                tag = next_of_series(await run.monitor.block_graph(), prefix)
+            member = run.journal.member
+            if tag is None and (prefix is not None or member):
+                graph = await run.monitor.block_graph()
+                tag = next_of_series(graph, prefix) if prefix is not None else free_automatic_tag(graph)
+                if member is not None:
+                    tag = max((await member.meet(Point.NAMED, tag)).values())
                 # Nobody asked to replace anything
                 request = msgspec.structs.replace(request, tag=tag, on_exists=OnExists.REFUSE)
+            elif member is not None and replace:
+                # What it replaces must stay until all have their new one
+                request = msgspec.structs.replace(request, on_exists=OnExists.SAFE)
             if not dry_run:
                 run.remember()
             if description:
@@ -230,6 +241,8 @@ class VM:
             full=full,
             verify=verify,
         )
+        if save_current is not False and self.member is not None:
+            raise BadUsage("together, nothing is saved before a load: save them together first")
         if save_current is False:
             result = await self._load(request, watch)
         else:
@@ -248,11 +261,14 @@ class VM:
         from qsnap.operations.load import do_loadvm
         from qsnap.operations.position import note_position, position_kept
         from qsnap.operations.progress import watched_load
+        from qsnap.operations.together import refuse_other_moments
 
         async with self._claimed("load", (request.tag,)) as run:
             run.remember()
             inventory = await self._tidied(run)
             found = inventory.find(request.tag)
+            remark = await refuse_other_moments(run, inventory, found, force=request.force)
+            self.remarks += [remark] if remark else []
             with position_kept(run):
                 try:
                     async with watched_load(watch, self.pid, found.vm_state_size if found else 0):
@@ -324,9 +340,12 @@ class VM:
             raise SnapshotNotFound("", f"nothing to undo: {why or nothing}{hint}")
         return await self.load(found, save_current=save_current, watch=watch)
 
-    async def delete(self, *tags: str, missing_ok: bool = False, ignore_unseen: bool = False) -> DeleteResult:
+    async def delete(
+        self, *tags: str, missing_ok: bool = False, ignore_unseen: bool = False, alone: bool = False
+    ) -> DeleteResult:
         """Delete snapshots from every device that holds them: see :func:`qsnap.operations.delete.do_delvm`.
 
+        :param alone: also what was saved together with other VMs. Default: refuse, unless they delete it together.
         :param ignore_unseen: ignore notes and state files that cannot be seen from here: see :func:`connect`.
         :raise VMLocked: another qsnap is using this VM.
         """
@@ -340,7 +359,7 @@ class VM:
             inventory = await self._tidied(run)
             self._warn_of_unseen_files(inventory, tags)
             try:
-                result = await do_delvm(run, DeleteRequest(tags=tags, missing_ok=missing_ok), inventory)
+                result = await do_delvm(run, DeleteRequest(tags=tags, missing_ok=missing_ok, alone=alone), inventory)
                 self._tell_of_backing(inventory, [tag for tag, nodes in result.deleted.items() if nodes])
                 return result
             finally:
@@ -714,10 +733,14 @@ class VM:
                 tag.encode()
             except UnicodeEncodeError:
                 raise BadUsage(f"the tag {tag!r} is not valid UTF-8") from None
-        run = self._unclaimed()
+        run, member = self._unclaimed(), self.member
+        if member is not None:
+            await member.take_turn(str(self.pid or self.address))
         if is_dry:
+            run.journal.member = member
             yield run
             return
+        from qsnap.runs.group import Point
         from qsnap.runs.journal import AFTERMATH_TIMEOUT_S
         from qsnap.supervision.claim import claimed
 
@@ -734,15 +757,18 @@ class VM:
                 tell=self.recovered.append,
             ) as run.journal,
         ):
+            if member is not None:
+                run.journal.join(member)
+                member.arrive(Point.CLAIMED)
             yield run
 
     async def _recover_if_seen(self) -> None:
         """Clean up after a run that died, before this one reads the VM's state."""
         from qsnap.monitor.names import CLAIM
-        from qsnap.runs import journal
+        from qsnap.runs import runtime_dir
         from qsnap.supervision.claim import has_journals, recover_all
 
-        if problem := journal.problem():
+        if problem := runtime_dir.problem():
             self.remarks.append(f"it is not known whether a run has died: {problem}")
         elif has_journals(self._monitor, self.address) or await self._monitor.mark(CLAIM) is not None:
             # The run lives, or another qsnap recovers it already

@@ -262,6 +262,15 @@ qemu_option = click.option(
     show_envvar=True,
     help="The QEMU to run. Default: the one that the guest was saved in.",
 )
+together_option = click.option(
+    "--together", is_flag=True, help="Several VMs at one moment: all of it is done, or nothing."
+)
+#: Of a command that would leave other VMs' parts of a group behind.
+whole_option = click.option(
+    "--together/--no-together",
+    default=None,
+    help="All parts of what several VMs saved together; or only this VM's. Default: refuse to part them.",
+)
 image_option = click.option(
     "--image",
     "images",

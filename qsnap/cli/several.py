@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, cast
 
 from qsnap.cli.common import Action, Options
@@ -16,7 +17,9 @@ from qsnap.errors import BadUsage, Interrupted, QsnapError
 
 if TYPE_CHECKING:
     from qsnap.model.qemu import Struct
+    from qsnap.runs.group import Group, Member
     from qsnap.targets.choose import Target
+    from qsnap.targets.config import Settings
     from qsnap.vm import VM
 
 
@@ -28,6 +31,7 @@ def do(
     looks: bool = False,
     images: Sequence[str] = (),
     shows: str = "",
+    together: bool = False,
 ) -> Struct:
     """Do *action* with each VM that is meant, at ``options.jobs`` of them at once.
 
@@ -35,6 +39,7 @@ def do(
     :param looks: it changes nothing, so that it need not be said with which VM.
     :param images: with these instead, of a VM that is off.
     :param shows: what its progress is called; "" if it has none.
+    :param together: with all of them at one moment: see :func:`qsnap.together`.
     :return: what came of the one VM, or all that did of several.
     :raise BadUsage: the options that choose the VMs contradict each other.
     :raise Interrupted: by a signal; the guests were resumed.
@@ -42,15 +47,27 @@ def do(
     """
     if images:
         return _offline(options, action, images, shows)
+    if together and not options.is_of_several:
+        raise BadUsage("--together is for several VMs: name each with --vm, or --all")
     cut_off: list[str] = []
+    meant = list(targets(options))
+    group: Group | None = None
+    if together:
+        from qsnap.runs.group import Group
+
+        group = Group([title for title, _ in meant])
     try:
-        outcomes = [seen(outcome) for outcome in _each(options, action, cut_off, looks=looks, shows=shows)]
+        outcomes = [
+            seen(outcome) for outcome in _each(options, action, meant, group, cut_off, looks=looks, shows=shows)
+        ]
     except Interrupted as interrupted:
         if len(cut_off) == 1:
             (interrupted.vm,) = cut_off
         for title in cut_off:
             seen(Outcome(title, interrupted))
         raise
+    if group is not None:
+        return Outcomes(tuple(outcomes), group.stop_spread_ms, group.resume_spread_ms)
     if options.is_of_several:
         return Outcomes(vms=tuple(outcomes))
     ((title, result),) = outcomes
@@ -77,22 +94,33 @@ def _offline(options: Options, action: Action, images: Sequence[str], shows: str
         opened.close()
 
 
-def _each(options: Options, action: Action, cut_off: list[str], *, looks: bool, shows: str) -> list[Outcome]:
+def _each(
+    options: Options,
+    action: Action,
+    meant: Sequence[tuple[str, Target | QsnapError]],
+    group: Group | None,
+    cut_off: list[str],
+    *,
+    looks: bool,
+    shows: str,
+) -> list[Outcome]:
     """What became of each VM; *cut_off* gets the titles of those that an interrupt has kept from being done."""
-    refuse_few_files(options.jobs if options.is_of_several else 1)
-    meant = list(targets(options))
-    turns = asyncio.Semaphore(options.jobs)
+    at_once = len(meant) if group else options.jobs
+    refuse_few_files(at_once if options.is_of_several else 1)
+    turns = asyncio.Semaphore(at_once)
     ended: list[tuple[str, str]] = []
 
-    async def one(title: str, target: Target | QsnapError, progress: Watching) -> Outcome:
-        if isinstance(target, QsnapError):
-            target.vm = title
-            return Outcome(title, target)
+    async def one(title: str, target: Target | QsnapError, member: Member | None, progress: Watching) -> Outcome:
+        async def part(vm: VM, settings: Settings) -> Struct:
+            vm.member = member
+            return await action(vm, settings, watch)
+
         try:
             async with turns:
-                with progress(title) as watch:
-                    result = await connected(options, target, lambda vm, settings: action(vm, settings, watch))
-            outcome = Outcome(title, result)
+                with member or nullcontext(), progress(title) as watch:
+                    if isinstance(target, QsnapError):
+                        raise target
+                    outcome = Outcome(title, await connected(options, target, part))
             ended.append((title, "done"))
         except QsnapError as error:
             error.vm = title
@@ -105,10 +133,12 @@ def _each(options: Options, action: Action, cut_off: list[str], *, looks: bool, 
         return outcome
 
     async def each() -> list[Outcome]:
+        members = group.members if group else (None,) * len(meant)
         try:
             # Signals are handled by now, so that a bar is always taken away again
             with shown_progress(shows, options) as progress:
-                return await asyncio.gather(*(one(*named, progress) for named in meant))
+                parts = zip(meant, members, strict=True)
+                return await _all(one(*named, member, progress) for named, member in parts)
         except asyncio.CancelledError:
             told = asyncio.CancelledError()
             for title, note in ended:
@@ -119,3 +149,12 @@ def _each(options: Options, action: Action, cut_off: list[str], *, looks: bool, 
         if not options.is_of_several and not isinstance(target, QsnapError):
             say_which(options, target, looks=looks)
     return run_interruptibly(each())
+
+
+async def _all(works: Iterable[Awaitable[Outcome]]) -> list[Outcome]:
+    """What becomes of all of them; after an interrupt this waits until the last one has cleared up."""
+    outcomes = await asyncio.gather(*works, return_exceptions=True)
+    for outcome in outcomes:
+        if isinstance(outcome, BaseException):
+            raise outcome
+    return [outcome for outcome in outcomes if isinstance(outcome, Outcome)]

@@ -26,7 +26,7 @@ from qsnap.inventory import snapshots
 from qsnap.inventory.state_store import StateStore
 from qsnap.model.checks import Device
 from qsnap.model.qemu import BlockGraph, Struct
-from qsnap.model.snapshots import Snapshot
+from qsnap.model.snapshots import Snapshot, Together
 
 #: The suffix of the file's name.
 SUFFIX = ".qsnap-notes"
@@ -56,6 +56,8 @@ class Note(Struct, frozen=True):
     """
     state_dir: str = ""
     """The directory of its state file, if that is not beside the image. qsnap itself notes that."""
+    together: Together | None = None
+    """The group that it is part of. qsnap itself notes that."""
 
     checksums: dict[str, str] = msgspec.field(default_factory=dict)
     """SHA-256 of what is stored in each image, and in the state file, from the first verification that read it all.
@@ -67,7 +69,7 @@ class Note(Struct, frozen=True):
     def says_something(self) -> bool:
         """Whether the note is worth keeping."""
         return self.protected or bool(
-            self.description or self.runstate or self.chains or self.state_dir or self.checksums
+            self.description or self.runstate or self.chains or self.state_dir or self.together or self.checksums
         )
 
 
@@ -164,6 +166,7 @@ class Notes:
                 protected=note.protected,
                 description=note.description,
                 runstate=note.runstate,
+                together=note.together,
                 problems=(
                     *one.problems,
                     *(change.told(one.labels.get(change.node, change.node)) for change in changes),

@@ -25,6 +25,8 @@ class DeleteRequest(Struct, frozen=True):
     """Deleted one after another; an error with one does not keep the others from being deleted."""
     missing_ok: bool = False
     """A tag that no device holds is not an error."""
+    alone: bool = False
+    """Delete parts of groups too, and leave the parts of other VMs."""
 
 
 class LoadRequest(Struct, frozen=True):

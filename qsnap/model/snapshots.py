@@ -66,6 +66,15 @@ class InBacking(Struct, frozen=True):
     """The device, as people call it."""
 
 
+class Together(Struct, frozen=True):
+    """The group that a snapshot is part of: those of several VMs, saved at one moment."""
+
+    id: str
+    """The same for all parts of the group."""
+    vms: tuple[str, ...]
+    """The other VMs, as they were named when it was saved."""
+
+
 class Origin(Struct, frozen=True):
     """What saved a snapshot, as qsnap has noted it; "" for what was not told."""
 
@@ -105,6 +114,8 @@ class Snapshot(Struct, frozen=True):
     description: str = ""
     runstate: str = ""
     """The guest's run state at the save, if the guest could not go on from it; "" otherwise."""
+    together: Together | None = None
+    """The group that it is part of; None if it was saved by itself."""
     parent: str | None = None
     """The snapshot that the guest had come from when it was saved, or the nearest one before that which still exists;
     "" if there is none; None if that is not known."""

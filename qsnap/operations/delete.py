@@ -20,6 +20,7 @@ from qsnap.model.results import DeleteResult
 from qsnap.monitor import Monitor
 from qsnap.operations.findings import refuse_untransportable, runstate_findings
 from qsnap.operations.removal import refuse_removal
+from qsnap.runs.group import Point
 from qsnap.runs.record import DeleteWork
 from qsnap.runs.run import Run
 
@@ -31,6 +32,8 @@ async def do_delvm(run: Run, request: DeleteRequest, inventory: Inventory | None
     """Delete snapshots from every device that holds them, including those on some devices only, and their state files.
 
     The guest keeps its run state; a running guest stands still while QEMU deletes.
+
+    In a group, nothing is deleted unless everything can be, on all its VMs.
 
     :param inventory: the VM's inventory, taken in the same run; None takes it here. It is updated after each deletion.
     :return: for each tag the node-names that held it.
@@ -50,12 +53,24 @@ async def do_delvm(run: Run, request: DeleteRequest, inventory: Inventory | None
     ]
     if any(finding.refuses for finding in refusals):
         raise PrecheckRefused("nothing can be deleted now", refusals)
+    if run.journal.member is None:
+        return await _delete_each(run, request, inventory)
+    await _decide(run, request, inventory)
+    return await run.shielded(_delete_each(run, request, inventory))
+
+
+async def _delete_each(run: Run, request: DeleteRequest, inventory: Inventory) -> DeleteResult:
     deleted: dict[str, tuple[str, ...]] = {}
     files: dict[str, tuple[str, ...]] = {}
     failed: dict[str, QsnapError] = {}
     for tag in dict.fromkeys(request.tags):
         try:
-            held = await _delete(run, tag, inventory, request.missing_ok)
+            held = inventory.holding(tag)
+            if run.journal.member is None:
+                await _prepare(run, (tag,), request, inventory)
+            if held.tags or held.files:
+                # QEMU finishes what it has begun; an interrupt takes effect between two tags.
+                await run.shielded(_deleted(run.monitor, held, inventory))
             deleted[tag] = held.nodes
             files |= {tag: held.files} if held.files else {}
         except QsnapError as error:
@@ -75,19 +90,32 @@ async def do_delvm(run: Run, request: DeleteRequest, inventory: Inventory | None
     raise PartialFailure(tuple(deleted), failed)
 
 
-async def _delete(run: Run, tag: str, inventory: Inventory, missing_ok: bool) -> Holding:
-    refuse_untransportable(run.monitor, tag)
-    held = inventory.holding(tag)
-    if not held.tags and not held.files and not missing_ok:
-        raise inventory.not_found(tag)
-    await refuse_removal(run.monitor, inventory, tag, "deleted")
-    if held.tags or held.files:
+async def _prepare(run: Run, tags: Sequence[str], request: DeleteRequest, inventory: Inventory) -> None:
+    """Check whether *tags* can be deleted, and write down that they will be."""
+    held = [inventory.holding(tag) for tag in tags]
+    for tag, there in zip(tags, held, strict=True):
+        refuse_untransportable(run.monitor, tag)
+        if not there.tags and not there.files and not request.missing_ok:
+            raise inventory.not_found(tag)
+    await refuse_removal(run, inventory, tags, "deleted", alone=request.alone)
+    if any(there.tags or there.files for there in held):
         await run.journal.armed()
-        work = DeleteWork(devices=held.nodes, disk_tags=held.tags, files=held.files)
-        run.journal.note(tags=(tag,), work=work)
-        # QEMU finishes what it has begun; an interrupt takes effect between two tags.
-        await run.shielded(_deleted(run.monitor, held, inventory))
-    return held
+        work = DeleteWork(
+            devices=tuple(dict.fromkeys(node for there in held for node in there.nodes)),
+            disk_tags=tuple(tag for there in held for tag in there.tags),
+            files=tuple(file for there in held for file in there.files),
+        )
+        run.journal.note(tags=tuple(tags), work=work)
+
+
+async def _decide(run: Run, request: DeleteRequest, inventory: Inventory) -> None:
+    """With the other VMs of the group: check everything before anything is deleted, and decide that all is.
+
+    From then on it is done to the end, if need be by the guards.
+    """
+    await _prepare(run, tuple(dict.fromkeys(request.tags)), request, inventory)
+    await run.journal.meet(Point.CHECKED)
+    await run.journal.decide()
 
 
 async def _deleted(monitor: Monitor, held: Holding, inventory: Inventory) -> None:

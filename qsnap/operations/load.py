@@ -38,6 +38,7 @@ from qsnap.operations.position import leave_position, origin_of
 from qsnap.operations.reset import RESET_CURE, reboots, reset
 from qsnap.operations.same_machine import refuse_other_devices, refuse_other_machine
 from qsnap.operations.translation import flush_translations, leave_own_stop, leave_restore_vm
+from qsnap.runs.group import Point
 from qsnap.runs.journal import AFTERMATH_TIMEOUT_S, Journal
 from qsnap.runs.pause import Pause, has_ended, reconnect, stopped
 from qsnap.runs.record import LoadStage, LoadWork
@@ -80,7 +81,7 @@ async def do_loadvm(run: Run, request: LoadRequest) -> LoadResult:
         await _forget_failure(run, tag)
         plan = plan._replace(spoiled=False)
     # HMP has no job that tells how a load ended. But a guest that loadvm itself has stopped tells by its run state.
-    by_qemu = not monitor.chooses_devices and running is not False
+    by_qemu = not monitor.chooses_devices and running is not False and journal.member is None
     was_reset = needs_reset(plan.runstate, monitor.version)
     await leave_position(run)
     async with AsyncExitStack() as stack:
@@ -89,6 +90,7 @@ async def do_loadvm(run: Run, request: LoadRequest) -> LoadResult:
             await refuse_incomparable(run, plan.snapshot, source)
         state = source.state if plan.snapshot.file else plan.state
         contents = None if request.force else await refuse_other_machine(monitor, plan.snapshot, state)
+        await journal.meet(Point.CHECKED)
         if was_reset:
             await reset(monitor)
         after_resume = await stack.enter_async_context(AsyncExitStack())
@@ -119,6 +121,7 @@ async def do_loadvm(run: Run, request: LoadRequest) -> LoadResult:
             force=request.force,
         )
         await after_resume.enter_async_context(load.compared("it was asked for" if request.full else "", standing))
+        await journal.decide()  # from here on there is no way back
         with _explained(monitor, origin_of(run, plan.snapshot)):
             await load.load()
         with suppress(QsnapError):
@@ -128,6 +131,7 @@ async def do_loadvm(run: Run, request: LoadRequest) -> LoadResult:
         pause.resume = runs
         pause.deed = f"{tag!r} was loaded"
         await load.verify()
+        await journal.meet(Point.WRITTEN)
     if running and not request.may_sleep and pause.runstate is RunState.SUSPENDED:
         raise QsnapError(f"{tag!r} was loaded, but the guest does not run: as it was saved, {cure_of(pause.runstate)}")
     snapshot = plan.snapshot

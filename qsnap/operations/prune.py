@@ -13,6 +13,7 @@ from qsnap.model.results import PruneDecision, PruneResult, SaveResult
 from qsnap.model.snapshots import Kind, Snapshot
 from qsnap.operations.delete import do_delvm
 from qsnap.operations.removal import unseen_notes
+from qsnap.operations.together import group_reasons
 from qsnap.runs.run import Run
 from qsnap.tags import all_series, check_prefix, is_of_series
 from qsnap.upkeep import retention
@@ -40,7 +41,8 @@ class PruneRequest(NamedTuple):
 async def do_prune(run: Run, request: PruneRequest, inventory: Inventory | None = None) -> PruneResult:
     """Delete the snapshots of a series that the policy does not keep, the oldest first; ignore all others.
 
-    The guest keeps its run state; a running guest stands still while QEMU deletes.
+    The guest keeps its run state; a running guest stands still while QEMU deletes. Snapshots that were saved together
+    with those of other VMs are kept, unless these are pruned together too, and none of them keeps its part.
 
     :param inventory: as for :func:`qsnap.operations.delete.do_delvm`.
     :return: the snapshots that were kept, with the reasons, and those that were deleted.
@@ -62,6 +64,11 @@ async def do_prune(run: Run, request: PruneRequest, inventory: Inventory | None 
         datetime.now().astimezone(),
         protected=[one.tag for one in series if one.protected or marks.protects(one)],
         allow_remove_all=request.allow_remove_all,
+    )
+    together = await group_reasons(run, {one.snapshot.tag: (one.snapshot, one.is_kept) for one in decisions})
+    decisions = tuple(
+        decision._replace(reasons=(together[decision.snapshot.tag],)) if decision.snapshot.tag in together else decision
+        for decision in decisions
     )
     remove = [decision for decision in decisions if not decision.is_kept]
     if remove and (refusals := await unseen_notes(run.monitor, inventory)):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 
 import msgspec
@@ -16,19 +16,26 @@ from qsnap.model.checks import Finding
 from qsnap.model.snapshots import Snapshot
 from qsnap.monitor import Monitor
 from qsnap.operations.findings import foreign_finding, left_behind_finding, unreadable_finding, unseen_state_finding
+from qsnap.operations.together import lone_parts, part_finding
+from qsnap.runs.run import Run
 
 _WORD = "--ignore-unseen (config file: ignore-unseen = true)"
 
 
-async def refuse_removal(monitor: Monitor, inventory: Inventory, tag: str, what: str) -> None:
-    """Refuse to delete or replace *tag* if it is, or may be, protected; or if its state file may be out of sight, or
-    could not be removed (useless without the disks).
+async def refuse_removal(
+    run: Run, inventory: Inventory, tags: Collection[str], what: str, *, alone: bool = False
+) -> None:
+    """Refuse to delete or replace *tags* if one is, or may be, protected; or if its state file may be out of sight, or
+    could not be removed (useless without the disks); or if it is part of a group that would not go as a whole.
 
     :param what: the refused action for the message: "saved".
+    :param alone: also a part of a group.
     :raise PrecheckRefused: one of these is the case; nothing was done.
     :raise QsnapError: the notes are damaged, so that it might be protected.
     """
-    found = inventory.meant(tag)
+    monitor = run.monitor
+    found = [one for tag in tags for one in inventory.meant(tag)]
+    parts = () if alone else await lone_parts(run, inventory, found)
     if not found:
         return
     marks = await inventory.marks(monitor)
@@ -43,6 +50,7 @@ async def refuse_removal(monitor: Monitor, inventory: Inventory, tag: str, what:
             for snapshot in protected
         ),
         *await unseen_notes(monitor, inventory),
+        *(part_finding(one, what) for one in parts),
         *_unseen_states(inventory, found),
         *_states_that_stay(found),
     ]

@@ -33,6 +33,8 @@ from qsnap.operations.plan import SavePlan, plan_save
 from qsnap.operations.prepare import prepare
 from qsnap.operations.progress import Watcher, watched
 from qsnap.operations.removal import refuse_removal
+from qsnap.operations.together import note_group
+from qsnap.runs.group import Point
 from qsnap.runs.journal import Journal
 from qsnap.runs.pause import Pause, reconnect, stopped
 from qsnap.runs.record import SaveWork, row_keys
@@ -52,6 +54,8 @@ async def do_savevm(run: Run, request: SaveRequest, watch: Watcher | None = None
     The order is that of the old do_savevm (seed of savevm.c). Newer QEMU deletes the old snapshot before it
     stops the guest; here the stop comes first, so that nothing can change between the look-up and the save,
     and no vCPU or vhost device is at work when QEMU starts to write.
+
+    In a group (:mod:`qsnap.runs.group`) all VMs are checked before one is stopped, and stand still at the same time.
 
     A safe replacement (:attr:`OnExists.SAFE`) is made beside the older snapshot, which is deleted when the new one is
     complete: the devices have every other one of a tag under its second name.
@@ -77,8 +81,9 @@ async def do_savevm(run: Run, request: SaveRequest, watch: Watcher | None = None
     held = inventory.holding(tag)
     if held.exists and request.on_exists is OnExists.REFUSE:
         raise SnapshotExists(tag, (*inventory.displayed(held.nodes), *held.files))
-    await refuse_removal(monitor, inventory, tag, "saved")
+    await refuse_removal(run, inventory, (tag,), "saved")
     new = inventory.new_name(tag, keeps_older=request.on_exists is OnExists.SAFE)
+    await journal.meet(Point.CHECKED)
     if request.dry_run:
         return save_result(plan, tag, held.exists, began, dry_run=True)
 
@@ -108,17 +113,20 @@ async def do_savevm(run: Run, request: SaveRequest, watch: Watcher | None = None
             journal.advance(saving=True)
             async with watched(watch, monitor.pid, plan.image, plan.estimate and plan.estimate.expected):
                 await monitor.snapshot_save(new.disk_tag, plan.vmstate, report.saved)
+            await journal.meet(Point.WRITTEN)
         # the_end: if (saved_vm_running) vm_start(): done by leaving the block
 
         # An error on one device fails the save
         row = await attempt.read_back(inventory.graph, was_running=pause.was_running)
+        noted = await note_group(run, tag, row)
+        await journal.decide()
         left = await run.shielded(attempt.conclude())
     except BaseException as failure:
         known = (finding for finding in report.findings if isinstance(failure, JobFailed) and finding.code in _CAUSES)
         hint = next((f"{finding.message}: {finding.cure}" for finding in known), "")
         await run.shielded(attempt.clear_up(failure, was_running=was_running, hint=hint))
         raise
-    return save_result(plan, tag, bool(replaced) or held.exists, began, row=row, pause=pause, left=left)
+    return save_result(plan, tag, bool(replaced) or held.exists, began, row=row, pause=pause, left=(*noted, *left))
 
 
 async def unchanged(run: Run, request: SaveRequest, plan: SavePlan) -> Inventory:
@@ -239,16 +247,20 @@ class SaveAttempt:
         """Keep a whole snapshot of the tag if there is one, and leave nothing half made.
 
         The rows of an unfinished save are removed, unless the older snapshot is gone already: then the new one is kept
-        if it is whole (*keeps_whole*).
+        if it is whole (*keeps_whole*). In a group, whether it is kept was decided by all.
 
         :return: the nodes from which a new row was removed, and the outcome in words.
         """
         graph = await self._monitor.block_graph()
         held = self._held(graph)
         has_replaced = self.work.rows and self.work.saving and self._has_made_something(graph)
-        if (self.work.is_complete or (keeps_whole and has_replaced)) and not self._problems(graph):
+        is_kept = self._journal.is_decided
+        if is_kept is None:
+            is_kept = self.work.is_complete or bool(keeps_whole and has_replaced)
+        if is_kept and not self._problems(graph):
             left = await self.conclude()
             why = ": it replaced an older one" if self.work.rows or self.work.older else ""
+            why = ", as that of every other VM" if self._journal.is_decided else why
             kept = f"the new snapshot {self._tag!r} was complete and is kept{why}"
             return (), "; ".join((kept, *(finding.message for finding in left)))
         outcome = ""
@@ -321,7 +333,7 @@ def save_result(
 ) -> SaveResult:
     """The result of a save, or of a dry run.
 
-    :param left: see :func:`qsnap.operations.delete.delete_replaced`.
+    :param left: warnings that came up: see :func:`qsnap.operations.delete.delete_replaced`.
     """
     report = plan.report
     held = file or row

@@ -12,7 +12,6 @@ import fcntl
 import os
 import re
 import secrets
-import stat
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
@@ -22,17 +21,18 @@ from typing import Any, Protocol
 
 import msgspec
 
-from qsnap.errors import BadUsage, QsnapError
+from qsnap.errors import QsnapError
 from qsnap.host import files
 from qsnap.host.processes import process, this_process
 from qsnap.model.qemu import Struct
 from qsnap.monitor.address import Address, UnixAddress
+from qsnap.runs import runtime_dir
+from qsnap.runs.group import Member, Point
 from qsnap.runs.record import Record
 
 _SUFFIX = ".journal"
 #: Suffix of a journal whose record is not written yet.
 _BEGINNING = ".beginning"
-_CURE = "set QSNAP_RUNTIME_DIR to a directory of your own"
 #: The names that qsnap gives, after the token of the run: other files are ignored.
 _NAME = re.compile(rf"[0-9a-f]{{16}}({re.escape(_SUFFIX)}|{re.escape(_BEGINNING)})")
 #: Seconds after which an incomplete journal counts as a dead run's; before it is locked, the two look alike.
@@ -62,6 +62,7 @@ class Journal:
         guard.
     :ivar guard: the run's guard; None without one.
     :ivar another_answers: at the monitor's address another QEMU answered than that of the run.
+    :ivar member: the run's part in a group; None if it is of this VM alone, and in a process that recovers it.
     """
 
     def __init__(self, record: Record | None = None, file: int | None = None, path: Path | None = None) -> None:
@@ -70,6 +71,7 @@ class Journal:
         self.patience_s = AFTERMATH_TIMEOUT_S
         self.guard: Guard | None = None
         self.another_answers = False
+        self.member: Member | None = None
         self._file = file
 
     async def armed(self) -> None:
@@ -79,6 +81,35 @@ class Journal:
         """
         if self.guard is not None:
             await self.guard.ready()
+
+    def join(self, member: Member) -> None:
+        """Make the run a part of a group.
+
+        :raise QsnapError: as :meth:`note`.
+        """
+        self.note(group=member.token)
+        self.member = member
+
+    async def meet(self, point: Point) -> None:
+        """Wait at a point for the other runs of the group.
+
+        :raise Abandoned: one has failed, and this run is to undo its part.
+        """
+        if self.member is not None:
+            await self.member.meet(point)
+
+    async def decide(self) -> None:
+        """Decide with the group that what its runs have made stays: see :meth:`Member.decide`."""
+        if self.member is not None:
+            await self.member.decide()
+
+    @property
+    def is_decided(self) -> bool | None:
+        """Whether the group has decided that; None for a run of this VM alone.
+
+        :raise QsnapError: the runtime directory cannot be trusted.
+        """
+        return runtime_dir.is_decided(self.record.group) if self.record.group else None
 
     @property
     def guard_pid(self) -> int | None:
@@ -91,7 +122,7 @@ class Journal:
 
         :raise QsnapError: the runtime directory cannot be used.
         """
-        path = directory() / f"{record.token}{_SUFFIX}"
+        path = runtime_dir.directory() / f"{record.token}{_SUFFIX}"
         beginning = path.with_suffix(_BEGINNING)
         try:
             file = files.created(beginning)
@@ -155,6 +186,10 @@ class Journal:
                 self.path.unlink()
         os.close(self._file)
         self._file = None
+        group = self.record.group
+        with suppress(QsnapError):
+            if remove and group and not any(other.record.group == group for other in found()):
+                runtime_dir.forget_decision(group)
 
 
 def taken_over(file: int, path: Path) -> Journal | None:
@@ -194,7 +229,7 @@ def found() -> Iterator[Found]:
 
     :raise QsnapError: other users may write to the runtime directory, so that its contents cannot be trusted.
     """
-    place = _ours()
+    place = runtime_dir.ours()
     for path in sorted(path for path in place.iterdir() if _NAME.fullmatch(path.name)) if place else ():
         try:
             file = files.opened(path, os.O_RDWR)
@@ -266,78 +301,3 @@ def place(address: Address) -> tuple[str, ...]:
     except (OSError, ValueError):
         return ()
     return "unix", str(info.st_dev), str(info.st_ino)
-
-
-def _location() -> Path:
-    """The runtime directory: the same for a person, for cron and for a service of one user.
-
-    So it does not depend on the environment, except on ``QSNAP_RUNTIME_DIR``.
-    """
-    if given := os.environ.get("QSNAP_RUNTIME_DIR"):
-        if not given.startswith("/"):
-            raise BadUsage(f"QSNAP_RUNTIME_DIR must be an absolute path, not {given!r}")
-        return Path(given)
-    uid = os.geteuid()
-    parent = Path("/run") if uid == 0 else Path(f"/run/user/{uid}")
-    return parent / "qsnap" if os.access(parent, os.W_OK) else Path(f"/tmp/qsnap-{uid}")  # noqa: S108 (checked below)
-
-
-def _ours() -> Path | None:
-    """The real path of the runtime directory, owned by this user and closed to all others; None if there is none.
-
-    :raise QsnapError: another user owns it or may open it, or it is not a directory.
-    """
-    path = _location()
-    try:
-        path = files.resolved(path.parent) / path.name
-        info = files.status(path)
-    except FileNotFoundError:
-        return None
-    except OSError as error:
-        raise QsnapError(f"the runtime directory {path} cannot be used: {error.strerror}; {_CURE}") from error
-    problem, cure = "", _CURE
-    if info.st_uid != os.geteuid():
-        problem = f"it was made by user {info.st_uid}, who could keep qsnap from work, or have it do the wrong"
-    elif not stat.S_ISDIR(info.st_mode):
-        problem = "it is not a directory"
-    elif info.st_mode & 0o077:
-        problem = f"it is open to other users (mode {stat.S_IMODE(info.st_mode):03o})"
-        cure = f"chmod 700 it, or {_CURE}"
-    if problem:
-        raise QsnapError(f"the runtime directory {path} cannot be used: {problem}; {cure}")
-    return path
-
-
-def problem() -> str:
-    """Why the contents of the runtime directory cannot be trusted; "" if they can, or if there is no such directory.
-
-    :raise BadUsage: the path of the directory is not absolute.
-    """
-    try:
-        _ours()
-    except BadUsage:
-        raise
-    except QsnapError as error:
-        return str(error)
-    return ""
-
-
-def directory() -> Path:
-    """The runtime directory, created if needed: owned by this user, and closed to all others.
-
-    :raise QsnapError: it is not, or cannot be created.
-    """
-    path = _location()
-    try:
-        with suppress(FileExistsError), files.directory(files.resolved(path.parent)) as where:
-            os.mkdir(path.name, 0o700, dir_fd=where)
-            made = os.open(path.name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=where)
-            try:
-                os.chmod(f"/proc/self/fd/{made}", 0o700)  # noqa: PTH101 (whatever the umask)
-            finally:
-                os.close(made)
-    except OSError as error:
-        raise QsnapError(f"the runtime directory {path} cannot be made: {error.strerror}; {_CURE}") from error
-    if (found := _ours()) is None:
-        raise QsnapError(f"the runtime directory {path} has gone; {_CURE}")
-    return found

@@ -14,6 +14,7 @@ from qsnap.model.runstates import HAS_ENDED, cure_of, happened, is_live, takes_s
 from qsnap.monitor import Monitor
 from qsnap.monitor.connection import AnotherAnswers
 from qsnap.monitor.names import CLAIM
+from qsnap.runs.group import Point
 from qsnap.runs.journal import Journal
 from qsnap.runs.mark import is_of
 from qsnap.runs.record import LiveWork
@@ -88,16 +89,23 @@ async def stopped(monitor: Monitor, journal: Journal, *, by_qemu: bool = False) 
     one that was paused stays paused, unless the block set ``pause.resume`` otherwise. If this process is killed in the
     block, the guard of *journal* resumes the guest; it is ready before the guest is stopped.
 
+    The guests of a group are stopped as close together as can be, and none runs on before all are stopped.
+
     :param by_qemu: leave the stop to the command in the block, and see that the guest runs afterwards.
+    :raise Abandoned: the run on another VM of the group has failed.
     :raise GuestLeftStopped: the guest was running and could not be resumed; what happened first is the context.
     :raise QsnapError: a guest that was not running before, and was to run, could not be resumed.
     """
     pause = Pause(await monitor.runstate(), monitor.version, by_qemu=by_qemu)
     await journal.armed()
+    await journal.meet(Point.READY)
     try:
         if pause.was_running and not by_qemu:
             journal.note(stopped=True)
             await pause._stop(monitor)
+            if journal.member is not None:
+                journal.member.stopped = pause._began
+        await journal.meet(Point.STOPPED)
         yield pause
         if not pause.resume:
             pause.runstate = await monitor.runstate()
@@ -106,9 +114,10 @@ async def stopped(monitor: Monitor, journal: Journal, *, by_qemu: bool = False) 
         if pause.resume:
             try:
                 await shielded(_resume(monitor, pause, journal), journal.patience_s)
-                journal.done(stopped=False)
             except QsnapError as error:
                 await _explain_failed_resume(monitor, pause, journal, error)
+            if journal.member is not None and pause.pause_ms:
+                journal.member.resumed = pause._ended
             if not is_live(pause.runstate):
                 raise pause.runs_no_more(pause.runstate)  # QEMU resumed it, and it has stopped by itself
 
@@ -124,6 +133,7 @@ async def _resume(monitor: Monitor, pause: Pause, journal: Journal) -> None:
         # QEMU puts the "paused" of before back when its stream has begun, which may be after our `cont` (from 9.0 on,
         # migration.c: bg_migration_vm_start_bh; seen on 11.1 after a live save that failed)
         await pause._resume(monitor)
+    journal.done(stopped=False)
 
 
 async def reconnect(monitor: Monitor, journal: Journal) -> None:

@@ -114,6 +114,8 @@ class Record(Struct, frozen=True):
     """We may have begun a stream only to make QEMU forget a failed migration."""
     work: SaveWork | LiveWork | DeleteWork | LoadWork | None = None
     """The work that is half done, if any."""
+    group: str = ""
+    """The token of the group that the run is part of: see :mod:`qsnap.runs.group`; "" if it is of this VM alone."""
 
     @property
     def where(self) -> Address:

@@ -19,7 +19,7 @@ from qsnap.monitor import GREETING_TIMEOUT_S, Monitor
 from qsnap.monitor.address import Address
 from qsnap.monitor.connection import AnotherAnswers, listener_pid
 from qsnap.monitor.names import CLAIM
-from qsnap.runs import journal, mark
+from qsnap.runs import journal, mark, runtime_dir
 from qsnap.runs.journal import Found, Journal
 from qsnap.runs.mark import Holder
 from qsnap.runs.pause import has_ended
@@ -262,7 +262,7 @@ async def wait_for_monitor(address: Address, deadline: float, wait_s: float) -> 
     :param deadline: by the loop's clock.
     :raise VMLocked: a qsnap still uses it, and the *wait_s* seconds to the deadline are over.
     """
-    if journal.problem():
+    if runtime_dir.problem():
         return False  # nothing there can be trusted; a run that writes there reports it
     runs = [other.record for other in journal.found() if other.is_held]
     place = journal.place(address)

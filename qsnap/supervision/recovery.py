@@ -28,7 +28,7 @@ from qsnap.operations.translation import leave_restore_vm
 from qsnap.runs import mark
 from qsnap.runs.journal import Journal
 from qsnap.runs.mark import decode
-from qsnap.runs.record import DeleteWork, LiveWork, LoadStage, LoadWork, Record, SaveWork
+from qsnap.runs.record import DeleteWork, LiveWork, LoadStage, LoadWork, SaveWork
 
 #: Seconds between two tries to reach QEMU, or to have it resume the guest.
 _RETRY_S = 0.2
@@ -194,16 +194,18 @@ async def _clear_up(monitor: Monitor, journal: Journal) -> list[str]:
     if isinstance(work, SaveWork) and work.has_begun:
         _, sentence = await SaveAttempt(monitor, journal, devices).undo(keeps_whole=True)
         return [sentence]
-    return await _completed(monitor, graph, devices, record) if isinstance(work, DeleteWork) else []
+    return await _completed(monitor, graph, devices, journal) if isinstance(work, DeleteWork) else []
 
 
-async def _completed(monitor: Monitor, graph: BlockGraph, devices: Sequence[Device], record: Record) -> list[str]:
-    """Complete a deletion, if it has begun."""
-    work = record.work
+async def _completed(monitor: Monitor, graph: BlockGraph, devices: Sequence[Device], journal: Journal) -> list[str]:
+    """Complete a deletion, if it has begun; that of a group, if it was decided."""
+    record, work = journal.record, journal.record.work
     assert isinstance(work, DeleteWork)
     held = [snapshots.holders(graph, devices, tag) for tag in work.disk_tags]
     files = [file for file in work.files if os.path.lexists(file)]  # noqa: ASYNC240 (no waiting)
-    has_begun = any(nodes != work.devices for nodes in held) or len(files) < len(work.files)
+    has_begun = journal.is_decided
+    if has_begun is None:
+        has_begun = any(nodes != work.devices for nodes in held) or len(files) < len(work.files)
     if not has_begun or not (any(held) or files):
         return []
     deletion = f"the deletion of {', '.join(map(repr, record.tags))}"

@@ -21,10 +21,11 @@ BOOT = Path(qsnap.guest.__file__).with_name("boot.asm")
         (BOOT, BOOT.with_suffix(".bin"), []),
         (BOOT, GUESTS / "heavy.bin", ["-DPAGES=256"]),
         (GUESTS / "pflash.asm", GUESTS / "pflash.bin", []),
+        (GUESTS / "instep.asm", GUESTS / "instep.bin", []),
         (GUESTS / "selfmod.asm", GUESTS / "selfmod.bin", []),
         (GUESTS / "states.asm", GUESTS / "states.bin", []),
     ],
-    ids=["boot", "heavy", "pflash", "selfmod", "states"],
+    ids=["boot", "heavy", "pflash", "instep", "selfmod", "states"],
 )
 def test_the_binary_is_what_the_source_says(source: Path, binary: Path, options: list[str], tmp_path: Path) -> None:
     subprocess.run(["nasm", *options, "-f", "bin", source, "-o", tmp_path / "out"], check=True, timeout=60)

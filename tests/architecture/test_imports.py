@@ -39,6 +39,7 @@ HOMES = {
 LAYERS = [
     ["__main__", "__init__"],
     ["cli", "pytest_plugin", "sync"],
+    ["joint"],
     ["vm", "offline"],
     ["supervision"],
     ["operations"],

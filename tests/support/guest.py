@@ -318,10 +318,13 @@ class Run:
         return json.loads(self.err)
 
 
-def start_cli(*args: str, monitor: str | None = None, env: dict[str, str] | None = None) -> subprocess.Popen[str]:
-    """qsnap as a process of its own, not yet finished."""
+def start_cli(
+    *args: str, monitor: str | None = None, env: dict[str, str] | None = None, code: str = ""
+) -> subprocess.Popen[str]:
+    """qsnap as a process of its own, not yet finished; *code* is what runs it, instead of its own."""
+    how = ["-c", code] if code else ["-m", "qsnap"]
     return subprocess.Popen(
-        [sys.executable, "-m", "qsnap", *args], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+        [sys.executable, *how, *args], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
         stderr=subprocess.PIPE, text=True, env=_environment(monitor, env),
     )  # fmt: skip
 
@@ -402,7 +405,7 @@ def failing_disk(node: str, path: Path, event: str, errno: int, *, once: bool = 
 def assert_nothing_left(guest: Guest, expected: dict[Path, list[str]]) -> None:
     """The guest runs with its contents as they were, and neither a job nor a half-made snapshot is left."""
     guest.assert_running()
-    assert guest.jobs() == []
+    assert guest.jobs() == [], guest.qmp("query-jobs")
     assert {image: tags(image) for image in expected} == expected
 
 

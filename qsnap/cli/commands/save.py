@@ -17,12 +17,14 @@ from qsnap.cli.options import (
     ping_option,
     prefix_option,
     textfile_option,
+    together_option,
     vmstate_option,
 )
 from qsnap.cli.policy import policy_of, policy_options, wants_policy
 from qsnap.errors import BadUsage, GuestLeftStopped, PartialFailure, QsnapError
 
 if TYPE_CHECKING:
+    from qsnap.model.qemu import Struct
     from qsnap.model.results import PruneResult, SaveResult
     from qsnap.operations.progress import Watcher
     from qsnap.targets.config import Settings
@@ -56,6 +58,7 @@ if TYPE_CHECKING:
 @ping_option
 @click.option("--force", is_flag=True, help="Try even if there seems to be too little room. Overrides nothing else.")
 @click.option("-n", "--dry-run", is_flag=True, help="Check and decide everything, but do nothing.")
+@together_option
 @common_options
 def save(
     options: Options,
@@ -73,6 +76,7 @@ def save(
     ping: str | None,
     force: bool,
     dry_run: bool,
+    together: bool,
     **keep: Any,  # noqa: ANN401 (of policy_options)
 ) -> int:
     """Save RAM, device state and all disks as snapshot TAG.
@@ -80,6 +84,9 @@ def save(
     Without TAG, it is named vm-YYYYmmddHHMMSS. The guest is paused while QEMU writes, and then runs again; with --live
     it runs meanwhile. A snapshot of that name is replaced, unless --no-replace is given. With --prefix it is the next
     one of a series; with a policy (--keep-…) the series is pruned after the save.
+
+    With --together, all VMs are checked before one is touched, and their guests are paused at the same time. If one
+    save fails, none is kept.
     """
     from qsnap.cli.monitoring import MetricsRecorder
     from qsnap.cli.output.results import exit_code_of
@@ -106,7 +113,7 @@ def save(
             prepare=settings.prepare if prepare is None else prepare,
             **_replacement(replace, safe_replace, settings),
         )
-        if policy is None or prefix is None:
+        if policy is None or prefix is None or together:
             return result
         import msgspec
 
@@ -114,7 +121,10 @@ def save(
 
     recorder = MetricsRecorder(None if dry_run else textfile, prefix)
     with pinged(None if dry_run else ping) as report:
-        result = do(options, recorder.around(action), recorder.record, shows="" if dry_run else "saving")
+        shows = "" if dry_run else "saving"
+        result = do(options, recorder.around(action), recorder.record, shows=shows, together=together)
+        if together and policy is not None and prefix is not None:
+            result = _pruned_together(options, prefix, policy, result)
         code = recorder.exit_code(exit_code_of(result))
         report(code)
     options.shown(result)
@@ -128,6 +138,37 @@ def _replacement(replace: bool | None, safely: bool | None, settings: Settings) 
     if safely is None:
         safely = replace and bool(settings.safe_replace)
     return {"replace": replace, "safe_replace": safely}
+
+
+def _pruned_together(options: Options, prefix: str, policy: Policy, saved: Struct) -> Struct:
+    """What became of a save of several VMs together, after their series were pruned together."""
+    import msgspec
+
+    from qsnap.cli.output.results import Outcome, Outcomes
+    from qsnap.cli.several import do
+    from qsnap.model.results import PruneResult, SaveResult
+
+    assert isinstance(saved, Outcomes)
+    of = {title: result for title, result in saved.vms if isinstance(result, SaveResult)}
+    if len(of) < len(saved.vms):
+        return saved  # an older one is worth more now
+
+    async def action(vm: VM, *_: object) -> PruneResult:
+        assert vm.member is not None
+        one = of[vm.member.title]
+        return await vm.prune(prefix, policy, dry_run=one.dry_run, pending=one if one.dry_run else None)
+
+    pruned = do(options, action, together=True)
+    assert isinstance(pruned, Outcomes)
+    outcomes = []
+    for title, result in pruned.vms:
+        if isinstance(result, QsnapError):
+            failure = PartialFailure((of[title].tag,), {f"prune --prefix {prefix}": result})
+            outcomes.append(Outcome(title, failure))
+        else:
+            assert isinstance(result, PruneResult)
+            outcomes.append(Outcome(title, msgspec.structs.replace(of[title], pruned=result)))
+    return msgspec.structs.replace(saved, vms=tuple(outcomes))
 
 
 async def _prune_after(vm: VM, prefix: str, policy: Policy, saved: SaveResult) -> PruneResult:

@@ -21,6 +21,8 @@ from qsnap.cli.options import (
     tag_argument,
     tags_argument,
     textfile_option,
+    together_option,
+    whole_option,
     wide_option,
 )
 from qsnap.errors import BadUsage, SnapshotNotFound
@@ -28,7 +30,7 @@ from qsnap.tags import all_series, is_of_series
 
 if TYPE_CHECKING:
     from qsnap.cli.output.results import Details, Snapshots
-    from qsnap.model.results import DrillResult, LoadResult
+    from qsnap.model.results import DeleteResult, DrillResult, LoadResult
     from qsnap.model.snapshots import Snapshot
     from qsnap.operations.progress import Watcher
     from qsnap.targets.config import Settings
@@ -63,6 +65,7 @@ _SORT_KEYS: Mapping[str, Callable[[Snapshot], Any]] = {
 )
 @click.option("--save-current-as", hidden=True)
 @click.option("--sync-time", is_flag=True, help="Set the guest's clock afterwards, through the guest agent.")
+@together_option
 @common_options
 def load(
     options: Options,
@@ -78,11 +81,13 @@ def load(
     save_current: bool | None,
     save_current_as: str | None,
     sync_time: bool,
+    together: bool,
 ) -> int:
     """Restore RAM, device state and all disks from snapshot TAG.
 
     What the guest has done since is lost, unless --save-current is given. It is left in the run state that it had,
-    running or paused.
+    running or paused. With --together, all VMs are checked before one is touched, and all guests run on at the same
+    time.
     """
     if paused and running:
         raise BadUsage("--paused and --running cannot be used together")
@@ -100,12 +105,19 @@ def load(
             force=force,
             full=full,
             verify=verify,
-            save_current=save_current_as or (settings.save_current or False if save_current is None else save_current),
+            save_current=save_current_as or _saves_current(save_current, settings, together=together),
             sync_time=sync_time,
             watch=watch,
         )
 
-    return work(options, loaded, shows="loading")
+    return work(options, loaded, shows="loading", together=together)
+
+
+def _saves_current(asked: bool | None, settings: Settings, *, together: bool) -> bool | str:
+    """Whether a load saves first what it discards: by the option, or else by the config file, which is about one VM."""
+    if asked is not None:
+        return asked
+    return not together and (settings.save_current or False)
 
 
 def _newest(found: Sequence[Snapshot], prefix: str | None) -> str:
@@ -304,8 +316,18 @@ def _drill(
 @click.command(cls=Command)
 @tags_argument
 @click.option("--missing-ok", is_flag=True, help="It is not an error if a snapshot does not exist.")
+@whole_option
 @image_option
 @common_options
-def delete(options: Options, tags: tuple[str, ...], missing_ok: bool, images: tuple[str, ...]) -> int:
-    """Delete snapshots from every device that holds them."""
-    return work(options, lambda vm, *_: vm.delete(*tags, missing_ok=missing_ok), images=images)
+def delete(
+    options: Options, tags: tuple[str, ...], missing_ok: bool, together: bool | None, images: tuple[str, ...]
+) -> int:
+    """Delete snapshots from every device that holds them.
+
+    What was saved together with other VMs is deleted with their parts (--together), or alone (--no-together).
+    """
+
+    async def deleted(vm: VM, *_: object) -> DeleteResult:
+        return await vm.delete(*tags, missing_ok=missing_ok, alone=together is False)
+
+    return work(options, deleted, images=images, together=bool(together))

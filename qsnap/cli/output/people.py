@@ -279,7 +279,8 @@ def _(tree: Tree) -> Lines:
 def _in_tree(snapshot: Snapshot) -> str:
     parent = "its parent is not known" if snapshot.parent is None else ""
     kind = "" if snapshot.kind in (Kind.FULL, Kind.LIVE) else snapshot.kind
-    note = ": ".join(filter(None, ("protected" if snapshot.protected else "", snapshot.description)))
+    protected = "protected" if snapshot.protected else ""
+    note = ": ".join(filter(None, (protected, _together(snapshot), snapshot.description)))
     return "  ".join(filter(None, (snapshot.tag, date(snapshot.date), kind, note, f"({parent})" if parent else "")))
 
 
@@ -293,6 +294,7 @@ def _(details: Details) -> Lines:
         ("kind", snapshot.kind),
         ("description", snapshot.description),
         ("protected", "yes" if snapshot.protected else ""),
+        ("saved", f"together {_together(snapshot)}" if snapshot.together else ""),
         ("guest was", snapshot.runstate),
         ("VM state", f"{size(snapshot.vm_state_size)} {place}" if snapshot.vmstate or snapshot.file else "none"),
         ("on the disks", snapshot.disk_tag if snapshot.disk_tag != snapshot.tag else ""),
@@ -443,6 +445,10 @@ def _(several: Outcomes) -> Lines:
     failed = [one for one in several.vms if isinstance(one.result, QsnapError)]
     if not found or len(found) + len(failed) < len(several.vms):
         yield from _titled(several, lines_of)
+        if several.stop_spread_ms is not None:
+            resumed = several.resume_spread_ms
+            ran = "" if resumed is None else f", and ran again within {seconds(resumed)}"
+            yield f"together: the guests were stopped within {seconds(several.stop_spread_ms)}{ran}"
         return
     for one in failed:
         yield from _failed(one)
@@ -590,7 +596,12 @@ def _note(snapshot: Snapshot) -> str:
     """What is written down about it, in a line."""
     state = f"guest was {snapshot.runstate}" if snapshot.runstate else ""
     here = "you are here" if snapshot.here else ""
-    return ": ".join(filter(None, (here, "protected" if snapshot.protected else "", state, snapshot.description)))
+    protected = "protected" if snapshot.protected else ""
+    return ": ".join(filter(None, (here, protected, _together(snapshot), state, snapshot.description)))
+
+
+def _together(snapshot: Snapshot) -> str:
+    return f"with {', '.join(snapshot.together.vms)}" if snapshot.together else ""
 
 
 def _pruned(result: PruneResult) -> str:

@@ -101,9 +101,17 @@ class Outcomes(Struct, frozen=True):
     """What became of each of several VMs."""
 
     vms: tuple[Outcome, ...]
+    stop_spread_ms: float | None = None
+    """Together: milliseconds from the first guest's stop to the last one's; None if fewer than two were stopped."""
+    resume_spread_ms: float | None = None
+    """The same of their resumption."""
 
     def to_json(self) -> dict[str, Any]:
-        return {"vms": [one.to_json() for one in self.vms]}
+        spreads = {"stop_spread_ms": self.stop_spread_ms, "resume_spread_ms": self.resume_spread_ms}
+        return {
+            "vms": [one.to_json() for one in self.vms],
+            **{name: value for name, value in spreads.items() if value is not None},
+        }
 
 
 def exit_code_of(result: object) -> int:

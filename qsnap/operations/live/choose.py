@@ -22,7 +22,8 @@ async def save_live_or_not(
     """Save the guest live, or the ordinary way; the result's warnings say why it was not live.
 
     :param live: "auto" saves the ordinary way if a live save is not possible, or failed and was undone. A guest
-        that does not run gains nothing by a live save, and is saved the ordinary way in any case.
+        that does not run gains nothing by a live save, and is saved the ordinary way in any case. In a group a live
+        save that has failed is not repeated: the others have been stopped already.
     """
     if not live:
         return await do_savevm(run, request, watch)
@@ -40,7 +41,7 @@ async def save_live_or_not(
     try:
         return await do_live_save(run, plan, watch)
     except QsnapError as error:
-        if live != "auto" or not error.undone:
+        if live != "auto" or not error.undone or run.journal.member is not None:
             raise
         return await _saved_the_ordinary_way(run, request, watch, str(error))
 

@@ -35,6 +35,7 @@ from qsnap.monitor.names import PACE
 from qsnap.monitor.qmp.background import Background, Stream
 from qsnap.operations.live.timing import ReadTime, SnapshotThread
 from qsnap.operations.progress import INTERVAL_S, Phase, Progress, Watcher
+from qsnap.runs.group import Point
 from qsnap.runs.journal import Journal
 from qsnap.runs.pause import Pause, stopped
 from qsnap.runs.shield import shielded
@@ -107,7 +108,8 @@ class Freeze(ABC):
         known = await self._known_pace(ram)
         pace = await self._expected_pace(known, ram)
         await self._flush()
-        for _ in range(self.LATE_ATTEMPTS):
+        # The guests of a group are stopped together, and not each when its QEMU has read most of RAM
+        for _ in range(self.LATE_ATTEMPTS if self._journal.member is None else 0):
             if not self._is_to_stop_late(pace):
                 break
             late_pause, pace = await self._late(pace)
@@ -146,6 +148,8 @@ class Freeze(ABC):
         async with stopped(self._monitor, self._journal) as pause:
             await self._take_both()
             spent = await self._state_taken(pause, thread)
+            if self._journal.member is not None:
+                self._journal.member.arrive(Point.WRITTEN)  # a pause of milliseconds waits for no other VM
         return pause, spent
 
     @abstractmethod
@@ -325,7 +329,9 @@ class FreezeBefore9(Freeze):
 
     async def _expected_pace(self, known: int, ram: Layout) -> int:
         # A stream goes on to its end, and splits what huge pages there are
-        return known if known or self._monitor.pid is None or ram.base <= ram.other else await self._rehearse()
+        if known or self._journal.member is not None or self._monitor.pid is None or ram.base <= ram.other:
+            return known
+        return await self._rehearse()
 
     def _is_to_stop_late(self, pace: int) -> bool:
         return pace > 0 and self._goal(pace) > 0

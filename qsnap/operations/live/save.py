@@ -43,7 +43,9 @@ from qsnap.operations.plan import SavePlan, plan_save
 from qsnap.operations.progress import Watcher
 from qsnap.operations.removal import refuse_removal
 from qsnap.operations.save import explain, save_result, unchanged
+from qsnap.operations.together import note_group
 from qsnap.operations.writers import other_writers
+from qsnap.runs.group import Point
 from qsnap.runs.journal import Journal
 from qsnap.runs.pause import has_ended, reconnect
 from qsnap.runs.record import LiveWork
@@ -179,7 +181,8 @@ async def do_live_save(run: Run, plan: LivePlan, watch: Watcher | None = None) -
     inventory, report, vmstate = plan.save.inventory, plan.save.report, plan.save.vmstate
     if plan.new.older.exists and plan.request.on_exists is OnExists.REFUSE:
         raise SnapshotExists(plan.tag, (*inventory.displayed(plan.new.older.nodes), *plan.new.older.files))
-    await refuse_removal(monitor, inventory, plan.tag, "saved")
+    await refuse_removal(run, inventory, (plan.tag,), "saved")
+    await journal.meet(Point.CHECKED)
     if plan.request.dry_run:
         return save_result(plan.save, plan.tag, plan.new.older.exists, began, dry_run=True, is_live=True)
 
@@ -237,6 +240,8 @@ async def do_live_save(run: Run, plan: LivePlan, watch: Watcher | None = None) -
             await freeze.wait_until_written(watch)
             content = await attempt.content(freeze.stream_size, identity)
         await run.shielded(asyncio.to_thread(_complete, file, part, plan.path, content))
+        noted = await note_group(run, plan.tag, content)
+        await journal.decide()
         found, left = await run.shielded(attempt.conclude())
     except BaseException as failure:
         await run.shielded(attempt.clear_up(failure))
@@ -244,7 +249,7 @@ async def do_live_save(run: Run, plan: LivePlan, watch: Watcher | None = None) -
     finally:
         os.close(file)
     return save_result(
-        plan.save, plan.tag, plan.new.older.exists, began, pause=pause, is_live=True, file=found, left=left
+        plan.save, plan.tag, plan.new.older.exists, began, pause=pause, is_live=True, file=found, left=(*noted, *left)
     )
 
 
@@ -356,13 +361,14 @@ class LiveSaveAttempt:
 
     async def undo(self) -> str:
         """Leave nothing half made: conclude the save if its snapshot is complete, and else remove what there is of it.
+        In a group it is complete when all have decided so.
 
         :return: what has become of it, in words.
         """
         await self._monitor.live.end_stream()
         parts.forget_name(Path(self._work.part), Path(self._work.path), self._work.made)
         graph = await self._monitor.block_graph()
-        if self._is_complete(graph):
+        if self._journal.is_decided is not False and self._is_complete(graph):
             _, left = await self.conclude()
             return "; ".join(
                 (f"the new snapshot {self._tag!r} was complete and is kept", *(one.message for one in left))
