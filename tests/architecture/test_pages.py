@@ -75,6 +75,7 @@ BEFORE = {
         for n in 1 2 3; do qsnap save -q --prefix nightly; done""",
     ("scheduled.md", "qsnap prune"): "qsnap save -q --prefix nightly",
     ("scheduled.md", "qsnap save --vm web --vm db"): "qsnap prune -q --prefix nightly --keep-last 1",
+    ("together.md", ""): "guest db qmp root; guest app qmp root data",
     ("verify.md", ""): "guest web qmp root data; qsnap save -q before-upgrade; qsnap save -q --prefix nightly",
 }
 

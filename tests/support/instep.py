@@ -108,6 +108,12 @@ class Pair:
             if before == [(guest.word(COUNT), guest.word(SEEN)) for guest in self.guests.values()]:
                 return
 
+    def put_in_step(self, tag: str) -> None:
+        """Load both from a save that was of one moment."""
+        self.fall_silent()
+        self.both("load", tag)
+        self.channel.is_open = True
+
     def contradictions(self) -> list[str]:
         """What one has seen of the other that the other has not sent; the guests stand still."""
         one, two = self.guests.values()
