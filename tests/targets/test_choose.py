@@ -247,6 +247,9 @@ def test_the_config_file(machine: Machine) -> None:
     other = machine.directory / "other"
     other.write_text("[vm.two]\n[vm.off]\nmonitor='off.qmp'")
     assert "2 VMs are running" in machine.qsnap("status", "--config", "other", expect=2).err
+    text = machine.qsnap("run", "--config", "other", "--", "true", expect=125).err
+    assert "the command was not run: 2 VMs are running" in text
+    assert "--vm two" in text, "how each is chosen"
     lines = machine.qsnap("vms", "--config", "~/other").out.splitlines()
     assert "off.qmp  not seen running" in lines[3]
     assert machine.qsnap("vms", "-q", "--config", "other").out == "one\ntwo\noff\n"

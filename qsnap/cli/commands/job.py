@@ -287,7 +287,10 @@ async def _found(vm: VM, tag: str, left_out: Sequence[str]) -> tuple[Snapshot | 
 
 
 def _not_run(error: QsnapError) -> int:
-    _say(f"the command was not run: {error}")
+    from qsnap.cli.output.people import introduced
+    from qsnap.cli.output.show import write
+
+    write(introduced("the command was not run", error), sys.stderr)
     return error.exit_code if isinstance(error, Interrupted) else FAILED_BEFORE
 
 

@@ -16,7 +16,6 @@ from qsnap.cli.output.results import (
     KnownVMs,
     Notes,
     OfVM,
-    Outcome,
     Outcomes,
     PluginAnswer,
     Recoveries,
@@ -450,16 +449,16 @@ def _(several: Outcomes) -> Lines:
             ran = "" if resumed is None else f", and ran again within {seconds(resumed)}"
             yield f"together: the guests were stopped within {seconds(several.stop_spread_ms)}{ran}"
         return
-    for one in failed:
-        yield from _failed(one)
+    for title, error in failed:
+        yield from introduced(printable(title), error)
     yield from _snapshots_of(found)
 
 
-def _failed(outcome: Outcome) -> Lines:
-    """What went wrong with a VM, with its name, and what else there is to say of that."""
-    error, *more = lines_of(outcome.result)
-    assert isinstance(error, Aside)
-    yield from (error._replace(text=f"{printable(outcome.title)}: {error.text}"), *more)
+def introduced(what: str, error: object) -> Lines:
+    """What there is to say of an error, behind *what* it is about."""
+    first, *more = lines_of(error)
+    assert isinstance(first, Aside)
+    yield from (first._replace(text=f"{what}: {first.text}"), *more)
 
 
 def quiet_lines_of(result: object) -> Lines:
@@ -488,7 +487,7 @@ def _titled(several: Outcomes, its_lines: Callable[[object], Lines]) -> Lines:
     for outcome in several.vms:
         title, result = printable(outcome.title), outcome.result
         if isinstance(result, QsnapError):
-            yield from _failed(outcome)
+            yield from introduced(title, result)
             continue
         lines = list(its_lines(result))
         yield from (line._replace(text=f"{title}: {line.text}") for line in lines if isinstance(line, Aside))

@@ -409,7 +409,7 @@ class LiveSaveAttempt:
                 self._journal.done(work=None)
                 self.remove_part()
                 ended = "QEMU has ended; there is no guest any more"
-                outcome = f"If its disks have snapshots of it: qsnap delete {self._tag}"
+                outcome = f"if its disks have snapshots of it: qsnap delete {self._tag}"
                 outcome = outcome if ended in str(failure) else f"{ended}. {outcome}"
         if not isinstance(failure, GuestLeftStopped):
             explain(failure, outcome, runstate, undone=self._undone)
