@@ -164,7 +164,9 @@ def test_what_cannot_be_told_is_not_refused() -> None:
     sections = (Section(name="cpu_common", instance=0, version=1, size=1),)
     machine = Machine(name="pc-q35-7.2", ram_blocks=(RamBlock(name="pc.ram", size=1 << 20),), sections=sections)
     assert [*differences(Contents(machine, Devices(sections, {}, {})), Hardware("", {}, {}, 0))] == []
-    for data in (b"", b"\4\0\0\0\1", b"QEVM\0\0\0\3" + bytes(100)):
+    one = b"\4\0\0\0\1\3dev\0\0\0\0\0\0\0\1state\x7e\0\0\0\1\0"
+    assert of_devices(b"QEVM\0\0\0\3" + one).sections == (Section(name="dev", instance=0, version=1, size=5),)
+    for data in (b"", one, bytes(8) + one, b"QEVM\0\0\0\3" + bytes(100)):
         with pytest.raises(Unknown):
             of_devices(data)
 
