@@ -393,6 +393,10 @@ def test_whose_a_qemu_is(theirs: Path, ours: Path) -> None:
         assert trust.image(0, *seen(passwd)) == passwd
         with pytest.raises(PermissionError, match="listens there"):
             trust.user_of(os.getpid(), NOBODY)
+    # It has ended: who it was is known by who listened there, or not at all; "not at all" is not "of this user"
+    assert trust.user_of(pid, NOBODY) == NOBODY
+    with pytest.raises(FileNotFoundError):
+        trust.user_of(pid, None)
     os.close(ready)
     os.close(tell)
 
