@@ -206,7 +206,7 @@ class _Checks:
             except Unknown as error:
                 self._unchecked.append(f"its VM state is not as QEMU is known to write it: {error}")
             if self._reads and isinstance(where, int) and not self._problems:
-                self._compare(STATE, "its VM state", lambda: _checksum(state, ended))
+                self._compare(STATE, "its VM state", lambda: checksum(state, ended))
         finally:
             state.close()
 
@@ -288,7 +288,11 @@ def flaws(state: VmState, ended: threading.Event, counted: Callable[[int], None]
         yield f"it cannot be read: {error.strerror}"
 
 
-def _checksum(state: VmState, ended: threading.Event) -> str:
+def checksum(state: VmState, ended: threading.Event) -> str:
+    """SHA-256 of a VM state.
+
+    :raise Unreadable: it was to end.
+    """
     import hashlib
 
     sum_ = hashlib.sha256()

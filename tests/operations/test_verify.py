@@ -6,13 +6,19 @@ import os
 import re
 import shutil
 import struct
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+import qsnap
 from qsnap.inventory import qcow2
+from qsnap.inventory.clusters import StoredSnapshot
+from qsnap.inventory.qcow2 import Unreadable
 from qsnap.inventory.state_file import STREAM_OFFSET
+from qsnap.inventory.vm_state import of_snapshot
+from qsnap.operations import verify
 from support.guest import (
     Guest,
     Launch,
@@ -257,6 +263,23 @@ class TestStateFiles:
         cli("load", "t", "--full", monitor=guest.address)
         assert cli("verify", "--read-data", monitor=guest.address).out == "t: whole, 3 checksums compared\n"
         assert file.exists()
+
+    async def test_interrupted(self, guest: Guest, images: dict[str, Path], file: Path) -> None:
+        """It ends at the next piece, however much is left to read; and what was read is not called whole."""
+        async with qsnap.connect(guest.address) as vm:
+            snapshot, rows = await vm.show("t")
+        ended = threading.Event()
+        ended.set()
+        with images["a"].open("rb") as image, file.open("rb") as state:
+            vm_state = of_snapshot(snapshot, state.fileno())
+            for read in (
+                lambda: StoredSnapshot(image.fileno(), rows["a"][0]).checksum(ended.is_set),
+                lambda: [*verify.flaws(vm_state, ended, lambda _: None)],
+                lambda: verify.checksum(vm_state, ended),
+            ):
+                with pytest.raises(Unreadable, match="not read to its end"):
+                    read()
+            vm_state.close()
 
     def test_flipped(self, guest: Guest, file: Path) -> None:
         changed(file, STREAM_OFFSET + (1 << 20), b"\x77\x66")
