@@ -7,6 +7,7 @@ what they know at the points of :mod:`qsnap.runs.group`.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
 
 from qsnap.errors import PrecheckRefused, QsnapError
 from qsnap.inventory.inventory import Inventory
@@ -76,8 +77,10 @@ async def refuse_other_moments(run: Run, inventory: Inventory, found: Snapshot |
     """
     member = run.journal.member
     if member is None:
-        together = inventory.notes.of(found).together if found else None
-        return _told_alone(found, together) if found and together else ""
+        with suppress(QsnapError):  # damaged notes keep nobody from a load
+            if found and (together := inventory.notes.of(found).together):
+                return _told_alone(found, together)
+        return ""
     together = inventory.notes.of(found).together if found else None
     told = await member.meet(Point.GROUPED, [together.id] if together else [])
     if found is None or force or (together and _is_whole(together, member, told)):
