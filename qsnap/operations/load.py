@@ -287,7 +287,8 @@ async def _source(run: Run, plan: LoadPlan) -> AsyncIterator[Source]:
     """
     snapshot = plan.snapshot
     if snapshot.file is None:
-        yield Source(plan.vmstate or "", plan.devices)
+        assert plan.vmstate is not None
+        yield Source(plan.vmstate, plan.devices)
         return
     node = state_node()
     with _state_file(run, snapshot) as file:
