@@ -432,6 +432,23 @@ def test_honest_qemus_of_other_users(launch: Launch, theirs: Path, tmp_path: Pat
 
 
 @needs_snapshot_jobs
+def test_a_state_file_that_has_another_name_too(launch: Launch, theirs: Path) -> None:
+    """A QEMU of root's may have root's files; but who owns the directory can have linked any file of root's into it."""
+    image = make_boot_disk(theirs / "disk0")
+    os.chown(image, NOBODY, NOBODY)
+    guest = launch(*blockdev("disk0", image), *disk_device("disk0"))
+    guest.wait_for_ticks(5)
+    cli("save", "--live", "t", monitor=guest.address)
+    file = theirs / "disk0.t.qsnap"
+    os.chown(file, 0, 0)
+    cli("load", "t", monitor=guest.address)
+    (theirs / "another").hardlink_to(file)
+    error = cli("load", "t", monitor=guest.address, expect=6).err
+    assert f"{file} is not handed to QEMU: it belongs to user 0, and the images to user {NOBODY}" in error
+    guest.assert_running()
+
+
+@needs_snapshot_jobs
 def test_a_state_file_of_somebody_elses(launch: Launch, theirs: Path) -> None:
     """A file of root's that stands beside nobody's image is not handed to a QEMU of nobody's."""
     image = make_boot_disk(theirs / "disk0")
