@@ -45,5 +45,6 @@ def test_pflash_of_the_other_kind_is_not_carried() -> None:
         backends = (BlockBackend(qdev="/machine/system.flash1", qdev_type=model, root="v"), plain.backends[1])
         survey = rules.survey(msgspec.structs.replace(plain, backends=backends))
         assert survey.devices[0].verdict == verdict
+        assert survey.devices[0].role == ("disk" if model == "virtio-blk" else "pflash")
     by_hmp = rules.survey(msgspec.structs.replace(plain, backends=backends, chooses_devices=False))
     assert by_hmp.devices[0].verdict == "refused"

@@ -137,7 +137,11 @@ def test_directories_and_old_formats(launch: Launch, tmp_path: Path) -> None:
     found = cli("check", "--json", monitor=guest.address, expect=6).json["findings"]
     cures = {one["message"]: one["cure"] for one in found}
     assert "#block" not in str(cures)
-    assert [cure for message, cure in cures.items() if "'old'" in message and "convert -O qcow2" in cure]
+    assert [
+        cure
+        for message, cure in cures.items()
+        if "'old'" in message and "(driver qcow over file)" in message and "convert -O qcow2" in cure
+    ]
     directory = [cure for message, cure in cures.items() if "'dir'" in message or "vvfat" in message]
     assert directory
     assert all("read-only (without rw)" in cure for cure in directory), cures

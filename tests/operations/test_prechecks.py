@@ -120,9 +120,9 @@ def test_excluding_what_is_not_there(guest: Guest) -> None:
 
 def test_external_data_file(launch: Launch, tmp_path: Path) -> None:
     make_disk(tmp_path / "a", "1M", "qcow2", "-o", f"data_file={tmp_path / 'data'}")
-    guest = launch(*blockdev("a", tmp_path / "a"), "-device", "virtio-blk,drive=a", memory="16")
+    guest = launch("-drive", f"if=virtio,format=qcow2,file={tmp_path / 'a'}", memory="16")
     found = findings(guest)
-    assert "external data file" in found["device-cannot-snapshot"]["message"]
+    assert found["device-cannot-snapshot"]["message"].startswith("virtio0: a qcow2 image with an external data file")
     assert "no-vmstate-device" in found
 
 
