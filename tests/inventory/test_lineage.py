@@ -11,6 +11,7 @@ import pytest
 
 import qsnap
 from qsnap.inventory.lineage import SUFFIX
+from qsnap.inventory.qcow2 import Way, Ways
 from support.guest import (
     DEADLINE_S,
     Guest,
@@ -210,3 +211,8 @@ def test_the_list_and_the_tree_say_so(launch: Launch, images: Path) -> None:
     assert [line[:7] for line in lines] == ["one  20", "├── two", "└── * y"]
     cli("delete", "one", monitor=guest.address)
     assert cli("tree", monitor=guest.address).out.splitlines()[-1] == "* you are here (after one, which is deleted)"
+
+
+def test_an_image_that_nothing_was_written_to(tmp_path: Path) -> None:
+    with make_disk(tmp_path / "empty", "40G").open("rb") as file:
+        assert Ways(file.fileno()).active == Way(disk=(0,) * 80, state=())

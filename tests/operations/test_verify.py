@@ -7,8 +7,9 @@ import re
 import shutil
 import struct
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -217,6 +218,23 @@ def test_a_large_sparse_disk(launch: Launch, tmp_path: Path) -> None:
     assert verdicts(guest, "--read-data") == {"t": (True, "")}
 
 
+async def test_deleted_meanwhile(guest: Guest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By another client: what is found of it then is no problem of a snapshot."""
+    cli("save", "t", monitor=guest.address)
+    cli("save", "other", monitor=guest.address)
+    flaws = verify.flaws
+
+    def after_the_deletion(*args: Any) -> Iterator[str]:
+        if "t" in guest.node_tags("a"):
+            guest.qmp.hmp("delvm t")
+        return flaws(*args)
+
+    monkeypatch.setattr(verify, "flaws", after_the_deletion)
+    async with qsnap.connect(guest.address) as vm:
+        found = await vm.verify()
+    assert [(one.tag, one.ok) for one in found.snapshots] == [("other", True)]
+
+
 def test_the_disk_in_use(guest: Guest, images: dict[str, Path]) -> None:
     """A load would free what its tables lead to."""
     cli("save", "t", monitor=guest.address)
@@ -260,7 +278,8 @@ class TestStateFiles:
 
     def test_whole(self, guest: Guest, file: Path) -> None:
         """Also after a load, which changes the tables in the file."""
-        cli("load", "t", "--full", monitor=guest.address)
+        loaded = cli("load", "t", "--full", "--json", monitor=guest.address).json
+        assert (loaded["method"], loaded["why_full"]) == ("full", "it was asked for")
         assert cli("verify", "--read-data", monitor=guest.address).out == "t: whole, 3 checksums compared\n"
         assert file.exists()
 

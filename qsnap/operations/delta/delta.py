@@ -100,7 +100,6 @@ class Comparison:
             date=self._snapshot.date,
             vm_clock_ns=self._snapshot.vm_clock_ns,
         )
-        os.ftruncate(file, state_file.file_size(output.size))
         for offset, data in state_file.envelope(content):
             files.write(file, data, offset)
         return found
