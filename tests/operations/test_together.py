@@ -385,7 +385,7 @@ def test_a_part_is_not_deleted_replaced_or_pruned_alone(trio: Trio) -> None:
     for _ in range(2):
         trio("save", "--prefix", "p", "--together")
     older, newer = tags(trio.images["a"])
-    for arguments in (["delete", older], ["save", older], ["save", older, "--live"]):
+    for arguments in (["delete", older], ["save", older], ["save", older, "--live=auto"]):
         assert "was saved together with b, c" in trio(*arguments, names=("a",), expect=6).err
     pruned = trio("prune", "--prefix", "p", "--keep-last", "1", "--json", names=("a",)).json
     assert [one["reasons"] for one in pruned["keep"]] == [["last snapshot"], ["together with b, c"]]
@@ -473,7 +473,8 @@ def test_two_groups_that_share_vms_do_not_wait_for_each_other(trio: Trio, interc
     trio.addresses = by_hmp
     trio("save", "u", "--together")
     holder.may_pass.set()
-    assert finish(first).code == 0
+    run = finish(first)
+    assert run.code == 0, run.err
     trio.assert_all_run(["u", "t"])
 
 
