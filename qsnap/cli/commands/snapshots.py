@@ -46,7 +46,7 @@ _SORT_KEYS: Mapping[str, Callable[[Snapshot], Any]] = {
 
 @click.command(cls=Command)
 @click.argument("tag", required=False, shell_complete=completes("tags"))
-@click.option("--latest", is_flag=True, help="The newest that can be loaded, but for those of the series of undo.")
+@click.option("--latest", is_flag=True, help="The newest that can be loaded, except what undo keeps.")
 @prefix_option
 @click.option("--paused", is_flag=True, help="Leave the guest paused.")
 @click.option("--running", is_flag=True, help="Run the guest, even if it was paused.")
@@ -54,14 +54,14 @@ _SORT_KEYS: Mapping[str, Callable[[Snapshot], Any]] = {
 @click.option(
     "--force",
     is_flag=True,
-    help="Load even if a disk has other backing images, or the machine is another one, than at the save.",
+    help="Load even if a disk has other backing images than at the save, or the machine is a different one.",
 )
 @click.option("--full", is_flag=True, help="Load all of RAM, not only what differs.")
 @click.option("--verify", is_flag=True, help="Compare all of RAM with the snapshot before the guest runs again.")
 @click.option(
     "--save-current/--no-save-current",
     default=None,
-    help="Save first what the load discards, for qsnap undo: the last one is kept; with =TAG as TAG, which stays.",
+    help="First save what the load discards, for qsnap undo (the last one is kept); =TAG saves it as TAG, for good.",
 )
 @click.option("--save-current-as", hidden=True)
 @click.option("--sync-time", is_flag=True, help="Set the guest's clock afterwards, through the guest agent.")
@@ -146,7 +146,7 @@ def _newest(found: Sequence[Snapshot], prefix: str | None) -> str:
 )
 @common_options
 def undo(options: Options, save_current: bool) -> int:
-    """Take the last load back: restore what it has discarded.
+    """Undo the last load: restore what it discarded.
 
     That load must have saved it: qsnap load --save-current TAG, or save-current = true in the config file.
     """
@@ -157,7 +157,7 @@ def undo(options: Options, save_current: bool) -> int:
 @prefix_option
 @click.option("--last", type=click.IntRange(1), metavar="N", help="Only the newest N.")
 @click.option(
-    "--sort", type=click.Choice([*_SORT_KEYS]), default="date", metavar="KEY", help=f"By {', '.join(_SORT_KEYS)}."
+    "--sort", type=click.Choice([*_SORT_KEYS]), default="date", metavar="KEY", help=f"Sort by {', '.join(_SORT_KEYS)}."
 )
 @click.option("--reverse", is_flag=True, help="The newest, or greatest, first.")
 @wide_option
