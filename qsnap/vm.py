@@ -278,7 +278,12 @@ class VM:
                         cancelled.add_note("nothing was loaded")
                     raise
             undo = inventory.find(saved.tag) if saved else None
-            await note_position(run, inventory, found, saved=False, undo=undo)
+            is_noted = await note_position(run, inventory, found, saved=False, undo=undo)
+            if saved and not is_noted:
+                self.remarks.append(
+                    "the load could not be written down beside the image, so `qsnap undo` does not know of it; "
+                    f"`qsnap load {saved.tag}` brings back what it discarded"
+                )
             behind_s = None
             if result.runstate is RunState.RUNNING:
                 await announce(run.monitor)

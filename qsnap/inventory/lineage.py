@@ -217,8 +217,8 @@ def write(
     *,
     saved: Origin | None,
     undo: Snapshot | None = None,
-) -> None:
-    """Write down that *last* was saved or loaded.
+) -> bool:
+    """Write down that *last* was saved or loaded; whether that could be done.
 
     :param inventory: taken after that; or before a load, which changes no snapshot table.
     :param before: what was known before.
@@ -247,7 +247,7 @@ def write(
         undo=undone,
         origins=tuple((one, origins[one]) for one in there if one in origins),
     )
-    _try_write(inventory, record)
+    return _try_write(inventory, record)
 
 
 def renew(inventory: Inventory, before: Lineage, token: str) -> None:
@@ -271,10 +271,12 @@ def forget(inventory: Inventory) -> None:
                 files.remove(path)
 
 
-def _try_write(inventory: Inventory, record: _Record) -> None:
+def _try_write(inventory: Inventory, record: _Record) -> bool:
     """Write the record. It is for people: if it cannot be written, it is not known later where the guest is."""
     with suppress(OSError, NotSupported, Unreadable):
         _write(inventory, record)
+        return True
+    return False
 
 
 def _write(inventory: Inventory, record: _Record) -> None:

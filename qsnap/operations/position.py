@@ -30,8 +30,8 @@ async def leave_position(run: Run) -> None:
 
 async def note_position(
     run: Run, inventory: Inventory, last: Snapshot | None, *, saved: bool, undo: Snapshot | None = None
-) -> None:
-    """Write down that the guest has come from *last*, and where that came from.
+) -> bool:
+    """Write down that the guest has come from *last*, and where that came from; whether that could be done.
 
     :param inventory: the VM's inventory after the save or load.
     :param last: the snapshot; None if it is gone already.
@@ -39,13 +39,13 @@ async def note_position(
     :param undo: of a load, the snapshot of what it has discarded.
     """
     if run.first is None or last is None:
-        return
+        return False
     _, before = run.first
     run.token = run.token or before.token
     if not run.token:  # QEMU has not the mark of what is written down: it was started anew
         await leave_position(run)
     origin = await _origin(run.monitor) if saved else None
-    await asyncio.to_thread(lineage.write, inventory, before, last, run.token, saved=origin, undo=undo)
+    return await asyncio.to_thread(lineage.write, inventory, before, last, run.token, saved=origin, undo=undo)
 
 
 async def _origin(monitor: Monitor) -> Origin:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from support.guest import Guest, Launch, blockdev, cli, disk_device, failing_disk, make_boot_disk, make_disk, until
+from support.proxy import Intercept
 
 
 def listed(guest: Guest) -> list[str]:
@@ -100,3 +101,14 @@ def test_another_client_s_load_is_not_undone(guest: Guest) -> None:
     cli("save", "two", monitor=guest.address)
     assert guest.qmp.hmp("loadvm one") == ""
     assert "nothing to undo" in cli("undo", monitor=guest.address, expect=7).err
+
+
+def test_a_load_that_cannot_be_written_down(guest: Guest, intercept: Intercept) -> None:
+    """Through a proxy nobody sees the images; what does bring it back is said."""
+    monitor = intercept(guest).address
+    cli("save", "one", monitor=monitor)
+    text = cli("load", "one", "--save-current", monitor=monitor).err
+    (saved,) = set(listed(guest)) - {"one"}
+    assert "`qsnap undo` does not know of it" in text
+    assert f"`qsnap load {saved}`" in text
+    assert f"qsnap load {saved}" in cli("undo", monitor=monitor, expect=7).err
