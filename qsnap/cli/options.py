@@ -254,7 +254,7 @@ vmstate_option = click.option(
     shell_complete=completes("nodes"),
     help="The device that holds the VM state. Default: the one that QEMU chooses.",
 )
-prefix_option = click.option("--prefix", metavar="PREFIX", help="The series of that name: PREFIX-YYYYmmddTHHMMSS.")
+prefix_option = click.option("--prefix", metavar="PREFIX", help="The series: PREFIX-YYYYmmddTHHMMSS.")
 qemu_option = click.option(
     "--qemu",
     metavar="PROGRAM",

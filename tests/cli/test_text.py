@@ -34,6 +34,7 @@ def test_wrapped() -> None:
     assert text.wrapped("qsnap: no more", 13) == "qsnap: no\n  more"
     assert text.wrapped("- one two  three", 11) == "- one two\n    three"
     assert text.wrapped("  qemu-img create", 5) == "  qemu-img create"
+    assert text.wrapped("paused 59.4 ms, 1 device", 14) == "paused\n  59.4 ms, 1\n  device"
     assert text.wrapped("a" * 9 + " b", 5) == "a" * 9 + "\n  b"
     assert text.wrapped("\u96ea\u96ea \u96ea", 6) == "\u96ea\u96ea\n  \u96ea"
 

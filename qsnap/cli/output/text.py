@@ -6,6 +6,9 @@ import re
 import unicodedata
 from datetime import datetime, timedelta
 
+#: A word and the blanks behind it; a number and its unit are one.
+_WORDS = re.compile(r"(?:\S*\d [A-Za-z]{1,3}(?![A-Za-z])\S*|\S+)\s*")
+
 
 def printable(text: str, *, keep_newlines: bool = False) -> str:
     r"""*text* with everything that could move a cursor, change a colour or hide itself shown as ``\x1b``.
@@ -89,14 +92,15 @@ def width(text: str) -> int:
 
 
 def wrapped(line: str, columns: int) -> str:
-    """*line* with breaks at its blanks, so that no word is torn apart at the edge of a terminal of so many columns.
+    """*line* with breaks at its blanks, so that no word is torn apart at the edge of a terminal of so many columns, and
+    no number from its unit.
 
     A line that is set in stays whole: it may be a command, which somebody copies.
     """
     if width(line) <= columns or line.startswith(" "):
         return line
     set_in = "    " if line.startswith("- ") else "  "
-    first, *more = re.findall(r"\S+\s*", line)
+    first, *more = _WORDS.findall(line)
     lines = [first]
     for word in more:
         if width((lines[-1] + word).rstrip()) <= columns:
