@@ -15,7 +15,7 @@ import asyncio
 import os
 import shlex
 import time
-from collections.abc import AsyncIterator, Collection, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Iterable, Sequence
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -172,7 +172,8 @@ class VM:
             dry_run=dry_run,
         )
         checked_description(description)
-        async with self._claimed("save", (tag or prefix or "",), is_dry=dry_run) as run:
+        outcome = "nothing was saved"
+        async with _telling(lambda: outcome), self._claimed("save", (tag or prefix or "",), is_dry=dry_run) as run:
             member = run.journal.member
             if tag is None and (prefix is not None or member):
                 graph = await run.monitor.block_graph()
@@ -188,22 +189,14 @@ class VM:
                 run.remember()
             if description:
                 (await run.look()).notes_path()
-            saved = None
-            try:
-                with position_kept(run):
-                    result = await save_live_or_not(run, request, live, watch)
-                if not dry_run:
-                    saved = result.tag
-                    inventory = await self._tidied(run)
-                    await note_position(run, inventory, inventory.find(result.tag), saved=True)
-                    remark = annotate.note_save(run, inventory, result, description)
-                    self.remarks += [remark] if remark else []
-            except asyncio.CancelledError as cancelled:
-                if saved is not None:
-                    cancelled.add_note(f"{saved!r} was saved")
-                elif not getattr(cancelled, "__notes__", ()):
-                    cancelled.add_note("nothing was saved")
-                raise
+            with position_kept(run):
+                result = await save_live_or_not(run, request, live, watch)
+            if not dry_run:
+                outcome = f"{result.tag!r} was saved"
+                inventory = await self._tidied(run)
+                await note_position(run, inventory, inventory.find(result.tag), saved=True)
+                remark = annotate.note_save(run, inventory, result, description)
+                self.remarks += [remark] if remark else []
         return msgspec.structs.replace(result, description=description)
 
     async def load(
@@ -263,7 +256,8 @@ class VM:
         from qsnap.operations.progress import watched_load
         from qsnap.operations.together import refuse_other_moments
 
-        async with self._claimed("load", (request.tag,)) as run:
+        outcome = "nothing was loaded"
+        async with _telling(lambda: outcome), self._claimed("load", (request.tag,)) as run:
             run.remember()
             inventory = await self._tidied(run)
             found = inventory.find(request.tag)
@@ -273,10 +267,10 @@ class VM:
                 try:
                     async with watched_load(watch, self.pid, found.vm_state_size if found else 0):
                         result = await do_loadvm(run, request)
-                except asyncio.CancelledError as cancelled:
-                    if not run.loads:
-                        cancelled.add_note("nothing was loaded")
-                    raise
+                finally:
+                    if run.loads:
+                        outcome = f"the load of {request.tag!r} had begun"
+            outcome = f"{request.tag!r} was loaded"
             undo = inventory.find(saved.tag) if saved else None
             is_noted = await note_position(run, inventory, found, saved=False, undo=undo)
             if saved and not is_noted:
@@ -821,6 +815,17 @@ async def _opened(where: Address, greeting_s: float, lock_wait_s: float, snapsho
             # If another qsnap began at the same time, its claim shows by now.
             if not await wait_for_monitor(where, deadline, lock_wait_s):
                 raise explained(busy, where) from busy
+
+
+@asynccontextmanager
+async def _telling(outcome: Callable[[], str]) -> AsyncIterator[None]:
+    """Note on an interrupt what has become of the block's work, unless the work itself has noted that."""
+    try:
+        yield
+    except asyncio.CancelledError as cancelled:
+        if not getattr(cancelled, "__notes__", ()):
+            cancelled.add_note(outcome())
+        raise
 
 
 async def _tell_of_guest(monitor: Monitor, cancelled: asyncio.CancelledError) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import signal
 import subprocess
@@ -10,6 +11,7 @@ from typing import Any
 
 import pytest
 
+import qsnap
 from qsnap.model.qemu import named
 from support.guest import (
     Guest,
@@ -103,4 +105,29 @@ def test_an_interrupt_says_what_became_of_it(guest: Guest, intercept: Intercept)
     run = finish(process)
     assert run.code == 130
     assert "nothing was saved; the guest is running" in run.err
+    guest.assert_running()
+
+
+@pytest.mark.parametrize(
+    ("place", "told"),
+    [
+        ("qsnap.vm.VM._tidied", "nothing was loaded"),
+        ("qsnap.operations.position.note_position", "'t' was loaded"),
+        ("qsnap.operations.guest_clock.announce", "'t' was loaded"),
+    ],
+)
+async def test_an_interrupt_of_a_load_says_whether_it_was_loaded(
+    guest: Guest, monkeypatch: pytest.MonkeyPatch, place: str, told: str
+) -> None:
+    """Wherever it comes."""
+    cli("save", "t", monitor=guest.address)
+
+    async def interrupted(*_: object, **__: object) -> None:
+        raise asyncio.CancelledError
+
+    async with qsnap.connect(guest.address) as vm:
+        monkeypatch.setattr(place, interrupted)
+        with pytest.raises(asyncio.CancelledError) as cancelled:
+            await vm.load("t")
+    assert cancelled.value.__notes__ == [told]
     guest.assert_running()
