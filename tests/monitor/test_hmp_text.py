@@ -104,6 +104,13 @@ def test_success_is_silent_and_errors_are_text(recording: Recording) -> None:
     assert "non-migratable device" in blocked
 
 
+def test_warnings_are_not_errors() -> None:
+    """What HMP says to a loadvm on ppc64 that is done, and to one that is not."""
+    warned = "warning: TCG doesn't support requested feature, cap-cfpc=workaround\r\n"
+    assert hmp_text.error_in(warned * 2) == ""
+    assert "nothing there" in hmp_text.error_in(f"{warned}Error: nothing there\r\n")
+
+
 def test_run_states(recording: Recording) -> None:
     states = [hmp_tables.runstate(answer) for answer in recording.answers("info status")]
     assert states[:3] == [RunState.RUNNING, RunState.RUNNING, RunState.PAUSED]
