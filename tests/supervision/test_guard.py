@@ -286,6 +286,34 @@ def test_the_journal_of_a_vm_that_is_gone_is_removed(guest: Guest, launch: Launc
         assert isinstance(json.loads(line), dict)
 
 
+def test_the_journal_of_another_vm_is_left_alone(guest: Guest, launch: Launch, runtime_directory: Path) -> None:
+    """It tells what is to be done there, and goes when that is done."""
+    journal = leave_a_journal(guest, guest.address, runtime_directory)
+    other = launch(memory="16")
+    cli("list", monitor=other.address)
+    assert journals(runtime_directory) == [journal]
+    assert "the guest was resumed" in cli("list", monitor=guest.address).err
+    assert journals(runtime_directory) == []
+    guest.assert_running()
+
+
+def test_a_journal_without_a_mark_of_a_qemu_that_cannot_be_seen(
+    launch: Launch, tmp_path: Path, runtime_directory: Path
+) -> None:
+    """Over TCP a journal is known by the address alone."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"tcp:127.0.0.1:{free.getsockname()[1]}"
+    disk = [*blockdev("a", make_boot_disk(tmp_path / "a")), *disk_device("a")]
+    guest = launch(*disk, "-qmp", f"{address},server=on,wait=off")
+    guest.wait_for_ticks()
+    leave_a_journal(guest, address, runtime_directory)
+    until("the save to end", lambda: guest.node_tags("a"))
+    guest.qmp("object-del", id=CLAIM)
+    cli("list", monitor=address)
+    assert journals(runtime_directory) == []
+
+
 def test_a_broken_journal_does_no_harm(guest: Guest, runtime_directory: Path) -> None:
     for name, text in (("a", b""), ("b", b"{"), ("c", b"[]\n"), ("d", b"\xff\n"), ("e", b'{"token": 1}\n')):
         (runtime_directory / f"{name * 16}.journal").write_bytes(text)
