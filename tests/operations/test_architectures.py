@@ -7,13 +7,13 @@ RAM is written through QEMU's gdb stub.
 from __future__ import annotations
 
 import shutil
-import socket
 import subprocess
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 
+from support.gdb import Stub
 from support.guest import GUESTS, QEMU, Guest, Launch, blockdev, both_monitors, cli, make_disk, tags, until
 
 ARCHITECTURE = QEMU.rpartition("qemu-system-")[2]
@@ -168,26 +168,6 @@ STANDING = {"s390x": ("s390-ccw-virtio", "virtio-blk-ccw"), "ppc64": ("pseries",
 ADDRESS = 0x100000
 
 
-class Stub:
-    """QEMU's gdb stub, as far as it reads and writes memory."""
-
-    def __init__(self, path: Path) -> None:
-        self._sock = socket.socket(socket.AF_UNIX)
-        self._sock.settimeout(10)
-        self._sock.connect(str(path))
-
-    def __call__(self, packet: str) -> str:
-        self._sock.sendall(f"${packet}#{sum(packet.encode()) % 256:02x}".encode())
-        answer = b""
-        while b"#" not in answer[:-2]:
-            answer += self._sock.recv(4096)
-        self._sock.sendall(b"+")
-        return answer.decode().partition("$")[2].partition("#")[0]
-
-    def close(self) -> None:
-        self._sock.close()
-
-
 @pytest.mark.skipif(ARCHITECTURE not in STANDING, reason="its guest counts")
 @both_monitors
 def test_a_guest_that_stands_still(launch: Launch, tmp_path: Path, transport: str) -> None:
@@ -195,7 +175,8 @@ def test_a_guest_that_stands_still(launch: Launch, tmp_path: Path, transport: st
     disk = make_disk(tmp_path / "disk.qcow2")
     guest = launch(
         "-S", "-gdb", f"unix:{tmp_path}/gdb,server=on,wait=off",
-        *blockdev("disk", disk), "-device", f"{device},drive=disk,share-rw=on", machine=f"{machine},accel=tcg", memory="512",
+        *blockdev("disk", disk), "-device", f"{device},drive=disk,share-rw=on",
+        machine=f"{machine},accel=tcg", memory="512",
     )  # fmt: skip
     stub = Stub(tmp_path / "gdb")
     try:
