@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +15,7 @@ from qsnap.errors import PrecheckRefused
 from qsnap.model import runstates
 from qsnap.model.qemu import QemuVersion, RunState
 from qsnap.model.requests import LoadRequest, SaveRequest
+from qsnap.operations import reset
 from qsnap.operations.load import do_loadvm
 from qsnap.operations.save import do_savevm
 from qsnap.runs.run import Run
@@ -187,6 +189,21 @@ def test_a_reset_that_would_end_qemu_is_not_made(boot: Boot) -> None:
         until("the reset", lambda: guest.runstate == "prelaunch" or None)
         cli("load", "up", "--running", monitor=guest.address)
         assert_back(guest)
+
+
+async def test_a_reset_that_changes_nothing(boot: Boot, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Over TCP nobody sees that QEMU was started with -no-reboot."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"tcp:127.0.0.1:{free.getsockname()[1]}"
+    guest = boot("-no-reboot", "-qmp", f"{address},server=on,wait=off")
+    cli("save", "up", monitor=guest.address)
+    press(guest, "q")
+    monkeypatch.setattr(reset, "_RESET_S", 0.5)
+    async with qsnap.connect(address) as vm:
+        with pytest.raises(PrecheckRefused, match="stays shutdown after a reset"):
+            await vm.load("up", running=True)
+    assert guest.runstate == "shutdown"
 
 
 @newer((9, 0), "before 9.0 QEMU does not keep S3")
