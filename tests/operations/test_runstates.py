@@ -254,6 +254,7 @@ def test_a_guest_that_has_shut_down_does_not_push_good_snapshots_out(boot: Boot,
     assert tags(image) == [good]
     check = cli("check", monitor=guest.address).out
     assert "warning: the guest is shutdown: it has shut down" in check
+    assert "to go on, load an older snapshot" in check
     age = ("status", "--max-age", "1h")
     assert "the guest is shutdown" in cli(*age, monitor=guest.address, expect=1).out
 

@@ -1270,6 +1270,7 @@ def test_a_load_after_a_migration_that_failed_where_it_cannot_be_forgotten(
     def refused(monitor: str) -> None:
         error = cli("load", "good", "--json", monitor=monitor, expect=6).error
         assert [finding["code"] for finding in error["findings"]] == ["migration-failed"]
+        assert "qsnap save TAG" in error["findings"][0]["cure"]
 
     def set_shared_memory_aside(state: bool) -> None:
         heavy.qmp("migrate-set-capabilities", capabilities=[{"capability": "x-ignore-shared", "state": state}])
