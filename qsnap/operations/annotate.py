@@ -71,7 +71,7 @@ def note_save(run: Run, inventory: Inventory, saved: SaveResult, description: st
         told["chains"] = chains
     state_dir = run.store.state_dir
     try:
-        place = inventory.notes_path() if told or (saved.file and state_dir) else None
+        place = inventory.notes_path() if told or saved.file else None
         if place and saved.file and state_dir not in (None, place.parent):
             told["state_dir"] = str(state_dir)
         if place and told:
