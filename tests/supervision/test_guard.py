@@ -22,7 +22,9 @@ import pytest
 
 import qsnap
 from qsnap.errors import GuestLeftStopped, QsnapError
+from qsnap.runs.journal import found
 from qsnap.runs.mark import of_this_process
+from qsnap.supervision import recovery
 from support.busy import big_guest, in_the_write
 from support.guest import (
     HAS_SNAPSHOT_JOBS,
@@ -139,6 +141,28 @@ def test_a_guest_that_the_user_paused_stays_paused(
     wait_for_the_guard(runtime_directory)
     assert guest.runstate == "paused"
     assert (tags(tmp_path / "disk0.qcow2"), guest.jobs(), marks(guest)) == ([], [], [])
+
+
+async def test_the_guard_waits_for_a_monitor_that_is_away_for_a_moment(
+    guest: Guest, runtime_directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its work, done here: the connection is lost, and at first nobody listens at the address."""
+    leave_a_journal(guest, guest.address, runtime_directory)
+    (dead,) = found()
+    journal = dead.take()
+    assert journal is not None
+    away = Path(guest.address).rename(f"{guest.address}-away")  # noqa: ASYNC240
+    sleep = asyncio.sleep
+
+    async def back_again(delay: float) -> None:
+        if away.exists():
+            away.rename(guest.address)
+        await sleep(delay)
+
+    monkeypatch.setattr(asyncio, "sleep", back_again)
+    await recovery.after_death(journal, None)
+    assert journals(runtime_directory) == []
+    guest.assert_running()
 
 
 def test_another_client_in_the_queue_does_not_keep_the_guard_out(
