@@ -14,8 +14,11 @@ from pathlib import Path
 
 import pytest
 
+import qsnap
+from qsnap.errors import MonitorLost
 from qsnap.inventory.qcow2 import Unreadable
 from qsnap.inventory.vm_state import Stretch, unprepared
+from qsnap.operations.progress import Phase, Progress
 from support.guest import (
     Guest,
     Launch,
@@ -350,17 +353,22 @@ def test_qsnap_ends_in_the_middle(
         guest.assert_running()
 
 
-def test_qemu_ends_in_the_middle(half_prepared: tuple[Guest, Trace, list[str]], launch: Launch, tmp_path: Path) -> None:
+async def test_qemu_ends_in_the_middle(
+    half_prepared: tuple[Guest, Trace, list[str]], launch: Launch, tmp_path: Path
+) -> None:
     """Older snapshots load, and the image is sound but for clusters that nobody has."""
     guest, trace, disk = half_prepared
-    saving = start_cli("save", "b", monitor=guest.address)
-    until("the first piece", lambda: trace.prepares)
-    guest.process.kill()
-    ended = finish(saving)
-    assert ended.code == 4
-    # It may have been done with the preparation by then
-    assert "QEMU has ended" in ended.err
-    guest.process.wait(30)
+
+    def strike(progress: Progress) -> None:
+        assert progress.phase is Phase.PREPARING
+        assert (progress.written or 0) < (progress.expected or 0)
+        guest.process.kill()
+        guest.process.wait(30)
+
+    async with qsnap.connect(guest.address) as vm:
+        with pytest.raises(MonitorLost) as lost:
+            await vm.save("b", watch=strike)
+    assert str(lost.value) == "QEMU has ended; there is no guest any more; nothing was saved"
     assert "stop" not in trace.events
     assert_sound(tmp_path / "a")
     second = launch(*disk, memory="128")
