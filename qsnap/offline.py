@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import os
+import shlex
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
@@ -92,9 +93,10 @@ class Images:
         result, _ = await verify(run, chosen, inventory, read_data=read_data, watch=watch)
         return result
 
-    async def delete(self, *tags: str, missing_ok: bool = False) -> DeleteResult:
+    async def delete(self, *tags: str, missing_ok: bool = False, alone: bool = False) -> DeleteResult:
         """See :meth:`qsnap.VM.delete`. All tags are looked up before the first one is deleted.
 
+        :raise PrecheckRefused: one is protected; or was saved together with other VMs, and not *alone*.
         :raise NotSupported: qemu-img is not installed.
         :raise QsnapError: an image is in use, or qemu-img reports an error.
         """
@@ -105,11 +107,8 @@ class Images:
         for tag, holding in held.items():
             if not holding.exists and not missing_ok:
                 raise inventory.not_found(tag)
-            if any(one.protected for one in inventory.notes.added_to(inventory.meant(tag))):
-                finding = Finding.refusal(
-                    "protected", f"snapshot {tag!r} is protected", f"start the VM, and: qsnap unprotect {tag}"
-                )
-                raise PrecheckRefused("nothing was deleted", [finding], "the images were not touched")
+            if refusals := [*_refusals(inventory, tag, alone=alone)]:
+                raise PrecheckRefused("nothing was deleted", refusals, "the images were not touched")
             if any(map(looks_like_id, holding.tags)):
                 raise QsnapError(f"{tag!r} could be the ID of another snapshot for qemu-img; nothing was deleted")
         for tag, holding in held.items():
@@ -163,6 +162,20 @@ class Images:
             backends.append(BlockBackend(name=name, root=name))
         graph = BlockGraph(nodes=nodes, backends=tuple(backends), with_parents=frozenset(nodes))
         return Inventory(graph, StateStore(os.getpid(), self._state_dir))
+
+
+def _refusals(inventory: Inventory, tag: str, *, alone: bool) -> Iterator[Finding]:
+    """What speaks against the deletion of *tag*."""
+    for one in inventory.notes.added_to(inventory.meant(tag)):
+        if one.protected:
+            cure = f"start the VM, and: qsnap unprotect {shlex.quote(tag)}"
+            yield Finding.refusal("protected", f"snapshot {tag!r} is protected", cure)
+        elif one.together and not alone:
+            yield Finding.refusal(
+                "part-of-group",
+                f"snapshot {tag!r} was saved together with {', '.join(one.together.vms)}",
+                "start these VMs, and delete it with --together; or --no-together, for this VM alone",
+            )
 
 
 def _row(row: qcow2.Row) -> NodeSnapshot:

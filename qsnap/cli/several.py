@@ -46,8 +46,10 @@ def do(
     :raise QsnapError: of a single VM, what went wrong with it; or too few files may be open for so many at once.
     """
     if images:
+        if together:
+            raise BadUsage("--image is for one VM that is off; --together is for several that run")
         return _offline(options, action, images, shows)
-    if together and not options.is_of_several:
+    if together and not options.all_vms and len(set(options.vms)) < 2:
         raise BadUsage("--together is for several VMs: name each with --vm, or --all")
     cut_off: list[str] = []
     meant = list(targets(options))
@@ -141,14 +143,25 @@ def _each(
                 return await _all(one(*named, member, progress) for named, member in parts)
         except asyncio.CancelledError:
             told = asyncio.CancelledError()
-            for title, note in ended:
-                told.add_note(f"{title}: {note}" if options.is_of_several else note)
+            for note in _by_vm(ended) if options.is_of_several else [note for _, note in ended]:
+                told.add_note(note)
             raise told from None
 
     for _, target in meant:
         if not options.is_of_several and not isinstance(target, QsnapError):
             say_which(options, target, looks=looks)
     return run_interruptibly(each())
+
+
+def _by_vm(ended: Sequence[tuple[str, str]]) -> Sequence[str]:
+    """What became of each VM; those of which the same is to be said are named together."""
+    of_vm: dict[str, list[str]] = {}
+    for title, note in ended:
+        of_vm.setdefault(title, []).append(note)
+    titles: dict[str, list[str]] = {}
+    for title, notes in of_vm.items():
+        titles.setdefault(", ".join(notes), []).append(title)
+    return [f"{', '.join(named)}: {notes}" for notes, named in titles.items()]
 
 
 async def _all(works: Iterable[Awaitable[Outcome]]) -> list[Outcome]:

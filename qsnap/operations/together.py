@@ -88,8 +88,8 @@ async def refuse_other_moments(run: Run, inventory: Inventory, found: Snapshot |
     what = f"together with {', '.join(together.vms)}" if together else "by itself, as far as is known"
     finding = Finding.refusal(
         "other-moments",
-        f"snapshot {found.tag!r} was saved {what}, and not together with {', '.join(member.others)}",
-        "load what was saved together, on all these VMs; or --force, and their guests are of different moments",
+        f"snapshot {found.tag!r} was saved {what}, and would be loaded together with {', '.join(member.others)}",
+        "load what was saved together, on all its VMs; --force loads it nevertheless",
     )
     raise PrecheckRefused("nothing was loaded", [finding])
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import signal
 import subprocess
 import threading
@@ -309,7 +310,10 @@ def test_interrupted(trio: Trio, intercept: Intercept, command: str) -> None:
     holder.wait()
     deliver(process, signal.SIGINT)
     holder.may_pass.set()
-    assert finish(process).code == 130
+    run = finish(process)
+    assert run.code == 130
+    named = re.findall(r"; ((?:[abc], )*[abc]): ", run.err)
+    assert sorted(", ".join(named).split(", ")) == [*NAMES], f"each is named once: {run.err}"
     trio.assert_all_run([])
 
 
@@ -346,10 +350,10 @@ def test_what_was_not_saved_together_is_not_loaded_together(trio: Trio) -> None:
         trio("save", "t", names=(name,))
     stops = trio.stops()
     run = trio("load", "t", "--together", expect=6)
-    assert "not together with b, c" in run.err
+    assert "would be loaded together with b, c" in run.err
     trio("save", "u", "--together")
     stops += 3
-    assert "not together with b" in trio("load", "u", "--together", names=("a", "b"), expect=6).err
+    assert "would be loaded together with b" in trio("load", "u", "--together", names=("a", "b"), expect=6).err
     assert trio.stops() == stops
     assert "saved together with b, c" in trio("load", "u", names=("a",)).err
     trio("load", "t", "--together", "--force")
@@ -394,6 +398,22 @@ def test_a_part_is_not_deleted_replaced_or_pruned_alone(trio: Trio) -> None:
     trio("prune", "--prefix", "p", "--keep-last", "1", "--together")
     trio.assert_all_run([newer])
     trio("delete", newer, "--together")
+    trio.assert_all_run([])
+
+
+def test_a_part_of_a_vm_that_is_off(trio: Trio) -> None:
+    trio("save", "t", "--together")
+    trio.guests.pop("b").quit()
+    image = ("--image", str(trio.images["b"]))
+    assert "was saved together with a, c" in cli("delete", "t", *image, expect=6).err
+    cli("delete", "t", "--together", *image, expect=2)
+    assert tags(trio.images["b"]) == ["t"]
+    cli("delete", "t", "--no-together", *image)
+    assert tags(trio.images["b"]) == []
+
+
+def test_one_vm_twice_is_not_several(trio: Trio) -> None:
+    assert "--together is for several VMs" in trio("save", "t", "--together", names=("a", "a"), expect=2).err
     trio.assert_all_run([])
 
 
@@ -489,7 +509,7 @@ async def test_the_library(trio: Trio) -> None:
         assert {name: result.tag for name, result in done.results.items()} == dict.fromkeys(NAMES, "t")
         assert done.stop_spread_ms is not None
         await b.delete("t", alone=True)
-        with pytest.raises(PrecheckRefused, match="not together with") as refused:
+        with pytest.raises(PrecheckRefused, match="would be loaded together with") as refused:
             await qsnap.together({"a": a, "c": c}, lambda vm: vm.load("t"))
         assert refused.value.vm in ("a", "c")
         await qsnap.together({"a": a, "c": c}, lambda vm: vm.delete("t", alone=True))
