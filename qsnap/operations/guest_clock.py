@@ -49,7 +49,7 @@ async def set_clock(monitor: Monitor) -> str:
 def agent_socket(qtree: str, chardevs: str) -> str | None:
     """The path of the socket that leads to the guest agent, by the texts of `info qtree` and `info chardev`."""
     for device in re.split(r"^\s*dev: ", qtree, flags=re.M):
-        if device.startswith("virtserialport") and f'name = "{_AGENT}"' in device:
+        if f'name = "{_AGENT}"' in device:
             chardev = re.search(r'chardev = "([^"]+)"', device)
             row = chardev and re.search(rf"^{re.escape(chardev[1])}: filename=(.*?)\r?$", chardevs, re.M)
             found = row and re.search(r"unix:(.+?)(,server(=on)?)?$", row[1])

@@ -502,3 +502,11 @@ def test_a_blocker_that_has_a_cure(launch: Launch, tmp_path: Path) -> None:
     (tmp_path / "files").mkdir()
     fat = ("-blockdev", f"driver=vvfat,node-name=v,dir={tmp_path}/files,rw=on", "-device", "virtio-blk,drive=v")
     assert "without rw" in findings(launch(*disk(tmp_path, "c"), *fat, memory="16"))["migration-blocker"]["cure"]
+
+
+@pytest.mark.parametrize("transport", ["hmp"], indirect=True)
+def test_a_tag_that_a_human_monitor_cannot_name(guest: Guest) -> None:
+    """It is not said to be missing."""
+    for verb in ("load", "save"):
+        assert "takes for a key" in cli(verb, "\u00db", monitor=guest.address, expect=5).err
+    guest.assert_running()

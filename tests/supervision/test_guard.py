@@ -364,7 +364,7 @@ def test_a_last_line_that_was_cut_short(abandoned: tuple[Guest, Path], runtime_d
     assert_all_is_well(guest, runtime_directory, {image: ["good"]})
 
 
-@pytest.mark.parametrize("spoil", ["mode", "link", "file"])
+@pytest.mark.parametrize("spoil", ["mode", "link", "file", "missing"])
 def test_a_runtime_directory_of_others_is_refused(
     guest: Guest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spoil: str
 ) -> None:
@@ -374,10 +374,13 @@ def test_a_runtime_directory_of_others_is_refused(
     elif spoil == "link":
         (tmp_path / "real").mkdir(mode=0o700)
         place.symlink_to(tmp_path / "real")
-    else:
+    elif spoil == "file":
         place.write_text("")
+    else:
+        place /= "none"
     monkeypatch.setenv("QSNAP_RUNTIME_DIR", str(place))
     run = cli("save", "t", monitor=guest.address, expect=1)
+    assert ("cannot be made: No such file" in run.err) == (spoil == "missing")
     assert "QSNAP_RUNTIME_DIR" in run.err
     assert "STOP" not in [event["event"] for event in guest.qmp.events]
     guest.assert_running()
