@@ -1,4 +1,4 @@
-"""Two examples of each command, for its help, its man page and the reference."""
+"""Two or more examples of each command, for its help, its man page and the reference."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ EXAMPLES: Mapping[str, Sequence[tuple[str, str]]] = {
     "save": (
         ("qsnap save before-upgrade", "RAM, device state and all disks"),
         ("qsnap save --live=auto --prefix nightly --keep-daily 7", "the next of a series, which is then pruned"),
+        ("qsnap save before-upgrade --vm db --vm app --together", "two VMs at one moment"),
     ),
     "list": (
         ("qsnap list", "the oldest first"),

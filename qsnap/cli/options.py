@@ -194,7 +194,8 @@ _several_options = (
         type=click.IntRange(1, 64),
         default=PARALLEL_VMS,
         metavar="N",
-        help=f"Work on up to N VMs at a time. Default: {PARALLEL_VMS}, because they share disks.",
+        help=f"Work on up to N VMs at a time; with --together, on all of them. "
+        f"Default: {PARALLEL_VMS}, because they share disks.",
     ),
 )
 
@@ -269,7 +270,7 @@ together_option = click.option(
 whole_option = click.option(
     "--together/--no-together",
     default=None,
-    help="All parts of what several VMs saved together; or only this VM's. Default: refuse to part them.",
+    help="Delete all parts of what several VMs saved together, or this VM's alone. Default: refuse to delete one part.",
 )
 image_option = click.option(
     "--image",

@@ -68,6 +68,10 @@ BEFORE = {
     ("reference.md", ""): """
         guest web qmp root data scratch
         for tag in old clean clean-install gold; do qsnap save -q $tag; done""",
+    (
+        "reference.md",
+        "qsnap save before-upgrade --vm db",
+    ): "guest db qmp root; guest app qmp root; export QSNAP_MONITOR=$HOME/web.qmp",
     ("reference.md", "qsnap undo"): "qsnap load -q before-upgrade --save-current",
     ("reference.md", "qsnap verify before-upgrade"): "qsnap save -q before-upgrade",
     ("scheduled.md", ""): """

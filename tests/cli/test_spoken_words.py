@@ -69,7 +69,7 @@ def test_the_shared_options_are_those_of_the_commands() -> None:
 @pytest.mark.parametrize("name", sorted(COMMANDS))
 def test_examples_are_valid(name: str) -> None:
     """Two of each command, which click takes; they are in its help."""
-    assert len(EXAMPLES[name]) == 2
+    assert len(EXAMPLES[name]) >= 2
     text = cli(name, "--help").out
     for line, _ in EXAMPLES[name]:
         assert line in text

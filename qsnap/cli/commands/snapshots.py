@@ -87,7 +87,7 @@ def load(
 
     What the guest has done since is lost, unless --save-current is given. It is left in the run state that it had,
     running or paused. With --together, all VMs are checked before one is touched, and all guests run on at the same
-    time.
+    time. If QEMU fails to load one, that guest is left stopped, and the others are loaded.
     """
     if paused and running:
         raise BadUsage("--paused and --running cannot be used together")

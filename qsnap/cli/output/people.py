@@ -293,7 +293,7 @@ def _(details: Details) -> Lines:
         ("kind", snapshot.kind),
         ("description", snapshot.description),
         ("protected", "yes" if snapshot.protected else ""),
-        ("saved", f"together {_together(snapshot)}" if snapshot.together else ""),
+        ("saved", f"together with {', '.join(snapshot.together.vms)}" if snapshot.together else ""),
         ("guest was", snapshot.runstate),
         ("VM state", f"{size(snapshot.vm_state_size)} {place}" if snapshot.vmstate or snapshot.file else "none"),
         ("on the disks", snapshot.disk_tag if snapshot.disk_tag != snapshot.tag else ""),
@@ -600,7 +600,7 @@ def _note(snapshot: Snapshot) -> str:
 
 
 def _together(snapshot: Snapshot) -> str:
-    return f"with {', '.join(snapshot.together.vms)}" if snapshot.together else ""
+    return f"saved with {', '.join(snapshot.together.vms)}" if snapshot.together else ""
 
 
 def _pruned(result: PruneResult) -> str:
