@@ -359,6 +359,22 @@ async def test_half_a_set_is_removed() -> None:
     assert monitor.rows == {"disk0": [], "disk1": []}
 
 
+async def test_what_qemu_reports_an_error_of_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not even if it looks whole, and the older one is gone: its contents may lack anything."""
+    monitor = FakeMonitor()
+    await do_savevm(Run(monitor), SaveRequest(tag="t"))
+    save = monitor.snapshot_save
+
+    async def fails_at_the_end(tag: str, vmstate: str, devices: Any) -> None:
+        await save(tag, vmstate, devices)
+        raise qsnap.errors.JobFailed("snapshot-save", "Input/output error")
+
+    monkeypatch.setattr(monitor, "snapshot_save", fails_at_the_end)
+    with pytest.raises(VerifyFailed, match="Input/output error"):
+        await do_savevm(Run(monitor), SaveRequest(tag="t"))
+    assert not any(monitor.rows.values())
+
+
 async def test_half_a_set_that_looks_like_the_older_one_is_removed() -> None:
     """Saved again within a second while the guest is paused: neither date nor clock tells them apart."""
     monitor = FakeMonitor(state=RunState.PAUSED, now=datetime(2026, 11, 24, tzinfo=UTC))
