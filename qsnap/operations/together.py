@@ -27,7 +27,7 @@ async def note_group(run: Run, tag: str, saved: NodeSnapshot | Content) -> tuple
     :return: a warning if that cannot be written: over TCP, for example.
     """
     member = run.journal.member
-    if member is None:
+    if member is None or not member.others:
         return ()
     inventory = await run.look()
     note = Note(

@@ -513,4 +513,7 @@ async def test_the_library(trio: Trio) -> None:
             await qsnap.together({"a": a, "c": c}, lambda vm: vm.load("t"))
         assert refused.value.vm in ("a", "c")
         await qsnap.together({"a": a, "c": c}, lambda vm: vm.delete("t", alone=True))
+        await qsnap.together({"a": a}, lambda vm: vm.save("alone"))
+        assert [one.together for one in await a.list()] == [None], "one VM is not a group"
+        await a.delete("alone")
     trio.assert_all_run([])
