@@ -170,8 +170,10 @@ class Member:
         do not each hold what the other one waits for.
 
         :param qemu: what this VM's QEMU is known by, the same for everybody.
-        :raise BadUsage: another member is the same VM.
+        :raise BadUsage: another member is the same VM, or this is the second operation of this one.
         """
+        if self.at is not Point.JOINED:
+            raise BadUsage("together, each VM does one operation")
         self._qemu = qemu
         await self.meet(Point.CONNECTED)
         members = self._group.members

@@ -186,10 +186,9 @@ class Journal:
                 self.path.unlink()
         os.close(self._file)
         self._file = None
-        group = self.record.group
-        with suppress(QsnapError):
-            if remove and group and not any(other.record.group == group for other in found()):
-                runtime_dir.forget_decision(group)
+        if remove and self.record.group:
+            with suppress(QsnapError):
+                _forget_decisions()
 
 
 def taken_over(file: int, path: Path) -> Journal | None:
@@ -249,6 +248,13 @@ def found() -> Iterator[Found]:
                 yield Found(path, record, is_held)
         finally:
             os.close(file)
+
+
+def _forget_decisions() -> None:
+    """Remove those of which no run is left."""
+    decided = runtime_dir.decisions()  # first: whose journals come later is not among them
+    for group in decided - {other.record.group for other in found()}:
+        runtime_dir.forget_decision(group)
 
 
 def _can_lock(file: int) -> bool:

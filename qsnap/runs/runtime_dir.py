@@ -39,6 +39,15 @@ def is_decided(group: str) -> bool:
     return place is not None and os.path.lexists(place / f"{group}{_DECISION}")
 
 
+def decisions() -> set[str]:
+    """The groups that have decided.
+
+    :raise QsnapError: as :func:`is_decided`.
+    """
+    place = ours()
+    return {path.stem for path in place.glob(f"*{_DECISION}")} if place else set()
+
+
 def forget_decision(group: str) -> None:
     """Remove it: nothing of the group is left to do."""
     with suppress(OSError, QsnapError):

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 import qsnap
-from qsnap.errors import PrecheckRefused
+from qsnap.errors import BadUsage, PrecheckRefused
 from qsnap.inventory.state_store import PART_SUFFIX
 from qsnap.tags import SECOND_SUFFIX
 from support.guest import (
@@ -288,6 +288,7 @@ def test_killed_when_it_is_decided(trio: Trio, runtime_directory: Path, argument
         guest.wait_for_ticks(60)  # another second
     process = trio.start(*arguments, "--together", code=KILLED)
     assert finish(process).code == -signal.SIGKILL
+    (runtime_directory / "0123456789abcdef.decided").touch()  # of a group that is long gone
     wait_for_the_guard(runtime_directory)
     if arguments[0] == "delete":
         trio.assert_all_run([])
@@ -512,7 +513,13 @@ async def test_the_library(trio: Trio) -> None:
         with pytest.raises(PrecheckRefused, match="would be loaded together with") as refused:
             await qsnap.together({"a": a, "c": c}, lambda vm: vm.load("t"))
         assert refused.value.vm in ("a", "c")
-        await qsnap.together({"a": a, "c": c}, lambda vm: vm.delete("t", alone=True))
+
+        async def twice(vm: qsnap.VM) -> None:
+            await vm.delete("t", alone=True)
+            await vm.save("t")
+
+        with pytest.raises(BadUsage, match="one operation"):
+            await qsnap.together({"a": a, "c": c}, twice)
         await qsnap.together({"a": a}, lambda vm: vm.save("alone"))
         assert [one.together for one in await a.list()] == [None], "one VM is not a group"
         await a.delete("alone")
