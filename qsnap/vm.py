@@ -734,7 +734,11 @@ class VM:
                 raise BadUsage(f"the tag {tag!r} is not valid UTF-8") from None
         run, member = self._unclaimed(), self.member
         if member is not None:
-            await member.take_turn(str(self.pid or self.address))
+            from qsnap.targets.running import is_qemu
+
+            graph = await self._monitor.block_graph()
+            images = "\n".join(sorted(node.filename for node in graph.nodes.values()))
+            await member.take_turn(images, self.pid if self.pid and is_qemu(self.pid) else None)
         if is_dry:
             run.journal.member = member
             yield run

@@ -132,7 +132,8 @@ class Member:
         self.has_left = False
         self.stopped: tuple[float | None, float] | None = None
         self.resumed: tuple[float | None, float] | None = None
-        self._qemu = ""
+        self._images = ""
+        self._qemu: int | None = None
         self._told: dict[Point, Any] = {}
 
     @property
@@ -165,22 +166,23 @@ class Member:
             raise
         return {one.title: one._told[point] for one in self._group.members if point in one._told}
 
-    async def take_turn(self, qemu: str) -> None:
+    async def take_turn(self, images: str, qemu: int | None) -> None:
         """Wait until it is this VM's turn to be claimed: all groups claim in the same order, so that two that share VMs
         do not each hold what the other one waits for.
 
-        :param qemu: what this VM's QEMU is known by, the same for everybody.
+        :param images: the names of this VM's images, the same over every monitor: the order goes by them.
+        :param qemu: the QEMU process, if it can be seen.
         :raise BadUsage: another member is the same VM, or this is the second operation of this one.
         """
         if self.at is not Point.JOINED:
             raise BadUsage("together, each VM does one operation")
-        self._qemu = qemu
+        self._images, self._qemu = images, qemu
         await self.meet(Point.CONNECTED)
         members = self._group.members
-        twins = [one.title for one in members if one._qemu == qemu]
+        twins = [one.title for one in members if qemu is not None and one._qemu == qemu]
         if len(twins) > 1:
             raise BadUsage(f"{' and '.join(twins)} are one VM")
-        before = [one for one in members if one._qemu < qemu]
+        before = [one for one in members if one._images < images]
         await self._group._until(lambda: all(one.at >= Point.CLAIMED or one.has_left for one in before))
 
     async def decide(self) -> None:

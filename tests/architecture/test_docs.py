@@ -91,7 +91,7 @@ def test_options_in_the_docs_exist() -> None:
     for script in (ROOT / "scripts" / "prove-live", *(ROOT / "scripts").glob("bench-*")):
         others |= set(re.findall(r'"(--[a-z-]+)"', script.read_text()))
     shown = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", DOCS))
-    assert shown <= known | others | {"--now"}  # systemctl's
+    assert shown <= known | others | {"--now", "--diff"}  # of systemctl, and of ansible-playbook
 
 
 @pytest.mark.parametrize("name", sorted(cli.commands))

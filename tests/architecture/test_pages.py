@@ -2,7 +2,8 @@
 
 ``sh`` is what a reader pastes, a command a line. ``console`` is a dialogue: a terminal shows what the page shows, but
 for numbers, dates and directories ("…" stands for lines that do not matter). ``python`` runs, or is a test for the
-pytest that the page calls; ``toml`` is a config file; ``text`` is not run: what a command takes, and drawings.
+pytest that the page calls; ``toml`` is a config file; ``yaml`` is a play, whose options
+are checked here, and whose like test_collection runs; ``text`` is not run: what a command takes, and drawings.
 
 The tables below hold what a page does not say: what was there before, what cannot run here, what does not exit with 0.
 """
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import os
 import re
+import runpy
 import shutil
 import signal
 import subprocess
@@ -24,6 +26,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+import yaml
 
 from qsnap.cli import cli
 from support.guest import QEMU, make_boot_disk, make_disk, needs_snapshot_jobs, tool
@@ -309,7 +312,13 @@ def test_a_page_does_what_it_says(page: str, stage: Stage) -> None:
 @pytest.mark.no_qemu
 @pytest.mark.parametrize("block", BLOCKS, ids=lambda block: f"{block.page}:{block.line}")
 def test_a_block_says_what_it_is(block: Block) -> None:
-    assert block.language in {"sh", "console", "python", "toml", "text"}
+    assert block.language in {"sh", "console", "python", "toml", "text", "yaml"}
+    if block.language == "yaml":
+        module = runpy.run_path(str(ROOT / "collection" / "plugins" / "modules" / "snapshot.py"))
+        options = yaml.safe_load(module["DOCUMENTATION"])["options"]
+        for play in yaml.safe_load(block.text):
+            for task in play.get("tasks", ()):
+                assert set(task.get("qsnap.qsnap.snapshot", ())) <= set(options)
     if block.language == "console":
         assert block.text.startswith("$ ")
     if block.language == "text" and block.text.startswith("qsnap "):

@@ -106,11 +106,8 @@ def counting(launch: Launch, tmp_path: Path) -> Counting:
 
 @counts
 @both_monitors
-@pytest.mark.parametrize("how", [[], ["--full"], ["--verify"]], ids=["by itself", "full", "verified"])
-def test_what_a_load_brings_back(counting: Counting, how: list[str], transport: str) -> None:
+def test_what_a_load_brings_back(counting: Counting, transport: str) -> None:
     """All of RAM, byte for byte, the disk, the variable store, and the code that runs."""
-    if transport == "hmp" and how == ["--verify"]:
-        pytest.skip("a human monitor does not compare")
     guest = counting.guest
     counting.write(0x11)
     guest.qmp("stop")
@@ -119,7 +116,7 @@ def test_what_a_load_brings_back(counting: Counting, how: list[str], transport: 
     assert counting.ram() == before
     assert (tags(counting.disk), tags(counting.variables)) == (["t"], ["t"])
     guest.qmp("cont")
-    for _ in range(2):
+    for how in ([], ["--full"]) if transport == "hmp" else ([], ["--verify"], ["--full"]):
         counting.go_on()
         counting.write(0x22)
         assert not counting.holds(0x11)
@@ -139,8 +136,8 @@ def test_a_load_while_it_runs(counting: Counting) -> None:
     before = counting.word(COUNT)
     cli("save", "t", monitor=guest.address)
     after = counting.word(COUNT)
-    for _ in range(5):
-        counting.go_on(3_000_000)
+    for _ in range(3):
+        counting.go_on(1_000_000)
         cli("load", "t", monitor=guest.address)
         counting.assert_runs_its_own_code()
     cli("load", "t", "--paused", monitor=guest.address)
@@ -154,7 +151,7 @@ def test_a_live_save(counting: Counting) -> None:
     before = counting.word(COUNT)
     cli("save", "t", "--live", monitor=guest.address)
     after = counting.word(COUNT)
-    counting.go_on(3_000_000)
+    counting.go_on(1_000_000)
     counting.write(0x22)
     cli("load", "t", "--paused", monitor=guest.address)
     assert before <= counting.word(COUNT) <= after

@@ -146,7 +146,9 @@ def test_what_is_ready_is_left(guest: Guest, tmp_path: Path, transport: str) -> 
         guest.qmp("blockdev-snapshot-internal-sync", device="disk0", name="disks")
         assert saved("a") == (True, False), "another one has it, too"
         assert sorted(tags(tmp_path / "disk0.qcow2")) == ["a", "b", "c.qsnap-2", "disks"]
+    guest.qmp("stop")  # QEMU writes down what it knows of the image
     assert_sound(tmp_path / "disk0.qcow2")
+    guest.qmp("cont")
     for tag in "abc":
         cli("load", tag, monitor=guest.address)
         guest.assert_running()

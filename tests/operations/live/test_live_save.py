@@ -872,6 +872,7 @@ def test_everything_is_killed_and_qemu_too(
     process.send_signal(signal.SIGSTOP)
     kill_guard(runtime_directory)
     big.process.kill()
+    big.process.wait(30)
     process.kill()
     process.communicate()
     assert state_files(tmp_path) == ["disk0.t.qsnap-part"]
