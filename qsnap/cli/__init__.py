@@ -99,7 +99,7 @@ def _without_option(word: str, context: click.Context) -> str:
     def options_of(command: click.Command) -> list[str]:
         return [name for one in command.params if not getattr(one, "hidden", False) for name in one.opts]
 
-    message = f"There is no option {word!r}."
+    message = f"{word} is not an option."
     if near := get_close_matches(word, options_of(context.command), 1, 0.75):
         return f"{message} Did you mean {near[0]!r}?"
     if word in SHARED:

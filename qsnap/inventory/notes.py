@@ -1,4 +1,4 @@
-"""The notes on snapshots: which are protected, a description of each, and the disks' backing chains.
+"""The notes on snapshots: which are protected, a description and the group of each, and the disks' backing chains.
 
 An image that QEMU has open has no place for notes. So they lie in a file beside the image that would hold the VM state,
 ``IMAGE.qsnap-notes``: move or copy it together with the images. (If the image cannot be seen, the file is in the

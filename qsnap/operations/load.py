@@ -121,7 +121,7 @@ async def do_loadvm(run: Run, request: LoadRequest) -> LoadResult:
             force=request.force,
         )
         await after_resume.enter_async_context(load.compared("it was asked for" if request.full else "", standing))
-        await journal.decide()  # from here on there is no way back
+        await journal.decide()  # from here on nothing can be undone
         with _explained(monitor, origin_of(run, plan.snapshot)):
             await load.load()
         with suppress(QsnapError):

@@ -1,6 +1,6 @@
 """The runtime directory: where the journals of runs are, and the decisions of groups. It belongs to this user alone.
 
-Its files outlive a run that was killed, and no reboot. They hold names, tags and process ids, and nothing secret.
+Its files outlive a run that was killed. They hold names, tags and process ids, and nothing secret.
 """
 
 from __future__ import annotations

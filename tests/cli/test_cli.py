@@ -79,8 +79,8 @@ def test_usage_errors_are_one_line() -> None:
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("list --prefx x", "There is no option '--prefx'. Did you mean '--prefix'? (see qsnap list --help)"),
-        ("list --nonsense", "There is no option '--nonsense'. (see qsnap list --help)"),
+        ("list --prefx x", "--prefx is not an option. Did you mean '--prefix'? (see qsnap list --help)"),
+        ("list --nonsense", "--nonsense is not an option. (see qsnap list --help)"),
         (
             "save t --image x",
             "save has no option --image; these have it: list, tree, show, delete, verify (see qsnap save --help)",
@@ -105,7 +105,7 @@ def test_usage_errors_with_an_older_click(monkeypatch: pytest.MonkeyPatch, capsy
     assert qsnap.cli._exit_code([]) == 2
     assert capsys.readouterr().err.startswith("Usage: qsnap ")
     assert qsnap.cli._exit_code(["list", "--bogus"]) == 2
-    assert capsys.readouterr().err.startswith("qsnap: There is no option '--bogus'. (see")
+    assert capsys.readouterr().err.startswith("qsnap: --bogus is not an option. (see")
 
 
 def test_start_up_loads_nothing_heavy() -> None:

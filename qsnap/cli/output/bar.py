@@ -74,7 +74,7 @@ def update(bar: Bar, task: int, progress: Progress, head: str = "") -> None:
 def shown_progress(what: str, options: Options) -> Iterator[Watching]:
     """What gives the work with a VM its watcher, who shows its progress on standard error as the options say.
 
-    :param what: what the bar says before the first look; "" where there is no progress.
+    :param what: what the bar says before the first look; "" shows no progress.
     """
     if what and options.progress == "json":
         yield lambda title: nullcontext(partial(_write_line, title))
