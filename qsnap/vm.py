@@ -235,7 +235,7 @@ class VM:
             verify=verify,
         )
         if save_current is not False and self.member is not None:
-            raise BadUsage("together, nothing is saved before a load: save them together first")
+            raise BadUsage("a load --together saves nothing first: save them together, and load with --no-save-current")
         if save_current is False:
             result = await self._load(request, watch)
         else:

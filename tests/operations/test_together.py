@@ -66,6 +66,7 @@ class Trio:
     """Three counting guests, each with an image of its own, and a config file with their names.
 
     :ivar addresses: where qsnap finds each; a test may put a proxy there.
+    :ivar settings: what else the config file says of each.
     """
 
     def __init__(self, launch: Launch, directory: Path) -> None:
@@ -73,6 +74,7 @@ class Trio:
         self.images = {name: make_boot_disk(directory / f"{name}.qcow2") for name in NAMES}
         self.guests = {name: launch(*self.drive(name), *disk_device("d0")) for name in NAMES}
         self.addresses = {name: guest.address for name, guest in self.guests.items()}
+        self.settings = ""
 
     def drive(self, name: str) -> list[str]:
         return blockdev("d0", self.images[name])
@@ -89,7 +91,8 @@ class Trio:
 
     def _environment(self) -> dict[str, str]:
         config = self._directory / "config.toml"
-        config.write_text("".join(f'[vm.{name}]\nmonitor = "{at}"\n' for name, at in self.addresses.items()))
+        vms = (f'[vm.{name}]\nmonitor = "{at}"\n{self.settings}' for name, at in self.addresses.items())
+        config.write_text("".join(vms))
         return {"QSNAP_CONFIG": str(config)}
 
     def assert_all_run(self, expected: list[str]) -> None:
@@ -460,6 +463,17 @@ def test_killed_in_a_delete(
     finish(process)
     wait_for_the_guard(runtime_directory)
     trio.assert_all_run(left)
+
+
+def test_the_config_file_has_the_present_saved_first(trio: Trio) -> None:
+    """That is not done together, so nothing is discarded without a word."""
+    trio("save", "t", "--together")
+    stops = trio.stops()
+    trio.settings = "save-current = true\n"
+    assert "load with --no-save-current" in trio("load", "t", "--together", expect=2).err
+    assert trio.stops() == stops
+    trio("load", "t", "--together", "--no-save-current")
+    trio.assert_all_run(["t"])
 
 
 def test_nothing_is_done(trio: Trio) -> None:

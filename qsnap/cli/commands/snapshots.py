@@ -105,19 +105,12 @@ def load(
             force=force,
             full=full,
             verify=verify,
-            save_current=save_current_as or _saves_current(save_current, settings, together=together),
+            save_current=save_current_as or (settings.save_current or False if save_current is None else save_current),
             sync_time=sync_time,
             watch=watch,
         )
 
     return work(options, loaded, shows="loading", together=together)
-
-
-def _saves_current(asked: bool | None, settings: Settings, *, together: bool) -> bool | str:
-    """Whether a load saves first what it discards: by the option, or else by the config file, which is about one VM."""
-    if asked is not None:
-        return asked
-    return not together and (settings.save_current or False)
 
 
 def _newest(found: Sequence[Snapshot], prefix: str | None) -> str:
