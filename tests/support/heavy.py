@@ -1,19 +1,37 @@
-"""The Linux guest of the scripts: tests/support/guests/init.c on Debian's kernel, as scripts/get-linux makes it."""
+"""The guests of the scripts, which write heavily, and check their RAM and two disks against each other on every tick.
+
+Whatever comes from another moment than the rest is counted as a difference.
+"""
 
 from __future__ import annotations
 
 import subprocess
 from pathlib import Path
 
-from support.guest import Guest, blockdev, make_disk, until
+import qsnap.guest
+from support.guest import Guest, blockdev, make_disk, tool, until
 
 ROOT = Path(__file__).resolve().parents[2]
+#: Ticks in which the guests check all their pages, and a little more.
+ROUND = 70
 #: MiB that the kernel needs beside what the guest fills.
 KERNEL_MIB = 160
 
 
+def boot_sector(directory: Path) -> Guest:
+    """The boot-sector guest on two disks that have an iothread."""
+    sector = (ROOT / "tests" / "support" / "guests" / "heavy.bin").read_bytes()
+    qsnap.guest.make_disk(directory / "disk0", qemu_img=tool("qemu-img"), sector=sector)
+    return Guest(
+        "-object", "iothread,id=io",
+        *blockdev("disk0", directory / "disk0"), "-device", "virtio-blk,drive=disk0,iothread=io",
+        *blockdev("disk1", make_disk(directory / "disk1")), "-device", "virtio-blk,drive=disk1,iothread=io",
+        memory="384",
+    )  # fmt: skip
+
+
 def boot_linux(directory: Path, *, fill: int, stamps: int = 256, iothread: bool = False) -> Guest:
-    """The guest on two disks, counting.
+    """tests/support/guests/init.c on Debian's kernel, as scripts/get-linux makes it, on two disks, counting.
 
     :param fill: MiB of its memory that are not zero.
     :param stamps: pages that it writes every 10 ms.
