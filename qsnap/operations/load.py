@@ -4,44 +4,38 @@ from __future__ import annotations
 
 import asyncio
 import os
-import re
 import time
-from collections.abc import AsyncIterator, Collection, Coroutine, Iterator, Sequence
+from collections.abc import AsyncIterator, Collection, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
-from functools import partial
-from typing import Any, NoReturn
 
 from qsnap.errors import (
     UNTOUCHED,
     GuestLeftStopped,
     JobFailed,
-    MonitorError,
-    MonitorLost,
-    OperationTimeout,
     PrecheckRefused,
     QsnapError,
-    SnapshotNotFound,
 )
 from qsnap.host.log import ErrorOutput
 from qsnap.model.checks import Finding
 from qsnap.model.qemu import RunState
 from qsnap.model.requests import LoadRequest
 from qsnap.model.results import LoadResult
-from qsnap.model.runstates import cure_of, is_live, needs_reset, runs_after_load
+from qsnap.model.runstates import cure_of, needs_reset, runs_after_load
 from qsnap.model.snapshots import Origin, Snapshot
 from qsnap.monitor import Monitor
 from qsnap.monitor.names import HALF_RESTORED, state_node
 from qsnap.operations.delta.load import Load, Source, refuse_flawed, refuse_incomparable
 from qsnap.operations.findings import spoiled_finding
+from qsnap.operations.load_attempt import LoadAttempt
 from qsnap.operations.plan import LoadPlan, plan_load
 from qsnap.operations.position import leave_position, origin_of
 from qsnap.operations.reset import RESET_CURE, reboots, reset
 from qsnap.operations.same_machine import refuse_other_devices, refuse_other_machine
-from qsnap.operations.translation import flush_translations, leave_own_stop, leave_restore_vm
+from qsnap.operations.translation import flush_translations, leave_own_stop
 from qsnap.runs.group import Point
-from qsnap.runs.journal import AFTERMATH_TIMEOUT_S, Journal
-from qsnap.runs.pause import Pause, has_ended, reconnect, stopped
-from qsnap.runs.record import LoadStage, LoadWork
+from qsnap.runs.journal import AFTERMATH_TIMEOUT_S
+from qsnap.runs.pause import stopped
+from qsnap.runs.record import LoadWork
 from qsnap.runs.run import Run
 from qsnap.runs.shield import shielded
 
@@ -106,27 +100,19 @@ async def do_loadvm(run: Run, request: LoadRequest) -> LoadResult:
             )
             raise PrecheckRefused("nothing was loaded", [change], standing)
         runs = runs_after_load(plan.runstate) if running is None else running
+        attempt = LoadAttempt(run, plan, pause)
         if not (by_qemu and pause.was_running):
             if contents is not None:
                 await refuse_other_devices(monitor, tag, contents, standing)
-            await _flush(run, pause, runs=runs)
-        load = Load(
-            run,
-            plan.snapshot,
-            plan.devices,
-            source,
-            begin=partial(_begin, run, pause, plan),
-            fail=partial(_end_in, monitor=monitor, pause=pause, journal=journal, plan=plan),
-            verify=request.verify,
-            force=request.force,
-        )
+            await _flush(run, attempt, runs=runs)
+        load = Load(run, plan, source, attempt, verify=request.verify, force=request.force)
         await after_resume.enter_async_context(load.compared("it was asked for" if request.full else "", standing))
         await journal.decide()  # from here on nothing can be undone
         with _explained(monitor, origin_of(run, plan.snapshot)):
             await load.load()
         with suppress(QsnapError):
             await monitor.clear_mark(HALF_RESTORED)
-        await _settled(monitor, journal, runs=runs)
+        await attempt.leave_paused(runs=runs)
         journal.done(work=None)
         pause.resume = runs
         pause.deed = f"{tag!r} was loaded"
@@ -185,33 +171,6 @@ async def check_load(run: Run, tag: str, exclude: Collection[str] = ()) -> Snaps
     return plan.snapshot
 
 
-async def _begin(run: Run, pause: Pause, plan: LoadPlan, vmstate: str, devices: Sequence[str]) -> bool:
-    """Have QEMU load *vmstate*, and wait until it has; whether that was seen on this connection.
-
-    :raise JobFailed: QEMU reported an error.
-    :raise GuestLeftStopped: the outcome is unknown, or the load was interrupted and has failed.
-    """
-    monitor, journal = run.monitor, run.journal
-    run.loads = True
-    journal.note(work=LoadWork(was_running=pause.was_running, stage=LoadStage.BEGUN))
-    try:
-        async with monitor.snapshot_load(plan.snapshot.disk_tag, vmstate, devices) as failure:
-            _note_end(journal, plan, failure)
-    except MonitorLost as lost:
-        outcome = outcome_after(lost, monitor, journal, was_running=pause.was_running)
-        if error := await _awaited(outcome, pause, journal):
-            await _end_in(error, monitor, pause, journal, plan)
-        return False
-    except asyncio.CancelledError as cancelled:
-        # It goes on inside QEMU; only its end tells whether the guest may run
-        if error := await _awaited(monitor.settle(), pause, journal):
-            await _end_in(error, monitor, pause, journal, plan)
-        journal.done(work=None)
-        cancelled.add_note(f"the load of {plan.snapshot.tag!r} had begun and was completed")
-        raise
-    return True
-
-
 def _standing(*, was_reset: bool, was_stopped: bool) -> str:
     """The guest's state, for the message of a refusal at the second look."""
     if was_reset:
@@ -219,17 +178,17 @@ def _standing(*, was_reset: bool, was_stopped: bool) -> str:
     return "the guest was stopped for a moment, and resumed" if was_stopped else UNTOUCHED
 
 
-async def _flush(run: Run, pause: Pause, *, runs: bool) -> None:
+async def _flush(run: Run, attempt: LoadAttempt, *, runs: bool) -> None:
     """Have QEMU drop its translated code: see :func:`flush_translations`. A guest that is not to run is paused from now
     on, whatever stopped it."""
     monitor, journal = run.monitor, run.journal
-    journal.note(work=LoadWork(was_running=pause.was_running))
+    journal.note(work=LoadWork(was_running=attempt.was_running))
     try:
         await run.shielded(_flushed(monitor, runs=runs))
         if not runs:
             await run.shielded(leave_own_stop(monitor))
     except BaseException:
-        await run.shielded(_settled(monitor, journal, runs=pause.was_running))
+        await run.shielded(attempt.leave_paused(runs=attempt.was_running))
         journal.done(work=None)
         raise
 
@@ -247,17 +206,6 @@ async def _flushed(monitor: Monitor, *, runs: bool) -> None:
             raise
         await reset(monitor)
         await flush_translations(monitor, runs=runs)
-
-
-async def _settled(monitor: Monitor, journal: Journal, *, runs: bool) -> None:
-    """Make sure that a guest that will not run is paused, and not left in "restore-vm"."""
-    if runs:
-        return
-    try:
-        await leave_restore_vm(monitor)
-    except MonitorLost:
-        await reconnect(monitor, journal)
-        await leave_restore_vm(monitor)
 
 
 async def _forget_failure(run: Run, tag: str) -> None:
@@ -324,137 +272,3 @@ def _state_file(run: Run, snapshot: Snapshot) -> Iterator[int]:
         yield file
     finally:
         os.close(file)
-
-
-#: What QEMU says before it has touched anything (migration/savevm.c and block/snapshot.c: load_snapshot), 5.2 to 11.1.
-_UNTOUCHED = (
-    "does not exist in one or more devices",
-    "does not have the requested snapshot",
-    "Snapshot can not be found",
-    "This is a disk-only snapshot",
-    "is writable but does not support snapshots",
-    "No block device node",
-)
-
-
-#: What QEMU says of a disk that it does not take back, by its own name for it (block/snapshot.c: bdrv_snapshot_goto,
-#: bdrv_all_goto_snapshot). It says so when that disk's turn has come.
-_HAS_BITMAPS = re.compile(r"' on '([^']*)': Device has active dirty bitmaps")
-
-
-def _has_touched_nothing(plan: LoadPlan, failure: JobFailed) -> bool:
-    """Whether QEMU refused a load before it began: RAM and disks are as they were."""
-    has_bitmaps = _HAS_BITMAPS.search(failure.reason)
-    return bool(has_bitmaps and has_bitmaps[1] == plan.first) or any(
-        sentence in failure.reason for sentence in _UNTOUCHED
-    )
-
-
-def _cure_of_bitmaps(plan: LoadPlan, failure: QsnapError) -> str:
-    """What to do about a disk that QEMU did not put back because of its dirty bitmaps; "" for any other failure.
-
-    HMP shows only bitmaps that are already stored in the image (seen on 5.2 to 11.1), so the pre-checks do not always
-    find them.
-    """
-    if not isinstance(failure, JobFailed) or not (found := _HAS_BITMAPS.search(failure.reason)):
-        return ""
-    return (
-        f"Remove the dirty bitmaps of {found[1]} by QMP: query-named-block-nodes tells their names, "
-        "block-dirty-bitmap-remove removes them, and the next backup must be a full one. Then load "
-        f"{plan.snapshot.tag!r} again"
-    )
-
-
-def _note_end(journal: Journal, plan: LoadPlan, error: JobFailed | None) -> None:
-    """Note the end of the load in the journal, while QEMU still keeps the job."""
-    if error is None or _has_touched_nothing(plan, error):
-        journal.done(work=None)
-    else:
-        journal.has_advanced(stage=LoadStage.FAILED)
-
-
-async def _not_loaded(monitor: Monitor, plan: LoadPlan, failure: JobFailed) -> QsnapError:
-    """The error of a load that QEMU refused, because another client has changed something meanwhile."""
-    graph = await monitor.block_graph()
-    tag = plan.snapshot.tag
-    if any(not graph.nodes[name].tagged(plan.snapshot.disk_tag) for name in plan.devices if name in graph.nodes):
-        return SnapshotNotFound(tag, f"snapshot {tag!r} was deleted by another client just now; nothing was loaded")
-    cure = _cure_of_bitmaps(plan, failure)
-    failure.outcome = f"nothing was loaded: RAM and disks are as they were{'. ' if cure else ''}{cure}"
-    return failure
-
-
-async def outcome_after(
-    lost: MonitorLost, monitor: Monitor, journal: Journal, *, was_running: bool
-) -> QsnapError | None:
-    """The error of a load whose connection was lost, found over a new one; None if the load ended well."""
-    try:
-        await reconnect(monitor, journal)
-        return await monitor.load_outcome(lost, was_running=was_running)
-    except QsnapError as error:
-        return error
-
-
-async def _awaited(ending: Coroutine[Any, Any, QsnapError | None], pause: Pause, journal: Journal) -> QsnapError | None:
-    """The outcome of the load, as soon as QEMU answers.
-
-    :raise GuestLeftStopped: QEMU does not answer in time, so that the rest is left to the guard.
-    """
-    try:
-        return await shielded(ending, journal.patience_s)
-    except OperationTimeout as error:
-        # Nobody may resume it before the end is known
-        pause.resume = False
-        guard = f"process {journal.guard_pid}, its guard, resumes it if the load goes well"
-        raise GuestLeftStopped(
-            f"the load has not ended: {error}. The guest is stopped; "
-            + (guard if journal.guard_pid is not None else "look at its run state before you `cont` it")
-        ) from error
-
-
-async def _end_in(failure: QsnapError, monitor: Monitor, pause: Pause, journal: Journal, plan: LoadPlan) -> NoReturn:
-    """End a failed load: the guest runs again if nothing was loaded, and is left stopped if something may have been."""
-    if isinstance(failure, JobFailed) and _has_touched_nothing(plan, failure):
-        await _settled(monitor, journal, runs=pause.was_running)
-        raise await _not_loaded(monitor, plan, failure) from failure
-    pause.resume = False
-    await shielded(_left_stopped(monitor, pause, journal, plan, failure), journal.patience_s)
-
-
-async def _left_stopped(
-    monitor: Monitor, pause: Pause, journal: Journal, plan: LoadPlan, failure: QsnapError
-) -> NoReturn:
-    """After a load that failed midway: make sure that the guest stands still, and report its state.
-
-    :raise GuestLeftStopped: if it was running before.
-    :raise MonitorLost: there is no guest any more.
-    :raise JobFailed: otherwise.
-    """
-    if isinstance(failure, MonitorError) and await has_ended(journal):
-        journal.done(stopped=False, work=None)
-        # qcow2-snapshot.c: qcow2_snapshot_goto; seen in 1 of 120 loadvm that were killed
-        raise MonitorLost(
-            "QEMU has ended in the middle of the load; there is no guest any more. It may have left wrong reference "
-            "counts in the images: before you start it again, `qemu-img check -r all IMAGE`, on every disk"
-        ) from failure
-    with suppress(QsnapError):
-        await monitor.set_mark(HALF_RESTORED, "yes")
-    with suppress(MonitorError):
-        if is_live(await monitor.runstate()):
-            # QEMU 6.0.0 resumes after a failed loadvm (fixed in 6.1: c53cd04e70).
-            await monitor.stop()
-    journal.done(stopped=False, work=None)
-    tag = plan.snapshot.disk_tag
-    bitmaps = _cure_of_bitmaps(plan, failure)
-    cure = (
-        f"{bitmaps}, with --running" if bitmaps else "Load a good snapshot (`qsnap list`, `qsnap load TAG --running`)"
-    )
-    outcome = (
-        f"RAM and disks may be half restored, so the guest is left stopped on purpose. {cure}, or end QEMU and go back "
-        f"offline, disk by disk: `qemu-img snapshot -a {tag} IMAGE`. Do not `cont` it"
-    )
-    if pause.was_running:
-        raise GuestLeftStopped(f"{failure}; {outcome}") from failure
-    if isinstance(failure, JobFailed):
-        failure.outcome = outcome
-    raise failure

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -18,6 +18,8 @@ from qsnap.runs.run import Run
 
 if TYPE_CHECKING:
     from qsnap.operations.delta.delta import Comparison, Delta
+    from qsnap.operations.load_attempt import LoadAttempt
+    from qsnap.operations.plan import LoadPlan
 
 
 class Source(NamedTuple):
@@ -63,10 +65,8 @@ async def refuse_incomparable(run: Run, snapshot: Snapshot, source: Source) -> N
 class Load:
     """A load of one snapshot.
 
-    :param devices: what is loaded of it, without a state file's node.
-    :param begin: has QEMU load from one node into others, and waits until it has: whether that was seen on this
-        connection. JobFailed where QEMU says that it has not.
-    :param fail: ends a load of everything that has failed so.
+    :param source: where its whole VM state is.
+    :param attempt: has QEMU load.
     :param verify: RAM is to be compared after the load.
     :param force: load also if the VM state is damaged.
     :ivar why_full: why everything was loaded; "" where it was what differs.
@@ -75,26 +75,16 @@ class Load:
     """
 
     def __init__(
-        self,
-        run: Run,
-        snapshot: Snapshot,
-        devices: Sequence[str],
-        source: Source,
-        *,
-        begin: Callable[[str, Sequence[str]], Awaitable[bool]],
-        fail: Callable[[JobFailed], Awaitable[None]],
-        verify: bool,
-        force: bool,
+        self, run: Run, plan: LoadPlan, source: Source, attempt: LoadAttempt, *, verify: bool, force: bool
     ) -> None:
         self.why_full = ""
         self.ram_bytes: int | None = None
         self.differing_pages: int | None = None
         self._run = run
-        self._snapshot = snapshot
-        self._devices = devices
+        self._snapshot = plan.snapshot
+        self._devices = plan.devices
         self._source = source
-        self._begin = begin
-        self._fail = fail
+        self._attempt = attempt
         self._verifies = verify
         self._force = force
         self._comparison: Comparison | None = None
@@ -138,7 +128,7 @@ class Load:
             await self._load_full()
             return
         try:
-            is_seen = await self._begin(self._delta.node, (*self._devices, self._delta.node))
+            is_seen = await self._attempt.load(self._delta.node, (*self._devices, self._delta.node))
             doubt = "" if is_seen else "the monitor was lost during the delta load"
         except JobFailed as failure:
             doubt = f"QEMU did not load what differs: {failure.reason}"
@@ -164,9 +154,9 @@ class Load:
 
     async def _load_full(self) -> None:
         try:
-            await self._begin(self._source.vmstate, self._source.devices)
+            await self._attempt.load(self._source.vmstate, self._source.devices)
         except JobFailed as failure:
-            await self._fail(failure)
+            await self._attempt.fail(failure)
 
     async def verify(self) -> None:
         """Compare all of RAM with the snapshot, where that is to be and is not done.
