@@ -85,7 +85,6 @@ class VM:
     def __init__(
         self,
         monitor: Monitor,
-        address: Address,
         *,
         lock_wait_s: float,
         is_timed: bool = False,
@@ -93,7 +92,7 @@ class VM:
         ignore_unseen: bool = False,
     ) -> None:
         self._connected: Monitor | None = monitor
-        self.address = address
+        self.address = monitor.address
         self.lock_wait_s = lock_wait_s
         self.recovered: list[Recovered] = []
         self.remarks: list[str] = []
@@ -441,7 +440,7 @@ class VM:
         from qsnap.supervision.claim import recover_all
         from qsnap.tags import SECOND_SUFFIX
 
-        done = await recover_all(self._monitor, self.address, force=force)
+        done = await recover_all(self._monitor, force=force)
         with suppress(CommandFailed):  # under -preconfig there is nothing to tidy
             inventory = await self._tidied(self._unclaimed())
             self.remarks += [
@@ -752,7 +751,6 @@ class VM:
             self._turn,
             claimed(
                 self._monitor,
-                self.address,
                 operation,
                 tags,
                 wait_s=self.lock_wait_s,
@@ -773,10 +771,10 @@ class VM:
 
         if problem := runtime_dir.problem():
             self.remarks.append(f"it is not known whether a run has died: {problem}")
-        elif has_journals(self._monitor, self.address) or await self._monitor.mark(CLAIM) is not None:
+        elif has_journals(self._monitor) or await self._monitor.mark(CLAIM) is not None:
             # The run lives, or another qsnap recovers it already
             with suppress(VMLocked):
-                self.recovered += await recover_all(self._monitor, self.address)
+                self.recovered += await recover_all(self._monitor)
 
     async def _tidied(self, run: Run) -> Inventory:
         """The VM's inventory, after the leftovers of earlier runs are removed."""
@@ -912,7 +910,6 @@ async def connect(
         async with timer:
             opened = VM(
                 monitor,
-                where,
                 lock_wait_s=lock_wait_s,
                 is_timed=timeout_s is not None,
                 state_dir=None if state_dir is None else Path(state_dir),

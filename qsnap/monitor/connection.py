@@ -19,7 +19,7 @@ import socket
 import struct
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from qsnap.errors import ConnectError, MonitorBusy, MonitorError, MonitorLost, QsnapError
 from qsnap.monitor.address import Address, UnixAddress
@@ -40,12 +40,12 @@ class Connection(NamedTuple):
     """A socket on which a monitor has begun to greet. Its bytes are still there to be read.
 
     :ivar pid: the process at the other end, if it is on this machine and the socket reports it.
-    :ivar is_human: the monitor is HMP.
+    :ivar protocol: what the monitor speaks.
     """
 
     sock: socket.socket
     pid: int | None
-    is_human: bool
+    protocol: Literal["qmp", "hmp"]
 
 
 @asynccontextmanager
@@ -62,8 +62,8 @@ async def connection(address: Address, timeout_s: float) -> AsyncIterator[Connec
     try:
         async with asyncio.timeout(timeout_s):
             sock = await _connected(address)
-            is_human = _is_human(await _greeting(sock), address)
-            yield Connection(sock, peer_pid(sock), is_human)
+            protocol = _protocol(await _greeting(sock), address)
+            yield Connection(sock, peer_pid(sock), protocol)
     except TimeoutError as error:
         if sock is None:
             raise ConnectError(f"{address} does not take connections; nothing came of it in {timeout_s:g} s") from error
@@ -144,13 +144,13 @@ def _set(future: asyncio.Future[None]) -> None:
         future.set_result(None)
 
 
-def _is_human(start: bytes, address: Address) -> bool:
+def _protocol(start: bytes, address: Address) -> Literal["qmp", "hmp"]:
     if not start:
         raise EOFError
     if start.startswith(b"QEMU"):
-        return True
+        return "hmp"
     if start.lstrip().startswith(b"{"):
-        return False
+        return "qmp"
     raise ConnectError(f"{address} is not a QEMU monitor: it greets with {start!r}")
 
 

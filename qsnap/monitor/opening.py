@@ -16,14 +16,15 @@ if TYPE_CHECKING:
 GREETING_TIMEOUT_S = 5.0
 
 
-async def adopt_monitor(sock: socket.socket, address: Address, *, is_human: bool) -> Monitor:
+async def adopt_monitor(sock: socket.socket, address: Address, transport: str) -> Monitor:
     """Go on with the connection of a process that has died, in whatever state it left it.
 
     It waits for QEMU's answer as long as the connection stands, because QEMU answers nobody while it writes.
 
+    :param transport: that of the monitor: see :attr:`qsnap.monitor.Monitor.transport`.
     :raise MonitorError: the connection is closed, or another kind of monitor is at its end.
     """
-    if is_human:
+    if transport == "hmp":
         from qsnap.monitor.hmp import monitor as hmp
 
         return await hmp.adopt(sock, address)
@@ -46,7 +47,7 @@ async def open_monitor(
     from qsnap.monitor.connection import connection
 
     async with connection(address, timeout_s) as link:
-        if link.is_human:
+        if link.protocol == "hmp":
             from qsnap.monitor.hmp import monitor as hmp
 
             return await hmp.connect(link, address)

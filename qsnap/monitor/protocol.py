@@ -12,6 +12,7 @@ from qsnap.model.qemu import BlockGraph, Job, Migration, QemuVersion, RunState, 
 if TYPE_CHECKING:
     import socket
 
+    from qsnap.monitor.address import Address
     from qsnap.monitor.qmp.background import Background
 
 #: See :attr:`Monitor.live_obstacle`.
@@ -27,6 +28,8 @@ class Monitor(Protocol):
     :meth:`settle` waits for its end.
     """
 
+    #: Where the monitor is.
+    address: Address
     version: QemuVersion
     #: "qmp" (snapshot jobs), "qmp-hmp" (savevm by human-monitor-command) or "hmp", for people and logs.
     transport: str

@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import msgspec
 
@@ -29,6 +29,9 @@ from qsnap.monitor.address import Address, UnixAddress
 from qsnap.runs import runtime_dir
 from qsnap.runs.group import Member, Point
 from qsnap.runs.record import Record
+
+if TYPE_CHECKING:
+    from qsnap.monitor import Monitor
 
 _SUFFIX = ".journal"
 #: Suffix of a journal whose record is not written yet.
@@ -279,10 +282,9 @@ def _read(file: int) -> Record | None:
         return None
 
 
-def new_record(
-    operation: str, tags: tuple[str, ...], address: Address, qemu_pid: int | None, *, is_human: bool
-) -> Record:
+def new_record(operation: str, tags: tuple[str, ...], monitor: Monitor) -> Record:
     """The record of a run that this process begins now."""
+    address = monitor.address
     return Record(
         token=secrets.token_hex(8),
         operation=operation,
@@ -292,8 +294,8 @@ def new_record(
         user=os.geteuid(),
         address=("unix" if isinstance(address, UnixAddress) else "tcp", *map(str, address)),
         place=place(address),
-        qemu=process(qemu_pid) if qemu_pid else None,
-        is_human=is_human,
+        qemu=process(monitor.pid) if monitor.pid else None,
+        transport=monitor.transport,
     )
 
 

@@ -101,8 +101,8 @@ class Record(Struct, frozen=True):
     place: tuple[str, ...] = ()
     """The monitor's socket, the same under all its names: see :func:`place`."""
     qemu: Process | None = None
-    is_human: bool = False
-    """The connection is to a human monitor."""
+    transport: str = ""
+    """What is spoken on the connection: see :attr:`qsnap.monitor.Monitor.transport`."""
 
     is_done: bool = False
     """The run has ended, and its results stay: only the claim is left."""

@@ -36,7 +36,6 @@ _RELEASE_TIMEOUT_S = 10.0
 @asynccontextmanager
 async def claimed(
     monitor: Monitor,
-    address: Address,
     operation: str,
     tags: tuple[str, ...],
     *,
@@ -56,7 +55,7 @@ async def claimed(
     :raise VMLocked: another qsnap is using this VM.
     :raise QsnapError: no journal or guard can be made; nothing was done.
     """
-    ours = await _acquired(monitor, address, operation, tags, wait_s, tell)
+    ours = await _acquired(monitor, operation, tags, wait_s, tell)
     ours.patience_s = patience_s
     try:
         yield ours
@@ -67,7 +66,6 @@ async def claimed(
 
 async def _acquired(
     monitor: Monitor,
-    address: Address,
     operation: str,
     tags: tuple[str, ...],
     wait_s: float,
@@ -80,7 +78,7 @@ async def _acquired(
     while True:
         text = await monitor.mark(CLAIM)
         if text is None:
-            if ours := await _claim(monitor, address, operation, tags):
+            if ours := await _claim(monitor, operation, tags):
                 return ours
             continue
         holder = mark.decode(text)
@@ -97,13 +95,13 @@ async def _acquired(
         except MonitorBusy as busy:
             raise _locked(holder, wait_s) from busy
         if monitor.pid != pid:
-            raise AnotherAnswers(address)
+            raise AnotherAnswers(monitor.address)
 
 
-async def _claim(monitor: Monitor, address: Address, operation: str, tags: tuple[str, ...]) -> Journal | None:
+async def _claim(monitor: Monitor, operation: str, tags: tuple[str, ...]) -> Journal | None:
     """Make the claim; None if another qsnap was faster."""
     was_running = takes_stop(await monitor.runstate(), monitor.version)
-    record = journal.new_record(operation, tags, address, monitor.pid, is_human=monitor.transport == "hmp")
+    record = journal.new_record(operation, tags, monitor)
     if monitor.pid is not None and not is_alive(monitor.pid):
         # Nothing would show later that the journal's QEMU has ended
         raise MonitorLost("QEMU has ended; nothing was done")
@@ -205,7 +203,7 @@ async def _recover(monitor: Monitor, dead: Found) -> Recovered | None:
         taken.close(remove=False)
 
 
-async def recover_all(monitor: Monitor, address: Address, *, force: bool = False) -> list[Recovered]:
+async def recover_all(monitor: Monitor, *, force: bool = False) -> list[Recovered]:
     """Recover every run on this VM that died.
 
     :param force: also a run that may still live: it belongs to another machine or container, or its claim cannot be
@@ -220,7 +218,7 @@ async def recover_all(monitor: Monitor, address: Address, *, force: bool = False
         done.append(recovered)
     # Journals without a mark belong to a QEMU that has ended, or to a run that died before it began or after it had
     # ended; one that is held cannot be taken
-    done += [await _recover(monitor, other) for other in _journals(monitor, address)]
+    done += [await _recover(monitor, other) for other in _journals(monitor)]
     return [item for item in done if item and item.actions]
 
 
@@ -240,13 +238,13 @@ async def run_of(monitor: Monitor) -> Unfinished | None:
     )
 
 
-def has_journals(monitor: Monitor, address: Address) -> bool:
+def has_journals(monitor: Monitor) -> bool:
     """Whether there are journals of runs on this VM, dead or alive."""
-    return any(True for _ in _journals(monitor, address))
+    return any(True for _ in _journals(monitor))
 
 
-def _journals(monitor: Monitor, address: Address) -> Iterator[Found]:
-    place = journal.place(address)
+def _journals(monitor: Monitor) -> Iterator[Found]:
+    place = journal.place(monitor.address)
     qemu = process(monitor.pid) if monitor.pid else None
     for other in journal.found():
         if other.record.place == place or (qemu and other.record.qemu == qemu):

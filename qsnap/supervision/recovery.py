@@ -218,7 +218,7 @@ async def _completed(monitor: Monitor, graph: BlockGraph, devices: Sequence[Devi
 
 async def _inherited(journal: Journal, connection: socket.socket) -> Monitor | None:
     try:
-        return await adopt_monitor(connection, journal.record.where, is_human=journal.record.is_human)
+        return await adopt_monitor(connection, journal.record.where, journal.record.transport)
     except MonitorError:
         connection.close()
         return None

@@ -33,6 +33,7 @@ from qsnap.runs import journal
 from qsnap.runs.record import Record
 from qsnap.supervision import guard
 from qsnap.upkeep import metrics
+from support.fake_monitor import FakeMonitor
 from support.fake_proc import IS_ROOT, NOBODY
 from support.guest import (
     Guest,
@@ -480,7 +481,7 @@ def test_a_runtime_directory_that_others_may_write(
     else:
         as_nobody(lambda: place.mkdir(0o700))
     monkeypatch.setenv("QSNAP_RUNTIME_DIR", str(place))
-    record = journal.new_record("save", ("t",), parse_address(guest.address), guest.pid, is_human=False)
+    record = journal.new_record("save", ("t",), FakeMonitor(parse_address(guest.address), pid=guest.pid))
     held = place / f"{record.token}.journal"
 
     def hold() -> None:

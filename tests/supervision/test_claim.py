@@ -104,7 +104,7 @@ def test_the_second_by_another_monitor_of_the_same_vm(guest: Guest, tmp_path: Pa
 
 
 def _record(**changes: object) -> Record:
-    record = new_record("save", ("theirs",), TcpAddress("localhost", 1), None, is_human=False)
+    record = new_record("save", ("theirs",), FakeMonitor(TcpAddress("localhost", 1)))
     return msgspec.structs.replace(record, **changes)
 
 

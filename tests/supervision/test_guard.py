@@ -359,7 +359,7 @@ def test_a_last_line_that_was_cut_short(abandoned: tuple[Guest, Path], runtime_d
     guest, image = abandoned
     (journal,) = journals(runtime_directory)
     with journal.open("ab") as file:
-        file.write(b'\n{"saving": tr\n{"is_human": false}\n')
+        file.write(b'\n{"saving": tr\n{"transport": "qmp"}\n')
     cli("recover", monitor=guest.address)
     assert_all_is_well(guest, runtime_directory, {image: ["good"]})
 

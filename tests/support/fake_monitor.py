@@ -25,6 +25,7 @@ from qsnap.model.qemu import (
     RunState,
     SnapshotTables,
 )
+from qsnap.monitor.address import Address, UnixAddress
 from qsnap.monitor.protocol import NO_FILES
 from qsnap.monitor.qmp.background import Background
 
@@ -32,6 +33,8 @@ from qsnap.monitor.qmp.background import Background
 @dataclass
 class FakeMonitor:
     """A guest with two qcow2 disks. The fields below are the faults."""
+
+    address: Address = field(default=UnixAddress("/nowhere"))
 
     cont_fails: bool = False
     save_hangs: bool = False

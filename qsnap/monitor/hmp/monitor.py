@@ -107,7 +107,7 @@ async def connect(link: Connection, address: Address) -> HmpMonitor:
 async def adopt(sock: socket.socket, address: Address) -> HmpMonitor:
     """Go on with another process's connection. See :func:`qsnap.monitor.adopt_monitor`."""
     sock.setblocking(False)
-    link = Connection(sock, peer_pid(sock), is_human=True)
+    link = Connection(sock, peer_pid(sock), "hmp")
     line = _Line(*await asyncio.open_connection(sock=sock))
     try:
         await line.answer("")  # what the other process has left is read away with it
@@ -231,7 +231,7 @@ class HmpMonitor(HmpSnapshots, Objects):
         await self.aclose()
         self._under_way = None
         async with connection(self.address, timeout_s) as link:
-            if not link.is_human:
+            if link.protocol != "hmp":
                 raise AnotherAnswers(self.address)
             self._line, version = await _greeted(link)
             if version != self.version:

@@ -305,7 +305,7 @@ class Channel:
         hang_up(self.sock)
         await self.aclose()
         async with connection(self.address, timeout_s) as link:
-            if link.is_human:
+            if link.protocol != "qmp":
                 raise AnotherAnswers(self.address)
             client, version = await negotiated(link, self.address)
             if version != self.version:

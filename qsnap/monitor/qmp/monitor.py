@@ -47,7 +47,7 @@ async def connect(link: Connection, address: Address, snapshot_jobs: bool | None
 
 async def adopt(sock: socket.socket, address: Address) -> QmpMonitor:
     """Go on with another process's connection. See :func:`qsnap.monitor.adopt_monitor`."""
-    return _of(*await inherited(sock), address, Connection(sock, peer_pid(sock), is_human=False))
+    return _of(*await inherited(sock), address, Connection(sock, peer_pid(sock), "qmp"))
 
 
 def _of(
