@@ -8,6 +8,7 @@ from __future__ import annotations
 
 TYPE_CHECKING = False  # known to type checkers by its name; ``typing`` itself takes a tenth of our start
 if TYPE_CHECKING:
+    from qsnap.connecting import connect
     from qsnap.errors import (
         BadUsage,
         CommandFailed,
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
     from qsnap.operations.progress import Progress
     from qsnap.targets.choose import SeveralVMs
     from qsnap.upkeep.retention import Policy
-    from qsnap.vm import VM, connect
+    from qsnap.vm import VM
 
 __version__ = "0.1.0"
 
@@ -80,7 +81,7 @@ __all__ = [
 
 #: Where names are that are not in ``errors``.
 _HOMES = {
-    "connect": "vm", "VM": "vm", "CheckReport": "model.checks", "Snapshot": "model.snapshots",
+    "connect": "connecting", "VM": "vm", "CheckReport": "model.checks", "Snapshot": "model.snapshots",
     "Position": "model.snapshots", "Tree": "model.snapshots", "Progress": "operations.progress",
     "Policy": "upkeep.retention", "SeveralVMs": "targets.choose", "DeleteResult": "model.results",
     "LoadResult": "model.results", "PruneResult": "model.results", "SaveResult": "model.results",

@@ -72,8 +72,8 @@ class GuestVM:
         import asyncio
         from concurrent.futures import ThreadPoolExecutor
 
+        from qsnap.connecting import connect
         from qsnap.errors import QsnapError
-        from qsnap.vm import connect
 
         async def connected() -> _T:
             settings = self._target.settings

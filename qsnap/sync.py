@@ -23,6 +23,7 @@ from functools import wraps
 from inspect import iscoroutinefunction
 from typing import Any
 
+import qsnap.connecting
 import qsnap.vm
 from qsnap.errors import BadUsage
 from qsnap.monitor.address import Address
@@ -57,7 +58,7 @@ for _name, _method in vars(qsnap.vm.VM).items():
 @contextmanager
 def connect(address: str | Address | None = None, **how: Any) -> Iterator[VM]:  # noqa: ANN401 (of qsnap.connect)
     """Connect to the monitor of a running QEMU, for the duration of a block: see :func:`qsnap.connect`."""
-    session = _Session(lambda: qsnap.vm.connect(address, **how))
+    session = _Session(lambda: qsnap.connecting.connect(address, **how))
     try:
         yield VM(session.opened(), session)
     finally:

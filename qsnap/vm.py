@@ -12,10 +12,9 @@ Each sequence is loaded when it is first used: a list should not wait for what a
 from __future__ import annotations
 
 import asyncio
-import os
 import shlex
 import time
-from collections.abc import AsyncIterator, Callable, Collection, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Collection
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -25,8 +24,6 @@ import msgspec
 from qsnap.errors import (
     BadUsage,
     CommandFailed,
-    MonitorBusy,
-    OperationTimeout,
     QsnapError,
     SnapshotNotFound,
     VMLocked,
@@ -46,9 +43,8 @@ from qsnap.model.results import (
     Status,
     VerifyResult,
 )
-from qsnap.model.snapshots import Kind, Snapshot, Tree
-from qsnap.monitor import GREETING_TIMEOUT_S, Monitor, open_monitor
-from qsnap.monitor.address import Address, parse_address
+from qsnap.model.snapshots import Snapshot, Tree
+from qsnap.monitor import Monitor
 from qsnap.monitor.connection import peer_user
 from qsnap.monitor.names import HALF_RESTORED
 
@@ -59,13 +55,10 @@ if TYPE_CHECKING:
     from qsnap.operations.progress import Watcher
     from qsnap.runs.group import Member
     from qsnap.runs.run import Run
-    from qsnap.targets.choose import Target
     from qsnap.upkeep.retention import Policy
 
 #: What a VM says whose block has ended.
 CLOSED = "the connection to this VM is closed, because its `with` block has ended"
-#: Seconds to wait for another qsnap.
-LOCK_WAIT_S = 5.0
 #: Seconds for a guest to show in a drill that it runs.
 DRILL_S = 60.0
 #: Seconds that a command waits for QEMU to answer after its time-out, before it leaves the guest to its guard.
@@ -73,7 +66,7 @@ TIMED_PATIENCE_S = 10.0
 
 
 class VM:
-    """A running QEMU, by its monitor. Made by :func:`connect`.
+    """A running QEMU, by its monitor. Made by :func:`qsnap.connect`.
 
     :ivar address: where its monitor is.
     :ivar recovered: what any method of this object did about runs that had died.
@@ -344,10 +337,11 @@ class VM:
         """Delete snapshots from every device that holds them: see :func:`qsnap.operations.delete.do_delvm`.
 
         :param alone: also what was saved together with other VMs. Default: refuse, unless they delete it together.
-        :param ignore_unseen: ignore notes and state files that cannot be seen from here: see :func:`connect`.
+        :param ignore_unseen: ignore notes and state files that cannot be seen from here: see :func:`qsnap.connect`.
         :raise VMLocked: another qsnap is using this VM.
         """
         from qsnap.model.requests import DeleteRequest
+        from qsnap.operations import remarks
         from qsnap.operations.annotate import forget_notes
         from qsnap.operations.delete import do_delvm
 
@@ -355,10 +349,11 @@ class VM:
             if ignore_unseen:
                 run.store = run.store.ignoring_unseen()
             inventory = await self._tidied(run)
-            self._warn_of_unseen_files(inventory, tags)
+            self.remarks += remarks.of_unseen_files(inventory, tags)
             try:
                 result = await do_delvm(run, DeleteRequest(tags=tags, missing_ok=missing_ok, alone=alone), inventory)
-                self._tell_of_backing(inventory, [tag for tag, nodes in result.deleted.items() if nodes])
+                deleted = [tag for tag, nodes in result.deleted.items() if nodes]
+                self.remarks += remarks.of_backing(inventory, deleted)
                 return result
             finally:
                 await forget_notes(run, inventory)
@@ -437,6 +432,7 @@ class VM:
         :return: what was done; empty if nothing was left to do.
         :raise VMLocked: a run is using this VM.
         """
+        from qsnap.operations.remarks import of_unseen_notes
         from qsnap.supervision.claim import recover_all
         from qsnap.tags import SECOND_SUFFIX
 
@@ -450,7 +446,7 @@ class VM:
                 if tag.endswith(SECOND_SUFFIX)
             ]
             with suppress(QsnapError):  # damaged notes: reported when something is deleted
-                await self._warn_of_unseen_notes(inventory)
+                self.remarks += await of_unseen_notes(self._monitor, inventory)
         return tuple(done)
 
     async def list(self) -> tuple[Snapshot, ...]:
@@ -460,13 +456,12 @@ class VM:
     async def tree(self) -> Tree:
         """All snapshots, oldest first, each with its parent; and where the guest is: :mod:`qsnap.inventory.lineage`."""
         from qsnap.inventory.lineage import lineage
+        from qsnap.operations import remarks
 
         await self._recover_if_seen()
         inventory = await self._unclaimed().look()
-        found = await self._with_notes(inventory, inventory.snapshots)
-        self._warn_of_files_left(inventory, found)
-        self._warn_of_unseen_files(inventory, {one.tag for one in found})
-        self._tell_of_backing(inventory)
+        found, unseen = await remarks.with_notes(self._monitor, inventory, inventory.snapshots)
+        self.remarks += unseen + remarks.of_files(inventory, found) + remarks.of_backing(inventory)
         known = lineage(inventory, (await inventory.marks(self._monitor)).names)
         return Tree(snapshots=known.added_to(found), position=known.position)
 
@@ -476,6 +471,7 @@ class VM:
         :raise SnapshotNotFound: no device holds it.
         """
         from qsnap.inventory.lineage import lineage
+        from qsnap.operations import remarks
 
         await self._recover_if_seen()
         inventory = await self._unclaimed().look()
@@ -483,9 +479,8 @@ class VM:
         found = [one for one in known.added_to(inventory.snapshots) if one.tag == tag]
         if not found:
             raise inventory.not_found(tag)
-        (snapshot,) = await self._with_notes(inventory, found)
-        self._warn_of_files_left(inventory, [snapshot])
-        self._warn_of_unseen_files(inventory, (tag,))
+        (snapshot,), unseen = await remarks.with_notes(self._monitor, inventory, found)
+        self.remarks += unseen + remarks.of_files(inventory, [snapshot])
         return snapshot, {name: inventory.graph.nodes[name].tagged(snapshot.disk_tag) for name in snapshot.devices}
 
     async def state(self, tag: str) -> Machine:
@@ -513,6 +508,7 @@ class VM:
         :raise SnapshotNotFound: no device holds one of them.
         """
         from qsnap.operations.annotate import note_checksums
+        from qsnap.operations.remarks import with_notes
         from qsnap.operations.verify import verify
         from qsnap.tags import is_of_series
 
@@ -521,9 +517,11 @@ class VM:
         inventory = await run.look()
         if missing := [tag for tag in tags if inventory.find(tag) is None]:
             raise inventory.not_found(missing[0])
+        found, unseen = await with_notes(self._monitor, inventory, inventory.snapshots)
+        self.remarks += unseen
         chosen = [
             one
-            for one in await self._with_notes(inventory, inventory.snapshots)
+            for one in found
             if (is_of_series(one.tag, prefix) if prefix is not None else not tags or one.tag in tags)
         ]
         result, new = await verify(run, chosen, inventory, read_data=read_data, watch=watch)
@@ -614,7 +612,7 @@ class VM:
 
         if (tag is None) is (prefix is None):
             raise BadUsage("a drill is of one tag, or of a series")
-        _positive("the time for the guest to run", within_s)
+        positive("the time for the guest to run", within_s)
         chosen = tag if tag is not None else await self._newest(prefix or "")
 
         async def export(directory: Path) -> ExportResult:
@@ -665,58 +663,6 @@ class VM:
         if not found:
             raise SnapshotNotFound(prefix, f"there is no snapshot of the series {prefix!r} that can be loaded")
         return max(found, key=lambda one: one.date).tag
-
-    def _tell_of_backing(self, inventory: Inventory, only: Collection[str] | None = None) -> None:
-        """Add a remark if snapshots, or their parts, are out of reach below an overlay; *only* for some tags."""
-        tags: dict[tuple[str, str], list[str]] = {}
-        for one in inventory.in_backing if only is None else (one for one in inventory.in_backing if one.tag in only):
-            tags.setdefault((one.image, one.device), []).append(one.tag)
-        self.remarks += (
-            f"the backing image {image} of {device} holds {', '.join(names)}: out of reach until the overlay is "
-            "committed (block-commit)"
-            for (image, device), names in tags.items()
-        )
-
-    def _warn_of_files_left(self, inventory: Inventory, found: Iterable[Snapshot]) -> None:
-        """Add a remark if a disk-only snapshot has its RAM in a file beside the former name of an image."""
-        for snapshot in found:
-            if snapshot.kind is Kind.DISK_ONLY and (left := inventory.left_behind(snapshot.disk_tag)):
-                self.remarks.append(left.sentence(f"{snapshot.tag!r} is a live snapshot, and its state file"))
-
-    def _warn_of_unseen_files(self, inventory: Inventory, tags: Collection[str]) -> None:
-        """Add a remark if a disk-only snapshot may have its RAM in a file that cannot be seen from here."""
-        disks = [one.tag for one in inventory.snapshots if one.kind is Kind.DISK_ONLY and one.tag in tags]
-        if disks and not inventory.store.ignores_unseen and (places := inventory.unseen):
-            self.remarks.append(
-                f"it cannot be seen from here what is at {', '.join(places)}: there may be the RAM of live snapshots "
-                f"({', '.join(disks)})"
-            )
-
-    async def _with_notes(self, inventory: Inventory, found: Sequence[Snapshot]) -> tuple[Snapshot, ...]:
-        """These snapshots, with their notes as far as those can be seen from here."""
-        if not found:
-            return ()
-        marks = await inventory.marks(self._monitor)
-        try:
-            found = inventory.notes.added_to(found)
-            await self._warn_of_unseen_notes(inventory)
-        except QsnapError as error:
-            self.remarks.append(str(error))
-        return tuple(msgspec.structs.replace(one, protected=True) if marks.protects(one) else one for one in found)
-
-    async def _warn_of_unseen_notes(self, inventory: Inventory) -> None:
-        """Add a remark if there may be notes that cannot be seen from here, and QEMU does not report what they protect.
-
-        :raise QsnapError: the notes are damaged.
-        """
-        notes, marks = inventory.notes, await inventory.marks(self._monitor)
-        self.remarks += (left.sentence("a file with notes") for left in notes.left)
-        is_all_told = inventory.store.ignores_unseen or marks.tells_all(inventory.graph, inventory.devices)
-        if notes.unseen and not notes.left and not is_all_told:
-            self.remarks.append(
-                "it cannot be seen from here which snapshots are protected: notes of this VM may be beside "
-                f"{', '.join(notes.unseen)}"
-            )
 
     def _unclaimed(self) -> Run:
         """A run for read-only methods: no claim."""
@@ -789,7 +735,7 @@ class VM:
         return inventory
 
 
-def _positive(what: str, value: float | None) -> float | None:
+def positive(what: str, value: float | None) -> float | None:
     """*value*, if it is a valid number of seconds or None.
 
     :raise BadUsage: *value* is not above 0.
@@ -797,26 +743,6 @@ def _positive(what: str, value: float | None) -> float | None:
     if value is not None and not value > 0:
         raise BadUsage(f"{what} must be above 0, not {value:g}")
     return value
-
-
-async def _opened(where: Address, greeting_s: float, lock_wait_s: float, snapshot_jobs: bool | None) -> Monitor:
-    """The open monitor, as soon as no other qsnap holds it."""
-    from qsnap.supervision.claim import wait_for_monitor
-
-    if not lock_wait_s >= 0:  # also refuses NaN
-        raise BadUsage(f"the time to wait for another qsnap must not be below 0, as {lock_wait_s:g} is")
-    deadline = asyncio.get_running_loop().time() + lock_wait_s
-    while True:
-        await wait_for_monitor(where, deadline, lock_wait_s)
-        left_s = deadline - asyncio.get_running_loop().time()
-        try:
-            return await open_monitor(where, timeout_s=max(greeting_s, left_s), snapshot_jobs=snapshot_jobs)
-        except MonitorBusy as busy:
-            from qsnap.targets.running import explained
-
-            # If another qsnap began at the same time, its claim shows by now.
-            if not await wait_for_monitor(where, deadline, lock_wait_s):
-                raise explained(busy, where) from busy
 
 
 @asynccontextmanager
@@ -828,104 +754,3 @@ async def _telling(outcome: Callable[[], str]) -> AsyncIterator[None]:
         if not getattr(cancelled, "__notes__", ()):
             cancelled.add_note(outcome())
         raise
-
-
-async def _tell_of_guest(monitor: Monitor, cancelled: asyncio.CancelledError) -> None:
-    """Note the guest's run state on an interrupt, unless that tells of the guest already or QEMU does not answer."""
-    if any("guest" in note for note in getattr(cancelled, "__notes__", ())):
-        return
-    with suppress(QsnapError, TimeoutError):
-        async with asyncio.timeout(1):
-            cancelled.add_note(f"the guest is {await monitor.runstate()}")
-
-
-def _chosen(address: str | Address | None, vm: str, config: str | Path | None) -> Target:
-    from qsnap.targets.choose import choose
-    from qsnap.targets.config import load
-    from qsnap.targets.running import running_vms
-
-    if address is not None:
-        raise BadUsage("an address and vm=NAME are both given; one of them names the VM")
-    return choose(load(config or os.environ.get("QSNAP_CONFIG") or None), running_vms, vm=vm)
-
-
-@asynccontextmanager
-async def connect(
-    address: str | Address | None = None,
-    *,
-    vm: str | None = None,
-    config: str | Path | None = None,
-    timeout_s: float | None = None,
-    lock_wait_s: float | None = None,
-    snapshot_jobs: bool | None = None,
-    state_dir: str | Path | None = None,
-    ignore_unseen: bool | None = None,
-) -> AsyncIterator[VM]:
-    """Connect to the monitor of a running QEMU, for the duration of a block.
-
-    :param address: a path, ``unix:PATH``, ``tcp:HOST:PORT``, or QEMU's own argument pasted whole; or:
-    :param vm: the name of the VM in the config file, its ``-name``, pid or UUID. What the config file has for it is the
-        default of the arguments below.
-    :param config: the config file for *vm*. Default: ``$QSNAP_CONFIG``, or ``~/.config/qsnap/config.toml``.
-    :param timeout_s: seconds for the whole block, None for no bound. An operation that is under way then ends as after
-        an interrupt: the guest is resumed, nothing half made is left. The greeting has its own bound of 5 s. If QEMU
-        does not answer for 10 s after the time-out, qsnap leaves the rest to the guard.
-    :param lock_wait_s: seconds to wait for another qsnap that is using this VM; 0 refuses at once. Default: 5.
-    :param snapshot_jobs: False uses HMP's savevm inside QMP even if QEMU has snapshot jobs.
-    :param state_dir: the directory for the state files of live saves. Default: beside the images; qsnap looks there in
-        any case.
-    :param ignore_unseen: delete, prune and replace even if notes that protect the snapshot, or a state file that
-        belongs to it, may exist and cannot be seen from here (over TCP, as another user). Default: refuse.
-    :raise BadUsage: *address* is not valid, or neither it nor *vm* is given; or *vm* means several.
-    :raise NoVM: *vm* does not run, or has no monitor that could be used.
-    :raise ConnectError: nothing listens there, or it may not be opened.
-    :raise MonitorBusy: another client holds it, or QEMU does not answer.
-    :raise VMLocked: that client is another qsnap.
-    :raise OperationTimeout: *timeout_s* have passed.
-    """
-    if vm is not None:
-        target = await asyncio.to_thread(_chosen, address, vm, config)
-        settings, address = target.settings, target.address
-        timeout_s = settings.timeout if timeout_s is None else timeout_s
-        lock_wait_s = settings.lock_wait if lock_wait_s is None else lock_wait_s
-        state_dir = settings.state_dir if state_dir is None else state_dir
-        ignore_unseen = settings.ignore_unseen if ignore_unseen is None else ignore_unseen
-    if address is None:
-        raise BadUsage("name the VM: its monitor's address, or vm=NAME")
-    if lock_wait_s is None:
-        lock_wait_s = LOCK_WAIT_S
-    where = parse_address(address) if isinstance(address, str) else address
-    _positive("the time-out", timeout_s)
-    greeting_s = GREETING_TIMEOUT_S if timeout_s is None else min(timeout_s, GREETING_TIMEOUT_S)
-    clock = asyncio.get_running_loop().time
-    deadline = None if timeout_s is None else clock() + timeout_s
-    patience_s = lock_wait_s if timeout_s is None else min(lock_wait_s, timeout_s)
-    try:
-        monitor = await _opened(where, greeting_s, patience_s, snapshot_jobs)
-    except asyncio.CancelledError as cancelled:
-        cancelled.add_note("the guest was not touched")
-        raise
-    timer = asyncio.timeout_at(deadline)
-    try:
-        async with timer:
-            opened = VM(
-                monitor,
-                lock_wait_s=lock_wait_s,
-                is_timed=timeout_s is not None,
-                state_dir=None if state_dir is None else Path(state_dir),
-                ignore_unseen=bool(ignore_unseen),
-            )
-            try:
-                yield opened
-            except asyncio.CancelledError as cancelled:
-                await _tell_of_guest(monitor, cancelled)
-                raise
-            finally:
-                opened._connected = None
-    except TimeoutError as error:
-        if not timer.expired():
-            raise  # the caller's own
-        notes = getattr(error.__cause__, "__notes__", ())
-        raise OperationTimeout("; ".join((f"not done within {timeout_s:g} s", *notes))) from error
-    finally:
-        await monitor.aclose()

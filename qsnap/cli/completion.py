@@ -78,7 +78,7 @@ def _vms(options: Options) -> Iterator[tuple[str, str]]:
 
 def _of_vm(kind: str, options: Options) -> Iterable[tuple[str, str]]:
     from qsnap.cli.pick import target
-    from qsnap.vm import connect
+    from qsnap.connecting import connect
 
     async def tags(vm: VM) -> list[tuple[str, str]]:
         from qsnap.cli.output.text import date

@@ -21,9 +21,10 @@ import qsnap.guest
 from qsnap.cli.output.bar import bars
 from qsnap.cli.output.results import Snapshots
 from qsnap.cli.output.show import show
+from qsnap.connecting import connect
 from qsnap.errors import ConnectError, NotSupported, QsnapError, VerifyFailed
 from qsnap.model.snapshots import Kind
-from qsnap.vm import VM, connect
+from qsnap.vm import VM
 
 #: Seconds for the guest to do something that takes it milliseconds.
 PATIENCE_S = 30.0

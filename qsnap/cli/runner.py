@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, TypeVar
 from qsnap.cli.common import Options
 from qsnap.cli.output.show import say
 from qsnap.cli.signals import run_interruptibly
+from qsnap.connecting import LOCK_WAIT_S, connect
 from qsnap.errors import ConnectError
 from qsnap.monitor.address import expanded
-from qsnap.vm import LOCK_WAIT_S, VM, connect
+from qsnap.vm import VM
 
 if TYPE_CHECKING:
     from qsnap.targets.choose import Target

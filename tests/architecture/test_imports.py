@@ -39,7 +39,7 @@ HOMES = {
 LAYERS = [
     ["__main__", "__init__"],
     ["cli", "pytest_plugin", "sync"],
-    ["joint"],
+    ["connecting", "joint"],
     ["vm", "offline"],
     ["supervision"],
     ["operations"],

@@ -106,6 +106,7 @@ def serve(number: int) -> None:
     import signal
 
     import qsnap.cli
+    import qsnap.connecting
     import qsnap.monitor.hmp.monitor
     import qsnap.monitor.qmp.monitor
     import qsnap.operations.delete
