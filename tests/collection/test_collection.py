@@ -54,29 +54,35 @@ def test_a_play(home: Path, launch: Launch) -> None:
         images[name] = make_boot_disk(home / f"{name}.qcow2")
         guests[name] = launch(*blockdev("d0", images[name]), *disk_device("d0"))
     config.write_text("".join(f'[vm.{name}]\nmonitor = "{guest.address}"\n' for name, guest in guests.items()))
-    said = ansible(
-        "ansible-playbook", "--diff", HERE / "play.yml", "-e", f"qsnap={BIN / 'qsnap'} config={config}", home=home
-    )
+    losing = home / "losing"
+    losing.write_text(f'#!/bin/sh\n[ $1 = list ] || kill -9 {guests["app"].process.pid}\nexec {BIN / "qsnap"} "$@"\n')
+    losing.chmod(0o755)
+    given = f"qsnap={BIN / 'qsnap'} config={config} losing={losing}"
+    said = ansible("ansible-playbook", "--diff", HERE / "play.yml", "-e", given, home=home)
     assert "failed=0" in said
     assert re.search(r"^\+app: a$", said, re.MULTILINE), said
-    for name, guest in guests.items():
-        guest.assert_running()
-        kept, newest = tags(images[name])
+    guests["db"].assert_running()
+    for name in guests:
+        *_, kept, newest = tags(images[name])
         assert kept == "b"
         assert newest.startswith("n-")
 
 
 def test_the_role(home: Path) -> None:
-    """Twice: the second time nothing is changed but what pip does."""
+    """In check mode, and twice: the second time nothing is changed."""
     for name in ("bin", "units"):
         (home / name).mkdir()
+    build = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "-w", home, ROOT]
+    subprocess.run(build, check=True, stdin=subprocess.DEVNULL, timeout=110)
+    (wheel,) = home.glob("*.whl")
     given = (
-        f"qsnap_package={ROOT} qsnap_venv={home}/venv qsnap_bin_dir={home}/bin qsnap_unit_dir={home}/units "
+        f"qsnap_wheel={wheel} qsnap_venv={home}/venv qsnap_bin_dir={home}/bin qsnap_unit_dir={home}/units "
         f"qsnap_config_dir={home}/etc"
     )
+    assert "failed=0" in ansible("ansible-playbook", "--check", HERE / "role.yml", "-e", given, home=home)
+    assert not (home / "venv").exists()
     assert "failed=0" in ansible("ansible-playbook", HERE / "role.yml", "-e", given, home=home)
-    # pip installs a directory again each time
-    assert re.search(r"changed=[01] .*failed=0", ansible("ansible-playbook", HERE / "role.yml", "-e", given, home=home))
+    assert re.search(r"changed=0 .*failed=0", ansible("ansible-playbook", HERE / "role.yml", "-e", given, home=home))
     version = subprocess.run(
         [home / "bin" / "qsnap", "--version"], capture_output=True, text=True, check=True, timeout=60
     )
@@ -84,13 +90,15 @@ def test_the_role(home: Path) -> None:
     units = home / "units"
     assert (units / "qsnap-save@.service").read_text() == (ROOT / "scripts/systemd/qsnap-save@.service").read_text()
     assert "OnCalendar=02:30" in (units / "qsnap-save@web.timer.d" / "calendar.conf").read_text()
-    assert (home / "etc" / "web.env").read_text().split("\n")[:2] == [
-        "QSNAP_KEEP=--keep-daily 7",
+    assert (home / "etc" / "web.env").read_text().splitlines()[1:] == [
+        'QSNAP_VM="web"',
+        "QSNAP_KEEP=--keep-daily 7 --keep-tag 'a b' --keep-tag c ",
         "QSNAP_OPTIONS=--live=auto",
     ]
-    assert (home / "etc" / "db.env").read_text().strip() == "QSNAP_OPTIONS="
+    assert (home / "etc" / "a___b.env").read_text().splitlines()[1:] == ['QSNAP_VM="a \\"\\$b"']
 
 
 def test_what_the_module_says_of_itself(home: Path) -> None:
     said = ansible("ansible-doc", "qsnap.qsnap.snapshot", home=home)
     assert "before-upgrade" in said
+    assert "qsnap_timers" in ansible("ansible-doc", "-t", "role", "qsnap.qsnap.qsnap", home=home)
