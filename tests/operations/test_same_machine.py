@@ -85,6 +85,7 @@ ACCEPTED: dict[str, tuple[Kind, Kind]] = {
     "a new serial port": (kind(), kind("-serial", "null")),
     "more vCPUs": (kind("-smp", "1,maxcpus=2"), kind("-smp", "2")),
     "another CPU model": (kind("-cpu", "Haswell"), kind("-cpu", "Nehalem")),
+    "a device whose state does not begin with its configuration": (kind("-device", "sdhci-pci"),) * 2,
     "features of a NIC": (kind("-device", f"{NIC},csum=off"), kind("-device", NIC)),
 }
 
