@@ -72,7 +72,7 @@ def test_the_role(home: Path) -> None:
     """In check mode, and twice: the second time nothing is changed."""
     for name in ("bin", "units"):
         (home / name).mkdir()
-    build = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "-w", home, ROOT]
+    build = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "-w", str(home), str(ROOT)]
     subprocess.run(build, check=True, stdin=subprocess.DEVNULL, timeout=110)
     (wheel,) = home.glob("*.whl")
     given = (
