@@ -1,12 +1,14 @@
 """Other architectures than x86: what a load brings back. scripts/test-matrix runs this with their QEMUs.
 
 On aarch64 and riscv64 guests of our own count, and change their own code. On the others the guest stands still, and its
-RAM is written through QEMU's gdb stub.
+RAM is written through QEMU's gdb stub. On aarch64 the firmware AAVMF writes to its variable store.
 """
 
 from __future__ import annotations
 
+import re
 import shutil
+import struct
 import subprocess
 from pathlib import Path
 from typing import NamedTuple
@@ -14,7 +16,21 @@ from typing import NamedTuple
 import pytest
 
 from support.gdb import Stub
-from support.guest import GUESTS, QEMU, Guest, Launch, blockdev, both_monitors, cli, make_disk, tags, until
+from support.guest import (
+    GUESTS,
+    HAS_SNAPSHOT_JOBS,
+    QEMU,
+    Guest,
+    Launch,
+    blockdev,
+    both_monitors,
+    cli,
+    make_disk,
+    needs_snapshot_jobs,
+    tags,
+    tool,
+    until,
+)
 
 ARCHITECTURE = QEMU.rpartition("qemu-system-")[2]
 
@@ -116,7 +132,7 @@ def test_what_a_load_brings_back(counting: Counting, transport: str) -> None:
     assert counting.ram() == before
     assert (tags(counting.disk), tags(counting.variables)) == (["t"], ["t"])
     guest.qmp("cont")
-    for how in ([], ["--full"]) if transport == "hmp" else ([], ["--verify"], ["--full"]):
+    for how in ([], ["--full"]) if transport == "hmp" or not HAS_SNAPSHOT_JOBS else ([], ["--verify"], ["--full"]):
         counting.go_on()
         counting.write(0x22)
         assert not counting.holds(0x11)
@@ -145,6 +161,7 @@ def test_a_load_while_it_runs(counting: Counting) -> None:
 
 
 @counts
+@needs_snapshot_jobs
 def test_a_live_save(counting: Counting) -> None:
     guest = counting.guest
     counting.write(0x11)
@@ -158,6 +175,66 @@ def test_a_live_save(counting: Counting) -> None:
     assert counting.holds(0x11)
     cli("resume", monitor=guest.address)
     counting.assert_runs_its_own_code()
+
+
+AAVMF = Path("/usr/share/AAVMF")
+#: Where the second flash chip of "virt" is.
+STORE = 64 << 20
+
+
+@pytest.mark.skipif(ARCHITECTURE != "aarch64", reason="that is aarch64's firmware")
+@pytest.mark.parametrize("driver", ["raw", "qcow2"])
+def test_firmware_in_flash(launch: Launch, tmp_path: Path, driver: str) -> None:
+    """What AAVMF has written to its variable store comes and goes with the snapshots, and it runs on."""
+    store, chip = tmp_path / "vars", tmp_path / "chip"
+    empty = (AAVMF / "AAVMF_VARS.fd").read_bytes()
+    convert = [tool("qemu-img"), "convert", "-U", "-f"]
+    subprocess.run([*convert, "raw", "-O", driver, AAVMF / "AAVMF_VARS.fd", store], check=True, timeout=60)
+    guest = launch(
+        "-S", "-cpu", "cortex-a57",
+        "-drive", f"if=pflash,unit=0,format=raw,readonly=on,file={AAVMF}/AAVMF_CODE.fd",
+        "-drive", f"if=pflash,unit=1,format={driver},file={store}",
+        *blockdev("disk", make_disk(tmp_path / "disk.qcow2")), "-device", "virtio-blk-pci,drive=disk",
+        machine="virt,accel=tcg", memory="128",
+    )  # fmt: skip
+
+    def held() -> bytes:
+        """What the guest reads."""
+        guest.qmp("pmemsave", val=STORE, size=len(empty), filename=str(chip))
+        return chip.read_bytes()
+
+    def kept() -> bytes:
+        """What is in the file."""
+        subprocess.run([*convert, driver, "-O", "raw", store, chip], check=True, timeout=60)
+        return chip.read_bytes()
+
+    cannot = driver == "raw" and not HAS_SNAPSHOT_JOBS
+    checked = cli("check", "--json", monitor=guest.address, expect=6 if cannot else 0).json
+    verdicts = {one["device"]: one["verdict"] for one in checked["devices"]}
+    assert verdicts["pflash0"] == "ignored"
+    assert verdicts["pflash1"] == ("refused" if cannot else "carried" if driver == "raw" else "saved")
+    if cannot:
+        return
+    cli("save", "fresh", monitor=guest.address)
+    guest.qmp("cont")
+    until("the firmware's shell", lambda: b"5 seconds to skip" in guest.serial.read_bytes())
+    guest.qmp("stop")
+    written = held()
+    assert written != empty
+    cli("save", "booted", monitor=guest.address)
+
+    cli("load", "fresh", monitor=guest.address)
+    assert held() == empty
+    cli("resume", monitor=guest.address)
+    until("the file to be as it was", lambda: kept() != written)
+
+    cli("load", "booted", "--paused", monitor=guest.address)
+    assert held() == written
+    said = guest.serial.stat().st_size
+    cli("resume", monitor=guest.address)
+    until("the firmware to go on", lambda: guest.serial.stat().st_size > said)
+    guest.qmp("stop")
+    assert kept() == written
 
 
 #: The machines whose guest stands still, and the disk's device.
@@ -195,6 +272,53 @@ def test_a_guest_that_stands_still(launch: Launch, tmp_path: Path, transport: st
         assert tags(disk) == []
     finally:
         stub.close()
+
+
+#: For "pseries", from address 0x100, where its processor starts as a big-endian one; and from 0x200, little-endian.
+TURNS = (
+    0x7C6000A6,  # mfmsr r3
+    0x60630001,  # ori r3, r3, 1    (MSR.LE)
+    0x7C7B03A6,  # mtsrr1 r3
+    0x38800200,  # li r4, 0x200
+    0x7C9A03A6,  # mtsrr0 r4
+    0x4C000024,  # rfid
+)
+COUNTS = (
+    0x3CA00010,  # lis r5, 0x10     (ADDRESS)
+    0x38C00000,  # li r6, 0
+    0x38C60001,  # addi r6, r6, 1
+    0x90C50000,  # stw r6, 0(r5)
+    0x4BFFFFF8,  # b -8
+)
+
+
+@pytest.mark.skipif(ARCHITECTURE != "ppc64", reason="that is pseries")
+@both_monitors
+def test_a_little_endian_guest(launch: Launch, tmp_path: Path, transport: str) -> None:
+    """ppc64le: it counts on, in its own byte order."""
+    firmware, dump = tmp_path / "firmware", tmp_path / "dump"
+    firmware.write_bytes(bytes(0x100) + struct.pack(">6I", *TURNS).ljust(0x100, b"\0") + struct.pack("<5I", *COUNTS))
+    guest = launch(
+        "-bios", str(firmware), *blockdev("disk", make_disk(tmp_path / "disk.qcow2")),
+        "-device", "virtio-blk-pci,drive=disk",
+        machine="pseries,accel=tcg", memory="512",
+    )  # fmt: skip
+
+    def count() -> int:
+        guest.qmp("pmemsave", val=ADDRESS, size=4, filename=str(dump))
+        return int.from_bytes(dump.read_bytes(), "little")
+
+    until("it to count", lambda: count() > 100_000)
+    guest.qmp("stop")
+    assert re.search(r"MSR [0-9a-f]{15}[13579bdf]", guest.qmp.hmp("info registers"))  # the last bit is LE
+    before = count()
+    cli("save", "t", monitor=guest.address)
+    guest.qmp("cont")
+    until("it to count on", lambda: count() != before)
+    cli("load", "t", "--paused", monitor=guest.address)
+    assert count() == before
+    cli("resume", monitor=guest.address)
+    until("it to count on", lambda: count() != before)
 
 
 @counts
