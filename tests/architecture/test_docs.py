@@ -85,6 +85,14 @@ def test_options_are_in_the_docs(name: str) -> None:
     assert missing <= {"--qemu", "--help"}
 
 
+@pytest.mark.parametrize("name", sorted(cli.commands))
+def test_documents_are_in_the_docs(name: str) -> None:
+    """What a command prints with --json is in the table of documents."""
+    explained = re.findall(r"^\| ([\w, -]+) \| \[\w+\]\(#", REFERENCE, re.M)
+    commands = {command for cell in explained for command in cell.split(", ")}
+    assert (name in commands) is ("--json" in options_of(cli.commands[name]))
+
+
 def test_options_in_the_docs_exist() -> None:
     known = {option for command in cli.commands.values() for option in options_of(command)}
     others = set(re.findall(r'"(--qsnap-[a-z-]+)"', (ROOT / "qsnap" / "pytest_plugin.py").read_text()))
