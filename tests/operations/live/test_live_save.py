@@ -720,6 +720,16 @@ def test_dry_run(heavy: Guest, tmp_path: Path) -> None:
     assert_nothing_live_left(heavy, tmp_path)
 
 
+def test_a_refusal_comes_before_anything_is_tried(launch: Launch, tmp_path: Path, intercept: Intercept) -> None:
+    raw = make_disk(tmp_path / "raw", driver="raw")
+    guest = launch(*two_disks(tmp_path), *blockdev("raw", raw, "raw"), "-device", "virtio-blk,drive=raw", memory="96")
+    proxy = intercept(guest)
+    assert "raw" in cli("save", "--live", "t", monitor=proxy.address, expect=6).err
+    assert "migrate-set-capabilities" not in proxy.commands
+    cli("save", "--live", "t", "--exclude", "raw", "--state-dir", str(tmp_path), monitor=proxy.address)
+    assert "migrate-set-capabilities" in proxy.commands
+
+
 # What goes wrong in the middle
 
 
