@@ -7,8 +7,8 @@
     with qsnap.sync.connect("/run/vm.qmp") as vm:
         print(vm.save("before-upgrade").pause_ms)
 
-Made from the one implementation: each call is done by :class:`qsnap.VM` on an event loop in a thread, over one
-connection. So it works where a loop runs already, and Ctrl-C ends a call as it does everywhere: the guest runs again.
+Made from the one implementation: each call is done by :class:`qsnap.VM`, over one connection, on an event loop in a
+thread. So it works where a loop runs already, and Ctrl-C ends a call as it does everywhere: the guest runs again.
 What there is to call is in ``sync.pyi``, which scripts/docs writes.
 """
 
@@ -16,19 +16,22 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Awaitable, Callable, Iterator
-from concurrent.futures import Future
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from functools import wraps
 from inspect import iscoroutinefunction
-from typing import Any
+from typing import Any, TypeVar
 
 import qsnap.connecting
+import qsnap.joint
 import qsnap.vm
 from qsnap.errors import BadUsage
 from qsnap.monitor.address import Address
 
-__all__ = ["VM", "connect"]
+__all__ = ["VM", "connect", "together"]
+
+_T = TypeVar("_T")
 
 
 class VM:
@@ -58,15 +61,90 @@ for _name, _method in vars(qsnap.vm.VM).items():
 @contextmanager
 def connect(address: str | Address | None = None, **how: Any) -> Iterator[VM]:  # noqa: ANN401 (of qsnap.connect)
     """Connect to the monitor of a running QEMU, for the duration of a block: see :func:`qsnap.connect`."""
-    session = _Session(lambda: qsnap.connecting.connect(address, **how))
-    try:
-        yield VM(session.opened(), session)
-    finally:
-        session.close()
+    with _loop:
+        session = _Session(lambda: qsnap.connecting.connect(address, **how))
+        try:
+            yield VM(session.opened(), session)
+        finally:
+            session.close()
+
+
+def together(vms: Mapping[str, VM], deed: Callable[[VM], _T]) -> qsnap.joint.Done[_T]:
+    """Save, load, delete or prune on several VMs at one moment: see :func:`qsnap.together`.
+
+    :param deed: is called for each VM in a thread of its own.
+    """
+    ours = {vm._vm: vm for vm in vms.values()}
+
+    def called(vm: VM) -> _T:
+        try:
+            return deed(vm)
+        except KeyboardInterrupt as interrupt:
+            raise _Interrupted from interrupt  # it would end the loop
+
+    async def each() -> qsnap.joint.Done[_T]:
+        loop = asyncio.get_running_loop()
+        with ThreadPoolExecutor(max(1, len(vms)), "qsnap") as threads:
+            return await qsnap.joint.together(
+                {name: vm._vm for name, vm in vms.items()},
+                lambda vm: loop.run_in_executor(threads, called, ours[vm]),
+            )
+
+    with _loop:
+        done = _loop.start(each())
+        while True:
+            try:
+                return done.result()
+            except KeyboardInterrupt:
+                if done.done():
+                    raise
+                for vm in ours.values():
+                    vm._session.interrupt()
+            except _Interrupted:
+                raise KeyboardInterrupt from None
+
+
+class _Interrupted(Exception):
+    """A KeyboardInterrupt in a thread."""
+
+
+class _Loop:
+    """The event loop of all connections, in a thread. It runs while there is one."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._uses = 0
+
+    def start(self, work: Coroutine[Any, Any, _T]) -> Future[_T]:
+        return asyncio.run_coroutine_threadsafe(work, self.loop)
+
+    def __enter__(self) -> None:
+        with self._lock:
+            self._uses += 1
+            if self._uses == 1:
+                self._began: Future[None] = Future()
+                self._thread = threading.Thread(target=lambda: asyncio.run(self._run()), name="qsnap", daemon=True)
+                self._thread.start()
+                self._began.result()
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._uses -= 1
+            if self._uses == 0:
+                self.loop.call_soon_threadsafe(self._end.set)
+                self._thread.join()
+
+    async def _run(self) -> None:
+        self.loop, self._end = asyncio.get_running_loop(), asyncio.Event()
+        self._began.set_result(None)
+        await self._end.wait()
+
+
+_loop = _Loop()
 
 
 class _Session:
-    """A connection, and the thread with the event loop that it belongs to.
+    """A connection, and the task on the event loop that it belongs to.
 
     One task does all of it, one call after another, so that the time-out of the connection bounds the calls.
     """
@@ -78,8 +156,7 @@ class _Session:
         self._error: BaseException | None = None
         self._ready = threading.Event()
         self._is_interrupted = False
-        self._thread = threading.Thread(target=self._run, name="qsnap", daemon=True)
-        self._thread.start()
+        self._ended = _loop.start(self._run())
         self._ready.wait()
 
     def opened(self) -> qsnap.vm.VM:
@@ -91,17 +168,16 @@ class _Session:
         """Do *deed* in the thread, and return what it returns."""
         if self._error is not None:
             raise self._error
-        if not self._thread.is_alive():
+        if self._ended.done():
             raise BadUsage(qsnap.vm.CLOSED)
         future: Future[Any] = Future()
-        self._loop.call_soon_threadsafe(self._jobs.put_nowait, (deed, future))
+        _loop.loop.call_soon_threadsafe(self._jobs.put_nowait, (deed, future))
         return self._awaited(future)
 
     def close(self) -> None:
-        """Close the connection, and end the thread."""
-        with suppress(RuntimeError):  # the loop has ended by itself
-            self._loop.call_soon_threadsafe(self._jobs.put_nowait, None)
-        self._thread.join()
+        """Close the connection."""
+        _loop.loop.call_soon_threadsafe(self._jobs.put_nowait, None)
+        self._ended.result()
 
     def _awaited(self, future: Future[Any]) -> Any:  # noqa: ANN401 (what it holds)
         while True:
@@ -110,15 +186,21 @@ class _Session:
             except KeyboardInterrupt:
                 if future.done():
                     raise
-                self._loop.call_soon_threadsafe(self._interrupt)
+                self.interrupt()
 
-    def _interrupt(self) -> None:
-        self._is_interrupted = True
-        self._task.cancel()
+    def interrupt(self) -> None:
+        """End the present call, if there is one."""
 
-    def _run(self) -> None:
+        def cancel() -> None:
+            if not self._present.done():
+                self._is_interrupted = True
+                self._task.cancel()
+
+        _loop.loop.call_soon_threadsafe(cancel)
+
+    async def _run(self) -> None:
         try:
-            asyncio.run(self._serve())
+            await self._serve()
         except BaseException as error:  # noqa: BLE001 (raised where it is waited for)
             self._error = error
             if not self._present.done():
@@ -127,7 +209,7 @@ class _Session:
             self._ready.set()
 
     async def _serve(self) -> None:
-        self._loop, self._jobs = asyncio.get_running_loop(), asyncio.Queue[Any]()
+        self._jobs = asyncio.Queue[Any]()
         task = asyncio.current_task()
         assert task is not None
         self._task = task

@@ -1,7 +1,8 @@
 # Written by scripts/docs.
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
+from qsnap.joint import Done
 from qsnap.model.checks import CheckReport
 from qsnap.model.machine import Machine
 from qsnap.model.qemu import NodeSnapshot
@@ -10,9 +11,11 @@ from qsnap.model.snapshots import Snapshot, Tree
 from qsnap.monitor.address import Address
 from qsnap.operations.progress import Watcher
 from qsnap.upkeep.retention import Policy
-from typing import Literal
+from typing import Literal, TypeVar
 
-__all__ = ["VM", "connect"]
+__all__ = ["VM", "connect", "together"]
+
+_T = TypeVar("_T")
 
 class VM:
     address: Address
@@ -42,3 +45,5 @@ class VM:
     def status(self) -> Status: ...
 
 def connect(address: str | Address | None=None, *, vm: str | None=None, config: str | Path | None=None, timeout_s: float | None=None, lock_wait_s: float | None=None, snapshot_jobs: bool | None=None, state_dir: str | Path | None=None, ignore_unseen: bool | None=None) -> AbstractContextManager[VM]: ...
+
+def together(vms: Mapping[str, VM], deed: Callable[[VM], _T]) -> Done[_T]: ...

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -118,6 +119,32 @@ def test_without_await(guest: Guest) -> None:
     guest.assert_running()
 
 
+def test_together_without_await(launch: Launch, tmp_path: Path) -> None:
+    """Of one moment, or an error and nothing."""
+    guests = {}
+    for name in [f"vm{number}" for number in range(3)]:
+        guests[name] = launch(*blockdev("disk0", make_boot_disk(tmp_path / name)), *disk_device("disk0"))
+    with ExitStack() as stack:
+        vms = {
+            name: stack.enter_context(qsnap.sync.connect(guest.address, timeout_s=30)) for name, guest in guests.items()
+        }
+        done = qsnap.sync.together(vms, lambda vm: vm.save("t"))
+        assert [result.tag for result in done.results.values()] == ["t"] * 3
+        assert done.stop_spread_ms is not None
+        for name, vm in vms.items():
+            (snapshot,) = vm.list()
+            assert snapshot.together is not None
+            assert set(snapshot.together.vms) == set(vms) - {name}
+        vms["vm1"].save("other")
+        with pytest.raises(qsnap.SnapshotExists) as failed:
+            qsnap.sync.together(vms, lambda vm: vm.save("other", replace=False))
+        assert failed.value.vm == "vm1"
+        assert [guest.node_tags("disk0") for guest in guests.values()].count(["t"]) == 2
+        qsnap.sync.together(vms, lambda vm: vm.load("t"))
+    assert {guest.runstate for guest in guests.values()} == {"running"}
+    guests["vm0"].assert_running()
+
+
 async def test_a_vm_after_its_block(guest: Guest) -> None:
     """It makes no new connection, which nobody would close."""
     async with qsnap.connect(guest.address) as vm:
@@ -157,8 +184,25 @@ with qsnap.sync.connect(sys.argv[1]) as vm:
 """
 
 
-def test_ctrl_c_in_a_call(launch: Launch, tmp_path: Path) -> None:
+TOGETHER_INTERRUPTED = """
+import sys
+import qsnap.sync
+
+with qsnap.sync.connect(sys.argv[1]) as a, qsnap.sync.connect(sys.argv[2]) as b:
+    try:
+        qsnap.sync.together(
+            {"a": a, "b": b}, lambda vm: vm.save("t", watch=lambda progress: print(progress.phase, flush=True))
+        )
+    except KeyboardInterrupt:
+        assert a.list() == b.list() == ()
+        print("interrupted", *{a.status().runstate, b.status().runstate}, flush=True)
+"""
+
+
+@pytest.mark.parametrize("program", [INTERRUPTED, TOGETHER_INTERRUPTED])
+def test_ctrl_c_in_a_call(launch: Launch, tmp_path: Path, program: str) -> None:
     """The save is cancelled and cleared up as everywhere, the guest runs, and the connection goes on."""
+    other = launch(*blockdev("b", make_boot_disk(tmp_path / "b")), *disk_device("b"))
     guest = launch(
         *blockdev("a", make_boot_disk(tmp_path / "a")), *disk_device("a"),
         "-object", "memory-backend-ram,id=m,size=768M,prealloc=on",
@@ -166,7 +210,7 @@ def test_ctrl_c_in_a_call(launch: Launch, tmp_path: Path) -> None:
     )  # fmt: skip
     guest.wait_for_ticks(1)
     with subprocess.Popen(
-        [sys.executable, "-c", INTERRUPTED, guest.address], stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", program, guest.address, other.address], stdout=subprocess.PIPE, text=True
     ) as process:
         assert process.stdout is not None
         assert process.stdout.readline()
