@@ -70,6 +70,8 @@ async def do_loadvm(run: Run, request: LoadRequest) -> LoadResult:
     began = time.monotonic()
     monitor, journal = run.monitor, run.journal
     tag, running = request.tag, request.running
+
+    # Verify that every device has the snapshot, and one of them the VM state
     plan = await plan_load(run, tag, exclude=request.exclude, force=request.force)
     if plan.spoiled:
         await _forget_failure(run, tag)
@@ -77,6 +79,7 @@ async def do_loadvm(run: Run, request: LoadRequest) -> LoadResult:
     # HMP has no job that tells how a load ended. But a guest that loadvm itself has stopped tells by its run state.
     by_qemu = not monitor.chooses_devices and running is not False and journal.member is None
     was_reset = needs_reset(plan.runstate, monitor.version)
+    runs = runs_after_load(plan.runstate) if running is None else running
     await leave_position(run)
     async with AsyncExitStack() as stack:
         source = await stack.enter_async_context(_source(run, plan))
@@ -87,24 +90,19 @@ async def do_loadvm(run: Run, request: LoadRequest) -> LoadResult:
         await journal.meet(Point.CHECKED)
         if was_reset:
             await reset(monitor)
+
+        # saved_vm_running = runstate_is_running(); vm_stop(RUN_STATE_RESTORE_VM)
         after_resume = await stack.enter_async_context(AsyncExitStack())
         pause = await stack.enter_async_context(stopped(monitor, journal, by_qemu=by_qemu))
-        # Nothing can change from here on, so look once more
         standing = _standing(was_reset=was_reset, was_stopped=pause.was_running and not by_qemu)
-        again = await plan_load(run, tag, exclude=request.exclude, force=request.force, standing=standing)
-        if again._replace(runstate=plan.runstate) != plan:
-            change = Finding.refusal(
-                "snapshots-changed",
-                f"snapshot {tag!r} or the block devices have changed between the check and the stop",
-                "try again",
-            )
-            raise PrecheckRefused("nothing was loaded", [change], standing)
-        runs = runs_after_load(plan.runstate) if running is None else running
+        await _refuse_change(run, request, plan, standing)
         attempt = LoadAttempt(run, plan, pause)
         if not (by_qemu and pause.was_running):
             if contents is not None:
                 await refuse_other_devices(monitor, tag, contents, standing)
             await _flush(run, attempt, runs=runs)
+
+        # Go back to the snapshot on all disks, reset, and load the VM state; of RAM what differs, if that is enough
         load = Load(run, plan, source, attempt, verify=request.verify, force=request.force)
         await after_resume.enter_async_context(load.compared("it was asked for" if request.full else "", standing))
         await journal.decide()  # from here on nothing can be undone
@@ -114,15 +112,37 @@ async def do_loadvm(run: Run, request: LoadRequest) -> LoadResult:
             await monitor.clear_mark(HALF_RESTORED)
         await attempt.leave_paused(runs=runs)
         journal.done(work=None)
+
+        # if (saved_vm_running) vm_start(): done by leaving the block
         pause.resume = runs
         pause.deed = f"{tag!r} was loaded"
         await load.verify()
         await journal.meet(Point.WRITTEN)
     if running and not request.may_sleep and pause.runstate is RunState.SUSPENDED:
         raise QsnapError(f"{tag!r} was loaded, but the guest does not run: as it was saved, {cure_of(pause.runstate)}")
+    return _load_result(plan, load, began, pause.runstate)
+
+
+async def _refuse_change(run: Run, request: LoadRequest, plan: LoadPlan, standing: str) -> None:
+    """Look at the VM again, and make sure that the decisions from before the stop still hold.
+
+    :param standing: the guest's state, for the message of a refusal.
+    :raise PrecheckRefused: they do not.
+    """
+    again = await plan_load(run, request.tag, exclude=request.exclude, force=request.force, standing=standing)
+    if again._replace(runstate=plan.runstate) != plan:
+        change = Finding.refusal(
+            "snapshots-changed",
+            f"snapshot {request.tag!r} or the block devices have changed between the check and the stop",
+            "try again",
+        )
+        raise PrecheckRefused("nothing was loaded", [change], standing)
+
+
+def _load_result(plan: LoadPlan, load: Load, began: float, runstate: RunState) -> LoadResult:
     snapshot = plan.snapshot
     return LoadResult(
-        tag=tag,
+        tag=snapshot.tag,
         vmstate=plan.vmstate,
         devices=plan.devices,
         excluded=plan.excluded,
@@ -130,7 +150,7 @@ async def do_loadvm(run: Run, request: LoadRequest) -> LoadResult:
         date=snapshot.date,
         vm_clock_ns=snapshot.vm_clock_ns,
         duration_ms=round((time.monotonic() - began) * 1000, 3),
-        runstate=pause.runstate,
+        runstate=runstate,
         labels=snapshot.labels,
         file=snapshot.file,
         method="full" if load.why_full else "delta",
@@ -179,7 +199,7 @@ def _standing(*, was_reset: bool, was_stopped: bool) -> str:
 
 
 async def _flush(run: Run, attempt: LoadAttempt, *, runs: bool) -> None:
-    """Have QEMU drop its translated code: see :func:`flush_translations`. A guest that is not to run is paused from now
+    """Have QEMU drop its translated code: see :func:`flush_translations`. A guest that will not run is paused from now
     on, whatever stopped it."""
     monitor, journal = run.monitor, run.journal
     journal.note(work=LoadWork(was_running=attempt.was_running))
@@ -194,7 +214,7 @@ async def _flush(run: Run, attempt: LoadAttempt, *, runs: bool) -> None:
 
 
 async def _flushed(monitor: Monitor, *, runs: bool) -> None:
-    """The same for a guest that stops by itself too soon. A reset prevents that.
+    """Have QEMU drop its translated code; if the guest stops by itself too soon for that, reset it first.
 
     :raise JobFailed: QEMU keeps the code, and would end at a reset, or may end.
     """

@@ -77,6 +77,8 @@ async def do_savevm(run: Run, request: SaveRequest, watch: Watcher | None = None
     plan = await plan_save(run, request)
     plan.refuse_if_needed()
     inventory, report = plan.inventory, plan.report
+
+    # Its name: the one that was given, or vm-%Y%m%d%H%M%S
     tag = request.tag if request.tag is not None else free_automatic_tag(inventory.graph)
     held = inventory.holding(tag)
     if held.exists and request.on_exists is OnExists.REFUSE:
@@ -106,8 +108,10 @@ async def do_savevm(run: Run, request: SaveRequest, watch: Watcher | None = None
                 raise SnapshotExists(tag, inventory.displayed(replaced))
 
             # Delete them
-            if replaced and not attempt.begin_deletion(inventory.graph):
-                await delete_everywhere(monitor, report.devices, new.disk_tag)
+            if replaced:
+                by_qemu = attempt.begin_deletion(inventory.graph)
+                if not by_qemu:
+                    await delete_everywhere(monitor, report.devices, new.disk_tag)
 
             # Save the VM state, and create the snapshots
             journal.advance(saving=True)
