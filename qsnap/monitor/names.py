@@ -15,8 +15,8 @@ CLAIM = "qsnap-claim"
 RECOVERY = "qsnap-recovery"
 #: The mark of a load that failed midway: RAM and disks may be of different moments.
 HALF_RESTORED = "qsnap-half-restored"
-#: The mark that keeps QEMU's pace in live saves.
-PACE = "qsnap-pace"
+#: The mark that keeps how long QEMU took to read RAM in the last live save.
+READ_TIME = "qsnap-pace"
 #: What the names of the marks begin with that tell which snapshots are protected, and whose notes they know of.
 KEPT, NOTED = "qsnap-kept-", "qsnap-noted-"
 #: What the name of the mark begins with that tells which save or load was the last: see qsnap/inventory/lineage.py.

@@ -30,14 +30,14 @@ from pathlib import Path
 from qsnap.errors import JobFailed, QsnapError
 from qsnap.host import bulk_io, files, hugepages
 from qsnap.host.hugepages import Layout
-from qsnap.monitor import Monitor
-from qsnap.monitor.names import PACE
-from qsnap.monitor.qmp.background import Background, Stream
+from qsnap.inventory.state_file import STREAM_OFFSET
+from qsnap.monitor.names import READ_TIME
+from qsnap.monitor.qmp.background import Stream
 from qsnap.operations.live.timing import ReadTime, SnapshotThread
 from qsnap.operations.progress import INTERVAL_S, Phase, Progress, Watcher
 from qsnap.runs.group import Point
-from qsnap.runs.journal import Journal
 from qsnap.runs.pause import Pause, stopped
+from qsnap.runs.run import Run
 from qsnap.runs.shield import shielded
 
 _GIB = 1 << 30
@@ -61,7 +61,6 @@ class Freeze(ABC):
     :cvar PLAIN_NS: nanoseconds that QEMU may take to read RAM in the pause: stopping late gains nothing below this.
     :cvar LATE_ATTEMPTS: attempts to stop late, before the guest is stopped first.
     :param file: the state file to be, open.
-    :param offset: where in it the stream begins.
     :param snapshot_disks: takes the disks' snapshots while the guest is stopped.
     :param forget_disks: removes them again.
     :param images: files of the disks: the host's pending writes are flushed before the guest is stopped.
@@ -72,25 +71,21 @@ class Freeze(ABC):
 
     def __init__(
         self,
-        monitor: Monitor,
-        background: Background,
-        journal: Journal,
-        *,
+        run: Run,
         file: int,
-        offset: int,
+        *,
         snapshot_disks: Callable[[], Awaitable[None]],
         forget_disks: Callable[[], Awaitable[None]],
         images: Sequence[Path],
     ) -> None:
-        self._monitor = monitor
-        self._background = background
-        self._journal = journal
+        self._monitor = run.monitor
+        self._background = run.monitor.live
+        self._journal = run.journal
         # A description of its own, of which QEMU gets a copy: its position is QEMU's
         try:
             self._file = os.open(f"/proc/self/fd/{file}", os.O_WRONLY | os.O_CLOEXEC)
         except OSError as error:
             raise JobFailed("open", f"the state file: {error.strerror}") from error
-        self._offset = offset
         self._snapshot_disks = snapshot_disks
         self._forget_disks = forget_disks
         self._images = images
@@ -105,20 +100,20 @@ class Freeze(ABC):
             await self._flush()
             pause, _ = await self._plain()
             return pause
-        known = await self._known_pace(ram)
-        pace = await self._expected_pace(known, ram)
+        known = await self._known_read_ns(ram)
+        read_ns = await self._expected_read_ns(known, ram)
         await self._flush()
         # The guests of a group are stopped together, and not each when its QEMU has read most of RAM
         for _ in range(self.LATE_ATTEMPTS if self._journal.member is None else 0):
-            if not self._is_to_stop_late(pace):
+            if not self._is_to_stop_late(read_ns):
                 break
-            late_pause, pace = await self._late(pace)
+            late_pause, read_ns = await self._late(read_ns)
             if late_pause is not None:
-                await self._remember(pace, known, ram)
+                await self._remember(read_ns, known, ram)
                 return late_pause
             await self._begin_anew()
-        pause, pace = await self._plain()
-        await self._remember(pace, known, ram)
+        pause, read_ns = await self._plain()
+        await self._remember(read_ns, known, ram)
         return pause
 
     async def _ram(self, ram_bytes: int) -> Layout:
@@ -133,7 +128,7 @@ class Freeze(ABC):
     @property
     def stream_size(self) -> int:
         """Bytes that QEMU has written so far."""
-        return os.lseek(self._file, 0, os.SEEK_CUR) - self._offset
+        return os.lseek(self._file, 0, os.SEEK_CUR) - STREAM_OFFSET
 
     def close(self) -> None:
         """Close the file."""
@@ -157,15 +152,15 @@ class Freeze(ABC):
         """Begin the stream, and take the disks' snapshots, of a guest that is stopped."""
 
     @abstractmethod
-    def _goal(self, pace: int) -> int:
+    def _goal(self, read_ns: int) -> int:
         """The processor time after which the guest is stopped."""
 
     @abstractmethod
-    async def _expected_pace(self, known: int, ram: Layout) -> int:
+    async def _expected_read_ns(self, known: int, ram: Layout) -> int:
         """The processor time that QEMU's thread will need next; 0 if that is not known."""
 
     @abstractmethod
-    def _is_to_stop_late(self, pace: int) -> bool:
+    def _is_to_stop_late(self, read_ns: int) -> bool:
         """Whether something is known, and something is gained by it."""
 
     @abstractmethod
@@ -184,11 +179,11 @@ class Freeze(ABC):
         """
 
     @abstractmethod
-    def _keeps_pace(self, ram: Layout) -> bool:
-        """Whether a pace is of use the next time."""
+    def _is_of_use_later(self, ram: Layout) -> bool:
+        """Whether what was seen is of use the next time."""
 
     @abstractmethod
-    def _pace_to_keep(self, spent_ns: int, known: int) -> int:
+    def _read_ns_to_keep(self, spent_ns: int, known: int) -> int:
         """What to count on the next time."""
 
     async def _rehearse(self) -> int:
@@ -203,14 +198,14 @@ class Freeze(ABC):
         await self._background.end_stream()
         return spent
 
-    async def _late(self, pace: int) -> tuple[Pause | None, int]:
-        """Stop the guest when QEMU's thread has had most of the time *pace*.
+    async def _late(self, read_ns: int) -> tuple[Pause | None, int]:
+        """Stop the guest when QEMU's thread has had most of the time *read_ns*.
 
         :return: the pause, None where QEMU was faster; and the processor time that the thread needed.
         """
         thread = SnapshotThread(self._monitor.pid)
-        await self._background.begin_stream(self._file, self._offset)
-        spent = await thread.until_it_has_spent(self._goal(pace), self._has_begun)
+        await self._background.begin_stream(self._file, STREAM_OFFSET)
+        spent = await thread.until_it_has_spent(self._goal(read_ns), self._has_begun)
         if await self._has_begun():
             await self._raise_if_failed()
             return None, spent
@@ -264,20 +259,20 @@ class Freeze(ABC):
             with suppress(OSError):
                 await asyncio.to_thread(_sync, image)
 
-    async def _known_pace(self, ram: Layout) -> int:
+    async def _known_read_ns(self, ram: Layout) -> int:
         """The processor time that QEMU's thread needed the last time that RAM was mapped so; 0 if that is not known."""
-        if not self._keeps_pace(ram):
+        if not self._is_of_use_later(ram):
             return 0
-        pace = ReadTime.decode(await self._monitor.mark(PACE) or "")
-        return pace.spent_ns if pace is not None and pace.is_of(ram) else 0
+        read_ns = ReadTime.decode(await self._monitor.mark(READ_TIME) or "")
+        return read_ns.spent_ns if read_ns is not None and read_ns.is_of(ram) else 0
 
     async def _remember(self, spent_ns: int, known: int, ram: Layout) -> None:
         # Nothing was seen if QEMU was too quick, or its threads cannot be seen from here
-        if not spent_ns or not self._keeps_pace(ram):
+        if not spent_ns or not self._is_of_use_later(ram):
             return
         with suppress(QsnapError):
-            await self._monitor.clear_mark(PACE)
-            await self._monitor.set_mark(PACE, ReadTime(self._pace_to_keep(spent_ns, known), ram.base).encode())
+            await self._monitor.clear_mark(READ_TIME)
+            await self._monitor.set_mark(READ_TIME, ReadTime(self._read_ns_to_keep(spent_ns, known), ram.base).encode())
 
     async def wait_until_written(self, watch: Watcher | None) -> None:
         """Wait for the end of the stream.
@@ -301,9 +296,9 @@ class Freeze(ABC):
     async def _write_back(self, done: int) -> int:
         """Have the kernel write what there is of the stream, from *done* on; how far it has come after a moment."""
         size = self.stream_size
-        work = asyncio.to_thread(bulk_io.write_back, self._file, self._offset + done, self._offset + size, INTERVAL_S)
+        work = asyncio.to_thread(bulk_io.write_back, self._file, STREAM_OFFSET + done, STREAM_OFFSET + size, INTERVAL_S)
         try:
-            return await shielded(work, _STATE_TIMEOUT_S) - self._offset
+            return await shielded(work, _STATE_TIMEOUT_S) - STREAM_OFFSET
         except OSError:
             return size  # the error is reported when the file is completed
 
@@ -322,19 +317,19 @@ class FreezeBefore9(Freeze):
 
     async def _take_both(self) -> None:
         await self._snapshot_disks()
-        await self._background.begin_stream(self._file, self._offset)
+        await self._background.begin_stream(self._file, STREAM_OFFSET)
 
-    def _goal(self, pace: int) -> int:
-        return int(pace * _SHARE) - self.DISKS_NS
+    def _goal(self, read_ns: int) -> int:
+        return int(read_ns * _SHARE) - self.DISKS_NS
 
-    async def _expected_pace(self, known: int, ram: Layout) -> int:
+    async def _expected_read_ns(self, known: int, ram: Layout) -> int:
         # A stream goes on to its end, and splits what huge pages there are
         if known or self._journal.member is not None or self._monitor.pid is None or ram.base <= ram.other:
             return known
         return await self._rehearse()
 
-    def _is_to_stop_late(self, pace: int) -> bool:
-        return pace > 0 and self._goal(pace) > 0
+    def _is_to_stop_late(self, read_ns: int) -> bool:
+        return read_ns > 0 and self._goal(read_ns) > 0
 
     async def _begin_rehearsal(self) -> None:
         nowhere = os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
@@ -352,10 +347,10 @@ class FreezeBefore9(Freeze):
     async def _was_in_time(self, *, at_the_disks: bool) -> bool:
         return at_the_disks
 
-    def _keeps_pace(self, ram: Layout) -> bool:
+    def _is_of_use_later(self, ram: Layout) -> bool:
         return True
 
-    def _pace_to_keep(self, spent_ns: int, known: int) -> int:
+    def _read_ns_to_keep(self, spent_ns: int, known: int) -> int:
         return min(spent_ns, known) if known else spent_ns
 
 
@@ -374,30 +369,30 @@ class FreezeSince9(Freeze):
 
     async def _take_both(self) -> None:
         # It reads RAM in the meantime
-        await self._background.begin_stream(self._file, self._offset)
+        await self._background.begin_stream(self._file, STREAM_OFFSET)
         await self._snapshot_disks()
 
-    def _goal(self, pace: int) -> int:
-        return int(pace * _SHARE)
+    def _goal(self, read_ns: int) -> int:
+        return int(read_ns * _SHARE)
 
-    async def _expected_pace(self, known: int, ram: Layout) -> int:
+    async def _expected_read_ns(self, known: int, ram: Layout) -> int:
         # What it has read a moment ago it reads in a fraction of the time, until that is all that it takes
-        pace = await self._rehearse()
+        read_ns = await self._rehearse()
         if known:
             return known
         for _ in range(self.MORE_REHEARSALS):
-            if pace <= self.PLAIN_READ_AGAIN_NS:
+            if read_ns <= self.PLAIN_READ_AGAIN_NS:
                 break
-            before, pace = pace, await self._rehearse()
-            if pace > before * _SHARE:
+            before, read_ns = read_ns, await self._rehearse()
+            if read_ns > before * _SHARE:
                 break
-        return pace
+        return read_ns
 
-    def _is_to_stop_late(self, pace: int) -> bool:
-        return pace > self.PLAIN_READ_AGAIN_NS
+    def _is_to_stop_late(self, read_ns: int) -> bool:
+        return read_ns > self.PLAIN_READ_AGAIN_NS
 
     async def _begin_rehearsal(self) -> None:
-        await self._background.begin_stream(self._file, self._offset)
+        await self._background.begin_stream(self._file, STREAM_OFFSET)
 
     async def _runs_or_may(self, pause: Pause, stream: Stream) -> bool:
         return bool(stream.pages) or stream.status == "completed"
@@ -407,10 +402,10 @@ class FreezeSince9(Freeze):
         await self._monitor.runstate()
         return self._stop_resume_events() == ["STOP"]
 
-    def _keeps_pace(self, ram: Layout) -> bool:
+    def _is_of_use_later(self, ram: Layout) -> bool:
         return ram.base > ram.other  # that of RAM in huge pages is tried out anew
 
-    def _pace_to_keep(self, spent_ns: int, known: int) -> int:
+    def _read_ns_to_keep(self, spent_ns: int, known: int) -> int:
         return spent_ns
 
 

@@ -81,6 +81,11 @@ class LivePlan(NamedTuple):
     new: snapshots.NewName
     path: Path
 
+    @property
+    def part(self) -> Path:
+        """The state file's path until it is complete."""
+        return self.path.with_suffix(PART_SUFFIX)
+
 
 async def plan_live(run: Run, request: SaveRequest) -> LivePlan:
     """Find out whether the guest can be saved live, and how. QEMU's capability is tried, and put back.
@@ -178,7 +183,7 @@ async def do_live_save(run: Run, plan: LivePlan, watch: Watcher | None = None) -
     """
     began = time.monotonic()
     monitor, journal, background = run.monitor, run.journal, run.monitor.live
-    inventory, report, vmstate = plan.save.inventory, plan.save.report, plan.save.vmstate
+    inventory, report = plan.save.inventory, plan.save.report
     if plan.new.older.exists and plan.request.on_exists is OnExists.REFUSE:
         raise SnapshotExists(plan.tag, (*inventory.displayed(plan.new.older.nodes), *plan.new.older.files))
     await refuse_removal(run, inventory, (plan.tag,), "saved")
@@ -188,32 +193,9 @@ async def do_live_save(run: Run, plan: LivePlan, watch: Watcher | None = None) -
 
     await delete_all(monitor, report.devices, plan.new.spare.tags, plan.new.spare.files)
     await journal.armed()
-    part = plan.path.with_suffix(PART_SUFFIX)
-    work = LiveWork(
-        disk_tag=plan.new.disk_tag,
-        vmstate=vmstate,
-        devices=report.saved,
-        older=plan.new.older.tags,
-        older_files=plan.new.older.files,
-        path=str(plan.path),
-        part=str(part),
-    )
-    journal.note(tags=(plan.tag,), work=work)
     # Look up paths before the new file exists: images are recognised by content too (qsnap.inventory.descriptors).
-    image, identity = run.store.image(inventory.graph, vmstate), run.store.identity(inventory.graph, vmstate)
-    try:
-        file = _created(part, image, await _reserved(monitor, background))
-    except QsnapError as error:
-        journal.done(work=None)
-        error.undone = True
-        raise
-    try:
-        journal.advance(made=files.identity(file))
-    except QsnapError:
-        parts.remove(part, plan.path, files.identity(file), file=file)
-        os.close(file)
-        journal.done(work=None)
-        raise
+    identity = run.store.identity(inventory.graph, plan.save.vmstate)
+    file = await _begun(run, plan)
     attempt = LiveSaveAttempt(monitor, journal, report.devices, file)
     images = [path for node in report.saved if (path := run.store.image(inventory.graph, node))]
 
@@ -221,17 +203,9 @@ async def do_live_save(run: Run, plan: LivePlan, watch: Watcher | None = None) -
         await background.snapshot_disks(plan.new.disk_tag, report.roots)
 
     try:
+        kind = FreezeBefore9 if background.is_before_9 else FreezeSince9
         with closing(
-            (FreezeBefore9 if background.is_before_9 else FreezeSince9)(
-                monitor,
-                background,
-                journal,
-                file=file,
-                offset=state_file.STREAM_OFFSET,
-                snapshot_disks=snapshot_disks,
-                forget_disks=attempt.forget_disks,
-                images=images,
-            )
+            kind(run, file, snapshot_disks=snapshot_disks, forget_disks=attempt.forget_disks, images=images)
         ) as freeze:
             await background.prepare()
             pause = await freeze.freeze()
@@ -239,7 +213,7 @@ async def do_live_save(run: Run, plan: LivePlan, watch: Watcher | None = None) -
             await unchanged(run, plan.request, plan.save)
             await freeze.wait_until_written(watch)
             content = await attempt.content(freeze.stream_size, identity)
-        await run.shielded(asyncio.to_thread(_complete, file, part, plan.path, content))
+        await run.shielded(asyncio.to_thread(_complete, file, plan, content))
         noted = await note_group(run, plan.tag, content)
         await journal.decide()
         found, left = await run.shielded(attempt.conclude())
@@ -263,6 +237,37 @@ async def _reserved(monitor: Monitor, background: Background) -> int:
     return ram_bytes + ram_bytes // 256 + processes.OVERHEAD_BYTES
 
 
+async def _begun(run: Run, plan: LivePlan) -> int:
+    """Write down what will be made, and create the state file, open and locked.
+
+    :raise PrecheckRefused: it cannot be made; the guest was not touched.
+    """
+    journal, vmstate = run.journal, plan.save.vmstate
+    work = LiveWork(
+        disk_tag=plan.new.disk_tag,
+        vmstate=vmstate,
+        devices=plan.save.report.saved,
+        older=plan.new.older.tags,
+        older_files=plan.new.older.files,
+        path=str(plan.path),
+        part=str(plan.part),
+    )
+    journal.note(tags=(plan.tag,), work=work)
+    file = None
+    try:
+        image = run.store.image(plan.save.inventory.graph, vmstate)
+        file = _created(plan.part, image, await _reserved(run.monitor, run.monitor.live))
+        journal.advance(made=files.identity(file))
+    except QsnapError as error:
+        if file is not None:
+            parts.remove(plan.part, plan.path, files.identity(file), file=file)
+            os.close(file)
+        journal.done(work=None)
+        error.undone = True
+        raise
+    return file
+
+
 def _created(part: Path, image: Path | None, reserved: int) -> int:
     """The state file to be: see :func:`qsnap.inventory.state_part.create`.
 
@@ -271,18 +276,18 @@ def _created(part: Path, image: Path | None, reserved: int) -> int:
     try:
         return parts.create(part, image, reserved)
     except OSError as error:
-        message = f"the state file {part} cannot be made: {error.strerror}"
-        finding = Finding.refusal("state-file", message, _PLACE_CURE)
+        finding = Finding.refusal("state-file", f"the state file {part} cannot be made: {error.strerror}", _PLACE_CURE)
         raise PrecheckRefused("the guest cannot be saved live now", [finding]) from error
 
 
-def _complete(file: int, part: Path, path: Path, content: state_file.Content) -> None:
+def _complete(file: int, plan: LivePlan, content: state_file.Content) -> None:
     """Write the image around the stream, and give it its name when all of it is on the disk.
 
     :raise JobFailed: it cannot be written.
     """
+    path, size = plan.path, state_file.file_size(content.vm_state_size)
     try:
-        parts.complete(file, part, path, state_file.file_size(content.vm_state_size), state_file.envelope(content))
+        parts.complete(file, plan.part, path, size, state_file.envelope(content))
     except FileExistsError as error:
         raise JobFailed("rename", f"another file has come to be at {path} meanwhile; it is as it was") from error
     except OSError as error:

@@ -32,7 +32,7 @@ from qsnap.host import hugepages
 from qsnap.host.hugepages import Layout
 from qsnap.inventory import state_file
 from qsnap.inventory import state_part as parts
-from qsnap.monitor.names import PACE
+from qsnap.monitor.names import READ_TIME
 from qsnap.operations.live import freeze
 from qsnap.operations.live.timing import ReadTime, SnapshotThread
 from qsnap.runs.pause import stopped
@@ -262,13 +262,13 @@ def never_plain(monkeypatch: pytest.MonkeyPatch, layout: Layout) -> None:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
-@pytest.mark.parametrize("pace", [None, 10**15, 1], ids=["unknown", "too slow", "too quick"])
-async def test_late_stops(heavy: Guest, monkeypatch: pytest.MonkeyPatch, pace: int | None, layout: Layout) -> None:
-    """Whatever was known of QEMU's pace: where it was quicker than the stop, the attempt is repeated."""
+@pytest.mark.parametrize("read_ns", [None, 10**15, 1], ids=["unknown", "too slow", "too quick"])
+async def test_late_stops(heavy: Guest, monkeypatch: pytest.MonkeyPatch, read_ns: int | None, layout: Layout) -> None:
+    """Whatever was known of QEMU's time: where it was quicker than the stop, the attempt is repeated."""
     never_plain(monkeypatch, layout)
-    if pace is not None:
-        text = ReadTime(pace, layout.base).encode()
-        heavy.qmp("object-add", **{"qom-type": "authz-simple", "id": PACE, "identity": text})
+    if read_ns is not None:
+        text = ReadTime(read_ns, layout.base).encode()
+        heavy.qmp("object-add", **{"qom-type": "authz-simple", "id": READ_TIME, "identity": text})
     async with qsnap.connect(heavy.address) as vm:
         for tag in ("a", "b"):
             before = heavy.counter
@@ -280,15 +280,15 @@ async def test_late_stops(heavy: Guest, monkeypatch: pytest.MonkeyPatch, pace: i
             heavy.qmp("cont")
             assert_in_order(heavy)
     found = [item["name"] for item in heavy.qmp("qom-list", path="/objects")]
-    if pace is not None or PACE in found:  # where nothing was seen there is none
-        kept = ReadTime.decode(heavy.qmp("qom-get", path=f"/objects/{PACE}", property="identity"))
+    if read_ns is not None or READ_TIME in found:  # where nothing was seen there is none
+        kept = ReadTime.decode(heavy.qmp("qom-get", path=f"/objects/{READ_TIME}", property="identity"))
         assert kept is not None
         assert kept.is_of(layout)
     assert_settings_are_as_they_were(heavy)
 
 
 @pytest.mark.parametrize(
-    ("layout", "known", "rehearsed", "pace", "is_late"),
+    ("layout", "known", "rehearsed", "read_ns", "is_late"),
     [
         ("huge pages", 0, [15], 15, False),
         ("huge pages", 0, [300, 62, 17], 17, False),
@@ -299,7 +299,7 @@ async def test_late_stops(heavy: Guest, monkeypatch: pytest.MonkeyPatch, pace: i
     ],
 )
 async def test_rehearsals(
-    monkeypatch: pytest.MonkeyPatch, layout: str, known: int, rehearsed: list[int], pace: int, is_late: bool
+    monkeypatch: pytest.MonkeyPatch, layout: str, known: int, rehearsed: list[int], read_ns: int, is_late: bool
 ) -> None:
     """RAM is read until that takes no less any more, and where it is little then the guest is stopped first (ms)."""
     left = [each * 1_000_000 for each in rehearsed]
@@ -309,8 +309,8 @@ async def test_rehearsals(
 
     monkeypatch.setattr(freeze.Freeze, "_rehearse", rehearse)
     taken = object.__new__(freeze.FreezeSince9)
-    found = await taken._expected_pace(known * 1_000_000, LAYOUTS[layout])
-    assert (found, left) == (pace * 1_000_000, [])
+    found = await taken._expected_read_ns(known * 1_000_000, LAYOUTS[layout])
+    assert (found, left) == (read_ns * 1_000_000, [])
     assert taken._is_to_stop_late(found) == is_late
 
 
@@ -320,17 +320,17 @@ async def test_that_nothing_was_seen_is_not_remembered(guest: Guest) -> None:
         taken = object.__new__(freeze.FreezeSince9)
         taken._monitor = vm._monitor
         await taken._remember(0, 0, Layout(7, 0))
-        assert await vm._monitor.mark(PACE) is None
+        assert await vm._monitor.mark(READ_TIME) is None
         await taken._remember(5, 0, Layout(7, 0))
         await taken._remember(0, 5, Layout(7, 0))
-        assert await vm._monitor.mark(PACE) == ReadTime(5, 7).encode()
-        assert await taken._known_pace(Layout(7, 0)) == 5
+        assert await vm._monitor.mark(READ_TIME) == ReadTime(5, 7).encode()
+        assert await taken._known_read_ns(Layout(7, 0)) == 5
         # RAM in huge pages is rehearsed anew every time, where that is possible
         await taken._remember(9, 0, Layout(0, 7))
-        assert await vm._monitor.mark(PACE) == ReadTime(5, 7).encode()
+        assert await vm._monitor.mark(READ_TIME) == ReadTime(5, 7).encode()
         await taken._remember(9, 0, Layout(7, 0))
-        assert await taken._known_pace(Layout(7, 6)) == 9
-        assert await taken._known_pace(Layout(7, 8)) == 0
+        assert await taken._known_read_ns(Layout(7, 6)) == 9
+        assert await taken._known_read_ns(Layout(7, 8)) == 0
 
 
 async def test_a_stop_that_comes_too_late_is_seen(
@@ -363,7 +363,7 @@ async def test_a_stop_that_comes_too_late_is_seen(
     monkeypatch.setattr(freeze, "stopped", too_late)
     monkeypatch.setattr(SnapshotThread, "until_it_has_spent", at_once)
     monkeypatch.setattr(freeze.Freeze, "_has_begun", not_yet)
-    heavy.qmp("object-add", **{"qom-type": "authz-simple", "id": PACE, "identity": f"100 {96 << 20}"})
+    heavy.qmp("object-add", **{"qom-type": "authz-simple", "id": READ_TIME, "identity": f"100 {96 << 20}"})
     heavy.qmp.events.clear()
     async with qsnap.connect(heavy.address) as vm:
         result = await vm.save("t", live=True)

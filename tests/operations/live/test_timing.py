@@ -16,9 +16,9 @@ def test_a_pace_that_is_none(text: str) -> None:
     assert ReadTime.decode(text) is None
 
 
-def test_a_pace_is_of_ram_that_is_mapped_alike() -> None:
-    pace = ReadTime(30, 1000)
-    assert ReadTime.decode(pace.encode()) == pace
-    assert all(pace.is_of(Layout(base, 1600 - base)) for base in (900, 1000, 1100))
-    assert not any(pace.is_of(Layout(base, 1600 - base)) for base in (0, 899, 1101))
-    assert not ReadTime(0, 1000).is_of(Layout(1000, 600)), "that nothing was seen is not a pace"
+def test_a_time_is_of_ram_that_is_mapped_alike() -> None:
+    seen = ReadTime(30, 1000)
+    assert ReadTime.decode(seen.encode()) == seen
+    assert all(seen.is_of(Layout(base, 1600 - base)) for base in (900, 1000, 1100))
+    assert not any(seen.is_of(Layout(base, 1600 - base)) for base in (0, 899, 1101))
+    assert not ReadTime(0, 1000).is_of(Layout(1000, 600)), "that nothing was seen is not a time"
