@@ -146,8 +146,7 @@ class VM:
         from qsnap.operations import annotate
         from qsnap.operations.live.choose import save_live_or_not
         from qsnap.operations.position import note_position, position_kept
-        from qsnap.runs.group import Point
-        from qsnap.tags import free_automatic_tag, next_of_series
+        from qsnap.operations.together import with_tag
 
         if tag is not None and prefix is not None:
             raise BadUsage("a tag and a prefix exclude each other")
@@ -166,17 +165,7 @@ class VM:
         checked_description(description)
         outcome = "nothing was saved"
         async with _telling(lambda: outcome), self._claimed("save", (tag or prefix or "",), is_dry=dry_run) as run:
-            member = run.journal.member
-            if tag is None and (prefix is not None or member):
-                graph = await run.monitor.block_graph()
-                tag = next_of_series(graph, prefix) if prefix is not None else free_automatic_tag(graph)
-                if member is not None:
-                    tag = max((await member.meet(Point.NAMED, tag)).values())
-                # Nobody asked to replace anything
-                request = msgspec.structs.replace(request, tag=tag, on_exists=OnExists.REFUSE)
-            elif member is not None and replace:
-                # What it replaces must stay until all have their new one
-                request = msgspec.structs.replace(request, on_exists=OnExists.SAFE)
+            request = await with_tag(run, request, prefix)
             if not dry_run:
                 run.remember()
             if description:

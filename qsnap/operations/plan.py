@@ -182,20 +182,13 @@ async def plan_load(
     left_out = {d.image or d.node for d in survey.devices if d.verdict is Verdict.EXCLUDED}
     missing = [node for node in snapshot.missing if node not in left_out]
     unable = [node for d in survey.devices if d.verdict is Verdict.REFUSED and (node := d.image or d.node)]
-    left_to_exclude = dict.fromkeys((*missing, *unable))
-    can_exclude = rules.can_exclude(graph, left_to_exclude)
-    exclude_all = " ".join(
-        f"--exclude {rules.for_shell(node, snapshot.labels.get(node, ''))}" for node in left_to_exclude
-    )
+    exclude_all = _exclude_options(graph, snapshot, dict.fromkeys((*missing, *unable)))
     if not force and (elsewhere := [*elsewhere_findings(inventory, snapshot)]):
         raise PrecheckRefused(f"snapshot {tag!r} cannot be loaded now", elsewhere, standing)
-    loadable = snapshot.has_state and can_exclude
     if lacking := [node for node in missing if node not in unable]:
-        raise SnapshotNotFound(
-            tag,
-            f"snapshot {tag!r} is partial: {', '.join(inventory.displayed(lacking))} lacks it; {standing}."
-            + (f" To load the rest and leave that as it is now: {exclude_all}" if loadable else ""),
-        )
+        names, can_load_rest = ", ".join(inventory.displayed(lacking)), snapshot.has_state and exclude_all
+        rest = f" To load the rest and leave that as it is now: {exclude_all}" if can_load_rest else ""
+        raise SnapshotNotFound(tag, f"snapshot {tag!r} is partial: {names} lacks it; {standing}.{rest}")
     devices = tuple(node for node in snapshot.devices if node not in left_out)
     findings = [
         *no_device_findings(inventory, snapshot, devices),
@@ -203,7 +196,7 @@ async def plan_load(
         *migration_findings(migration, graph, survey.devices),
         *background_findings(migration),
         *reset_findings(monitor, runstate),
-        *device_findings_for_load(survey, exclude_all if can_exclude else ""),
+        *device_findings_for_load(survey, exclude_all),
         *load_findings(inventory, snapshot, devices),
         *block_jobs.load_findings(graph, survey.devices, devices),
     ]
@@ -227,6 +220,13 @@ async def plan_load(
         state=vm_state.place(monitor.pid, graph, snapshot),
         spoiled=spoiled,
     )
+
+
+def _exclude_options(graph: BlockGraph, snapshot: Snapshot, nodes: Collection[str]) -> str:
+    """The options that leave *nodes* out of a load, as typed in a shell; "" if they cannot be left out."""
+    if not rules.can_exclude(graph, nodes):
+        return ""
+    return " ".join(f"--exclude {rules.for_shell(node, snapshot.labels.get(node, ''))}" for node in nodes)
 
 
 def _refuse_unable(monitor: Monitor, inventory: Inventory, snapshot: Snapshot, standing: str) -> None:

@@ -9,15 +9,37 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 
+import msgspec
+
 from qsnap.errors import PrecheckRefused, QsnapError
 from qsnap.inventory.inventory import Inventory
 from qsnap.inventory.notes import Note
 from qsnap.inventory.state_file import Content
 from qsnap.model.checks import Finding
 from qsnap.model.qemu import NodeSnapshot
+from qsnap.model.requests import OnExists, SaveRequest
 from qsnap.model.snapshots import Snapshot, Together
 from qsnap.runs.group import Member, Point
 from qsnap.runs.run import Run
+from qsnap.tags import free_automatic_tag, next_of_series
+
+
+async def with_tag(run: Run, request: SaveRequest, prefix: str | None) -> SaveRequest:
+    """The request of a save, with the tag of the next snapshot of a series, if it is one.
+
+    The VMs of a group agree on an automatic tag, and keep what they replace until all have their new snapshot.
+    """
+    member = run.journal.member
+    if request.tag is None and (prefix is not None or member):
+        graph = await run.monitor.block_graph()
+        tag = next_of_series(graph, prefix) if prefix is not None else free_automatic_tag(graph)
+        if member is not None:
+            tag = max((await member.meet(Point.NAMED, tag)).values())
+        # Nobody asked to replace anything
+        return msgspec.structs.replace(request, tag=tag, on_exists=OnExists.REFUSE)
+    if member is not None and request.on_exists is OnExists.REPLACE:
+        return msgspec.structs.replace(request, on_exists=OnExists.SAFE)
+    return request
 
 
 async def note_group(run: Run, tag: str, saved: NodeSnapshot | Content) -> tuple[Finding, ...]:
