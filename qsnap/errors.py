@@ -114,7 +114,7 @@ class PartialFailure(QsnapError):
     """
 
     exit_code = 3
-    meaning = "some done, some not (several tags or VMs, or a prune)"
+    meaning = "some done, some not (several tags or VMs, or a prune); or several VMs have failed in different ways"
 
     def __init__(self, done: Sequence[str], failed: Mapping[str, QsnapError]) -> None:
         reasons = "; ".join(f"{tag!r}: {error}" for tag, error in failed.items())

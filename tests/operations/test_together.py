@@ -151,6 +151,18 @@ def test_all_are_checked_before_one_is_touched(trio: Trio, launch: Launch, tmp_p
     trio.assert_all_run([])
 
 
+@pytest.mark.parametrize("how", [[], ["--together"]])
+def test_two_that_fail_differently(trio: Trio, launch: Launch, tmp_path: Path, how: list[str]) -> None:
+    """That exits with 3, also where nothing was done."""
+    trio("save", "t", names=("a",))
+    raw = make_disk(tmp_path / "raw", driver="raw")
+    trio.guests["b"].quit()
+    trio.guests["b"] = launch(*trio.drive("b"), *disk_device("d0"), *blockdev("r", raw, "raw"), *disk_device("r", 1))
+    trio.addresses["b"] = trio.guests["b"].address
+    run = trio("save", "t", "--no-replace", "--json", *how, names=("a", "b"), expect=3)
+    assert [one["exit_code"] for one in run.json["vms"]] == [8, 6]
+
+
 def test_a_vm_that_is_not_there(trio: Trio) -> None:
     trio.guests["c"].quit()
     run = trio("save", "t", "--together", expect=4)
