@@ -36,6 +36,7 @@ from support.guest import (
 from support.instep import Pair, apart, round_trip
 from support.killed import marks, wait_for_the_guard
 from support.proxy import Intercept, deed
+from support.terminal import on_terminal
 
 NAMES = ("a", "b", "c")
 
@@ -85,6 +86,10 @@ class Trio:
 
     def __call__(self, *args: str, names: tuple[str, ...] = NAMES, expect: int = 0) -> Run:
         return cli(*args, *self._vms(names), expect=expect, env=self._environment())
+
+    def on_terminal(self, *args: str) -> str:
+        """What qsnap shows there of all three."""
+        return on_terminal(*args, *self._vms(NAMES), env=self._environment())
 
     def _vms(self, names: tuple[str, ...]) -> list[str]:
         return [word for name in names for word in ("--vm", name)]
@@ -311,6 +316,21 @@ def test_killed_when_it_is_decided(trio: Trio, runtime_directory: Path, argument
     trio.assert_all_run([f"t{SECOND_SUFFIX}"])
     assert all(snapshot_dates(trio, name) != dates[name] for name in NAMES)
     trio("load", "t", "--together")
+
+
+def test_killed_before_a_load_begins(trio: Trio, runtime_directory: Path) -> None:
+    """The guards do not go on with a load that had not begun. Every guest runs on, and the next list says so."""
+    trio("save", "t", "--together")
+    counts = {name: guest.wait_for_ticks(60) for name, guest in trio.guests.items()}
+    assert finish(trio.start("load", "t", "--together", code=KILLED)).code == -signal.SIGKILL
+    wait_for_the_guard(runtime_directory)
+    assert list(runtime_directory.iterdir()) == []
+    trio.assert_all_run(["t"])
+    assert all(guest.counter > counts[name] for name, guest in trio.guests.items())
+    listed = {one["vm"]: one["result"]["position"] for one in trio("list", "--json").json["vms"]}
+    assert ["not completed" in listed[name]["unknown"] for name in NAMES] == [True] * 3
+    shown = trio.on_terminal("list")
+    assert [f"{name}: not known where the guest is: the last load" in shown for name in NAMES] == [True] * 3
 
 
 def snapshot_dates(trio: Trio, name: str) -> list[str]:

@@ -178,11 +178,6 @@ def _(result: DrillResult) -> Lines:
 @lines_of.register(Snapshots)
 def _(found: Snapshots) -> Lines:
     yield from _snapshots_of({"": found})
-    if found.snapshots and found.position.tag is None and found.position.deleted:
-        yield Hint(f"the guest has come from {found.position.deleted[0]}, which is deleted")
-    # Where qsnap has never written anything down, there is nothing to miss
-    if found.position.unknown and any(one.parent is not None for one in found.snapshots):
-        yield Hint(f"not known where the guest is: {found.position.unknown}")
 
 
 def _snapshots_of(found: Mapping[str, Snapshots]) -> Lines:
@@ -214,6 +209,13 @@ def _snapshots_of(found: Mapping[str, Snapshots]) -> Lines:
     unused = {"VM"} if len(found) == 1 else set()
     unused |= set() if any(map(_note, listed)) else {"NOTE"}
     yield Table(columns, rows).without(unused)
+    for name, one in found.items():
+        guest = f"{printable(name)}: " if name else ""
+        if one.snapshots and one.position.tag is None and one.position.deleted:
+            yield Hint(f"{guest}the guest has come from {one.position.deleted[0]}, which is deleted")
+        # Where qsnap has never written anything down, there is nothing to miss
+        if one.position.unknown and any(snapshot.parent is not None for snapshot in one.snapshots):
+            yield Hint(f"{guest}not known where the guest is: {one.position.unknown}")
 
 
 def _cells(snapshot: Snapshot, now: datetime) -> Sequence[str]:
