@@ -9,6 +9,7 @@ import pytest
 from qsnap.inventory import devices as rules
 from qsnap.inventory import snapshots
 from qsnap.model.qemu import NodeSnapshot
+from qsnap.model.snapshots import StateFile
 from support.graphs import graph, node
 
 pytestmark = pytest.mark.no_qemu
@@ -29,3 +30,21 @@ def test_kinds_of_snapshots() -> None:
     }  # fmt: skip
     assert found["half"].missing == ("b",)
     assert found["mixed"].problems
+
+
+@pytest.mark.parametrize("whole", ["t", "t.qsnap-2"])
+def test_only_what_is_of_no_use_makes_room_for_the_new_one(whole: str) -> None:
+    """Two names of one tag, each with a state file: what does not count may go before a live save, and no more."""
+    half = {"t": "t.qsnap-2", "t.qsnap-2": "t"}[whole]
+    both = graph(node("a", snapshots=(row(whole), row(half, clock=2))), node("b", snapshots=(row(whole),)))
+    files = [
+        StateFile(
+            path=f"/{name}", size=9, disk_tag=name, image="/a", vm_state_size=5, date=row("").date, vm_clock_ns=clock
+        )
+        for name, clock in ((whole, 1), (half, 2))
+    ]
+    devices = rules.survey(both).devices
+    new = snapshots.new_name(snapshots.snapshots(both, devices, files), devices, "t", keeps_older=True)
+    assert new.disk_tag == half
+    assert (new.spare.tags, new.spare.files) == ((half,), (f"/{half}",))
+    assert (new.older.tags, new.older.files) == ((whole,), (f"/{whole}",))

@@ -5,16 +5,21 @@ from __future__ import annotations
 import os
 import struct
 from collections.abc import Callable
+from datetime import UTC, datetime
 from pathlib import Path
 
 import msgspec
 import pytest
 
+from qsnap.inventory.devices import survey
 from qsnap.inventory.qcow2 import Unreadable
+from qsnap.inventory.snapshots import snapshots
 from qsnap.inventory.stream import PAGE, Frame, Stream
-from qsnap.inventory.vm_state import VmState, of_image
+from qsnap.inventory.vm_state import VmState, of_image, of_snapshot, place
 from qsnap.model.qemu import NodeSnapshot
 from qsnap.monitor.qmp import replies
+from support.graphs import graph as one_node
+from support.graphs import node
 from support.guest import Launch, blockdev, disk_device, make_boot_disk, qemu_img
 
 
@@ -110,3 +115,13 @@ def refused(directory: Path, data: bytearray, row: NodeSnapshot, words: str) -> 
             of_image(file, row)
     finally:
         os.close(file)
+
+
+def test_an_image_that_cannot_be_seen() -> None:
+    """As over TCP, or beside another user's QEMU."""
+    row = NodeSnapshot(tag="t", id="1", vm_state_size=9, date=datetime(2026, 1, 1, tzinfo=UTC), vm_clock_ns=1)
+    graph = one_node(node("a", filename="/not/there", snapshots=(row,)))
+    (snapshot,) = snapshots(graph, survey(graph).devices)
+    assert place(None, graph, snapshot) is None
+    with pytest.raises(Unreadable, match="cannot be seen from here"):
+        of_snapshot(snapshot, None)

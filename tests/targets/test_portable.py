@@ -24,6 +24,7 @@ def words(line: str, **more: tuple[str, ...]) -> str:
     assert found.refusals == []
     contents = {number: Contents(f"d{number}") for number in range(len(found.drives))}
     text = shlex.join(found.finished(contents))
+    assert "-nic none" in text
     return text.replace("-nic none", "", 1).removesuffix("-display none").replace("  ", " ").strip()
 
 
