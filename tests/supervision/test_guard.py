@@ -627,3 +627,21 @@ def test_nothing_is_left_of_a_run_that_ends_well(guest: Guest, runtime_directory
     for end in ends:
         end()
         assert (journals(runtime_directory), guards(runtime_directory), marks(guest)) == ([], [], [])
+
+
+async def test_a_guard_that_does_not_get_ready(
+    guest: Guest, tmp_path: Path, runtime_directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is begun without it."""
+    program = tmp_path / "python"
+    program.write_text("#!/bin/sh\nexec sleep 60\n")
+    program.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(program))
+    monkeypatch.setattr("qsnap.supervision.guard._READY_S", 0.3)
+    async with qsnap.connect(guest.address) as vm:
+        with pytest.raises(qsnap.QsnapError, match="did not start: it says nothing; nothing was done"):
+            await vm.save("t")
+        assert await vm.list() == ()
+    guest.assert_running()
+    assert "STOP" not in {event["event"] for event in guest.qmp.events}
+    assert journals(runtime_directory) == []

@@ -86,7 +86,7 @@ def test_clones_go_on_where_the_snapshot_left_off(guest: Guest, tmp_path: Path, 
 
 def test_all_kinds_of_drives(launch: Launch, tmp_path: Path) -> None:
     """Each drive of the clone holds what it held at the save: ids that QEMU makes up, an overlay that was made later, a
-    medium that was put in later, an empty drive, firmware, and a variable store inside the VM state."""
+    medium that was put in later, an empty drive, one below a filter, firmware, and a variable store inside the VM state."""
     make_boot_disk(tmp_path / "boot")
     base = make_disk(tmp_path / "base")
     disk = make_disk(tmp_path / "disk", "8M", "qcow2", "-b", str(base), "-F", "qcow2")
@@ -99,6 +99,9 @@ def test_all_kinds_of_drives(launch: Launch, tmp_path: Path) -> None:
         "-drive", f"if=virtio,file={disk}", "-cdrom", str(base),
         "-drive", "if=none,id=empty,media=cdrom",
         "-device", "virtio-scsi-pci", "-device", "scsi-cd,drive=empty,id=tray",
+        *blockdev("file", base, "qcow2", "read-only=on"), "-object", "throttle-group,id=slow",
+        "-blockdev", "throttle,node-name=filter,throttle-group=slow,file=file,read-only=on",
+        "-device", "scsi-cd,drive=filter,id=slowly",
         "-netdev", "user,id=net,hostfwd=tcp:127.0.0.1:0-:22", "-device", "virtio-net,netdev=net",
         "-object", "memory-backend-file,id=ram,size=32M,mem-path=/dev/shm,share=off",
         "-device", "virtio-rng", machine="q35,accel=tcg,memory-backend=ram",
@@ -116,7 +119,8 @@ def test_all_kinds_of_drives(launch: Launch, tmp_path: Path) -> None:
     (tmp_path / "moved").rename(base)
     assert "gets the medium that is in it now" in run.err
     disks = {one["device"]: tmp_path / "export" / one["file"] for one in manifest(tmp_path / "export")["disks"]}
-    assert len(disks) == 6
+    assert len(disks) == 7
+    assert json.loads(qemu_img("info", "--output=json", disks["filter"]))["virtual-size"] == 8 << 20
     assert "Images are identical" in qemu_img("compare", "-f", "qcow2", "-F", "raw", disks["empty"], medium)
     pattern = [tool("qemu-io"), "-r", "-c", "read -P 0x55 1M 64k", "-c", "read -P 0 4M 1M", str(disks["virtio0"])]
     assert "failed" not in subprocess.run(pattern, capture_output=True, text=True, check=True, timeout=60).stdout
@@ -128,7 +132,7 @@ def test_all_kinds_of_drives(launch: Launch, tmp_path: Path) -> None:
             assert "restrict=on" in qmp.hmp("info network")
             inserted = {row["device"]: row.get("inserted", {}).get("ro") for row in qmp("query-block")}
             assert inserted == {"pflash0": True, "pflash1": False, "first": False, "virtio0": False, "ide2-cd0": True,
-                                "empty": True}  # fmt: skip
+                                "empty": True, "": True}  # fmt: skip
     # On the image of now that the disk stands on, it is smaller
     cli("export", "s", str(tmp_path / "thin"), "--keep-backing", "-q", monitor=guest.address)
     thin = next(one for one in manifest(tmp_path / "thin")["disks"] if one["device"] == "virtio0")
