@@ -230,7 +230,7 @@ async def test_a_state_file_that_cannot_be_removed(
         )
         with unprivileged():
             saved = await do_savevm(run, safe)
-        assert [finding.code for finding in saved.warnings] == ["replaced-left"]
+        assert [(one.code, one.cure) for one in saved.warnings] == [("replaced-left", "remove the file by hand")]
         assert f"{files['a']} cannot be removed: Permission denied" in saved.warnings[0].message
         open_directory.chmod(0o755)  # noqa: ASYNC240
 

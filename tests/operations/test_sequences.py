@@ -24,7 +24,7 @@ from qsnap.errors import (
 )
 from qsnap.inventory import devices as rules
 from qsnap.model.qemu import RunState
-from qsnap.model.requests import DeleteRequest, LoadRequest, SaveRequest
+from qsnap.model.requests import DeleteRequest, LoadRequest, OnExists, SaveRequest
 from qsnap.monitor import open_monitor
 from qsnap.monitor.address import UnixAddress
 from qsnap.operations.delete import do_delvm
@@ -449,6 +449,9 @@ async def test_the_older_one_cannot_be_deleted() -> None:
         await do_savevm(Run(monitor), SaveRequest(tag="t"))
     assert monitor.calls == ["stop", "save", "cont", "stop", "cont"]
     assert monitor.state is RunState.RUNNING
+    saved = await do_savevm(Run(monitor), SaveRequest(tag="t", on_exists=OnExists.SAFE))
+    (finding,) = saved.warnings
+    assert (finding.code, finding.cure) == ("replaced-left", "`qsnap list` shows it; delete it")
 
 
 @pytest.mark.parametrize(
