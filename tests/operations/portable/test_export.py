@@ -86,7 +86,7 @@ def test_clones_go_on_where_the_snapshot_left_off(guest: Guest, tmp_path: Path, 
 
 def test_all_kinds_of_drives(launch: Launch, tmp_path: Path) -> None:
     """Each drive of the clone holds what it held at the save: ids that QEMU makes up, an overlay that was made later, a
-    medium that was put in later, an empty drive, an image below a filter, firmware, and a variable store in the state."""
+    medium that was put in later, an empty drive, an image below a filter, firmware, and variables in the state."""
     make_boot_disk(tmp_path / "boot")
     base = make_disk(tmp_path / "base")
     disk = make_disk(tmp_path / "disk", "8M", "qcow2", "-b", str(base), "-F", "qcow2")
