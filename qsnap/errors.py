@@ -5,7 +5,7 @@
     QsnapError                  1   anything without a code of its own
     ├── CommandFailed           1   QEMU refused a monitor command
     ├── BadUsage                2   an address, name or option that is not valid
-    │   └── choice.SeveralVMs   2   it is not said which of them is meant
+    │   └── choose.SeveralVMs   2   it is not said which of them is meant
     ├── PartialFailure          3   of several tags, some were done and some not
     ├── MonitorError            4   the monitor: anything without a class of its own
     │   ├── ConnectError        4   nothing listens there, or it may not be opened
@@ -23,8 +23,9 @@
     ├── GuestLeftStopped       20   the guest was running and is stopped now: alert on this one
     └── Interrupted      128 + n   signal n ended the command; the guest was resumed
 
-Data are attributes; ``str()`` is the sentence for people. Errors of libraries and of the system are
-turned into these in ``qsnap.monitor`` alone, with the first error as ``__cause__``.
+Data are attributes; ``str()`` is the sentence for people. Errors of libraries and of the system become one of these
+where they arise (those of the connection in ``qsnap.monitor``), with the first error as ``__cause__``. ``SeveralVMs``
+is in ``qsnap.targets.choose``; ``Abandoned``, which has the exit code of another VM's error, in ``qsnap.runs.group``.
 """
 
 from __future__ import annotations

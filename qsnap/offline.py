@@ -166,7 +166,7 @@ class Images:
 
 def _refusals(inventory: Inventory, tag: str, *, alone: bool) -> Iterator[Finding]:
     """What speaks against the deletion of *tag*."""
-    for one in inventory.notes.added_to(inventory.meant(tag)):
+    for one in inventory.notes.added_to(inventory.under(tag)):
         if one.protected:
             cure = f"start the VM, and: qsnap unprotect {shlex.quote(tag)}"
             yield Finding.refusal("protected", f"snapshot {tag!r} is protected", cure)

@@ -13,7 +13,7 @@ from typing import Any
 import psutil
 import pytest
 
-from qsnap.inventory import kept
+from qsnap.inventory import protection
 from support.fake_proc import Machine
 from support.guest import QEMU, Guest, Launch, blockdev, disk_device, make_boot_disk, make_disk
 from support.proxy import Intercept, Proxy
@@ -72,7 +72,7 @@ def intercept(launch: Launch) -> Iterator[Intercept]:
 
     def start(guest: Guest, **hooks: Any) -> Proxy:
         files = {row["image"]["filename"] for row in guest.qmp("query-named-block-nodes") if row["drv"] == "file"}
-        guest.qmp.hmp(f"object_add authz-simple,id={kept.noted(files)},identity=yes")
+        guest.qmp.hmp(f"object_add authz-simple,id={protection.noted(files)},identity=yes")
         proxies.append(Proxy(guest.address, guest.directory / f"proxy{len(proxies)}", **hooks))
         return proxies[-1]
 

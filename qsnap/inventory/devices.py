@@ -213,7 +213,7 @@ def _counted(graph: BlockGraph) -> Iterator[tuple[str | None, BlockBackend]]:
 
 
 def _outside(graph: BlockGraph) -> Iterator[Peripheral]:
-    return (peripheral for peripheral in graph.peripherals if outside.kept(peripheral.model))
+    return (peripheral for peripheral in graph.peripherals if outside.why_not_saved(peripheral.model))
 
 
 def can_exclude(graph: BlockGraph, names: Iterable[str]) -> bool:
@@ -234,7 +234,9 @@ def _judge_outside(peripheral: Peripheral, exclude: Collection[str]) -> Device:
         driver=model,
         role=Role.OUTSIDE,
         verdict=Verdict.EXCLUDED if is_excluded else Verdict.REFUSED,
-        why=_LEFT_OUT if is_excluded else f"Device {label!r} ({model}) cannot be in a snapshot: {outside.kept(model)}",
+        why=_LEFT_OUT
+        if is_excluded
+        else f"Device {label!r} ({model}) cannot be in a snapshot: {outside.why_not_saved(model)}",
         cure="" if is_excluded else f"unplug it, or leave it out knowingly: --exclude {shlex.quote(label)}",
     )
 

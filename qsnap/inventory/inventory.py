@@ -13,8 +13,8 @@ from pathlib import Path
 from qsnap.errors import NotSupported, SnapshotNotFound
 from qsnap.inventory import devices as rules
 from qsnap.inventory import snapshots
-from qsnap.inventory.kept import Kept, kept
 from qsnap.inventory.notes import Notes, notes_path
+from qsnap.inventory.protection import Marks, read_marks
 from qsnap.inventory.snapshots import Holding, NewName
 from qsnap.inventory.state_store import LeftBehind, StateStore
 from qsnap.model.checks import Device
@@ -63,7 +63,7 @@ class Inventory:
         self.survey = rules.survey(graph, vmstate=vmstate, exclude=exclude)
         self._files: tuple[StateFile, ...] | None = None
         self._snapshots: tuple[Snapshot, ...] | None = None
-        self._marks: Kept | None = None
+        self._marks: Marks | None = None
 
     @property
     def devices(self) -> tuple[Device, ...]:
@@ -97,10 +97,10 @@ class Inventory:
         """
         return Notes(self.store, self.graph, self.devices)
 
-    async def marks(self, monitor: Monitor) -> Kept:
+    async def marks(self, monitor: Monitor) -> Marks:
         """The marks in QEMU that show which snapshots are protected."""
         if self._marks is None:
-            self._marks = await kept(monitor)
+            self._marks = await read_marks(monitor)
         return self._marks
 
     async def change_marks(self, monitor: Monitor, to_set: Collection[str], to_clear: Collection[str]) -> None:
@@ -110,15 +110,15 @@ class Inventory:
             await monitor.set_mark(name, "yes")
         for name in sorted(names.intersection(to_clear)):
             await monitor.clear_mark(name)
-        self._marks = Kept((names | set(to_set)) - set(to_clear))
+        self._marks = Marks((names | set(to_set)) - set(to_clear))
 
     def find(self, tag: str) -> Snapshot | None:
         """The snapshot *tag*, or None."""
         return snapshots.named(self.snapshots, tag)
 
-    def meant(self, tag: str) -> tuple[Snapshot, ...]:
-        """The snapshots that are deleted when *tag* is deleted or replaced."""
-        return snapshots.meant(self.snapshots, tag)
+    def under(self, tag: str) -> tuple[Snapshot, ...]:
+        """The snapshots under *tag*: they are deleted when it is deleted or replaced."""
+        return snapshots.under(self.snapshots, tag)
 
     def holding(self, tag: str) -> Holding:
         """Everything that exists under *tag*, whole or not."""

@@ -7,7 +7,7 @@ snapshot with the same tag does not inherit it. Notes of deleted snapshots are d
 
 If the file is lost, so are descriptions and protection, and nothing else. If it cannot be read, nothing that might be
 protected is replaced, deleted or pruned. Users who cannot see the file learn from QEMU what is protected, if qsnap has
-marked it there: see :mod:`qsnap.inventory.kept`.
+marked it there: see :mod:`qsnap.inventory.protection`.
 """
 
 from __future__ import annotations

@@ -248,8 +248,8 @@ class Holding(NamedTuple):
         return bool(self.tags or self.files)
 
 
-def meant(found: Iterable[Snapshot], tag: str) -> tuple[Snapshot, ...]:
-    """The snapshots that *tag* means, whole or not: they are deleted when it is deleted or replaced."""
+def under(found: Iterable[Snapshot], tag: str) -> tuple[Snapshot, ...]:
+    """The snapshots under *tag*, whole or not: they are deleted when it is deleted or replaced."""
     return tuple(one for one in found if tag in (one.tag, owner(one)))
 
 
@@ -258,7 +258,7 @@ def holding(found: Iterable[Snapshot], devices: Sequence[Device], tag: str) -> H
 
     For ``TAG.qsnap-2``, the snapshot listed under that name, not TAG.
     """
-    of_it = meant(found, tag)
+    of_it = under(found, tag)
     held = {one.disk_tag: one.devices for one in of_it if one.devices}
     return Holding(
         tags=tuple(sorted(held)),

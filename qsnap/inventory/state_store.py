@@ -98,7 +98,7 @@ class StateStore:
         """A copy of this store that ignores what it cannot see."""
         return StateStore(self._pid, self.state_dir, self._listener, ignores_unseen=True)
 
-    def place(self, graph: BlockGraph, vmstate: str, disk_tag: str) -> Path:
+    def path_for(self, graph: BlockGraph, vmstate: str, disk_tag: str) -> Path:
         """The path of the state file of a snapshot that the disks hold as *disk_tag*.
 
         :param vmstate: the node that would hold the state.

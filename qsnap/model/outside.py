@@ -13,7 +13,7 @@ refuses to save while the guest has it mounted.
 from __future__ import annotations
 
 #: Models that keep the guest's data outside, by what their names begin with, and where the data are.
-_KEPT = {
+_NOT_SAVED = {
     "vhost-user-blk": "its disk is served by another process (vhost-user)",
     "vhost-user-scsi": "its disks are served by another process (vhost-user)",
     "vhost-scsi": "its disks are served by the host's kernel (vhost)",
@@ -63,9 +63,9 @@ def is_still(model: str) -> bool:
     return model.startswith(_STILL) or model.endswith("-x86_64-cpu")
 
 
-def kept(model: str) -> str:
+def why_not_saved(model: str) -> str:
     """Where a device of that model keeps the guest's data, in words; "" if that is inside QEMU."""
-    return next((where for prefix, where in _KEPT.items() if model.startswith(prefix)), "")
+    return next((where for prefix, where in _NOT_SAVED.items() if model.startswith(prefix)), "")
 
 
 def is_passed_on(model: str) -> bool:

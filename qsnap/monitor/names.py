@@ -18,7 +18,7 @@ HALF_RESTORED = "qsnap-half-restored"
 #: The mark that keeps how long QEMU took to read RAM in the last live save.
 READ_TIME = "qsnap-pace"
 #: What the names of the marks begin with that tell which snapshots are protected, and whose notes they know of.
-KEPT, NOTED = "qsnap-kept-", "qsnap-noted-"
+PROTECTED, NOTED = "qsnap-kept-", "qsnap-noted-"
 #: What the name of the mark begins with that tells which save or load was the last: see qsnap/inventory/lineage.py.
 HERE = "qsnap-here-"
 #: What the node-name of a state file begins with while QEMU uses it, and what the set of its descriptor is called.

@@ -1,7 +1,7 @@
 """The notes on snapshots: protection, descriptions, and facts for a later load.
 
 The notes are in a file beside the image (:mod:`qsnap.inventory.notes`), and QEMU shows to everybody what they protect
-(:mod:`qsnap.inventory.kept`). The guest is not touched.
+(:mod:`qsnap.inventory.protection`). The guest is not touched.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from contextlib import suppress
 import msgspec
 
 from qsnap.errors import QsnapError
-from qsnap.inventory import kept, lineage, snapshots
+from qsnap.inventory import lineage, protection, snapshots
 from qsnap.inventory.inventory import Inventory
 from qsnap.model.results import SaveResult
 from qsnap.model.runstates import trouble_of
@@ -41,7 +41,7 @@ async def annotate(
     notes = inventory.notes
     changed = [msgspec.structs.replace(notes.of(one), **given) for one in chosen]
     place = inventory.notes_path()
-    await inventory.change_marks(run.monitor, kept.of_notes(changed, place), ())
+    await inventory.change_marks(run.monitor, protection.of_notes(changed, place), ())
     notes.write(place, changed, inventory.snapshots)
     if protected is False:
         await inventory.change_marks(run.monitor, (), (await inventory.marks(run.monitor)).of(chosen))

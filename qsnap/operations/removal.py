@@ -34,7 +34,7 @@ async def refuse_removal(
     :raise QsnapError: the notes are damaged, so that it might be protected.
     """
     monitor = run.monitor
-    found = [one for tag in tags for one in inventory.meant(tag)]
+    found = [one for tag in tags for one in inventory.under(tag)]
     parts = () if alone else await lone_parts(run, inventory, found)
     if not found:
         return

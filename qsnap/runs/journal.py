@@ -231,7 +231,7 @@ def found() -> Iterator[Found]:
 
     :raise QsnapError: other users may write to the runtime directory, so that its contents cannot be trusted.
     """
-    place = runtime_dir.ours()
+    place = runtime_dir.existing()
     for path in sorted(path for path in place.iterdir() if _NAME.fullmatch(path.name)) if place else ():
         try:
             file = files.opened(path, os.O_RDWR)
@@ -293,13 +293,13 @@ def new_record(operation: str, tags: tuple[str, ...], monitor: Monitor) -> Recor
         owner=this_process(),
         user=os.geteuid(),
         address=("unix" if isinstance(address, UnixAddress) else "tcp", *map(str, address)),
-        place=place(address),
+        socket=socket_identity(address),
         qemu=process(monitor.pid) if monitor.pid else None,
         transport=monitor.transport,
     )
 
 
-def place(address: Address) -> tuple[str, ...]:
+def socket_identity(address: Address) -> tuple[str, ...]:
     """The identity of a monitor's socket, the same for all its names; () if there is none."""
     if not isinstance(address, UnixAddress):
         host = "127.0.0.1" if address.host == "localhost" else address.host

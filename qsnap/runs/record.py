@@ -98,8 +98,8 @@ class Record(Struct, frozen=True):
     user: int = -1
     address: tuple[str, ...] = ()
     """The kind of address, and its parts: see :attr:`where`."""
-    place: tuple[str, ...] = ()
-    """The monitor's socket, the same under all its names: see :func:`place`."""
+    socket: tuple[str, ...] = ()
+    """The monitor's socket, the same under all its names: see :func:`qsnap.runs.journal.socket_identity`."""
     qemu: Process | None = None
     transport: str = ""
     """What is spoken on the connection: see :attr:`qsnap.monitor.Monitor.transport`."""

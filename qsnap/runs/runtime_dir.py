@@ -35,7 +35,7 @@ def is_decided(group: str) -> bool:
 
     :raise QsnapError: other users may write to the runtime directory, so that its contents cannot be trusted.
     """
-    place = ours()
+    place = existing()
     return place is not None and os.path.lexists(place / f"{group}{_DECISION}")
 
 
@@ -44,14 +44,14 @@ def decisions() -> set[str]:
 
     :raise QsnapError: as :func:`is_decided`.
     """
-    place = ours()
+    place = existing()
     return {path.stem for path in place.glob(f"*{_DECISION}")} if place else set()
 
 
 def forget_decision(group: str) -> None:
     """Remove it: nothing of the group is left to do."""
     with suppress(OSError, QsnapError):
-        if (place := ours()) is not None:
+        if (place := existing()) is not None:
             (place / f"{group}{_DECISION}").unlink()
 
 
@@ -69,7 +69,7 @@ def _location() -> Path:
     return parent / "qsnap" if os.access(parent, os.W_OK) else Path(f"/tmp/qsnap-{uid}")  # noqa: S108 (checked below)
 
 
-def ours() -> Path | None:
+def existing() -> Path | None:
     """The real path of the runtime directory, owned by this user and closed to all others; None if there is none.
 
     :raise QsnapError: another user owns it or may open it, or it is not a directory.
@@ -101,7 +101,7 @@ def problem() -> str:
     :raise BadUsage: the path of the directory is not absolute.
     """
     try:
-        ours()
+        existing()
     except BadUsage:
         raise
     except QsnapError as error:
@@ -125,6 +125,6 @@ def directory() -> Path:
                 os.close(made)
     except OSError as error:
         raise QsnapError(f"the runtime directory {path} cannot be made: {error.strerror}; {_CURE}") from error
-    if (found := ours()) is None:
+    if (found := existing()) is None:
         raise QsnapError(f"the runtime directory {path} has gone; {_CURE}")
     return found

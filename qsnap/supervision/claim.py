@@ -244,10 +244,10 @@ def has_journals(monitor: Monitor) -> bool:
 
 
 def _journals(monitor: Monitor) -> Iterator[Found]:
-    place = journal.place(monitor.address)
+    socket = journal.socket_identity(monitor.address)
     qemu = process(monitor.pid) if monitor.pid else None
     for other in journal.found():
-        if other.record.place == place or (qemu and other.record.qemu == qemu):
+        if other.record.socket == socket or (qemu and other.record.qemu == qemu):
             yield other
 
 
@@ -263,15 +263,15 @@ async def wait_for_monitor(address: Address, deadline: float, wait_s: float) -> 
     if runtime_dir.problem():
         return False  # nothing there can be trusted; a run that writes there reports it
     runs = [other.record for other in journal.found() if other.is_held]
-    place = journal.place(address)
+    socket = journal.socket_identity(address)
     # Ask at most once, because it costs QEMU a connection.
-    pid = listener_pid(address) if runs and not any(run.place == place for run in runs) else None
+    pid = listener_pid(address) if runs and not any(run.socket == socket for run in runs) else None
 
     def run_there() -> Record | None:
         held = (other.record for other in journal.found() if other.is_held)
-        return next((run for run in held if _is_of(run, place, pid)), None)
+        return next((run for run in held if _is_of(run, socket, pid)), None)
 
-    if not any(_is_of(run, place, pid) for run in runs):
+    if not any(_is_of(run, socket, pid) for run in runs):
         return False
     clock = asyncio.get_running_loop().time
     while record := run_there():
@@ -283,9 +283,9 @@ async def wait_for_monitor(address: Address, deadline: float, wait_s: float) -> 
     return True
 
 
-def _is_of(run: Record, place: tuple[str, ...], pid: int | None) -> bool:
+def _is_of(run: Record, socket: tuple[str, ...], pid: int | None) -> bool:
     """Whether the run uses this VM: same monitor socket, or same QEMU process."""
-    if place and run.place == place:
+    if socket and run.socket == socket:
         return True
     if pid is None or run.qemu is None or run.qemu.pid != pid:
         return False

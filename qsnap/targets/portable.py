@@ -389,8 +389,8 @@ class _Translation:
         found = options(value, "driver")
         model = found.get("driver", "")
         self._made.devices.append(GuestDevice(model, found.get("id", "")))
-        if outside.kept(model) or outside.is_passed_on(model) or model.startswith(_REFUSED_DEVICES):
-            self._refuse("device", value, outside.kept(model) or "it hands on a piece of this host")
+        if outside.why_not_saved(model) or outside.is_passed_on(model) or model.startswith(_REFUSED_DEVICES):
+            self._refuse("device", value, outside.why_not_saved(model) or "it hands on a piece of this host")
             return
         rom = found.get("romfile", "")
         if Path(rom).is_absolute() and self._is_file(rom):

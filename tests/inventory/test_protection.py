@@ -22,7 +22,7 @@ from qsnap.inventory.state_file import Content
 from qsnap.inventory.state_store import StateStore
 from qsnap.model.qemu import NodeSnapshot
 from qsnap.model.requests import DeleteRequest, OnExists, SaveRequest
-from qsnap.monitor.names import HERE, KEPT, NOTED
+from qsnap.monitor.names import HERE, NOTED, PROTECTED
 from qsnap.operations.delete import do_delvm
 from qsnap.operations.plan import plan_load
 from qsnap.operations.prune import PruneRequest, do_prune
@@ -326,7 +326,7 @@ async def test_the_marks_are_asked_for_once(far: Guest, monkeypatch: pytest.Monk
             lambda: vm.prune("n", Policy(last=1)),
         ):
             await deed()
-            assert asked.count((KEPT, NOTED, HERE)) == 1
+            assert asked.count((PROTECTED, NOTED, HERE)) == 1
             asked.clear()
-        assert len(await ask((KEPT,))) == 0
+        assert len(await ask((PROTECTED,))) == 0
         assert [one.tag for one in await vm.list()] == ["n-20260102T000000"]

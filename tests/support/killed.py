@@ -9,7 +9,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from qsnap.monitor.names import HERE, KEPT, NOTED
+from qsnap.monitor.names import HERE, NOTED, PROTECTED
 from qsnap.runs import mark
 from support.guest import (
     Guest,
@@ -43,10 +43,10 @@ def guards(directory: Path) -> list[int]:
 def marks(guest: Guest) -> list[str]:
     """The marks of runs of qsnap in QEMU, as another client sees them.
 
-    Those of the notes stay: see qsnap.inventory.kept.
+    Those of the notes stay: see qsnap.inventory.protection.
     """
     names = [item["name"] for item in guest.qmp("qom-list", path="/objects")]
-    return [name for name in names if name.startswith("qsnap-") and not name.startswith((HERE, KEPT, NOTED))]
+    return [name for name in names if name.startswith("qsnap-") and not name.startswith((HERE, PROTECTED, NOTED))]
 
 
 def wait_for_the_guard(directory: Path) -> None:

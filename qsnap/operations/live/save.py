@@ -110,7 +110,7 @@ async def plan_live(run: Run, request: SaveRequest) -> LivePlan:
     await _refuse_other_writers(run.monitor, inventory.graph)
     tag = request.tag if request.tag is not None else free_automatic_tag(inventory.graph)
     new = inventory.new_name(tag, keeps_older=True)
-    path = run.store.place(inventory.graph, save.vmstate, new.disk_tag)
+    path = run.store.path_for(inventory.graph, save.vmstate, new.disk_tag)
     taken = os.path.lexists(path) and str(path) not in (file.path for file in inventory.files)  # noqa: ASYNC240
     findings = (*save.report.findings, *await _place_findings(run.monitor, path, request.force, is_taken=taken))
     if any(finding.refuses for finding in findings):

@@ -28,11 +28,11 @@ from qsnap.model.checks import Device
 from qsnap.model.qemu import BlockGraph
 from qsnap.model.snapshots import Snapshot
 from qsnap.monitor import Monitor
-from qsnap.monitor.names import HERE, KEPT, NOTED
+from qsnap.monitor.names import HERE, NOTED, PROTECTED
 
 
-class Kept(NamedTuple):
-    """The marks of a VM.
+class Marks(NamedTuple):
+    """The marks of a VM: see above.
 
     :ivar names: the names of the marks.
     """
@@ -51,9 +51,9 @@ class Kept(NamedTuple):
         self, notes: Notes, graph: BlockGraph, devices: Iterable[Device]
     ) -> tuple[frozenset[str], frozenset[str]]:
         """The marks to add and to remove, so that QEMU's marks match the notes that can be read."""
-        wanted = {_kept(note, path) for path, found in notes.by_place.items() for note in found if note.protected}
+        wanted = {_protecting(note, path) for path, found in notes.by_place.items() for note in found if note.protected}
         places = tuple(_digest(path) for path in notes.by_place)
-        stale = {name for name in self.names if name.startswith(KEPT) and name.endswith(places)} - wanted
+        stale = {name for name in self.names if name.startswith(PROTECTED) and name.endswith(places)} - wanted
         if not notes.unseen:
             wanted.add(_noted(graph, devices))
             stale |= {name for name in self.names if name.startswith(NOTED)} - wanted
@@ -64,23 +64,23 @@ class Kept(NamedTuple):
         return _noted(graph, devices) in self.names
 
 
-async def kept(monitor: Monitor) -> Kept:
+async def read_marks(monitor: Monitor) -> Marks:
     """Ask QEMU for the marks, and for that of :mod:`qsnap.inventory.lineage`."""
-    return Kept(frozenset(await monitor.marks((KEPT, NOTED, HERE))))
+    return Marks(frozenset(await monitor.marks((PROTECTED, NOTED, HERE))))
 
 
 def of_notes(notes: Iterable[Note], place: Path) -> frozenset[str]:
     """The marks for the notes at *place*. They are set before the notes are written, so that none is ever missing."""
-    return frozenset(_kept(note, place) for note in notes if note.protected)
+    return frozenset(_protecting(note, place) for note in notes if note.protected)
 
 
 def _heads(snapshot: Snapshot) -> tuple[str, ...]:
     clock_ms = snapshot.vm_clock_ns // 1_000_000
-    return tuple(f"{KEPT}{_digest(tag, clock_ms)}-" for tag in {snapshot.tag, snapshots.owner(snapshot)})
+    return tuple(f"{PROTECTED}{_digest(tag, clock_ms)}-" for tag in {snapshot.tag, snapshots.owner(snapshot)})
 
 
-def _kept(note: Note, place: Path) -> str:
-    return f"{KEPT}{_digest(note.tag, note.vm_clock_ms)}-{_digest(place)}"
+def _protecting(note: Note, place: Path) -> str:
+    return f"{PROTECTED}{_digest(note.tag, note.vm_clock_ms)}-{_digest(place)}"
 
 
 def _noted(graph: BlockGraph, devices: Iterable[Device]) -> str:
