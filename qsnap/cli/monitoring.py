@@ -91,7 +91,7 @@ class MetricsRecorder:
         return Outcome(title, result)
 
     def exit_code(self, code: int) -> int:
-        """That of the command: *code*, if all that was to be written is."""
+        """The exit code of the command: *code*, or 1 if *code* is 0 and the metrics could not be written."""
         if self._trouble:
             say(f"qsnap: {self._trouble}")
         return code or (QsnapError.exit_code if self._trouble else 0)
@@ -104,7 +104,7 @@ def _figures_of_drill(result: Struct) -> dict[Metric, float]:
 
 
 def _figures(found: Sequence[Snapshot], prefix: str | None, left_out: Collection[str]) -> dict[Metric, float]:
-    """Those of the snapshots of a VM, or of a series."""
+    """The metrics of the snapshots of a VM, or of a series."""
     series = [one for one in found if prefix is None or is_of_series(one.tag, prefix)]
     figures: dict[Metric, float] = {metrics.COUNT: len(series)}
     if newest := max((one for one in series if is_sound(one, left_out)), key=lambda one: one.date, default=None):

@@ -220,7 +220,7 @@ def takes(*options: Callable[[Any], Any]) -> Callable[[Callable[..., Any]], Call
 
 
 def options_of(context: click.Context) -> Options:
-    """Those that every command takes, of a command line."""
+    """The options of a command line that every command takes."""
     common = {name: value for name, value in context.params.items() if name in Options._fields}
     if common.get("vms") or common.get("all_vms"):
         source = context.get_parameter_source("monitor")

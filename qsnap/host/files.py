@@ -156,7 +156,7 @@ def opened(path: Path, flags: int = os.O_RDONLY, *, or_disk: bool = False) -> in
 
 
 def opened_in(where: int, name: str, flags: int = os.O_RDONLY, *, or_disk: bool = False) -> int:
-    """The same of a file in an open directory."""
+    """The regular file *name* in an open directory, open: as :func:`opened`."""
     try:
         file = os.open(name, flags | _ALWAYS, dir_fd=where)
     except OSError as error:

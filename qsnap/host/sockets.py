@@ -108,7 +108,7 @@ _ACCEPTS = 0x10000
 
 
 def from_proc(table: str) -> list[Socket] | None:
-    """The same from /proc/net/unix, without files, peers and those that wait; None if it may not be read."""
+    """The sockets that *table* (/proc/net/unix) lists, without files, peers and waiting clients; None if unreadable."""
     found = []
     try:
         with open(table, "rb") as rows:

@@ -141,7 +141,7 @@ def protocol(graph: BlockGraph, image: str) -> BlockNode | None:
 
 
 def image_file(graph: BlockGraph, image: str) -> BlockNode | None:
-    """The same where it is a plain file; None if the image is stored otherwise."""
+    """The protocol node of the image node *image*, if that is a plain file; None if the image is stored otherwise."""
     node = protocol(graph, image)
     return node if node is not None and node.driver == "file" else None
 

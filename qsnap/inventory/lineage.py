@@ -33,7 +33,7 @@ from qsnap.errors import NotSupported
 from qsnap.host import files
 from qsnap.inventory.devices import SNAPSHOT_DRIVERS
 from qsnap.inventory.inventory import Inventory
-from qsnap.inventory.qcow2 import Unreadable, Way, Ways
+from qsnap.inventory.qcow2 import L1Table, L1Tables, Unreadable
 from qsnap.inventory.snapshots import owner, relevant_nodes
 from qsnap.model.qemu import Struct
 from qsnap.model.snapshots import Kind, Origin, Position, Snapshot
@@ -144,7 +144,7 @@ def lineage(inventory: Inventory, marks: Collection[str]) -> Lineage:
 
 
 def _trail(
-    inventory: Inventory, record: _Record | None, images: Mapping[str, Ways], marks: Collection[str]
+    inventory: Inventory, record: _Record | None, images: Mapping[str, L1Tables], marks: Collection[str]
 ) -> tuple[tuple[Key, ...], str]:
     """The snapshots that the guest has come from; or why that is not known."""
     alike = [one for one in inventory.snapshots if _shares_area(one, images)]
@@ -169,7 +169,7 @@ def _trail(
 
 
 def _is_valid(
-    inventory: Inventory, record: _Record | None, images: Mapping[str, Ways], marks: Collection[str]
+    inventory: Inventory, record: _Record | None, images: Mapping[str, L1Tables], marks: Collection[str]
 ) -> tuple[bool, str]:
     """Whether nothing speaks against what is written down; else what does."""
     if record is None or not record.trail:
@@ -184,25 +184,25 @@ def _is_valid(
     return True, ""
 
 
-def _shares_area(snapshot: Snapshot, images: Mapping[str, Ways]) -> bool:
+def _shares_area(snapshot: Snapshot, images: Mapping[str, L1Tables]) -> bool:
     """Whether the active tables lead to the same for VM states as those of the snapshot do, on all its devices."""
-    ways = [(images[node], _way(images[node], snapshot)) for node in snapshot.devices if node in images]
+    ways = [(images[node], _l1_table(images[node], snapshot)) for node in snapshot.devices if node in images]
     return bool(ways) and all(way is not None and image.active.state == way.state for image, way in ways)
 
 
-def _leads_from(mine: Snapshot, other: Snapshot, images: Mapping[str, Ways]) -> bool:
+def _leads_from(mine: Snapshot, other: Snapshot, images: Mapping[str, L1Tables]) -> bool:
     for image in images.values():
-        own, others = _way(image, mine), _way(image, other)
+        own, others = _l1_table(image, mine), _l1_table(image, other)
         if own and others and image.leads_from(own, others):
             return True
     return False
 
 
-def _way(image: Ways, snapshot: Snapshot) -> Way | None:
+def _l1_table(image: L1Tables, snapshot: Snapshot) -> L1Table | None:
     return image.of(snapshot.disk_tag, snapshot.vm_clock_ns // 1_000_000)
 
 
-def _areas(inventory: Inventory, images: Mapping[str, Ways]) -> str:
+def _areas(inventory: Inventory, images: Mapping[str, L1Tables]) -> str:
     """A digest of where the active tables lead for VM states. Node-names change with each start, files do not."""
     graph = inventory.graph
     parts = sorted((str(inventory.store.image(graph, node) or node), images[node].active.state) for node in images)
@@ -311,7 +311,7 @@ def _places(inventory: Inventory) -> tuple[Path, ...]:
     return inventory.store.all_beside(inventory.graph, inventory.devices, SUFFIX)
 
 
-def _images(inventory: Inventory, stack: ExitStack) -> dict[str, Ways]:
+def _images(inventory: Inventory, stack: ExitStack) -> dict[str, L1Tables]:
     """The images that can have snapshots, by node-name.
 
     :param stack: closes their files.
@@ -327,7 +327,7 @@ def _images(inventory: Inventory, stack: ExitStack) -> dict[str, Ways]:
             raise Unreadable(f"the image of {inventory.displayed([node])[0]} cannot be seen from here")
         file = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
         stack.callback(os.close, file)
-        found[node] = Ways(file)
+        found[node] = L1Tables(file)
     if not found:
         raise Unreadable("no device can have snapshots")
     return found

@@ -94,7 +94,7 @@ def of_state(state: VmState) -> Contents:
 
 
 def of_devices(data: bytes) -> Devices:
-    """The same of what QEMU has written of its devices alone.
+    """The devices in what QEMU wrote of its devices alone.
 
     :raise Unknown: it is not as QEMU is known to write it.
     """

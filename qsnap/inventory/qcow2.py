@@ -204,14 +204,14 @@ def entries(file: int, offset: int, number: int) -> array[int]:
     return found
 
 
-class Way(NamedTuple):
-    """The L2 tables that an L1 table leads to, by their offsets: those of the disk's contents, and of VM states."""
+class L1Table(NamedTuple):
+    """An L1 table: the offsets of its L2 tables, those of the disk's contents and those of VM states."""
 
     disk: tuple[int, ...]
     state: tuple[int, ...]
 
 
-class Ways:
+class L1Tables:
     """The L1 tables of an open image: the active one, and those of its snapshots.
 
     :ivar active: the active one.
@@ -226,14 +226,14 @@ class Ways:
             raise Unreadable(f"the image has the features {self._head.features:#x}")
         # HMP tells a snapshot's clock in milliseconds
         self._rows = {(row.name[1], row.vm_clock_ns // 1_000_000): row for row in rows(file, self._head)}
-        self.active = self._way(self._head.l1_at, self._head.l1_size, self._head.disk_size)
+        self.active = self._table(self._head.l1_at, self._head.l1_size, self._head.disk_size)
 
-    def of(self, tag: str, clock_ms: int) -> Way | None:
-        """That of a snapshot; None if the image does not hold it."""
+    def of(self, tag: str, clock_ms: int) -> L1Table | None:
+        """The table of a snapshot; None if the image does not hold it."""
         row = self._rows.get((tag, clock_ms))
-        return self._way(row.l1_at, row.l1_size, row.disk_size) if row else None
+        return self._table(row.l1_at, row.l1_size, row.disk_size) if row else None
 
-    def leads_from(self, mine: Way, other: Way) -> bool:
+    def leads_from(self, mine: L1Table, other: L1Table) -> bool:
         """Whether the active table goes on from *mine*, and not from *other*.
 
         It does if it uses anything of the disk that *mine* uses and *other* does not: no new cluster gets that place
@@ -254,9 +254,9 @@ class Ways:
         found = entries(self._file, table, number) if table else [0] * number
         return [entry & OFFSET for entry in found[:: self._head.step]]
 
-    def _way(self, at: int, size: int, disk_size: int) -> Way:
+    def _table(self, at: int, size: int, disk_size: int) -> L1Table:
         first = self._head.first_of_state(disk_size)
         found = [entry & OFFSET for entry in entries(self._file, at, size)]
         while len(found) > first and not found[-1]:
             found.pop()
-        return Way(tuple(found[:first]), tuple(found[first:]))
+        return L1Table(tuple(found[:first]), tuple(found[first:]))

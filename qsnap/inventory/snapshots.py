@@ -192,7 +192,7 @@ def chains(graph: BlockGraph, images: Iterable[str]) -> dict[str, tuple[str, ...
 
 
 def chain_of(graph: BlockGraph, image: str) -> tuple[str, tuple[str, ...]]:
-    """The same for one image: its own file name, and those of its backing chain."""
+    """The file name of *image*, and those of its backing chain, the nearest first."""
     below = map(_file_name, _chain_below(graph, image))
     return _file_name(graph.nodes[image]), tuple(dict.fromkeys(name for name in below if name))
 

@@ -63,7 +63,7 @@ class Struct(msgspec.Struct, frozen=True, kw_only=True):
     """Base of the types below: immutable, named arguments only."""
 
     def to_json(self) -> dict[str, Any]:
-        """The same as plain dicts, lists, strings and numbers, with devices by the names that people use."""
+        """Plain dicts, lists, strings and numbers, with devices by the names that people use."""
         plain: dict[str, Any] = named(msgspec.to_builtins(self))
         return plain
 

@@ -70,7 +70,7 @@ class Together(Struct, frozen=True):
     """The group that a snapshot is part of: those of several VMs, saved at one moment."""
 
     id: str
-    """The same for all parts of the group."""
+    """All parts of the group have this id."""
     vms: tuple[str, ...]
     """The other VMs, as they were named when it was saved."""
 

@@ -79,7 +79,7 @@ async def refuse_other_machine(
 
 
 async def refuse_other_devices(monitor: Monitor, tag: str, saved: Contents, standing: str) -> None:
-    """The same for all devices, as QEMU itself writes their states. The guest is to be stopped.
+    """Refuse a snapshot of other devices, by what QEMU itself writes of its present ones. The guest must be stopped.
 
     :param standing: the guest's state, for the message of a refusal.
     :raise PrecheckRefused: the machine is another one.

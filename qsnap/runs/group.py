@@ -122,7 +122,7 @@ class Member:
     :ivar at: the last point that its run has come to.
     :ivar has_left: its run is over.
     :ivar stopped: when its guest was stopped: QEMU's time stamp if it has told one, and our clock, in seconds.
-    :ivar resumed: the same of its resumption.
+    :ivar resumed: when it was resumed, by both clocks.
     """
 
     def __init__(self, group: Group, title: str) -> None:
@@ -138,7 +138,7 @@ class Member:
 
     @property
     def token(self) -> str:
-        """That of the group."""
+        """The token of the group."""
         return self._group.token
 
     @property

@@ -1,7 +1,7 @@
 """What is done when a run has died: resume the guest that it had stopped, and clear up what it had under way.
 
-By its guard, at once; where that died too, by the next qsnap on the VM, from the journal. Where even the journal is not
-to be had (another user's, another machine's), the mark in QEMU tells who it was and what for, and the guest is resumed.
+Its guard does that at once. If the guard died too, the next qsnap on the VM does it, from the journal. If that cannot
+be read (another user's, another machine's), the mark in QEMU says whose run it was, and only the guest is resumed.
 """
 
 from __future__ import annotations
@@ -93,12 +93,14 @@ async def recover(monitor: Monitor, journal: Journal) -> Recovered:
 
 
 async def recover_by_mark(monitor: Monitor, text: str, *, force: bool = False) -> Recovered | None:
-    """The same where nothing but the *text* of the mark is to be had. None if somebody else is at it, or has been.
+    """Resume the guest of a dead run of which there is no journal, and remove its mark.
 
-    What a save has half made is not known then; it shows in the list of snapshots. A mark that cannot be read does not
-    even tell whether its run had stopped the guest: that stays as it is.
+    What a save has half made is not known; it shows in the list of snapshots. A mark that cannot be read does not tell
+    whether its run stopped the guest, so the guest stays as it is.
 
-    :param force: also where somebody else cannot be told to be dead.
+    :param text: the text of the run's mark.
+    :param force: also if another process that recovers the run may still live.
+    :return: None if another process recovers the run, or has done so.
     """
     holder = decode(text)
     ours = mark.of_this_process("recover", holder.tag if holder else "")

@@ -131,7 +131,7 @@ class Drive(NamedTuple):
     text: str
 
     def words(self, contents: Contents) -> tuple[str, str]:
-        """The same as an option with these contents."""
+        """The option, and its value, that give the drive these contents."""
         if self.is_node and contents.file:
             file = {"driver": "file", "filename": contents.file}
             node = {"driver": "qcow2", "node-name": self.name, "read-only": contents.is_read_only, "file": file}

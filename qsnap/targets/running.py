@@ -301,7 +301,7 @@ class _Sight:
     def _likely_place(
         self, path: str, likely: Sequence[tuple[str, os.stat_result]], *, is_sure: bool
     ) -> tuple[str, MonitorState]:
-        """The same by the path alone: as QEMU sees it, and written as short as possible."""
+        """What :meth:`_place` returns if only the paths tell: the path that QEMU means, as short as possible."""
         found = dict(likely)
         inside = self._root + path
         if inside in found and not (path in found and os.path.samestat(found[path], found[inside])):

@@ -11,7 +11,7 @@ import pytest
 
 import qsnap
 from qsnap.inventory.lineage import SUFFIX
-from qsnap.inventory.qcow2 import Way, Ways
+from qsnap.inventory.qcow2 import L1Table, L1Tables
 from support.guest import (
     DEADLINE_S,
     Guest,
@@ -215,4 +215,4 @@ def test_the_list_and_the_tree_say_so(launch: Launch, images: Path) -> None:
 
 def test_an_image_that_nothing_was_written_to(tmp_path: Path) -> None:
     with make_disk(tmp_path / "empty", "40G").open("rb") as file:
-        assert Ways(file.fileno()).active == Way(disk=(0,) * 80, state=())
+        assert L1Tables(file.fileno()).active == L1Table(disk=(0,) * 80, state=())

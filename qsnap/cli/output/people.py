@@ -234,7 +234,7 @@ def _cells(snapshot: Snapshot, now: datetime) -> Sequence[str]:
 
 
 def _devices(snapshot: Snapshot) -> str:
-    """Those that hold it; what is wrong comes first, so that it is seen where the cell is cut."""
+    """The devices that hold it; what is wrong comes first, because the cell may be cut."""
     held, lacking = snapshot.devices, snapshot.missing
     gap = f"{len(held)} of {len(held) + len(lacking)}, not {_names(lacking, snapshot.labels)}" if lacking else ""
     return ("(!) " if snapshot.problems else "") + (

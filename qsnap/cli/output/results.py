@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class Snapshots(Struct, frozen=True):
-    """Those that there are, and where the guest is."""
+    """The snapshots, and where the guest is."""
 
     snapshots: tuple[Snapshot, ...]
     position: Position = Position()
@@ -74,7 +74,7 @@ class KnownVMs(Struct, frozen=True):
 
 
 class Outcome(NamedTuple):
-    """What became of one VM.
+    """The result, or the error, of one VM.
 
     :ivar title: what to call the VM.
     """
@@ -88,7 +88,7 @@ class Outcome(NamedTuple):
 
 
 class OfVM(Struct, frozen=True):
-    """What became of the VM that the command was about."""
+    """The result of a command for one VM, which is named."""
 
     vm: str
     result: Struct
@@ -98,13 +98,13 @@ class OfVM(Struct, frozen=True):
 
 
 class Outcomes(Struct, frozen=True):
-    """What became of each of several VMs."""
+    """The results of a command for several VMs."""
 
     vms: tuple[Outcome, ...]
     stop_spread_ms: float | None = None
     """Together: milliseconds from the first guest's stop to the last one's; None if fewer than two were stopped."""
     resume_spread_ms: float | None = None
-    """The same of their resumption."""
+    """Together: milliseconds from the first guest's resumption to the last one's."""
 
     def to_json(self) -> dict[str, Any]:
         spreads = {"stop_spread_ms": self.stop_spread_ms, "resume_spread_ms": self.resume_spread_ms}
@@ -115,7 +115,7 @@ class Outcomes(Struct, frozen=True):
 
 
 def exit_code_of(result: object) -> int:
-    """What a command exits with that ends with *result*."""
+    """The exit code of a command with this *result*."""
     match result:
         case OfVM():
             return exit_code_of(result.result)
@@ -134,7 +134,7 @@ def exit_code_of(result: object) -> int:
 
 
 def _common_exit_code(results: Sequence[object]) -> int:
-    """What all have in common; else the worst of plugins' answers, 20 if any guest is left stopped, or 3."""
+    """The code that all have in common; else the worst of plugins' answers, 20 if any guest is left stopped, or 3."""
     codes = {exit_code_of(result) for result in results}
     if all(isinstance(result, PluginAnswer) for result in results):
         return max(codes, key=(0, 1, 3, 2).index)

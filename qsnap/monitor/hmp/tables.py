@@ -5,6 +5,9 @@ block-hmp-cmds.c: print_block_info; migration/migration-hmp-cmds.c), held agains
 They are made for people: a size has three digits, a time no zone, and what lies above an image is told by
 its ``json:{…}`` file name alone. A table that does not have the form it should have is an error: nothing in
 it is guessed.
+
+Snapshots are read from ``info block -n -v``, which prints the snapshot table of every image. ``info snapshots`` prints
+the same columns, but of all disks together, and nothing of backing images.
 """
 
 from __future__ import annotations

@@ -254,11 +254,11 @@ class Background:
             await self.tidy()
 
     def forget_stop_resume_events(self) -> None:
-        """Begin anew to remember STOP and RESUME events; a stream that begins does so, too."""
+        """Forget the STOP and RESUME events so far. A stream that begins does so, too."""
         self._channel.forget_stop_resume_events()
 
     def stop_resume_events(self) -> Sequence[tuple[str, float]]:
-        """Those that have come since, with their time stamps in seconds since 1970."""
+        """The STOP and RESUME events since they were forgotten, with their time stamps in seconds since 1970."""
         return self._channel.stop_resume_events()
 
     async def add_state_node(self, file: int, node: str) -> None:

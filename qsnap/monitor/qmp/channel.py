@@ -256,12 +256,12 @@ class Channel:
             self._client.send_fd_scm(file)
 
     def forget_stop_resume_events(self) -> None:
-        """Begin anew to remember STOP and RESUME events."""
+        """Forget the STOP and RESUME events so far."""
         self._seen.clear()
         self._past.clear()
 
     def stop_resume_events(self) -> Sequence[tuple[str, float]]:
-        """Those that have come since, with their time stamps in seconds since 1970."""
+        """The STOP and RESUME events since they were forgotten, with their time stamps in seconds since 1970."""
         stamped = ((str(event["event"]), _stamp(event)) for event in self._seen.clear())
         self._past += ((name, stamp) for name, stamp in stamped if stamp is not None)
         return tuple(self._past)

@@ -280,7 +280,7 @@ def _arguments(about: Manifest, request: BootRequest) -> Iterator[str]:
 
 
 def _networked(value: str) -> str:
-    """The same network card on QEMU's user network."""
+    """The value of an option that connects the network card to QEMU's user network."""
     return re.sub(r"^hubport,hubid=\d+", "user", value.removesuffix(",restrict=on"))
 
 
