@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import runpy
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -56,6 +57,7 @@ LAYERS = [
 ]
 
 
+@cache
 def imports(path: Path) -> set[str]:
     """The modules that a file imports, wherever in it, for type checking too."""
     found: set[str] = set()

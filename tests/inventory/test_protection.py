@@ -9,7 +9,6 @@ import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -29,25 +28,13 @@ from qsnap.operations.prune import PruneRequest, do_prune
 from qsnap.operations.save import do_savevm
 from qsnap.runs.run import Run
 from qsnap.upkeep.retention import Policy
-from support.fake_proc import IS_ROOT, NOBODY
+from support.fake_proc import as_nobody
 from support.graphs import graph as graph_of
 from support.graphs import node
 from support.guest import Guest, Launch, blockdev, cli, disk_device, make_boot_disk, qemu_version, tags
 from support.state_files import DATE, written
 
 TCP = ("-qmp", "tcp:127.0.0.1:0,server=on,wait=off", "-monitor", "tcp:127.0.0.1:0,server=on,wait=off")
-
-
-@contextmanager
-def unprivileged() -> Iterator[None]:
-    """As a user for whom the permissions of files count."""
-    if IS_ROOT:
-        os.seteuid(NOBODY)
-    try:
-        yield
-    finally:
-        if IS_ROOT:
-            os.seteuid(0)
 
 
 @pytest.fixture
@@ -165,15 +152,15 @@ async def test_what_another_user_may_not_see(launch: Launch, open_directory: Pat
             mode = hidden.stat().st_mode & 0o777
             hidden.chmod(0)
             try:
-                with unprivileged(), pytest.raises(PrecheckRefused) as refused:
+                with as_nobody(), pytest.raises(PrecheckRefused) as refused:
                     await do_delvm(Run(vm._monitor, StateStore(guest.pid)), DeleteRequest(tags=(tag,)))
                 assert refused.value.findings[0].code == code
                 inventory = await look(vm._monitor, StateStore(guest.pid))
                 if hidden == notes:
-                    with unprivileged(), pytest.raises(QsnapError, match="Permission denied; a snapshot may be prot"):
+                    with as_nobody(), pytest.raises(QsnapError, match="Permission denied; a snapshot may be prot"):
                         inventory.notes.write(notes, (), ())
                 if hidden == state:
-                    with unprivileged():
+                    with as_nobody():
                         ram = inventory.find("ram")
                         assert ram is not None
                         with pytest.raises(PrecheckRefused, match="may not be read by this user"):
@@ -213,7 +200,7 @@ async def test_a_state_file_that_cannot_be_removed(
             lambda: do_savevm(run, SaveRequest("a")),
             lambda: do_savevm(run, safe),
         ):
-            with unprivileged(), pytest.raises(PrecheckRefused) as refused:
+            with as_nobody(), pytest.raises(PrecheckRefused) as refused:
                 await deed()
             assert [finding.code for finding in refused.value.findings] == ["state-file-stays"]
             assert f"{open_directory} cannot be written by this user" in str(refused.value)
@@ -222,13 +209,13 @@ async def test_a_state_file_that_cannot_be_removed(
 
         # What cannot be foreseen
         monkeypatch.setattr("qsnap.host.files.obstacle_to_removal", lambda _: "")
-        with unprivileged(), pytest.raises(JobFailed) as failed:
+        with as_nobody(), pytest.raises(JobFailed) as failed:
             await do_delvm(run, DeleteRequest(tags=("b",)))
         assert str(failed.value) == (
             f"unlink failed: the state file {files['b']} cannot be removed: Permission denied; its disks' snapshots "
             "are gone; the guest is running. Remove the file by hand"
         )
-        with unprivileged():
+        with as_nobody():
             saved = await do_savevm(run, safe)
         assert [(one.code, one.cure) for one in saved.warnings] == [("replaced-left", "remove the file by hand")]
         assert f"{files['a']} cannot be removed: Permission denied" in saved.warnings[0].message
@@ -295,7 +282,7 @@ def test_a_directory_that_may_not_be_listed(open_directory: Path) -> None:
     with image.open("rb"):
         for mode, seen in (0o755, ["t"]), (0o711, ["t"]), (0, []):
             open_directory.chmod(mode)
-            with unprivileged():
+            with as_nobody():
                 assert [file.disk_tag for file in store.files(both, devices)] == seen, oct(mode)
                 assert bool(store.unseen(both, devices)) is not bool(seen)
         open_directory.chmod(0o755)

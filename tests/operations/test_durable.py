@@ -17,7 +17,7 @@ import pytest
 import qsnap
 from qsnap.host import bulk_io, files
 from qsnap.monitor.qmp.monitor import QmpMonitor
-from support.fake_proc import IS_ROOT, NOBODY
+from support.fake_proc import IS_ROOT, as_nobody
 from support.guest import Guest, qemu_version, tags
 
 #: A file is given its name, and the disk knows that.
@@ -104,10 +104,6 @@ async def test_a_live_save_in_the_place_of_another(
 def test_a_directory_that_may_be_written_and_not_read(tmp_path: Path, steps: Callable[[], list[str]]) -> None:
     """It cannot be opened to have the disk know its names: then the disk is told of all there is."""
     tmp_path.chmod(0o333)
-    with files.directory(tmp_path) as where:
-        os.seteuid(NOBODY)
-        try:
-            files.sync(where)
-        finally:
-            os.seteuid(0)
+    with files.directory(tmp_path) as where, as_nobody():
+        files.sync(where)
     assert steps() == ["names on the disk"]

@@ -10,7 +10,8 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from shutil import rmtree
 
@@ -21,6 +22,18 @@ from support.guest import DEADLINE_S, QEMU, Run, finish, until
 IS_ROOT = os.geteuid() == 0
 NOBODY = 65534
 BARE = ("-machine", "none", "-nodefaults", "-display", "none")
+
+
+@contextmanager
+def as_nobody() -> Iterator[None]:
+    """As another user, for whom the permissions of files count. Any user but root is that already."""
+    if IS_ROOT:
+        os.seteuid(NOBODY)
+    try:
+        yield
+    finally:
+        if IS_ROOT:
+            os.seteuid(0)
 
 
 class Machine:

@@ -14,8 +14,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
@@ -27,7 +26,7 @@ from qsnap.monitor.address import TcpAddress, UnixAddress
 from qsnap.targets.command_line import parse_arguments, qemu_arguments
 from qsnap.targets.running import holder, running_vms
 from qsnap.targets.vms import Holder, MonitorPoint, MonitorState, RunningVM, find, usable
-from support.fake_proc import BARE, IS_ROOT, NOBODY, Machine, qmp
+from support.fake_proc import BARE, IS_ROOT, NOBODY, Machine, as_nobody, qmp
 from support.guest import DEADLINE_S, QEMU, until
 
 #: One after another: a QEMU whose socket has the same relative path makes another one's state uncertain.
@@ -529,18 +528,6 @@ def test_arguments_as_libvirt_gives_them(machine: Machine) -> None:
     best = usable(vm)
     assert best
     assert best.address == UnixAddress(f"{machine.directory}/mine")
-
-
-@contextmanager
-def as_nobody() -> Iterator[None]:
-    """What another user may do; as root alone can this be tried, and anyone else is another user's nobody."""
-    if IS_ROOT:
-        os.seteuid(NOBODY)
-    try:
-        yield
-    finally:
-        if IS_ROOT:
-            os.seteuid(0)
 
 
 def test_a_socket_that_we_may_not_open(machine: Machine) -> None:
