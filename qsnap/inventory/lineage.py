@@ -35,6 +35,7 @@ from qsnap.inventory.devices import SNAPSHOT_DRIVERS
 from qsnap.inventory.inventory import Inventory
 from qsnap.inventory.qcow2 import L1Table, L1Tables, Unreadable
 from qsnap.inventory.snapshots import owner, relevant_nodes
+from qsnap.model import typed
 from qsnap.model.qemu import Struct
 from qsnap.model.snapshots import Kind, Origin, Position, Snapshot
 from qsnap.monitor.names import HERE
@@ -301,7 +302,7 @@ def _read(inventory: Inventory) -> _Record | None:
     """What is written down; None if nothing is, or nothing that can be read."""
     for path in _places(inventory):
         with suppress(OSError, ValueError, msgspec.DecodeError):
-            record = msgspec.json.decode(files.read(path), type=_Record)
+            record = typed.decode(files.read(path), _Record)
             if record.version == _VERSION and record.trail:
                 return record
     return None

@@ -24,6 +24,7 @@ import msgspec
 
 from qsnap.inventory.stream import LONGEST_FRAME, Broken, Stream, Unknown
 from qsnap.inventory.vm_state import VmState
+from qsnap.model import typed
 from qsnap.model.machine import Machine, RamBlock, Section
 
 #: Bytes at the end that are read first; they hold the devices of most guests. It is doubled up to the most.
@@ -160,7 +161,7 @@ def _beginning(data: bytes, number: bytes, end: int) -> int:
 def _described(description: bytes) -> list[tuple[str, int]]:
     """The names and instances of the devices in the description at the end of a stream."""
     try:
-        devices = msgspec.json.decode(description, type=_Description).devices
+        devices = typed.decode(description, _Description).devices
     except msgspec.DecodeError as error:
         raise Broken(f"the description at its end is damaged: {error}") from error
     return [(device.name, device.instance_id) for device in devices]

@@ -24,6 +24,7 @@ from qsnap.errors import BadUsage, QsnapError
 from qsnap.host import files
 from qsnap.inventory import snapshots
 from qsnap.inventory.state_store import StateStore
+from qsnap.model import typed
 from qsnap.model.checks import Device
 from qsnap.model.qemu import BlockGraph, Struct
 from qsnap.model.snapshots import Snapshot, Together
@@ -270,7 +271,7 @@ def _read(path: Path) -> Sequence[Note]:
     except FileNotFoundError:
         return ()
     try:
-        file = msgspec.json.decode(text, type=_File)
+        file = typed.decode(text, _File)
     except (msgspec.DecodeError, ValueError) as error:
         cure = "mend the file, or move it away: then nothing is protected"
         raise QsnapError(f"the notes {path} cannot be understood: {error}; {cure}") from error

@@ -24,6 +24,7 @@ import msgspec
 from qsnap.errors import QsnapError
 from qsnap.host import files
 from qsnap.host.processes import process, this_process
+from qsnap.model import typed
 from qsnap.model.qemu import Struct
 from qsnap.monitor.address import Address, UnixAddress
 from qsnap.runs import runtime_dir
@@ -275,9 +276,9 @@ def _read(file: int) -> Record | None:
     facts: dict[str, Any] = {}
     for line in os.pread(file, 1 << 22, 0).split(b"\n")[:-1]:
         with suppress(msgspec.DecodeError):
-            facts |= msgspec.json.decode(line, type=dict[str, Any])
+            facts |= typed.decode(line, dict[str, Any])
     try:
-        return msgspec.convert(facts, Record) if facts else None
+        return typed.convert(facts, Record) if facts else None
     except msgspec.ValidationError:
         return None
 

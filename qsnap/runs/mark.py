@@ -15,6 +15,7 @@ from pathlib import Path
 import msgspec
 
 from qsnap.host.processes import Process, this_process
+from qsnap.model import typed
 from qsnap.model.qemu import Struct
 from qsnap.monitor import Monitor
 from qsnap.runs.record import Record
@@ -84,7 +85,7 @@ def of_this_process(operation: str, tag: str) -> Holder:
 def decode(text: str) -> Holder | None:
     """The holder in a mark's *text*; None if it cannot be read, as from another version of qsnap."""
     try:
-        return msgspec.json.decode(base64.urlsafe_b64decode(text + "=" * (-len(text) % 4)), type=Holder)
+        return typed.decode(base64.urlsafe_b64decode(text + "=" * (-len(text) % 4)), Holder)
     except (ValueError, msgspec.DecodeError):
         return None
 

@@ -35,6 +35,7 @@ import msgspec
 from msgspec import Meta
 
 from qsnap.errors import BadUsage
+from qsnap.model import typed
 from qsnap.monitor.address import Address, expanded, parse_address
 
 
@@ -156,7 +157,7 @@ class _Reader:
         if key not in table:
             return None
         try:
-            return msgspec.convert(table[key], good)
+            return typed.convert(table[key], good)
         except msgspec.ValidationError as error:
             raise self._error((*where, key), f"must be {meaning}") from error
 

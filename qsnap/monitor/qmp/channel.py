@@ -19,6 +19,7 @@ from qemu.qmp import EventListener, ExecuteError, Message, QMPClient, QMPError, 
 from qemu.qmp.message import DeserializationError
 
 from qsnap.errors import CommandFailed, ConnectError, MonitorError, MonitorLost, NotSupported
+from qsnap.model import typed
 from qsnap.model.qemu import Migration, QemuVersion
 from qsnap.monitor.address import Address
 from qsnap.monitor.connection import AnotherAnswers, Connection, connection, first_bytes, hang_up, lost
@@ -144,7 +145,7 @@ async def _synchronized(sock: socket.socket) -> QemuVersion:
         message = (line if line.startswith(b"{") else message + line)[-(1 << 16) :]
         if word.encode() in message and line.startswith((b"{", b"}")):
             try:
-                return msgspec.json.decode(message, type=replies.VersionReply).result.version
+                return typed.decode(message, replies.VersionReply).result.version
             except msgspec.DecodeError as error:
                 raise EOFError(f"its answer cannot be read: {error}") from error
         line = b""
@@ -248,7 +249,7 @@ class Channel:
     async def query(self, kind: type[_T], command: str, arguments: Mapping[str, object] | None = None) -> _T:
         """Have QEMU execute a command; what it returns, read as *kind*."""
         with _mapped_errors(command, self._client):
-            return msgspec.convert(await self._client.execute(command, dict(arguments) if arguments else None), kind)
+            return typed.convert(await self._client.execute(command, dict(arguments) if arguments else None), kind)
 
     async def send_file(self, file: int) -> None:
         """Hand an open file to QEMU, over a UNIX socket: the next command may take it."""
@@ -328,7 +329,7 @@ class Channel:
 def _stamp(event: Message) -> float | None:
     """When QEMU sent an event, in seconds since 1970; None where it does not tell (-1: its clock failed)."""
     try:
-        stamp = msgspec.convert(event.get("timestamp"), replies.Timestamp)
+        stamp = typed.convert(event.get("timestamp"), replies.Timestamp)
     except msgspec.ValidationError:
         return None
     return stamp.seconds + stamp.microseconds / 1e6

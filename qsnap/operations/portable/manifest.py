@@ -18,6 +18,7 @@ import msgspec
 
 from qsnap.errors import QsnapError
 from qsnap.host import files
+from qsnap.model import typed
 from qsnap.model.qemu import Struct
 from qsnap.targets.portable import EXPORT
 
@@ -152,7 +153,7 @@ def read(directory: Path) -> Manifest:
     """
     path = directory / MANIFEST
     try:
-        manifest = msgspec.json.decode(files.read(path), type=Manifest)
+        manifest = typed.decode(files.read(path), Manifest)
     except FileNotFoundError as error:
         raise QsnapError(f"{directory} is not an export of qsnap: there is no {MANIFEST} in it") from error
     except OSError as error:
