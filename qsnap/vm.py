@@ -392,25 +392,25 @@ class VM:
             return await annotate(run, tags, protected=protected, description=description)
 
     async def pause(self) -> GuestState:
-        """Pause the guest: see :func:`qsnap.operations.runstate.pause`.
+        """Pause the guest: see :func:`qsnap.operations.stop_cont.pause`.
 
         :raise VMLocked: another qsnap is using this VM.
         """
-        from qsnap.operations import runstate
+        from qsnap.operations import stop_cont
 
         async with self._claimed("pause", ()) as run:
-            return await runstate.pause(run)
+            return await stop_cont.pause(run)
 
     async def resume(self) -> GuestState:
-        """Run a paused guest again: see :func:`qsnap.operations.runstate.resume`.
+        """Run a paused guest again: see :func:`qsnap.operations.stop_cont.resume`.
 
         :raise PrecheckRefused: a load has failed midway, so that it must not run.
         :raise VMLocked: another qsnap is using this VM.
         """
-        from qsnap.operations import runstate
+        from qsnap.operations import stop_cont
 
         async with self._claimed("resume", ()) as run:
-            return await runstate.resume(run)
+            return await stop_cont.resume(run)
 
     async def recover(self, *, force: bool = False) -> tuple[Recovered, ...]:
         """Clean up after runs that died on this VM: resume the guest, remove what they left half made.

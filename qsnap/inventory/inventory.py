@@ -104,7 +104,7 @@ class Inventory:
         return self._marks
 
     async def change_marks(self, monitor: Monitor, to_set: Collection[str], to_clear: Collection[str]) -> None:
-        """Set and remove marks. A mark that exists already, or is missing already, is no error."""
+        """Set and remove marks. It is not an error if a mark exists, or is missing, already."""
         names = (await self.marks(monitor)).names
         for name in sorted(set(to_set) - names):
             await monitor.set_mark(name, "yes")

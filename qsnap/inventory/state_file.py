@@ -14,7 +14,7 @@ So the stream lies in the clusters behind the header, and everything else behind
 
     header | stream … | active L1 | snapshot L1 | L2 tables | snapshot table | refcount table | refcount blocks
 
-The header is written last: until then this is no image, whatever happens.
+The header is written last: until then this is not an image, whatever happens.
 
 QEMU writes to an image when it goes back to a snapshot of it (qcow2-snapshot.c: qcow2_snapshot_goto). The first load
 makes the active L1 table as long as the snapshot's, at the end of the file, frees the old one, and counts two uses of

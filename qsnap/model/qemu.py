@@ -181,7 +181,7 @@ class BlockBackend(Struct, frozen=True):
     name: str = ""
     """The -drive id; "" for a -blockdev disk and for exports and jobs."""
     qdev: str = ""
-    """The guest device: its id or its path in the object tree; "" where it is no guest device."""
+    """The guest device: its id or its path in the object tree; "" if it is not a guest device."""
     qdev_type: str = ""
     """The device model, such as ``cfi.pflash01``; "" if qsnap did not query it."""
     removable: bool = False

@@ -38,7 +38,7 @@ class LoadRequest(Struct, frozen=True):
     exclude: tuple[str, ...] = ()
     """Devices that keep the contents they have now, as they did when the tag was saved."""
     force: bool = False
-    """Load also where a disk stands on other images than when the tag was saved, or the machine is another one."""
+    """Load even if a disk has other backing images than when the tag was saved, or the machine is another one."""
     may_sleep: bool = False
     """With *running*, it is not an error if the guest was saved in S3."""
     full: bool = False
@@ -79,7 +79,7 @@ class ExportRequest(Struct, frozen=True):
     keep_backing: bool = False
     """Do not copy what is in backing images; the disks of the export stand on them."""
     force: bool = False
-    """Export also where a disk stands on other images than when the tag was saved, or room seems to be short."""
+    """Export even if a disk has other backing images than when the tag was saved, or room seems to be short."""
 
 
 class BootRequest(Struct, frozen=True):

@@ -98,7 +98,7 @@ def parse_address(text: str, *, relative_to: str = "") -> Address:
     """The address that *text* means.
 
     :param relative_to: the directory that relative paths start from. Default: the working directory.
-    :raise BadUsage: *text* is no address; the message shows valid ones.
+    :raise BadUsage: *text* is not an address; the message shows valid ones.
     """
     address = _parse(text, relative_to)
     if not isinstance(address, UnixAddress):

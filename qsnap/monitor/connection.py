@@ -55,7 +55,7 @@ async def connection(address: Address, timeout_s: float) -> AsyncIterator[Connec
     The block's work is under the same time-out. If it fails, the connection is closed; else it stays open.
 
     :param timeout_s: seconds for all of it.
-    :raise ConnectError: nothing listens there, it may not be opened, or it is no monitor.
+    :raise ConnectError: nothing listens there, it may not be opened, or it is not a monitor.
     :raise MonitorBusy: it does not greet in time.
     """
     sock: socket.socket | None = None

@@ -41,7 +41,7 @@ async def open_monitor(
     :param timeout_s: seconds until the greeting has come. Default 5.
     :param snapshot_jobs: for QMP: whether to use the jobs that QEMU has since 6.0. Default: if this QEMU has
         them; False uses HMP's savevm inside QMP.
-    :raise ConnectError: nothing listens there, it may not be opened, or it is no monitor.
+    :raise ConnectError: nothing listens there, it may not be opened, or it is not a monitor.
     :raise MonitorBusy: it does not greet in time.
     """
     from qsnap.monitor.connection import connection

@@ -145,7 +145,7 @@ class Monitor(Protocol):
         """Clear concluded jobs away."""
 
     async def tidy(self) -> None:
-        """Remove from QEMU the state files that it was given; it is no error if there is none."""
+        """Remove from QEMU the state files that it was given; it is not an error if there are none."""
 
     async def reconnect(self, timeout_s: float) -> None:
         """Open the connection anew after it was lost. What was under way is then known to :meth:`settle`.

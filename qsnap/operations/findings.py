@@ -1,4 +1,7 @@
-"""The findings of the pre-checks: each says what is wrong, and how to cure it."""
+"""The findings of the pre-checks: each says what is wrong, and how to cure it.
+
+Those of devices are in :mod:`qsnap.inventory.devices`, and those of block jobs in :mod:`qsnap.inventory.block_jobs`.
+"""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ class PruneRequest(NamedTuple):
     """A prune that is asked for.
 
     :ivar prefix: the series has the tags that :func:`qsnap.tags.series_tag` makes: PREFIX-YYYYMMDDTHHMMSS. Any other
-        tag is no candidate.
+        tag is not a candidate.
     :ivar policy: see :func:`qsnap.upkeep.retention.decide`.
     :ivar allow_remove_all: delete the newest whole one too, if the policy does not keep it.
     :ivar dry_run: decide everything and do nothing.

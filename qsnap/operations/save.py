@@ -53,7 +53,7 @@ async def do_savevm(run: Run, request: SaveRequest, watch: Watcher | None = None
 
     The order is that of the old do_savevm (seed of savevm.c). Newer QEMU deletes the old snapshot before it
     stops the guest; here the stop comes first, so that nothing can change between the look-up and the save,
-    and no vCPU or vhost device is at work when QEMU starts to write.
+    and no vCPU or vhost device is active when QEMU starts to write.
 
     In a group (:mod:`qsnap.runs.group`) all VMs are checked before one is stopped, and stand still at the same time.
 

@@ -143,7 +143,7 @@ def _drop(ours: Journal, watching: guard.Guard | None) -> None:
 
 
 async def _release(monitor: Monitor, ours: Journal) -> None:
-    """Give the claim back; or leave it to the guard, if something is left to do that we cannot."""
+    """Give the claim back; or leave that to the guard, if something is left that this process cannot do."""
     watching = ours.guard
     assert isinstance(watching, guard.Guard)
     is_done = not ours.record.stopped and not isinstance(ours.record.work, LiveWork)
@@ -173,7 +173,7 @@ def _cure_of_stopped(pid: int) -> str:
     """What to do about a holder that somebody stopped; "" for one that works."""
     if not is_stopped(pid):
         return ""
-    return f"It is stopped itself (SIGSTOP): kill -CONT {pid}; or kill -KILL {pid}, and its guard sees to the guest"
+    return f"It is stopped itself (SIGSTOP): kill -CONT {pid}; or kill -KILL {pid}, and its guard resumes the guest"
 
 
 async def _recovered(monitor: Monitor, text: str, *, force: bool = False) -> Recovered | None:

@@ -24,7 +24,7 @@ _READY_S = 20.0
 
 _READY = b"r"
 
-#: Guards that were handed over and may still be at work: they are waited for when the next one is started.
+#: Guards that were handed over and may still be working: they are waited for when the next one is started.
 _left: list[subprocess.Popen[bytes]] = []
 
 #: Its own interpreter, without the time that ``site`` takes.

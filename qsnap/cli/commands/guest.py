@@ -1,4 +1,4 @@
-"""The guest and this machine: check, status and recover a VM, list the VMs, completion for a shell, and the demo."""
+"""The guest and this machine: check, status, pause, resume, recover; vms, completion, help and the demo."""
 
 from __future__ import annotations
 

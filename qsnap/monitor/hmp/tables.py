@@ -78,7 +78,7 @@ def snapshot_row(line: str, layout: TableLayout) -> NodeSnapshot:
 
     Blanks at the end of a tag that does not fill its column are not told from the column's own.
 
-    :raise MonitorError: it is no row.
+    :raise MonitorError: it is not a row.
     """
     data = line.encode(errors="surrogateescape")
     identity = data.partition(b" ")[0]

@@ -64,7 +64,7 @@ def banner(stream: bytes) -> QemuVersion | None:
 def version(answer: str) -> QemuVersion:
     """What ``info version`` says: ``7.2.22Debian 1:7.2…``.
 
-    :raise MonitorError: it is no version.
+    :raise MonitorError: it is not a version.
     """
     match = re.match(r"(\d+)\.(\d+)\.(\d+)", answer)
     if match is None:
@@ -85,7 +85,7 @@ def tag_obstacle(tag: str) -> str | None:
 def typed(line: str, number: int) -> bytes:
     """The bytes to send: *line*, and the command that prints *number* behind its answer.
 
-    :raise NotSupported: *line* holds a byte that is no character to the line editor, or is too long.
+    :raise NotSupported: *line* holds a byte that the line editor does not take, or is too long.
     """
     data = line.encode(errors="surrogateescape")
     if not _KEYS.isdisjoint(data) or len(data) > MAX_LINE_BYTES:

@@ -287,7 +287,7 @@ class Background:
         return [node.node_name for node in nodes if node.node_name.startswith(STATE_NODE)]
 
     async def tidy(self) -> None:
-        """Take our nodes and files out of QEMU again; none there is no error."""
+        """Remove qsnap's nodes and files from QEMU; it is not an error if there are none."""
         for name in await self._state_nodes():
             with suppress(CommandFailed):
                 await self._channel.execute("blockdev-del", {"node-name": name})

@@ -74,7 +74,7 @@ class Clone(NamedTuple):
 
 
 def end(process: subprocess.Popen[bytes]) -> None:
-    """Kill a process of ours, and wait for its end: what it has written is thrown away."""
+    """Kill a process that qsnap started, and wait for its end; its output is discarded."""
     with suppress(ProcessLookupError):
         process.kill()
     with suppress(subprocess.TimeoutExpired):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from qsnap.errors import CommandFailed, PrecheckRefused, QsnapError
 from qsnap.model.checks import Finding
+from qsnap.model.qemu import RunState
 from qsnap.model.results import GuestState
 from qsnap.model.runstates import HAS_ENDED, cure_of, is_live
 from qsnap.monitor.names import HALF_RESTORED
@@ -35,7 +36,7 @@ async def resume(run: Run) -> GuestState:
     """
     monitor = run.monitor
     before = await monitor.runstate()
-    if is_live(before) and before != "suspended":
+    if before is RunState.RUNNING:
         return GuestState(runstate=before, before=before)
     if await monitor.mark(HALF_RESTORED) is not None:
         finding = Finding.refusal(
@@ -43,7 +44,7 @@ async def resume(run: Run) -> GuestState:
             "load a good snapshot: qsnap load TAG",
         )  # fmt: skip
         raise PrecheckRefused("the guest is not resumed", [finding])
-    if before in HAS_ENDED or before == "suspended":
+    if before in HAS_ENDED or before is RunState.SUSPENDED:
         raise PrecheckRefused(
             "the guest is not resumed", [Finding.refusal("run-state", f"it is {before}", cure_of(before))]
         )
