@@ -53,6 +53,8 @@ def do(
         raise BadUsage("--together is for several VMs: name each with --vm, or --all")
     cut_off: list[str] = []
     meant = list(targets(options))
+    if together and not options.all_vms and len(meant) < 2:
+        raise BadUsage(f"{' and '.join(dict.fromkeys(options.vms))} are one VM; --together is for several")
     group: Group | None = None
     if together:
         from qsnap.runs.group import Group

@@ -448,8 +448,12 @@ def test_a_part_of_a_vm_that_is_off(trio: Trio) -> None:
     assert tags(trio.images["b"]) == []
 
 
-def test_one_vm_twice_is_not_several(trio: Trio) -> None:
+def test_one_vm_twice_is_not_several(trio: Trio, tmp_path: Path) -> None:
     assert "--together is for several VMs" in trio("save", "t", "--together", names=("a", "a"), expect=2).err
+    trio.addresses["d"] = trio.addresses["a"]
+    assert "a and d are one VM" in trio("save", "t", "--together", names=("a", "d"), expect=2).err
+    into = str(tmp_path / "into")
+    assert "one at a time" in trio("export", "t", into, names=("a", "b"), expect=2).err
     trio.assert_all_run([])
 
 

@@ -10,6 +10,7 @@ import click
 from qsnap.cli.commands import work
 from qsnap.cli.common import Options
 from qsnap.cli.options import Command, completes, one_vm_options, output_options, qemu_option, tag_argument, takes
+from qsnap.errors import BadUsage
 
 if TYPE_CHECKING:
     from qsnap.model.results import ExportResult
@@ -38,6 +39,9 @@ def export(options: Options, tag: str, directory: Path, keep_backing: bool, forc
     this host, and checksums. The guest runs meanwhile. An option or a device that cannot be used elsewhere is refused
     by name.
     """
+
+    if options.is_of_several:
+        raise BadUsage("DIR is for one VM: export one at a time")
 
     async def action(vm: VM, _: object, watch: Watcher | None) -> ExportResult:
         return await vm.export(tag, directory, keep_backing=keep_backing, force=force, watch=watch)
