@@ -206,7 +206,7 @@ def _l1_table(image: L1Tables, snapshot: Snapshot) -> L1Table | None:
 def _areas(inventory: Inventory, images: Mapping[str, L1Tables]) -> str:
     """A digest of where the active tables lead for VM states. Node-names change with each start, files do not."""
     graph = inventory.graph
-    parts = sorted((str(inventory.store.image(graph, node) or node), images[node].active.state) for node in images)
+    parts = sorted((str(inventory.store.image(graph, node) or ""), images[node].active.state) for node in images)
     return hashlib.sha256(repr([(Path(name).name, state) for name, state in parts]).encode()).hexdigest()[:32]
 
 

@@ -117,6 +117,10 @@ async def test_only_what_is_there_is_put_into_huge_pages(holder: Holder, monkeyp
     flagged(monkeypatch, "hg")
     before = holder.layout
     assert before.base == (512 + 496 + 495 + 256 + 512) * 4096
+    (mapping,) = processes.ram_mappings(holder.pid, 128 * MIB)
+    assert [size for _, size in hugepages._filled(holder.pid, mapping)] == [4 * MIB, 2 * MIB]
+    monkeypatch.setattr(hugepages, "_AT_ONCE", 2 * MIB)
+    assert [size for _, size in hugepages._filled(holder.pid, mapping)] == [2 * MIB] * 3
     await hugepages.collapse(holder.pid, 128 * MIB)
     assert holder.huge() == [0, 1, 4]
     assert holder.layout.base == (495 + 256) * 4096

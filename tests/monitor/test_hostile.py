@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -379,15 +380,21 @@ async def test_a_job_that_never_concludes(
     guest: Guest, tmp_path: Path, intercept: Intercept, runtime_directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """QEMU answers, and the job stands still: it is given up, the guest runs, and the snapshot is removed."""
-    monkeypatch.setattr(qmp, "STUCK_POLLS", 3)
+    monkeypatch.setattr(qmp, "STUCK_POLLS", 12)
+    monkeypatch.setattr(qmp, "POLL_S", 0.1)
+    at: dict[str, float] = {}
+
+    def note(message: dict[str, Any]) -> None:
+        at.setdefault(deed(message), time.monotonic())
 
     def pause(data: bytes) -> bytes:
         return data.replace(b'"concluded"', b'"paused"') if b"qsnap-save" in data else data
 
-    proxy = intercept(guest, on_data=pause)
+    proxy = intercept(guest, on_command=note, on_data=pause)
     async with qsnap.connect(proxy.address) as vm:
         with pytest.raises(VerifyFailed, match="its job does not end; QEMU answers, and calls it paused") as failure:
             await vm.save("t")
+    assert at["job-cancel"] - at["snapshot-save"] > 0.5, "it is given up too early"
     assert "the guest is running" in failure.value.outcome
     assert "job-cancel" in proxy.commands
     assert_all_is_well(guest, runtime_directory, {tmp_path / name: [] for name in ("disk0.qcow2", "disk1.qcow2")})
