@@ -110,9 +110,9 @@ async def connect(
     greeting_s = GREETING_TIMEOUT_S if timeout_s is None else min(timeout_s, GREETING_TIMEOUT_S)
     clock = asyncio.get_running_loop().time
     deadline = None if timeout_s is None else clock() + timeout_s
-    patience_s = lock_wait_s if timeout_s is None else min(lock_wait_s, timeout_s)
+    wait_s = lock_wait_s if timeout_s is None else min(lock_wait_s, timeout_s)
     try:
-        monitor = await _opened(where, greeting_s, patience_s, snapshot_jobs)
+        monitor = await _opened(where, greeting_s, wait_s, snapshot_jobs)
     except asyncio.CancelledError as cancelled:
         cancelled.add_note("the guest was not touched")
         raise

@@ -55,7 +55,7 @@ async def do_delvm(run: Run, request: DeleteRequest, inventory: Inventory | None
         raise PrecheckRefused("nothing can be deleted now", refusals)
     if run.journal.member is None:
         return await _delete_each(run, request, inventory)
-    await _decide(run, request, inventory)
+    await _agree(run, request, inventory)
     return await run.shielded(_delete_each(run, request, inventory))
 
 
@@ -108,7 +108,7 @@ async def _prepare(run: Run, tags: Sequence[str], request: DeleteRequest, invent
         run.journal.note(tags=tuple(tags), work=work)
 
 
-async def _decide(run: Run, request: DeleteRequest, inventory: Inventory) -> None:
+async def _agree(run: Run, request: DeleteRequest, inventory: Inventory) -> None:
     """With the other VMs of the group: check everything before anything is deleted, and decide that all is.
 
     From then on it is done to the end, if need be by the guards.

@@ -89,10 +89,10 @@ async def do_savevm(run: Run, request: SaveRequest, watch: Watcher | None = None
     if request.dry_run:
         return save_result(plan, tag, held.exists, began, dry_run=True)
 
-    attempt = SaveAttempt(monitor, journal, report.devices)
-    attempt.begin(tag, SaveWork(
+    journal.note(tags=(tag,), work=SaveWork(
         disk_tag=new.disk_tag, vmstate=plan.vmstate, devices=report.saved, older=new.older.tags, older_files=held.files
     ))  # fmt: skip
+    attempt = SaveAttempt(monitor, journal, report.devices)
     was_running = takes_stop(report.runstate, monitor.version)
 
     # The VM state's area of the image is prepared while the guest runs
@@ -169,10 +169,6 @@ class SaveAttempt:
     def _tag(self) -> str:
         (tag,) = self._journal.record.tags
         return tag
-
-    def begin(self, tag: str, work: SaveWork) -> None:
-        """Write down what is about to be made."""
-        self._journal.note(tags=(tag,), work=work)
 
     def begin_deletion(self, graph: BlockGraph) -> bool:
         """Note the rows under the name; return whether QEMU's own savevm is to delete them.

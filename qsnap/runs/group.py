@@ -29,7 +29,7 @@ class Point(IntEnum):
     """The VM answers, and is none of the others."""
     CLAIMED = 2
     NAMED = 3
-    """The name of the new snapshot is agreed on."""
+    """A save: the name of the new snapshot is agreed on. A prune: each knows what the others' policies keep."""
     GROUPED = 4
     """Each knows of which groups the others' snapshots are."""
     CHECKED = 5
