@@ -314,6 +314,7 @@ def test_no_device_of_the_guest(launch: Launch, tmp_path: Path) -> None:
         (finding,) = cli(*command.split(), *where, "--json", monitor=guest.address).json[said]
         assert finding["code"] == "long-pause"
         assert "spare: the guest may pause much longer than usual" in finding["message"]
+        assert "copy them beforehand: no device of the guest uses its image" in finding["message"]
     cli("save", "b", *where, monitor=guest.address)
     cli("load", "b", monitor=guest.address)
     guest.assert_running()

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import qsnap.guest
+from qsnap.operations import translation
 from support.guest import (
     GUESTS,
     HAS_SNAPSHOT_JOBS,
@@ -101,6 +102,22 @@ def test_a_paused_guest(modifier: Modifier, how: list[str], paused_by: str) -> N
         seen = len(modifier.printed())
         guest.qmp("cont")
         modifier.assert_runs("a", since=seen)
+
+
+@newer((10, 1), "before 10.2 QEMU itself drops translated code in every load")
+async def test_a_guest_that_executes_something_in_each_instant(
+    modifier: Modifier, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It cannot be paused without new translations, so they are dropped last of all."""
+    monkeypatch.setattr(translation, "_TRIES", 0)
+    async with qsnap.connect(modifier.guest.address) as vm:
+        await vm.save("t")
+        modifier.change()
+        assert (await vm.load("t", running=False)).runstate == "paused"
+    assert modifier.letter == "a"
+    seen = len(modifier.printed())
+    modifier.guest.qmp("cont")
+    modifier.assert_runs("a", since=seen)
 
 
 @both_monitors
