@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from support.guest import cli as run_cli
 
 pytestmark = pytest.mark.no_qemu
 
+Named = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = {path: path.read_text() for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))}
 README = PAGES[ROOT / "README.md"]
@@ -120,6 +122,19 @@ def test_which_commands_take_the_common_options(name: str) -> None:
     assert options_of(cli.commands[name]) & (of_output | of_vm) == taken
     table = REFERENCE.split("## Common options\n\n")[1].split("\n\n")[1]
     assert set(re.findall(r"`(--[a-z-]+)", table)) == of_output | of_vm
+
+
+def test_where_the_docs_say_it_is_decided() -> None:
+    """Each function that the table of the design names is in that file."""
+    named = re.findall(r"`([\w/]+\.py)`: ((?:`[\w.]+`(?:, )?)+)", PAGES[ROOT / "docs" / "design.md"])
+    assert len(named) > 15
+    for path, names in named:
+        found = ast.parse((ROOT / "qsnap" / path).read_text()).body
+        known = {one.name: one for one in found if isinstance(one, Named)}
+        known |= {
+            f"{name}.{one.name}": one for name, kind in known.items() for one in kind.body if isinstance(one, Named)
+        }
+        assert set(re.findall(r"[\w.]+", names)) <= known.keys(), path
 
 
 def test_files_that_the_docs_name_exist() -> None:
