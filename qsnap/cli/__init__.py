@@ -68,15 +68,15 @@ def _exit_code(arguments: list[str]) -> int:
     except click.exceptions.Exit as done:
         return done.exit_code
     except (click.Abort, KeyboardInterrupt):
-        return _said(Interrupted(signal.SIGINT), output["as_json"])
+        return _shown(Interrupted(signal.SIGINT), output["as_json"])
     except click.ClickException as error:
-        return _said(BadUsage(_usage_message(error)), output["as_json"])
+        return _shown(BadUsage(_usage_message(error)), output["as_json"])
     except QsnapError as error:
-        return _said(error, output["as_json"])
+        return _shown(error, output["as_json"])
     return code if isinstance(code, int) else 0
 
 
-def _said(error: QsnapError, as_json: bool) -> int:
+def _shown(error: QsnapError, as_json: bool) -> int:
     """The error's exit code, shown."""
     from qsnap.cli.output.show import show_error
 

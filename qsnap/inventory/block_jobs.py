@@ -40,10 +40,10 @@ def load_findings(graph: BlockGraph, devices: Sequence[Device], going_back: Coll
     :param going_back: the images that the load puts back.
     """
     affected = [device for device in devices if device.image in going_back and device.verdict is not Verdict.IGNORED]
-    for job, device in _at_work(graph, affected):
+    for job, device in _jobs_on(graph, affected):
         yield _finding(
             "block-job",
-            f"{_told(job, device, devices)}: {_AFTER_A_LOAD[job.type]}",
+            f"{_clause(job, device, devices)}: {_AFTER_A_LOAD[job.type]}",
             f"{_PATIENCE.get(job.type, 'end it first: ')}{_ending(job)}",
             device if job.nodes else None,
         )
@@ -64,7 +64,7 @@ def load_findings(graph: BlockGraph, devices: Sequence[Device], going_back: Coll
                 f"remove them, by QMP: block-dirty-bitmap-remove. {_FULL_BACKUP}",
                 device,
             )
-        elif "" in graph.nodes[device.image or ""].dirty_bitmaps and not left and not list(_at_work(graph, [device])):
+        elif "" in graph.nodes[device.image or ""].dirty_bitmaps and not left and not list(_jobs_on(graph, [device])):
             yield _finding(
                 "dirty-bitmaps",
                 f"{name}: Device has active dirty bitmaps, and QEMU takes back no disk that has. They have no name, so "
@@ -84,11 +84,11 @@ def save_findings(graph: BlockGraph, devices: Sequence[Device]) -> Iterator[Find
     """
     yield from _of_all_devices(graph, devices, "savevm cannot save")
     saved = [device for device in devices if device.verdict is Verdict.SAVED]
-    for job, device in _at_work(graph, saved) if graph.chooses_devices else ():
+    for job, device in _jobs_on(graph, saved) if graph.chooses_devices else ():
         if job.type in _AFTER_A_SAVE:
             yield _finding(
                 "block-job",
-                f"{_told(job, device, devices)}: {_AFTER_A_SAVE[job.type]}",
+                f"{_clause(job, device, devices)}: {_AFTER_A_SAVE[job.type]}",
                 "save again when it has ended",
                 device,
                 Severity.WARN,
@@ -114,8 +114,8 @@ def live_obstacle(graph: BlockGraph, devices: Sequence[Device]) -> str:
     :param devices: all of the guest's.
     """
     saved = [device for device in devices if device.verdict is Verdict.SAVED]
-    for job, device in _at_work(graph, saved):
-        return f"while {_told(job, device, devices)}: wait for its end, or {_ending(job)}"
+    for job, device in _jobs_on(graph, saved):
+        return f"while {_clause(job, device, devices)}: wait for its end, or {_ending(job)}"
     for device in saved:
         if left := _left_filter(graph, device):
             return f"while the filter {left} is above {_name(device, devices)}: {_END_BACKUP}"
@@ -140,10 +140,10 @@ def _of_all_devices(graph: BlockGraph, devices: Sequence[Device], what: str, bes
     """
     if graph.chooses_devices:
         return
-    for job, device in _at_work(graph, devices):
+    for job, device in _jobs_on(graph, devices):
         if beside in ("", job.type):
-            told, cure = _told(job, device, devices), f"wait for its end, or {_ending(job)}"
-            yield _finding("block-job", f"{told}: QEMU's {what} beside it", cure)
+            clause, cure = _clause(job, device, devices), f"wait for its end, or {_ending(job)}"
+            yield _finding("block-job", f"{clause}: QEMU's {what} beside it", cure)
     for device in devices:
         if device.verdict is Verdict.SAVED and (left := _left_filter(graph, device)):
             yield _finding(
@@ -158,7 +158,7 @@ _END_BACKUP = "end the backup, and take the filter out: by QMP, qom-set the devi
 _FULL_BACKUP = "The next backup that goes by them must then be a full one"
 
 
-def _at_work(graph: BlockGraph, devices: Iterable[Device]) -> Iterator[tuple[BlockJob, Device]]:
+def _jobs_on(graph: BlockGraph, devices: Iterable[Device]) -> Iterator[tuple[BlockJob, Device]]:
     """The jobs that work on any of *devices*, each with the first of them."""
     below = [(device, _at_or_below(graph, device.node)) for device in devices if device.node]
     for job in graph.jobs:
@@ -199,7 +199,8 @@ def _bitmaps(graph: BlockGraph, device: Device) -> list[str]:
     return sorted({name for node in nodes for name in node.dirty_bitmaps if name})
 
 
-def _told(job: BlockJob, device: Device, devices: Sequence[Device]) -> str:
+def _clause(job: BlockJob, device: Device, devices: Sequence[Device]) -> str:
+    """What a message says of a job on *device*."""
     what = f"block job {job.id!r}"
     if not job.nodes:
         return f"{what} ({job.type}) is under way{'' if job.status else ', or has ended and was not dismissed'}"

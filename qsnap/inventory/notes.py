@@ -85,7 +85,7 @@ class ChangeBelow(NamedTuple):
     then: tuple[str, ...]
     now: tuple[str, ...]
 
-    def told(self, name: str) -> str:
+    def clause(self, name: str) -> str:
         """The change in words, for the disk with the user's *name*."""
         then, now = (" and ".join(names) or "no other image" for names in (self.then, self.now))
         return f"{name} had {then} below it when it was saved, and has {now} now"
@@ -170,7 +170,7 @@ class Notes:
                 together=note.together,
                 problems=(
                     *one.problems,
-                    *(change.told(one.labels.get(change.node, change.node)) for change in changes),
+                    *(change.clause(one.labels.get(change.node, change.node)) for change in changes),
                     *_problems(one, note),
                 ),
             )

@@ -54,7 +54,7 @@ class LeftBehind(NamedTuple):
     place: Path | None
 
     @property
-    def told(self) -> str:
+    def clause(self) -> str:
         """A clause that says where the file lies, and why."""
         return f"lies at {self.path}, and the image was renamed since QEMU opened it: it is {self.image} now"
 
@@ -67,7 +67,7 @@ class LeftBehind(NamedTuple):
 
     def sentence(self, subject: str) -> str:
         """Both clauses as a sentence for people."""
-        return f"{subject} {self.told}. {self.cure[0].upper()}{self.cure[1:]}"
+        return f"{subject} {self.clause}. {self.cure[0].upper()}{self.cure[1:]}"
 
 
 class StateStore:
@@ -263,12 +263,12 @@ class StateStore:
         """Files with that suffix beside the former names of images, if there are none beside the present names."""
         for image, old, _ in self._renamed(graph, devices):
             path, place = (one.with_name(_fitting(one.name, suffix)) for one in (old, image))
-            if not os.path.lexists(place) and self._may_be_told(path):
+            if not os.path.lexists(place) and self._may_be_named(path):
                 yield LeftBehind(path, image, place)
 
     def _is_left(self, path: Path, disk_tag: str, clocks: Collection[int]) -> bool:
         """Whether a state file with that tag and one of these clocks (in ms) lies there, or an unreadable one."""
-        if not self._may_be_told(path):
+        if not self._may_be_named(path):
             return False
         try:
             file = _looked_at(path)
@@ -276,7 +276,7 @@ class StateStore:
             return error.errno in _MAY_NOT
         return file is not None and file.disk_tag == disk_tag and file.vm_clock_ns // 1_000_000 in clocks
 
-    def _may_be_told(self, path: Path) -> bool:
+    def _may_be_named(self, path: Path) -> bool:
         """Whether a file lies there, and belongs to a user to whose files this QEMU may lead us."""
         try:
             return files.status(path).st_uid in self._owners | trust.owners(self._user)

@@ -328,7 +328,7 @@ def chain_findings(inventory: Inventory, snapshot: Snapshot, devices: Collection
         (label,) = inventory.displayed([change.node])
         yield Finding.refusal(
             "backing-changed",
-            f"{change.told(label)}: what {snapshot.tag!r} reads from there would be lost, or be other data",
+            f"{change.clause(label)}: what {snapshot.tag!r} reads from there would be lost, or be other data",
             "with the guest off, put the old one back below: qemu-img rebase -u -F FORMAT -b FILE IMAGE; or, if what "
             "is below it now holds the same (a renamed image, one that block-commit has merged): --force",
             change.node,
@@ -431,7 +431,7 @@ def left_behind_finding(inventory: Inventory, snapshot: Snapshot) -> Finding | N
     """What refuses to do anything with a live snapshot whose state file was not renamed with its image."""
     if snapshot.has_state or (left := inventory.left_behind(snapshot.disk_tag)) is None:
         return None
-    message = f"{snapshot.tag!r} is a live snapshot, and its state file {left.told}"
+    message = f"{snapshot.tag!r} is a live snapshot, and its state file {left.clause}"
     return Finding.refusal("state-file-left", message, left.cure)
 
 

@@ -78,8 +78,8 @@ async def do_prune(run: Run, request: PruneRequest, inventory: Inventory | None 
         await do_delvm(run, DeleteRequest(tags=oldest_first, missing_ok=True), inventory)
     return PruneResult(
         prefix=request.prefix,
-        keep=_told(decision for decision in decisions if decision.is_kept),
-        remove=_told(remove),
+        keep=_decisions(decision for decision in decisions if decision.is_kept),
+        remove=_decisions(remove),
         dry_run=request.dry_run,
         other_series=() if series else all_series(one.tag for one in inventory.snapshots),
     )
@@ -98,7 +98,7 @@ def _imagined(pending: SaveResult) -> Snapshot:
     )
 
 
-def _told(decisions: Iterable[Decision]) -> tuple[PruneDecision, ...]:
+def _decisions(decisions: Iterable[Decision]) -> tuple[PruneDecision, ...]:
     return tuple(
         PruneDecision(
             tag=one.tag, kind=one.kind, date=one.date, vm_state_size=one.vm_state_size, reasons=decision.reasons

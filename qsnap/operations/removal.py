@@ -92,7 +92,7 @@ def _unseen_notes(notes: Notes) -> Iterable[Finding]:
     for left in notes.left:
         yield Finding.refusal(
             "unseen-notes",
-            f"a file with notes, of what is protected too, {left.told}",
+            f"a file with notes, of what is protected too, {left.clause}",
             f"{left.cure}; if it does not matter: {_WORD}",
         )
     if notes.unseen:

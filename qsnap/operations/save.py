@@ -176,7 +176,7 @@ class SaveAttempt:
         With HMP it is: savevm checks what blocks a save before it deletes, and QEMU before 6.0 reports that in no other
         way. It deletes one row per device, so there may be no more than that.
         """
-        rows = {node: row_keys(graph.nodes[node].tagged(self.work.disk_tag)) for node in self._held(graph)}
+        rows = {node: row_keys(graph.nodes[node].tagged(self.work.disk_tag)) for node in self._holders(graph)}
         by_qemu = not self._monitor.chooses_devices and all(len(keys) == 1 for keys in rows.values())
         self._journal.advance(rows=rows, qemu_replaces=by_qemu)
         return by_qemu
@@ -214,7 +214,7 @@ class SaveAttempt:
         older = (self.work.rows or {}) if self.work.qemu_replaces else {}
         return any(
             key not in older.get(node, ())
-            for node in self._held(graph)
+            for node in self._holders(graph)
             for key in row_keys(graph.nodes[node].tagged(self.work.disk_tag))
         )
 
@@ -252,7 +252,7 @@ class SaveAttempt:
         :return: the nodes from which a new row was removed, and the outcome in words.
         """
         graph = await self._monitor.block_graph()
-        held = self._held(graph)
+        held = self._holders(graph)
         has_replaced = self.work.rows and self.work.saving and self._has_made_something(graph)
         is_kept = self._journal.is_decided
         if is_kept is None:
@@ -266,13 +266,15 @@ class SaveAttempt:
         outcome = ""
         if self.work.saving and (not held or self._has_made_something(graph)):
             await delete_everywhere(self._monitor, self._devices, self.work.disk_tag)
-            outcome = f"what this save made was removed from {self._spoken(held)}" if held else "nothing of it is left"
+            outcome = (
+                f"what this save made was removed from {self._displayed(held)}" if held else "nothing of it is left"
+            )
             graph = await self._monitor.block_graph()
         else:
             held = ()
         # If the older snapshot was a live one: a state file is useless without its disks
         files = ((path, read(Path(path))) for path in self.work.older_files)
-        useless = [path for path, file in files if file and not self._held(graph, file.disk_tag)]
+        useless = [path for path, file in files if file and not self._holders(graph, file.disk_tag)]
         sentences = [outcome, self._older_outcome(graph)]
         try:
             await delete_all(self._monitor, self._devices, (), useless)
@@ -280,23 +282,25 @@ class SaveAttempt:
             sentences.append(str(error))
         return held, "; ".join(filter(None, sentences)) or "nothing of it is left"
 
-    def _held(self, graph: BlockGraph, tag: str | None = None) -> tuple[str, ...]:
+    def _holders(self, graph: BlockGraph, tag: str | None = None) -> tuple[str, ...]:
         return snapshots.holders(graph, self._devices, tag or self.work.disk_tag)
 
-    def _spoken(self, nodes: Collection[str]) -> str:
+    def _displayed(self, nodes: Collection[str]) -> str:
+        """The names that messages use for these nodes."""
         return ", ".join(rules.displayed(nodes, self._devices))
 
     def _older_outcome(self, graph: BlockGraph) -> str:
         """The outcome for the older snapshot, in words."""
         rows, tag = self.work.rows, self._tag
-        held = self._held(graph)
+        held = self._holders(graph)
         if self.work.older or (rows and held == tuple(rows) and self.work.saving):
             return f"the older snapshot {tag!r} is as it was"
         if not rows:
             return ""
         if not held:
             return f"the older snapshot {tag!r} had already been deleted"
-        return f"the older snapshot {tag!r} was to be deleted from {self._spoken(rows)}, and is on {self._spoken(held)}"
+        was, now = self._displayed(rows), self._displayed(held)
+        return f"the older snapshot {tag!r} was to be deleted from {was}, and is on {now}"
 
 
 def explain(failure: BaseException, outcome: str, runstate: RunState | None, *, undone: bool = False) -> None:

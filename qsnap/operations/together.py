@@ -101,7 +101,7 @@ async def refuse_other_moments(run: Run, inventory: Inventory, found: Snapshot |
     if member is None:
         with suppress(QsnapError):  # damaged notes keep nobody from a load
             if found and (together := inventory.notes.of(found).together):
-                return _told_alone(found, together)
+                return _lone_remark(found, together)
         return ""
     together = inventory.notes.of(found).together if found else None
     told = await member.meet(Point.GROUPED, [together.id] if together else [])
@@ -116,7 +116,7 @@ async def refuse_other_moments(run: Run, inventory: Inventory, found: Snapshot |
     raise PrecheckRefused("nothing was loaded", [finding])
 
 
-def _told_alone(found: Snapshot, together: Together) -> str:
+def _lone_remark(found: Snapshot, together: Together) -> str:
     others = ", ".join(together.vms)
     return (
         f"{found.tag!r} was saved together with {others}: what was loaded here is of another moment than they are now"

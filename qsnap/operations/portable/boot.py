@@ -239,7 +239,7 @@ async def started(
     try:
         return await _loaded(process, work, request)
     except BaseException as error:
-        said = _said(process, work)
+        said = _log_of(process, work)
         end(process)
         if not isinstance(error, _NotLoaded):
             raise
@@ -317,7 +317,7 @@ async def _loaded(process: subprocess.Popen[bytes], work: Path, request: BootReq
         raise
 
 
-def _said(process: subprocess.Popen[bytes], work: Path) -> str:
+def _log_of(process: subprocess.Popen[bytes], work: Path) -> str:
     """What QEMU has printed, as a clause."""
     with suppress(OSError):
         lines = (work / LOG).read_text(errors="replace").strip().splitlines()[-_QUOTED_LINES:]
