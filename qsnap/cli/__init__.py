@@ -77,7 +77,7 @@ def _exit_code(arguments: list[str]) -> int:
 
 
 def _shown(error: QsnapError, as_json: bool) -> int:
-    """The error's exit code, shown."""
+    """Show the error, and return its exit code."""
     from qsnap.cli.output.show import show_error
 
     show_error(error, as_json=as_json)

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from qsnap.targets.config import Settings
     from qsnap.vm import VM
 
-#: What a command does with each VM, given the defaults that the config file has for it, and who watches its progress.
+#: What a command does with a VM, given its defaults from the config file, and the watcher of its progress.
 Action: TypeAlias = "Callable[[VM, Settings, Watcher | None], Awaitable[Struct]]"
 
 #: VMs that are worked on at once by default: they share disks.
@@ -61,7 +61,7 @@ class Options(NamedTuple):
 
 
 def excluded(given: tuple[str, ...], settings: Settings) -> tuple[str, ...]:
-    """What is left out: as the command line says, else as the config file does. "" is a word for nothing."""
+    """The devices to leave out: those of the command line, else those of the config file. "" leaves out none."""
     return tuple(filter(None, given)) if given else settings.exclude or ()
 
 

@@ -71,7 +71,7 @@ class MetricsRecorder:
         return measured
 
     def record(self, outcome: Outcome) -> Outcome:
-        """Write down what became of a VM; it, without the figures."""
+        """Record the outcome of a VM as metrics, and return it without the figures."""
         title, result = outcome
         values: dict[Metric, float] = {}
         if isinstance(result, Measured):

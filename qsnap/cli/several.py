@@ -33,17 +33,17 @@ def do(
     shows: str = "",
     together: bool = False,
 ) -> Struct:
-    """Do *action* with each VM that is meant, at ``options.jobs`` of them at once.
+    """Do *action* with each chosen VM, with ``options.jobs`` of them at a time.
 
-    :param seen: is given what became of each, and may make something else of it.
-    :param looks: it changes nothing, so that it need not be said with which VM.
+    :param seen: is given each outcome, and returns the one that counts.
+    :param looks: it changes nothing, so no message says which VM was chosen.
     :param images: with these instead, of a VM that is off.
     :param shows: what its progress is called; "" if it has none.
     :param together: with all of them at one moment: see :func:`qsnap.together`.
-    :return: what came of the one VM, or all that did of several.
+    :return: the result of the one VM, or the outcomes of several.
     :raise BadUsage: the options that choose the VMs contradict each other.
     :raise Interrupted: by a signal; the guests were resumed.
-    :raise QsnapError: of a single VM, what went wrong with it; or too few files may be open for so many at once.
+    :raise QsnapError: the error of a single VM; or too few files may be open for so many at a time.
     """
     if images:
         if together:
@@ -108,7 +108,7 @@ def _each(
     looks: bool,
     shows: str,
 ) -> list[Outcome]:
-    """What became of each VM; *cut_off* gets the titles of those that an interrupt has kept from being done."""
+    """The outcome of each VM; *cut_off* gets the titles of those that an interrupt cut off."""
     at_once = len(meant) if group else options.jobs
     refuse_few_files(at_once if options.is_of_several else 1)
     turns = asyncio.Semaphore(at_once)
@@ -156,7 +156,7 @@ def _each(
 
 
 def _by_vm(ended: Sequence[tuple[str, str]]) -> Sequence[str]:
-    """What became of each VM; those of which the same is to be said are named together."""
+    """The notes on each VM; VMs with the same notes are named together."""
     of_vm: dict[str, list[str]] = {}
     for title, note in ended:
         of_vm.setdefault(title, []).append(note)
@@ -167,7 +167,7 @@ def _by_vm(ended: Sequence[tuple[str, str]]) -> Sequence[str]:
 
 
 async def _all(works: Iterable[Awaitable[Outcome]]) -> list[Outcome]:
-    """What becomes of all of them; after an interrupt this waits until the last one has cleared up."""
+    """The outcomes of all; after an interrupt this waits until the last one has cleared up."""
     outcomes = await asyncio.gather(*works, return_exceptions=True)
     for outcome in outcomes:
         if isinstance(outcome, BaseException):

@@ -16,7 +16,7 @@ def work(
     shows: str = "",
     together: bool = False,
 ) -> int:
-    """Do *action* with each VM that is meant, and show what comes of it; the exit code.
+    """Do *action* with each chosen VM, show the result, and return the exit code.
 
     :param looks: it changes nothing.
     :param images: of a VM that is off, instead.

@@ -49,7 +49,7 @@ if TYPE_CHECKING:
 
 @singledispatch
 def lines_of(result: object) -> Lines:
-    """What there is to say of *result*."""
+    """The lines that show *result* to people."""
     raise NotImplementedError(type(result))
 
 
@@ -457,14 +457,14 @@ def _(several: Outcomes) -> Lines:
 
 
 def introduced(what: str, error: object) -> Lines:
-    """What there is to say of an error, behind *what* it is about."""
+    """The lines of an error; the first begins with *what* it is about."""
     first, *more = lines_of(error)
     assert isinstance(first, Aside)
     yield from (first._replace(text=f"{what}: {first.text}"), *more)
 
 
 def quiet_lines_of(result: object) -> Lines:
-    """What is said of it under ``--quiet`` nevertheless: of a list the names, for a loop in a script."""
+    """The lines that ``--quiet`` leaves: warnings, and the names in a list, for a loop in a script."""
     match result:
         case OfVM():
             yield from quiet_lines_of(result.result)
@@ -485,7 +485,7 @@ def quiet_lines_of(result: object) -> Lines:
 
 
 def _titled(several: Outcomes, its_lines: Callable[[object], Lines]) -> Lines:
-    """What there is to say of each VM: a line begins with its name, a table is below it."""
+    """The lines of each VM: a line begins with the name of the VM, a table is below it."""
     for outcome in several.vms:
         title, result = printable(outcome.title), outcome.result
         if isinstance(result, QsnapError):
@@ -505,7 +505,7 @@ def _titled(several: Outcomes, its_lines: Callable[[object], Lines]) -> Lines:
 
 
 def _facts(indent: int, *facts: tuple[str, str]) -> Iterator[str]:
-    """A line for each that there is."""
+    """A line for each fact that is not empty."""
     return (f"{name + ':':<{indent}}{value}" for name, value in facts if value)
 
 

@@ -35,11 +35,11 @@ def say(text: str, *, keep_newlines: bool = False) -> None:
 def show(
     result: Struct, *, as_json: bool = False, quiet: bool = False, stream: TextIO | None = None, wide: bool = False
 ) -> None:
-    """Show what came of a command.
+    """Show the result of a command.
 
     :param stream: instead of standard output.
     :param wide: do not fit tables into the terminal.
-    :raise QsnapError: it cannot be written; what was asked for is done.
+    :raise QsnapError: it cannot be written; the command is done.
     """
     stream = stream or sys.stdout
     with written(stream):
@@ -53,9 +53,9 @@ def show(
 
 @contextmanager
 def written(stream: TextIO | None = None) -> Iterator[None]:
-    """Have all that is written reach its reader, if there is one still.
+    """Flush what the block writes. It is not an error if the reader has gone.
 
-    :raise QsnapError: it cannot be written to standard output; what was asked for is done.
+    :raise QsnapError: it cannot be written to standard output; the command is done.
     """
     try:
         yield
@@ -107,7 +107,7 @@ def _write_line(line: str, stream: TextIO) -> None:
 
 
 def _columns(stream: TextIO) -> int:
-    """How wide the terminal is."""
+    """The columns of the terminal."""
     if (given := os.environ.get("COLUMNS", "")).isdecimal() and int(given):
         return int(given)
     with suppress(OSError, ValueError):
