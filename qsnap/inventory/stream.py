@@ -81,8 +81,34 @@ class Run(NamedTuple):
         """From one record to the next one."""
         return HEADER + self.body
 
+    @property
+    def end(self) -> int:
+        """Where the last record ends."""
+        return self.data + (self.pages - 1) * self.stride + self.body
+
+    def cut(self, first: int, count: int) -> Run:
+        """*Count* pages of it, from the *first* one on."""
+        return self._replace(page=self.page + first, pages=count, data=self.data + first * self.stride)
+
 
 Part = Frame | Run
+
+
+def moved(part: Part, offset: int) -> Part:
+    """The same part where all bytes are so much further."""
+    if isinstance(part, Frame):
+        return Frame(part.begin + offset, part.end + offset)
+    return part._replace(data=part.data + offset)
+
+
+def joined(part: Part, following: Part) -> Part | None:
+    """Two parts of which the second one goes on with the first one, as one; None if it does not."""
+    if isinstance(part, Frame) or isinstance(following, Frame):
+        if isinstance(part, Frame) and isinstance(following, Frame) and part.end == following.begin:
+            return Frame(part.begin, following.end)
+        return None
+    is_next = following == part.cut(part.pages, following.pages)
+    return part._replace(pages=part.pages + following.pages) if is_next else None
 
 
 class _Short(Exception):
@@ -126,9 +152,9 @@ class Stream:
                 part = self._next(piece, at)
             except (_Short, struct.error, IndexError):
                 break
-            at = part.end if isinstance(part, Frame) else part.data + (part.pages - 1) * part.stride + part.body
-            if isinstance(part, Frame) and found and isinstance(found[-1], Frame):
-                found[-1] = Frame(found[-1].begin, part.end)
+            at = part.end
+            if isinstance(part, Frame) and found and (both := joined(found[-1], part)):
+                found[-1] = both
             else:
                 found.append(part)
         return found, at
@@ -247,7 +273,7 @@ class Stream:
         if data + body > len(piece):
             raise _Short
         self._block = block
-        count = 1 + self._more(piece, data + body, body, address + PAGE, min(size, address + _most(piece, data, body)))
+        count = 1 + _more(piece, data + body, body, address + PAGE, min(size, address + _most(piece, data, body)))
         page = address // PAGE
         come = self._come.get(block)
         is_kept = come is None or come.find(1, page, page + count) >= 0
@@ -255,25 +281,32 @@ class Stream:
             come[page : page + count] = b"\1" * count
         return Run(block, page, count, data, body, is_kept or (body == 1 and any(piece[data : data + count * 9 : 9])))
 
-    def _more(self, piece: memoryview, at: int, body: int, address: int, end: int) -> int:
-        """How many records from *at* on go on with the pages from *address* on, up to *end* at the most."""
-        headers, stride = _HEADERS[body], HEADER + body
-        flags = (_WHOLE if body == PAGE else _FILLED) | _SAME_BLOCK
-        count = 0
-        left = (end - address) // PAGE
-        while count < left and _U64.unpack_from(piece, at)[0] == address | flags:
-            if left - count >= _BATCH:
-                words = headers.unpack_from(piece, at)
-                wanted = range(address | flags, (address | flags) + _BATCH * PAGE, PAGE)
-                same = _BATCH if words == tuple(wanted) else next(
-                    number for number, pair in enumerate(zip(words, wanted, strict=True)) if pair[0] != pair[1]
-                )  # fmt: skip
-            else:
-                same = 1
-            count += same
-            at += same * stride
-            address += same * PAGE
-        return count
+
+def _more(piece: memoryview, at: int, body: int, address: int, end: int) -> int:
+    """How many records from *at* on go on with the pages from *address* on, up to *end* at the most."""
+    headers, stride = _HEADERS[body], HEADER + body
+    flags = (_WHOLE if body == PAGE else _FILLED) | _SAME_BLOCK
+    count = 0
+    left = (end - address) // PAGE
+    while count < left and _U64.unpack_from(piece, at)[0] == address | flags:
+        if left - count >= _BATCH:
+            words = headers.unpack_from(piece, at)
+            wanted = range(address | flags, (address | flags) + _BATCH * PAGE, PAGE)
+            same = _BATCH if words == tuple(wanted) else next(
+                number for number, pair in enumerate(zip(words, wanted, strict=True)) if pair[0] != pair[1]
+            )  # fmt: skip
+        else:
+            same = 1
+        count += same
+        at += same * stride
+        address += same * PAGE
+    return count
+
+
+def is_one(piece: memoryview, run: Run) -> bool:
+    """Whether the records of a run that is read again still follow each other."""
+    first = (run.page + 1) * PAGE
+    return run.pages == 1 + _more(piece, run.data + run.body, run.body, first, first + (run.pages - 1) * PAGE)
 
 
 def kept(piece: memoryview, run: Run, first: int, count: int) -> Iterator[bytes | memoryview]:

@@ -22,6 +22,7 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from qsnap.host import files
 from qsnap.inventory import descriptors, qcow2, state_file
 from qsnap.inventory.qcow2 import COPIED, OFFSET, Damaged, Header, Row, Unreadable
 from qsnap.model.qemu import BlockGraph, NodeSnapshot
@@ -43,10 +44,12 @@ class VmState:
     """The state of one snapshot.
 
     :ivar size: its bytes.
+    :ivar identity: tells it from all other states, also from a later one of the same tag.
     """
 
-    def __init__(self, file: int, size: int, extents: list[Extent]) -> None:
+    def __init__(self, file: int, size: int, extents: list[Extent], identity: str) -> None:
         self.size = size
+        self.identity = identity
         self._file = file
         self._extents = extents
         self._at = 0
@@ -121,7 +124,8 @@ def of_snapshot(snapshot: Snapshot, state: Place | int | None) -> VmState:
         raise Unreadable("the image that holds the VM state cannot be seen from here")
     if isinstance(state, int):
         size = snapshot.vm_state_size
-        return VmState(os.dup(state), size, [Extent(0, state_file.STREAM_OFFSET, size)])
+        identity = _identity(state, snapshot.disk_tag, snapshot.date.timestamp(), snapshot.vm_clock_ns, size)
+        return VmState(os.dup(state), size, [Extent(0, state_file.STREAM_OFFSET, size)], identity)
     file = os.open(state.image, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
     try:
         return of_image(file, state.row)
@@ -151,7 +155,11 @@ def _of_image(file: int, row: NodeSnapshot) -> VmState:
     found = qcow2.row_of(file, head, row)
     if not found.size:
         raise Unreadable("the image's table of snapshots tells of no state")
-    return VmState(file, found.size, [*_extents(file, head, found)])
+    return VmState(file, found.size, [*_extents(file, head, found)], _identity(file, *found))
+
+
+def _identity(file: int, *facts: object) -> str:
+    return repr((files.identity(file), *facts))
 
 
 class Stretch(NamedTuple):

@@ -84,6 +84,9 @@ class LoadResult(Struct, frozen=True):
     """Why everything was loaded; "" after a delta load."""
     ram_bytes: int | None = None
     """Bytes of RAM that differed; None after a full load."""
+    found_by: Literal["soft-dirty", "comparison"] | None = None
+    """How these were found: only what was written since an earlier load was compared, or all of RAM; None after a full
+    load."""
     differing_pages: int | None = None
     """Pages of 4 KiB that differ from the snapshot after the load, because a device of QEMU wrote them while it was
     loaded; None if they were not compared."""

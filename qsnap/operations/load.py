@@ -156,6 +156,7 @@ def _load_result(plan: LoadPlan, load: Load, began: float, runstate: RunState) -
         method="full" if load.why_full else "delta",
         why_full=load.why_full,
         ram_bytes=load.ram_bytes,
+        found_by=load.found_by,
         differing_pages=load.differing_pages,
     )
 

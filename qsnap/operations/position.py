@@ -26,6 +26,7 @@ async def leave_position(run: Run) -> None:
     with suppress(QsnapError):
         old = {name for name in (await inventory.marks(run.monitor)).names if name.startswith(HERE)}
         await inventory.change_marks(run.monitor, (f"{HERE}{run.token}",), old)
+        run.former = old.pop().removeprefix(HERE) if len(old) == 1 else ""
 
 
 async def note_position(

@@ -26,6 +26,7 @@ class Run:
         run does not ask for that: :meth:`remember`.
     :ivar loads: QEMU may have got the command to load.
     :ivar token: that of the mark that the run has set in QEMU: see :mod:`qsnap.operations.position`.
+    :ivar former: that of the mark of the load before; "" if there was not one mark, None if this run's is not set.
     """
 
     def __init__(self, monitor: Monitor, store: StateStore = NO_STORE, journal: Journal | None = None) -> None:
@@ -34,6 +35,7 @@ class Run:
         self.journal = journal or Journal()
         self.first: tuple[Inventory, Lineage] | None = None
         self.token = ""
+        self.former: str | None = None
         self.loads = False
         self._remembers = False
 

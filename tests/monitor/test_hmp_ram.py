@@ -55,7 +55,8 @@ def test_blocks() -> None:
 
 def test_ranges() -> None:
     assert ram.ram_ranges(VIEWS.replace("\n", "\r\n")) == [
-        ("pc.ram", 0, 0), ("pc.ram", 0xC0000, 0xC0000), ("pc.ram", 1 << 32, 0xC0000000)
+        ("pc.ram", 0, 0, False), ("pc.ram", 0xC0000, 0xC0000, False), ("pc.bios", 0xFFFC0000, 0, True),
+        ("pc.ram", 1 << 32, 0xC0000000, False),
     ]  # fmt: skip
     assert ram.ram_ranges("") == []
 

@@ -17,7 +17,8 @@ _BLOCK = re.compile(
     re.MULTILINE,
 )
 _RANGE = re.compile(
-    r"^ *(?P<first>[0-9a-f]{16})-[0-9a-f]{16} \(prio -?\d+, ram\): (?P<region>\S+)(?: @(?P<offset>[0-9a-f]{16}))?",
+    r"^ *(?P<first>[0-9a-f]{16})-[0-9a-f]{16} \(prio -?\d+, (?P<kind>ram|romd?)\): "
+    r"(?P<region>\S+)(?: @(?P<offset>[0-9a-f]{16}))?",
     re.MULTILINE,
 )
 _ADDRESS = re.compile(r"^Host virtual address for 0x[0-9a-f]+ \((?P<region>.*)\) is 0x(?P<address>[0-9a-f]+)\s*$")
@@ -38,11 +39,15 @@ class RamBlock(NamedTuple):
 
 
 class Range(NamedTuple):
-    """Where the guest sees a part of a memory region: from which address of its own, and from which byte of it on."""
+    """Where the guest sees a part of a memory region: from which address of its own, and from which byte of it on.
+
+    :ivar is_rom: the guest cannot write it there.
+    """
 
     region: str
     first: int
     offset: int
+    is_rom: bool
 
 
 def ram_blocks(text: str) -> list[RamBlock]:
@@ -59,10 +64,10 @@ def ram_blocks(text: str) -> list[RamBlock]:
 
 
 def ram_ranges(text: str) -> list[Range]:
-    """The RAM that ``info mtree -f`` shows in the address space of the processors."""
+    """The RAM and ROM that ``info mtree -f`` shows in the address space of the processors."""
     views = [view for view in text.split("FlatView #") if ' AS "memory", root: system' in view]
     return [
-        Range(row["region"], int(row["first"], 16), int(row["offset"] or "0", 16))
+        Range(row["region"], int(row["first"], 16), int(row["offset"] or "0", 16), row["kind"] != "ram")
         for view in views[:1]
         for row in _RANGE.finditer(view)
     ]

@@ -4,9 +4,10 @@ QEMU's loader touches only the pages of RAM that are in the stream. So a stream 
 unchanged puts back the same as the whole one, in the time that the changed ones take. All else is in it as it was: the
 devices, the video memory, the firmware. The order inside QEMU is that of any load (disks, reset, RAM, devices).
 
-``ram`` finds out whether that is right for this guest, and where its RAM lies; ``difference`` compares and writes the
-stream; ``delta`` gives that to QEMU as a node; ``load`` is what ``qsnap.operations.load`` uses. Whatever is not certain
-makes a full load, and says why (:class:`NoDelta`).
+``ram`` finds out whether that is right for this guest, and where its RAM lies; ``base``, which pages need no comparison
+because they are unwritten since an earlier load; ``difference`` compares and writes the stream; ``delta`` gives that to
+QEMU as a node; ``load`` is what ``qsnap.operations.load`` uses. Whatever is not certain makes a full load, and says why
+(:class:`NoDelta`).
 """
 
 

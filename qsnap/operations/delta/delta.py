@@ -7,23 +7,24 @@ import os
 import threading
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from qsnap.errors import CommandFailed, JobFailed, NotSupported, QsnapError
-from qsnap.host import files, memory
+from qsnap.host import files, memory, soft_dirty
 from qsnap.inventory import state_file, vm_state
 from qsnap.inventory.qcow2 import Damaged, Unreadable
 from qsnap.inventory.state_file import STREAM_OFFSET, Content
 from qsnap.inventory.stream import Broken, Unknown
 from qsnap.inventory.vm_state import VmState
 from qsnap.model.snapshots import Snapshot
-from qsnap.monitor import Monitor
 from qsnap.monitor.names import STATE_NODE, state_node
 from qsnap.monitor.qmp.background import Background
 from qsnap.operations.delta import BrokenState, NoDelta, difference, ram
-from qsnap.operations.delta.difference import Found, Output, TooMuch
+from qsnap.operations.delta.base import Base
+from qsnap.operations.delta.difference import Found, Layout, Output, Parts, TooMuch, Whole
 from qsnap.operations.delta.ram import GuestRam
 from qsnap.runs.journal import AFTERMATH_TIMEOUT_S
+from qsnap.runs.run import Run
 from qsnap.runs.shield import in_thread, shielded
 
 #: A stream that is longer than this and than half of the state gains too little. It is in memory for the time of the
@@ -37,20 +38,25 @@ class Delta(NamedTuple):
 
     :ivar node: its node-name.
     :ivar ram_bytes: bytes of RAM in it that differ.
+    :ivar found_by: what was compared: what is maybe written, or all of RAM.
     """
 
     node: str
     ram_bytes: int
+    found_by: Literal["soft-dirty", "comparison"]
 
 
 class Comparison:
     """A comparison of the guest's RAM with the snapshot's. Its result is valid as long as the guest is stopped."""
 
-    def __init__(self, background: Background, guest: GuestRam, state: VmState, snapshot: Snapshot) -> None:
+    def __init__(self, background: Background, guest: GuestRam, state: VmState, snapshot: Snapshot, base: Base) -> None:
         self._background = background
         self._guest = guest
         self._state = state
         self._snapshot = snapshot
+        self._base = base
+        self._layout: Layout | None = None
+        self._whole = Whole(state, guest.blocks)
 
     @property
     def is_still(self) -> bool:
@@ -78,7 +84,8 @@ class Comparison:
                 await self._background.add_state_node(file, node)
             if self.was_resumed:
                 raise NoDelta("another client has resumed the guest during the comparison")
-            yield Delta(node, found.differing * memory.PAGE)
+            found_by: Literal["soft-dirty", "comparison"] = "soft-dirty" if self._layout else "comparison"
+            yield Delta(node, found.differing * memory.PAGE, found_by)
         finally:
             os.close(file)
             if self._snapshot.file is None:  # that of a state file is still needed, and goes together with this one
@@ -89,9 +96,11 @@ class Comparison:
         """Compare, and write the stream and what makes it a state file."""
         most = min(max(self._state.size // 2, _ALWAYS_BYTES), memory.available_bytes() // _SHARE_OF_MEMORY)
         output = Output(file, STREAM_OFFSET, most)
-        guest = self._guest
+        guest, state = self._guest, self._state
+        states, self._layout = self._base.begin(state.identity)
+        source = self._whole if self._layout is None else Parts(state, self._layout, states)
         found = difference.walk(
-            self._state, guest.pid, guest.blocks, ended, write=output.write, accept=guest.refuse_board
+            source, guest.pid, guest.blocks, ended, states=states, write=output.write, accept=guest.refuse_board
         )
         content = Content(
             tag=self._snapshot.disk_tag,
@@ -111,27 +120,33 @@ class Comparison:
         """
         guest = self._guest
         with _doubts():
-            found = await in_thread(lambda ended: difference.walk(self._state, guest.pid, guest.blocks, ended))
+            whole = Whole(self._state, guest.blocks)
+            found = await in_thread(lambda ended: difference.walk(whole, guest.pid, guest.blocks, ended))
         return found.differing
+
+    async def settle(self) -> None:
+        """Let the next load profit from this one, which has put all differences back."""
+        await asyncio.to_thread(self._base.settle, self._state.identity, self._layout or self._whole.layout())
 
 
 @asynccontextmanager
-async def comparison(monitor: Monitor, snapshot: Snapshot, state: int | None) -> AsyncIterator[Comparison]:
+async def comparison(run: Run, snapshot: Snapshot, state: int | None) -> AsyncIterator[Comparison]:
     """A comparison with a snapshot, for the duration of a block.
 
     :param state: the open state file of a live snapshot.
     :raise NoDelta: the RAM of the guest or of the snapshot cannot be seen from here; or others than QEMU may write RAM.
     """
+    monitor = run.monitor
     graph = await monitor.block_graph()
     with _doubts():
-        guest = await ram.find(monitor, graph)
+        guest = await ram.find(monitor, graph, firmware=soft_dirty.is_kept())
     background = monitor.live
     background.forget_stop_resume_events()
     with _doubts():
         place = vm_state.place(guest.pid, graph, snapshot) if state is None else state
         found = await asyncio.to_thread(vm_state.of_snapshot, snapshot, place)
     try:
-        yield Comparison(background, guest, found, snapshot)
+        yield Comparison(background, guest, found, snapshot, Base(guest, run.token, run.former))
     finally:
         found.close()
 

@@ -6,7 +6,7 @@ import asyncio
 import os
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from qsnap.errors import UNTOUCHED, JobFailed, NotSupported, PrecheckRefused, VerifyFailed
 from qsnap.inventory import state_file
@@ -56,7 +56,7 @@ async def refuse_incomparable(run: Run, snapshot: Snapshot, source: Source) -> N
     from qsnap.operations.delta.delta import comparison
 
     try:
-        async with comparison(run.monitor, snapshot, source.state):
+        async with comparison(run, snapshot, source.state):
             pass
     except NoDelta as reason:
         raise NotSupported(f"{snapshot.tag!r} cannot be verified: {reason}; {UNTOUCHED}") from reason
@@ -71,6 +71,7 @@ class Load:
     :param force: load also if the VM state is damaged.
     :ivar why_full: why everything was loaded; "" where it was what differs.
     :ivar ram_bytes: bytes of RAM that differed, where it was that.
+    :ivar found_by: how these were found, where it was that.
     :ivar differing_pages: pages of RAM that differ from the snapshot after the load; None before they are compared.
     """
 
@@ -79,6 +80,7 @@ class Load:
     ) -> None:
         self.why_full = ""
         self.ram_bytes: int | None = None
+        self.found_by: Literal["soft-dirty", "comparison"] | None = None
         self.differing_pages: int | None = None
         self._run = run
         self._snapshot = plan.snapshot
@@ -105,11 +107,11 @@ class Load:
         async with AsyncExitStack() as stack:
             try:
                 if not why_full or self._verifies:
-                    found = comparison(self._run.monitor, self._snapshot, self._source.state)
+                    found = comparison(self._run, self._snapshot, self._source.state)
                     self._comparison = await stack.enter_async_context(found)
                     if not why_full:
                         self._delta = await stack.enter_async_context(self._comparison.delta())
-                        self.ram_bytes = self._delta.ram_bytes
+                        self.ram_bytes, self.found_by = self._delta.ram_bytes, self._delta.found_by
             except NoDelta as reason:
                 self.why_full = str(reason)
                 if isinstance(reason, BrokenState) and not self._force:
@@ -121,6 +123,8 @@ class Load:
                 if self._verifies and self._comparison is None:
                     raise NotSupported(f"RAM cannot be compared: {reason}; {standing}") from reason
             yield
+            if self._comparison is not None and not self.why_full:  # the guest runs again by now
+                await self._comparison.settle()
 
     async def load(self) -> None:
         """Have QEMU load. An interrupt takes effect when it is certain what that has made."""
@@ -149,7 +153,8 @@ class Load:
             if self.differing_pages:
                 doubt = f"{self.differing_pages} pages of RAM differed after the delta load"
         if doubt:
-            self.why_full, self.ram_bytes, self.differing_pages = doubt, None, None
+            self.why_full = doubt
+            self.ram_bytes = self.found_by = self.differing_pages = None
             await self._load_full()
 
     async def _load_full(self) -> None:

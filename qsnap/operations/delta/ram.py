@@ -27,6 +27,8 @@ from qsnap.operations.writers import other_writers
 
 #: Machines of which it is known what their reset writes, by what their names begin with.
 _BOARDS = ("pc-i440fx-", "pc-q35-")
+#: Blocks of RAM with a PC's firmware: without flash memory, and with it.
+_FIRMWARE = ("pc.bios", "system.flash0")
 #: Ranges of a block that are asked about. A PC shows one in two or three.
 _MOST_RANGES = 16
 
@@ -38,12 +40,14 @@ class GuestRam(NamedTuple):
     :ivar blocks: by their names in the stream.
     :ivar roms: the files that each reset writes into it.
     :ivar is_still: certainly nothing writes it while the guest is stopped.
+    :ivar firmware: the memory of the firmware, which the guest cannot write and each load does, where it was asked for.
     """
 
     pid: int
     blocks: Mapping[str, Block]
     roms: Sequence[str]
     is_still: bool
+    firmware: Sequence[Block] = ()
 
     def refuse_board(self, machine: str) -> None:
         """Check that the reset in a load of *machine* does not change RAM.
@@ -56,9 +60,10 @@ class GuestRam(NamedTuple):
             raise NoDelta(f"it is not known what a reset of the machine {machine!r} writes into RAM")
 
 
-async def find(monitor: Monitor, graph: BlockGraph) -> GuestRam:
+async def find(monitor: Monitor, graph: BlockGraph, *, firmware: bool) -> GuestRam:
     """Find the guest's RAM.
 
+    :param firmware: find the firmware, too.
     :raise NoDelta: the RAM cannot be seen, or other processes may write it.
     """
     from qsnap.targets.running import is_qemu
@@ -76,30 +81,39 @@ async def find(monitor: Monitor, graph: BlockGraph) -> GuestRam:
     memdevs, text, roms = await asyncio.gather(
         monitor.live.memdevs(), monitor.human_answer("info ramblock"), monitor.human_answer("info roms")
     )
-    blocks = await _blocks(monitor, memdevs, ram.ram_blocks(text))
+    rows = ram.ram_blocks(text)
+    of_backends = [row for memdev in memdevs for row in _of_backend(memdev, rows)]
+    roms_of_board = [row for row in rows if firmware and row.name in _FIRMWARE]
+    found = await _blocks(monitor, [*of_backends, *roms_of_board])
+    blocks = {row.name: found[row.name] for row in of_backends if row.name in found}
     if not blocks:
         raise NoDelta("QEMU does not tell where the guest's memory lies")
     is_still = all(outside.is_still(one.model) for one in graph.peripherals)
-    return GuestRam(monitor.pid, blocks, ram.roms_in_ram(roms), is_still)
+    in_roms = [found[row.name] for row in roms_of_board if row.name in found]
+    return GuestRam(monitor.pid, blocks, ram.roms_in_ram(roms), is_still, in_roms)
 
 
-async def _blocks(monitor: Monitor, memdevs: Sequence[Memdev], blocks: Sequence[ram.RamBlock]) -> dict[str, Block]:
-    """Those of the *blocks* that are memory backends, and whose addresses are certain."""
+def _of_backend(memdev: Memdev, rows: Sequence[ram.RamBlock]) -> list[ram.RamBlock]:
+    """The block that certainly is that memory backend; none if no one is."""
+    names = (memdev.id, f"/objects/{memdev.id}")
+    same = [row for row in rows if row.name in names and row.used == row.size == memdev.size]
+    return same if len(same) == 1 and memdev.id else []
+
+
+async def _blocks(monitor: Monitor, rows: Sequence[ram.RamBlock]) -> dict[str, Block]:
+    """Those blocks whose addresses are certain."""
     found: dict[str, Block] = {}
     ranges: list[ram.Range] | None = None
-    for memdev in memdevs:
-        names = (memdev.id, f"/objects/{memdev.id}")
-        same = [block for block in blocks if block.name in names and block.used == block.size == memdev.size]
-        if len(same) != 1 or not memdev.id:
-            continue
-        (block,) = same
-        address = block.address
+    for row in rows:
+        address = row.address
         if address is None:
             if ranges is None:
                 ranges = ram.ram_ranges(await monitor.human_answer("info mtree -f"))
-            address = await _address(monitor, [one for one in ranges if one.region in names])
+            backend = row.name.removeprefix("/objects/")
+            names, is_rom = (backend, f"/objects/{backend}"), row.name in _FIRMWARE
+            address = await _address(monitor, [one for one in ranges if one.region in names and one.is_rom is is_rom])
         if address is not None:
-            found[block.name] = Block(block.size, address)
+            found[row.name] = Block(row.size, address)
     return found
 
 
