@@ -77,7 +77,6 @@ def test_what_is_not_an_image(tmp_path: Path) -> None:
     assert "no snapshots" in cli("list", "--image", str(tmp_path / "d")).err
 
 
-@pytest.mark.no_qemu
 def test_a_tag_that_could_be_an_id(tmp_path: Path) -> None:
     """qemu-img would look it up among the IDs, too."""
     image = make_disk(tmp_path / "a")
