@@ -46,7 +46,7 @@ from qsnap.model.results import (
 from qsnap.model.snapshots import Snapshot, Tree
 from qsnap.monitor import Monitor
 from qsnap.monitor.connection import peer_user
-from qsnap.monitor.names import HALF_RESTORED
+from qsnap.monitor.names import CLAIM, HALF_RESTORED
 
 if TYPE_CHECKING:
     from qsnap.inventory.inventory import Inventory
@@ -644,7 +644,6 @@ class VM:
 
         :raise SnapshotNotFound: there is none.
         """
-        from qsnap.errors import SnapshotNotFound
         from qsnap.tags import is_of_series
         from qsnap.upkeep.freshness import is_sound
 
@@ -700,7 +699,6 @@ class VM:
 
     async def _recover_if_seen(self) -> None:
         """Clean up after a run that died, before this one reads the VM's state."""
-        from qsnap.monitor.names import CLAIM
         from qsnap.runs import runtime_dir
         from qsnap.supervision.claim import has_journals, recover_all
 

@@ -25,7 +25,7 @@ def decode(text: bytes | str, kind: type[_T]) -> _T:
 
 
 def convert(value: object, kind: type[_T]) -> _T:
-    """The same from what is decoded already.
+    """A value of plain data, as it was decoded from JSON.
 
     :raise msgspec.ValidationError: it is not of that type.
     """

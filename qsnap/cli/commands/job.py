@@ -26,7 +26,7 @@ from qsnap.cli.options import (
     one_vm_options,
     tag_argument,
 )
-from qsnap.cli.output.show import say
+from qsnap.cli.output.show import say, write
 from qsnap.errors import BadUsage, Interrupted, QsnapError
 
 if TYPE_CHECKING:
@@ -288,7 +288,6 @@ async def _found(vm: VM, tag: str, left_out: Sequence[str]) -> tuple[Snapshot | 
 
 def _not_run(error: QsnapError) -> int:
     from qsnap.cli.output.people import introduced
-    from qsnap.cli.output.show import write
 
     write(introduced("the command was not run", error), sys.stderr)
     return error.exit_code if isinstance(error, Interrupted) else FAILED_BEFORE

@@ -26,7 +26,7 @@ from qsnap.cli.options import (
     wide_option,
 )
 from qsnap.errors import BadUsage, SnapshotNotFound
-from qsnap.tags import all_series, is_of_series
+from qsnap.tags import UNDO_SERIES, all_series, is_of_series
 
 if TYPE_CHECKING:
     from qsnap.cli.output.results import Details, Snapshots
@@ -119,7 +119,6 @@ def _newest(found: Sequence[Snapshot], prefix: str | None) -> str:
     :raise SnapshotNotFound: there is none.
     """
     from qsnap.inventory.snapshots import is_loadable
-    from qsnap.tags import UNDO_SERIES
 
     def is_meant(tag: str) -> bool:
         return not is_of_series(tag, UNDO_SERIES) if prefix is None else is_of_series(tag, prefix)
