@@ -629,6 +629,38 @@ def test_nothing_is_left_of_a_run_that_ends_well(guest: Guest, runtime_directory
         assert (journals(runtime_directory), guards(runtime_directory), marks(guest)) == ([], [], [])
 
 
+@both_monitors
+def test_a_long_run_is_left_alone(guest: Guest, intercept: Intercept, runtime_directory: Path) -> None:
+    """After a while the guard loads what it may need, and goes on to wait: it says nothing to QEMU."""
+    has_come, may_go = threading.Event(), threading.Event()
+
+    def hold(message: dict[str, Any]) -> None:
+        if deed(message) == "snapshot-save":
+            has_come.set()
+            may_go.wait(60)
+
+    proxy = intercept(guest, on_command=hold)
+    process = start_cli("save", "t", monitor=proxy.address)
+    try:
+        assert has_come.wait(60)
+        at = len(proxy.commands)
+        (guard,) = guards(runtime_directory)
+
+        def has_loaded() -> bool:
+            resident = int(Path(f"/proc/{guard}/statm").read_text().split()[1])
+            is_asleep = Path(f"/proc/{guard}/stat").read_text().rpartition(") ")[2].startswith("S")
+            return resident > at_first * 5 / 4 and is_asleep
+
+        at_first = int(Path(f"/proc/{guard}/statm").read_text().split()[1])
+        until("the guard to load it", lambda: has_loaded() or None)
+    finally:
+        may_go.set()
+    assert finish(process).code == 0
+    assert not any("version" in command for command in proxy.commands[at:]), "this is how a guard begins"
+    guest.assert_running()
+    assert (journals(runtime_directory), guards(runtime_directory), marks(guest)) == ([], [], [])
+
+
 async def test_a_guard_that_does_not_get_ready(
     guest: Guest, tmp_path: Path, runtime_directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

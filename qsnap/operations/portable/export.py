@@ -252,7 +252,7 @@ def _readable(tag: str) -> Iterator[None]:
     try:
         yield
     except (Unreadable, OSError, stream.Unknown) as error:
-        why = (error.strerror or str(error)) if isinstance(error, OSError) else str(error)
+        why = (isinstance(error, OSError) and error.strerror) or str(error)
         refusal = Finding.refusal("state-unreadable", f"the VM state of {tag!r} cannot be read: {why}")
         raise PrecheckRefused(f"snapshot {tag!r} cannot be exported", [refusal]) from error
 
