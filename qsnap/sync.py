@@ -118,7 +118,16 @@ class _Loop:
     def start(self, work: Coroutine[Any, Any, _T]) -> Future[_T]:
         return asyncio.run_coroutine_threadsafe(work, self.loop)
 
+    def refuse_itself(self) -> None:
+        """Refuse to wait on the loop for what the loop has to do.
+
+        :raise BadUsage: the caller is a *watch*, which is called there.
+        """
+        if self._uses and threading.current_thread() is self._thread:
+            raise BadUsage("a watch cannot call a VM: each would wait for the other")
+
     def __enter__(self) -> None:
+        self.refuse_itself()
         with self._lock:
             self._uses += 1
             if self._uses == 1:
@@ -166,6 +175,7 @@ class _Session:
 
     def call(self, deed: Callable[[], Awaitable[Any]]) -> Any:  # noqa: ANN401 (of that deed)
         """Do *deed* in the thread, and return what it returns."""
+        _loop.refuse_itself()
         if self._error is not None:
             raise self._error
         if self._ended.done():

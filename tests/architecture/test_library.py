@@ -95,7 +95,7 @@ async def test_a_program_that_stays_has_no_more_files_open_each_time(guest: Gues
     assert await day() == first
 
 
-def test_without_await(guest: Guest) -> None:
+def test_without_await(guest: Guest, caplog: pytest.LogCaptureFixture) -> None:
     """Its results, errors and time-out are those of the library; also where a loop runs."""
     with qsnap.sync.connect(guest.address) as vm:
         assert vm.save("t").tag == "t"
@@ -104,6 +104,9 @@ def test_without_await(guest: Guest) -> None:
             vm.load("nope")
         assert vm.load("t").runstate == "running"
         assert vm.pid == guest.pid
+        with qsnap.sync.connect(guest.hmp_address) as other:
+            vm.save("t", watch=lambda _: [other.status()].clear())
+        assert "cannot be watched: a watch cannot call a VM" in caplog.text
 
     async def inside() -> str:
         with qsnap.sync.connect(guest.address) as vm:
