@@ -27,7 +27,7 @@ import pytest
 
 import qsnap
 import qsnap.guest
-from qsnap.errors import JobFailed, PrecheckRefused
+from qsnap.errors import JobFailed, PrecheckRefused, QsnapError
 from qsnap.host import hugepages
 from qsnap.host.hugepages import Layout
 from qsnap.inventory import state_file
@@ -35,6 +35,7 @@ from qsnap.inventory import state_part as parts
 from qsnap.monitor.names import READ_TIME
 from qsnap.operations.live import freeze
 from qsnap.operations.live.timing import ReadTime, SnapshotThread
+from qsnap.runs.journal import Journal
 from qsnap.runs.pause import stopped
 from support.guest import (
     Guest,
@@ -702,6 +703,23 @@ def test_a_directory_that_will_not_do(heavy: Guest, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     cli("save", "--live", "t", "--state-dir", str(tmp_path / "file"), monitor=heavy.address, expect=6)
     assert_nothing_live_left(heavy, tmp_path)
+
+
+async def test_a_journal_that_cannot_be_written(
+    heavy: Guest, disks: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What cannot be written down is not left: nobody would know whose file that is."""
+
+    def advance(_: object, **__: object) -> None:
+        raise QsnapError("no room")
+
+    monkeypatch.setattr(Journal, "advance", advance)
+    async with qsnap.connect(heavy.address) as vm:
+        with pytest.raises(QsnapError, match="no room"):
+            await vm.save("t", live=True)
+        assert await vm.list() == ()
+    assert list(disks[0].parent.glob("*.qsnap*")) == []
+    heavy.assert_running()
 
 
 def test_settings_of_the_user_s(heavy: Guest) -> None:
