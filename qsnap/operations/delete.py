@@ -96,7 +96,8 @@ async def _prepare(run: Run, tags: Sequence[str], request: DeleteRequest, invent
     for tag, there in zip(tags, held, strict=True):
         refuse_untransportable(run.monitor, tag)
         if not there.tags and not there.files and not request.missing_ok:
-            raise inventory.not_found(tag)
+            hint = "" if run.journal.member is None else "; --missing-ok deletes it on the other VMs"
+            raise inventory.not_found(tag, hint)
     await refuse_removal(run, inventory, tags, "deleted", alone=request.alone)
     if any(there.tags or there.files for there in held):
         await run.journal.armed()

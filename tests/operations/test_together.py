@@ -437,7 +437,7 @@ def test_a_part_is_not_deleted_replaced_or_pruned_alone(trio: Trio) -> None:
     trio.assert_all_run([])
 
 
-def test_a_part_of_a_vm_that_is_off(trio: Trio) -> None:
+def test_a_part_of_a_vm_that_is_off(trio: Trio, launch: Launch) -> None:
     trio("save", "t", "--together")
     trio.guests.pop("b").quit()
     image = ("--image", str(trio.images["b"]))
@@ -446,6 +446,11 @@ def test_a_part_of_a_vm_that_is_off(trio: Trio) -> None:
     assert tags(trio.images["b"]) == ["t"]
     cli("delete", "t", "--no-together", *image)
     assert tags(trio.images["b"]) == []
+    trio.guests["b"] = launch(*trio.drive("b"), *disk_device("d0"))
+    trio.addresses["b"] = trio.guests["b"].address
+    assert "--missing-ok deletes it on the other VMs" in trio("delete", "t", "--together", expect=7).err
+    trio("delete", "t", "--together", "--missing-ok")
+    trio.assert_all_run([])
 
 
 def test_one_vm_twice_is_not_several(trio: Trio, tmp_path: Path) -> None:
