@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 import qsnap
@@ -266,8 +267,10 @@ MIXED = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("options", [MIXED, ["-machine", "pc"]])
-def test_other_memory(launch: Launch, tmp_path: Path, marks: Marks, read: list[int], options: list[str]) -> None:
+@pytest.mark.parametrize(("options", "block"), [(MIXED, "m0"), (["-machine", "pc"], "pc.ram")])
+def test_other_memory(
+    launch: Launch, tmp_path: Path, marks: Marks, runtime_directory: Path, options: list[str], block: str
+) -> None:
     """A block of a file is compared whole, beside one that is not."""
     guest = launch(*blockdev("a", make_boot_disk(tmp_path / "a")), *disk_device("a"), *options, memory="64")
     guest.wait_for_ticks()
@@ -284,6 +287,8 @@ def test_other_memory(launch: Launch, tmp_path: Path, marks: Marks, read: list[i
         assert ram(guest, *ranges) == expected
         guest.qmp("cont")
     guest.assert_running()
+    (name,) = bases(runtime_directory)
+    assert [*msgspec.msgpack.decode((runtime_directory / name).read_bytes())["blocks"]] == [block]
 
 
 def test_a_state_that_has_changed(guest: Guest, marks: Marks, tmp_path: Path) -> None:
