@@ -49,7 +49,7 @@ class Pause:
         """Milliseconds that the guest stood still, once it runs again: by QEMU's STOP and RESUME time stamps,
         by our own clock where they did not come; 0.0 if it was not stopped or does not run."""
         (qemu_began, began), (qemu_ended, ended) = self._began, self._ended
-        if not ended or not began:
+        if not ended:
             return 0.0
         if qemu_began is not None and qemu_ended is not None:
             return (qemu_ended - qemu_began) * 1000

@@ -48,3 +48,9 @@ def test_pflash_of_the_other_kind_is_not_carried() -> None:
         assert survey.devices[0].role == ("disk" if model == "virtio-blk" else "pflash")
     by_hmp = rules.survey(msgspec.structs.replace(plain, backends=backends, chooses_devices=False))
     assert by_hmp.devices[0].verdict == "refused"
+
+
+def test_what_lies_below_an_image() -> None:
+    """A node that nothing is told to lie below is not itself what stores the image."""
+    known = graph(node("q", children=(("file", "p"),)), node("p", "file", filename="/p"))
+    assert (rules.protocol(known, "q"), rules.protocol(known, "p")) == (known.nodes["p"], None)

@@ -114,7 +114,7 @@ def test_it_is_seen_when_it_is_plugged(launch: Launch, backend: Backend, tmp_pat
     guest.qmp("device_add", driver="vhost-user-blk-pci", id="vub", chardev="c", bus="hole")
     assert "--exclude vub" in cli("load", "t", monitor=guest.address, expect=6).err
     if HAS_SNAPSHOT_JOBS:  # QEMU 5.2 itself fails where the port was empty
-        cli("load", "t", "--exclude", "vub", monitor=guest.address)
+        cli("load", "t", "--exclude", "/machine/peripheral/vub", monitor=guest.address)
 
 
 @both_monitors

@@ -123,5 +123,7 @@ def test_an_image_that_cannot_be_seen() -> None:
     graph = one_node(node("a", filename="/not/there", snapshots=(row,)))
     (snapshot,) = snapshots(graph, survey(graph).devices)
     assert place(None, graph, snapshot) is None
+    twice = one_node(node("a", filename="/not/there", snapshots=(row, row)))
+    assert place(os.getpid(), twice, snapshot) is None
     with pytest.raises(Unreadable, match="cannot be seen from here"):
         of_snapshot(snapshot, None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import re
@@ -16,6 +17,7 @@ import qsnap
 import support.guest
 from qsnap.errors import PrecheckRefused, VerifyFailed
 from qsnap.host import processes
+from qsnap.operations.portable.images import QemuImg, Source
 from qsnap.operations.portable.manifest import called
 from support.disks import firmware
 from support.guest import (
@@ -307,3 +309,19 @@ def test_it_is_started_by_hand(guest: Guest, tmp_path: Path) -> None:
     assert "QEMU did not load the export; its log: " in run.err
     assert "load of migration failed" in run.err
     assert not never.exists()
+
+
+async def test_a_copy_that_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its program does not go on."""
+    program = tmp_path / "qemu-img"
+    program.write_text(f"#!/bin/sh\necho $$ > {tmp_path}/pid\nexec sleep 600\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    copying = asyncio.create_task(QemuImg(["qemu"]).copy(Source({}), tmp_path / "copy", lambda _: None))
+    async with asyncio.timeout(30):
+        while not (tmp_path / "pid").exists() or not (pid := (tmp_path / "pid").read_text()):
+            await asyncio.sleep(0.01)
+        copying.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await copying
+    assert not Path(f"/proc/{int(pid)}").exists()  # noqa: ASYNC240 (at once)
