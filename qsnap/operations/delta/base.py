@@ -150,7 +150,8 @@ class Base:
         """Whether the marks will tell the next load what is unwritten."""
         guest = self._guest
         return (
-            self._merging is not None
+            self._process is not None
+            and self._merging is not None
             and self._former is not None
             and guest.is_still
             and bool(self._blocks)
