@@ -13,6 +13,8 @@ Facts (Linux: admin-guide/mm/soft-dirty.rst and pagemap.rst; fs/proc/task_mmu.c;
   6.12 may lose the mark. What is dropped and not read is not there (bits 63 and 62), and so all zeroes.
 * The mark of a page that is merged with equal ones (KSM) is lost. While that is off, its counters stand still.
 * Shared memory may lose marks when it is swapped out, and that of hugetlbfs has none (from the source).
+* Reading the pagemap takes 2 ms of processor time per GiB in huge pages, and 17 ms in small ones. PAGEMAP_SCAN (6.7)
+  would take less, but does not tell whether a process has a page alone.
 * Linux 5.6 to 5.10 may miss a write after a clearing (fixed by "mm: proc: Invalidate TLB after clearing soft-dirty page
   state"). Before 6.1 nothing was tried.
 """
