@@ -98,7 +98,7 @@ def test_documents_are_in_the_docs(name: str) -> None:
 def test_options_in_the_docs_exist() -> None:
     known = {option for command in cli.commands.values() for option in options_of(command)}
     others = set(re.findall(r'"(--qsnap-[a-z-]+)"', (ROOT / "qsnap" / "pytest_plugin.py").read_text()))
-    for script in (ROOT / "scripts" / "prove-live", *(ROOT / "scripts").glob("bench-*")):
+    for script in (path for kind in ("prove-*", "bench-*") for path in (ROOT / "scripts").glob(kind)):
         others |= set(re.findall(r'"(--[a-z-]+)"', script.read_text()))
     shown = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", DOCS))
     assert shown <= known | others | {"--now", "--diff"}  # of systemctl, and of ansible-playbook
