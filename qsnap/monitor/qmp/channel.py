@@ -54,6 +54,7 @@ class Client(QMPClient):
 
     def __init__(self) -> None:
         super().__init__("qsnap", readbuflen=MAX_MESSAGE_BYTES)
+        self.events.names = {"STOP", "RESUME"}  # it keeps what it gets until somebody asks
         self.unreadable = ""
 
     async def _do_recv(self) -> Message:
@@ -236,10 +237,9 @@ class Channel:
         self.sock: socket.socket | None = link.sock.dup()
         self._client = client
         self._turns = EventListener(("STOP", "RESUME"))
-        self._seen = EventListener(("STOP", "RESUME"))
+        self._seen = client.events
         self._past: list[tuple[str, float]] = []
         client.register_listener(self._turns)
-        client.register_listener(self._seen)
 
     async def execute(self, command: str, arguments: Mapping[str, object] | None = None) -> object:
         """Have QEMU execute a command; what it returns."""
@@ -315,7 +315,7 @@ class Channel:
             self.sock, self.pid = link.sock.dup(), link.pid
         self._client = client
         self._client.register_listener(self._turns)
-        self._client.register_listener(self._seen)
+        self._seen = client.events
 
     async def aclose(self) -> None:
         if self.sock is not None:
