@@ -143,9 +143,8 @@ class VM:
         """
         from qsnap.inventory.notes import checked_description
         from qsnap.model.requests import OnExists, SaveRequest
-        from qsnap.operations import annotate
         from qsnap.operations.live.choose import save_live_or_not
-        from qsnap.operations.position import note_position, position_kept
+        from qsnap.operations.position import position_kept
         from qsnap.operations.together import with_tag
 
         if tag is not None and prefix is not None:
@@ -174,11 +173,18 @@ class VM:
                 result = await save_live_or_not(run, request, live, watch)
             if not dry_run:
                 outcome = f"{result.tag!r} was saved"
-                inventory = await self._tidied(run)
-                await note_position(run, inventory, inventory.find(result.tag), saved=True)
-                remark = annotate.note_save(run, inventory, result, description)
-                self.remarks += [remark] if remark else []
+                await run.shielded(self._note_saved(run, result, description))
         return msgspec.structs.replace(result, description=description)
+
+    async def _note_saved(self, run: Run, result: SaveResult, description: str) -> None:
+        """Write down what was saved, and that the guest is there now."""
+        from qsnap.operations.annotate import note_save
+        from qsnap.operations.position import note_position
+
+        inventory = await self._tidied(run)
+        await note_position(run, inventory, inventory.find(result.tag), saved=True)
+        remark = note_save(run, inventory, result, description)
+        self.remarks += [remark] if remark else []
 
     async def load(
         self,
@@ -253,7 +259,7 @@ class VM:
                         outcome = f"the load of {request.tag!r} had begun"
             outcome = f"{request.tag!r} was loaded"
             undo = inventory.find(saved.tag) if saved else None
-            is_noted = await note_position(run, inventory, found, saved=False, undo=undo)
+            is_noted = await run.shielded(note_position(run, inventory, found, saved=False, undo=undo))
             if saved and not is_noted:
                 self.remarks.append(
                     "the load could not be written down beside the image, so `qsnap undo` does not know of it; "

@@ -343,7 +343,7 @@ async def test_a_name_that_qsnap_has_chosen_replaces_nothing(guest: Guest, monke
         with pytest.raises(SnapshotExists, match="try again"):
             await vm.save()
         (theirs,) = await vm.list()
-        monkeypatch.setattr("qsnap.tags.next_of_series", lambda *_: "vm-auto")
+        monkeypatch.setattr("qsnap.operations.together.next_of_series", lambda *_: "vm-auto")
         with pytest.raises(SnapshotExists):
             await vm.save(prefix="vm")
         assert await vm.list() == (theirs,)
