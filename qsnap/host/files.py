@@ -56,6 +56,20 @@ def identity_of(info: os.stat_result) -> Identity:
     return Identity(info.st_dev, info.st_ino)
 
 
+@contextmanager
+def in_memory(name: str) -> Iterator[int]:
+    """A file without a name in a directory, for the duration of a block.
+
+    Its memory is free then, whoever has it open still. If this process dies, it is when the others have closed it.
+    """
+    file = os.memfd_create(name, os.MFD_CLOEXEC)
+    try:
+        yield file
+    finally:
+        os.ftruncate(file, 0)
+        os.close(file)
+
+
 def resolved(path: Path) -> Path:
     """The real path of a directory that the user has named.
 

@@ -81,6 +81,8 @@ async def do_loadvm(run: Run, request: LoadRequest) -> LoadResult:
     was_reset = needs_reset(plan.runstate, monitor.version)
     runs = runs_after_load(plan.runstate) if running is None else running
     await leave_position(run)
+    if not monitor.live_obstacle:
+        await monitor.live.close_lingering_files()
     async with AsyncExitStack() as stack:
         source = await stack.enter_async_context(_source(run, plan))
         if request.verify:

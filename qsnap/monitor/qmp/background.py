@@ -16,7 +16,8 @@ Facts (QEMU's migration/options.c, migration.c, file.c, fd.c; measured on 7.2, 1
 * A migration begins with no error noted, and notes one when it fails, or is cancelled while it is set up. From then on
   until the next begins any load fails at its end (savevm.c: qemu_loadvm_state; seen in 10.0 and 11.1, not in 7.2).
 * ``/dev/fdset/N`` names a descriptor that ``add-fd`` was given, in place of any file name; only one of the same access
-  mode. ``remove-fd`` of a set lets go of it at once if the guest runs, and else some time later.
+  mode. ``remove-fd`` of a set closes it at once; but before 9.1 only if the guest runs, and else when it does, and the
+  set is removed once more or a monitor's connection ends (monitor/misc.c: monitor_fdset_cleanup).
 """
 
 from __future__ import annotations
@@ -24,11 +25,12 @@ from __future__ import annotations
 import asyncio
 import os
 import re
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from typing import NamedTuple
 
 from qsnap.errors import CommandFailed, JobFailed, NotSupported
+from qsnap.host import files
 from qsnap.model import outside
 from qsnap.model.qemu import MIGRATION_IDLE
 from qsnap.monitor.hmp import tables as hmp_tables
@@ -40,6 +42,8 @@ from qsnap.monitor.qmp.channel import Channel
 UNBOUNDED = (1 << 63) - 1
 #: The first version that does not resume the guest by itself.
 RESUMED_BY_US_SINCE = (9, 0)
+#: The first version that closes a removed file whether the guest runs or not.
+FILES_LINGER_UNTIL = (9, 1)
 
 _CAPABILITY = "background-snapshot"
 _BANDWIDTH = "max-bandwidth"
@@ -224,34 +228,23 @@ class Background:
 
         :raise CommandFailed: QEMU cannot do it.
         """
-        memory = os.memfd_create(STATE_NODE, os.MFD_CLOEXEC)
-        try:
-            file = os.open(f"/proc/self/fd/{memory}", os.O_WRONLY | os.O_CLOEXEC)
-            try:
+        with files.in_memory(STATE_NODE) as memory:
+            with _for_writing(memory) as file:
                 name = await self._add_file(file)
-            finally:
-                os.close(file)
             try:
                 # Without "live" it would inactivate the images of a stopped guest
                 await self._channel.execute("xen-save-devices-state", {"filename": name, "live": False})
             finally:
                 await self._channel.execute("remove-fd", {"fdset-id": int(name.rpartition("/")[2])})
             return os.pread(memory, os.fstat(memory).st_size, 0)
-        finally:
-            os.close(memory)
 
     async def _begin_and_cancel(self) -> None:
-        memory = os.memfd_create(STATE_NODE, os.MFD_CLOEXEC)
-        file = -1
-        try:
-            file = os.open(f"/proc/self/fd/{memory}", os.O_WRONLY | os.O_CLOEXEC)
-            await self.begin_stream(file, 0)
-        finally:
-            await self.end_stream()
-            os.close(memory)
-            if file >= 0:
-                os.close(file)
-            await self.tidy()
+        with files.in_memory(STATE_NODE) as memory, _for_writing(memory) as file:
+            try:
+                await self.begin_stream(file, 0)
+            finally:
+                await self.end_stream()
+                await self.tidy()
 
     def forget_stop_resume_events(self) -> None:
         """Forget the STOP and RESUME events so far. A stream that begins does so, too."""
@@ -291,7 +284,25 @@ class Background:
         for name in await self._state_nodes():
             with suppress(CommandFailed):
                 await self._channel.execute("blockdev-del", {"node-name": name})
-        for files in await self._channel.query(list[replies.FileSet], "query-fdsets"):
-            if any(file.opaque == STATE_NODE for file in files.fds):
+        await self._remove_files()
+
+    async def close_lingering_files(self) -> None:
+        """Have QEMU close the files that it has kept because the guest did not run when they were removed."""
+        if self._channel.version < FILES_LINGER_UNTIL:
+            await self._remove_files()
+
+    async def _remove_files(self) -> None:
+        for given in await self._channel.query(list[replies.FileSet], "query-fdsets"):
+            if any(file.opaque == STATE_NODE for file in given.fds):
                 with suppress(CommandFailed):
-                    await self._channel.execute("remove-fd", {"fdset-id": files.fdset_id})
+                    await self._channel.execute("remove-fd", {"fdset-id": given.fdset_id})
+
+
+@contextmanager
+def _for_writing(memory: int) -> Iterator[int]:
+    """A descriptor of the same file that can only be written, for the duration of a block."""
+    file = os.open(f"/proc/self/fd/{memory}", os.O_WRONLY | os.O_CLOEXEC)
+    try:
+        yield file
+    finally:
+        os.close(file)

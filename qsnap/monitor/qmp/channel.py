@@ -40,6 +40,7 @@ EVENT_S = 0.5
 MAX_MESSAGE_BYTES = 64 << 20
 #: How much of an unreadable reply an error shows.
 _SHOWN = 40
+_STOP_RESUME = ("STOP", "RESUME")
 
 
 class _Unreadable(QMPError):
@@ -54,7 +55,7 @@ class Client(QMPClient):
 
     def __init__(self) -> None:
         super().__init__("qsnap", readbuflen=MAX_MESSAGE_BYTES)
-        self.events.names = {"STOP", "RESUME"}  # it keeps what it gets until somebody asks
+        self.events.event_filter = lambda _: False  # a listener keeps all that it gets
         self.unreadable = ""
 
     async def _do_recv(self) -> Message:
@@ -236,10 +237,9 @@ class Channel:
         self.pid = link.pid
         self.sock: socket.socket | None = link.sock.dup()
         self._client = client
-        self._turns = EventListener(("STOP", "RESUME"))
-        self._seen = client.events
+        self._seen = EventListener(_STOP_RESUME)
         self._past: list[tuple[str, float]] = []
-        client.register_listener(self._turns)
+        client.register_listener(self._seen)
 
     async def execute(self, command: str, arguments: Mapping[str, object] | None = None) -> object:
         """Have QEMU execute a command; what it returns."""
@@ -258,8 +258,10 @@ class Channel:
 
     def forget_stop_resume_events(self) -> None:
         """Forget the STOP and RESUME events so far."""
-        self._seen.clear()
+        self._client.remove_listener(self._seen)
+        self._seen = EventListener(_STOP_RESUME)
         self._past.clear()
+        self._client.register_listener(self._seen)
 
     def stop_resume_events(self) -> Sequence[tuple[str, float]]:
         """The STOP and RESUME events since they were forgotten, with their time stamps in seconds since 1970."""
@@ -278,13 +280,11 @@ class Channel:
 
     async def turn(self, command: str, event: str) -> float | None:
         """Execute a command of which an event tells when it took effect: the event's time stamp, None without one."""
-        self._turns.clear()
-        await self.execute(command)
-        with suppress(TimeoutError):
-            async with asyncio.timeout(EVENT_S):
-                while (message := await self._turns.get())["event"] != event:
-                    pass
-                return _stamp(message)
+        with self._client.listener(event) as turns:
+            await self.execute(command)
+            with suppress(TimeoutError):
+                async with asyncio.timeout(EVENT_S):
+                    return _stamp(await turns.get())
         return None
 
     async def human_answer(self, line: str) -> str:
@@ -314,8 +314,7 @@ class Channel:
                 raise AnotherAnswers(self.address)
             self.sock, self.pid = link.sock.dup(), link.pid
         self._client = client
-        self._client.register_listener(self._turns)
-        self._seen = client.events
+        self._client.register_listener(self._seen)
 
     async def aclose(self) -> None:
         if self.sock is not None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import threading
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
@@ -76,21 +75,20 @@ class Comparison:
 
         :raise NoDelta: a delta load is not possible, or gains nothing.
         """
-        file = os.memfd_create(STATE_NODE, os.MFD_CLOEXEC)
-        try:
-            with _doubts():
-                found = await in_thread(lambda ended: self._written(file, ended))
-                node = state_node()
-                await self._background.add_state_node(file, node)
-            if self.was_resumed:
-                raise NoDelta("another client has resumed the guest during the comparison")
-            found_by: Literal["soft-dirty", "comparison"] = "soft-dirty" if self._layout else "comparison"
-            yield Delta(node, found.differing * memory.PAGE, found_by)
-        finally:
-            os.close(file)
-            if self._snapshot.file is None:  # that of a state file is still needed, and goes together with this one
-                with suppress(QsnapError):
-                    await shielded(self._background.tidy(), AFTERMATH_TIMEOUT_S)
+        with files.in_memory(STATE_NODE) as file:
+            try:
+                with _doubts():
+                    found = await in_thread(lambda ended: self._written(file, ended))
+                    node = state_node()
+                    await self._background.add_state_node(file, node)
+                if self.was_resumed:
+                    raise NoDelta("another client has resumed the guest during the comparison")
+                found_by: Literal["soft-dirty", "comparison"] = "soft-dirty" if self._layout else "comparison"
+                yield Delta(node, found.differing * memory.PAGE, found_by)
+            finally:
+                if self._snapshot.file is None:  # that of a state file is still needed, and goes together with this one
+                    with suppress(QsnapError):
+                        await shielded(self._background.tidy(), AFTERMATH_TIMEOUT_S)
 
     def _written(self, file: int, ended: threading.Event) -> Found:
         """Compare, and write the stream and what makes it a state file."""
