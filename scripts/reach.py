@@ -24,12 +24,14 @@ class Reached(NamedTuple):
 
     :ivar seconds: for its setup, itself, and its teardown.
     :ivar places: the statements that it executed: "module:line".
+    :ivar qemu: the QEMU that it ran on; "" for the usual one.
     """
 
     test: str
     seconds: float
     has_failed: bool
     places: frozenset[str]
+    qemu: str = ""
 
 
 def probe(place: str) -> None:
