@@ -58,6 +58,15 @@ def test_saved_and_pruned_in_one(guest: Guest, disk: Path) -> None:
 
 
 @both_monitors
+def test_a_dry_run_counts_the_snapshot_that_would_be_there(guest: Guest, disk: Path) -> None:
+    older, newer = (save_series(guest)["tag"] for _ in range(2))
+    plan = save_series(guest, "--keep-last", "2", "--dry-run")
+    assert [one["tag"] for one in plan["pruned"]["remove"]] == [older]
+    assert {one["tag"] for one in plan["pruned"]["keep"]} == {newer, plan["tag"]}
+    assert tags(disk) == [older, newer]
+
+
+@both_monitors
 def test_prune_by_itself(guest: Guest, disk: Path) -> None:
     names = [save_series(guest)["tag"] for _ in range(3)]
     dry = cli("prune", "--prefix", "nightly", "--keep-daily", "1", "-n", monitor=guest.address)
