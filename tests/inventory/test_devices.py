@@ -54,3 +54,9 @@ def test_what_lies_below_an_image() -> None:
     """A node that nothing is told to lie below is not itself what stores the image."""
     known = graph(node("q", children=(("file", "p"),)), node("p", "file", filename="/p"))
     assert (rules.protocol(known, "q"), rules.protocol(known, "p")) == (known.nodes["p"], None)
+
+
+def test_names_for_a_command_line() -> None:
+    assert rules.for_shell("disk0", "drive0") == "disk0"
+    assert rules.for_shell("#block123", "drive0") == "drive0"
+    assert rules.for_shell("#block123") == "'#block123'"

@@ -6,6 +6,7 @@ import asyncio
 import fcntl
 import json
 import os
+import resource
 import signal
 import socket
 import subprocess
@@ -310,6 +311,26 @@ def test_a_journal_that_is_held_is_not_removed(runtime_directory: Path) -> None:
     assert len(journals(runtime_directory)) == 1
     ours.close(remove=False)
     assert (list(found()), journals(runtime_directory)) == ([], [])
+
+
+def test_a_journal_that_finds_no_room_leaves_nothing(runtime_directory: Path) -> None:
+    """Not even its name: it would be taken for that of a run which died before it wrote down what it does."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10, before[1]))
+    try:
+        with pytest.raises(QsnapError, match="cannot be written: File too large; nothing was done"):
+            Journal.create(_record())
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert list(runtime_directory.iterdir()) == []
+
+
+def test_looking_at_journals_leaves_none_open(runtime_directory: Path) -> None:
+    for _ in range(3):
+        Journal.create(_record()).close(remove=False)
+    before = sorted(Path("/proc/self/fd").iterdir())
+    assert len(list(found())) == 3
+    assert sorted(Path("/proc/self/fd").iterdir()) == before
 
 
 def test_of_two_who_take_one_journal_one_gets_it(monkeypatch: pytest.MonkeyPatch, runtime_directory: Path) -> None:

@@ -321,21 +321,37 @@ def test_the_journal_of_another_vm_is_left_alone(guest: Guest, launch: Launch, r
     guest.assert_running()
 
 
+def guest_over_tcp(launch: Launch, image: Path) -> tuple[Guest, str]:
+    """A guest, and an address at which its QEMU cannot be seen."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"tcp:127.0.0.1:{free.getsockname()[1]}"
+    guest = launch(*blockdev("a", make_boot_disk(image)), *disk_device("a"), "-qmp", f"{address},server=on,wait=off")
+    guest.wait_for_ticks()
+    return guest, address
+
+
 def test_a_journal_without_a_mark_of_a_qemu_that_cannot_be_seen(
     launch: Launch, tmp_path: Path, runtime_directory: Path
 ) -> None:
     """Over TCP a journal is known by the address alone."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"tcp:127.0.0.1:{free.getsockname()[1]}"
-    disk = [*blockdev("a", make_boot_disk(tmp_path / "a")), *disk_device("a")]
-    guest = launch(*disk, "-qmp", f"{address},server=on,wait=off")
-    guest.wait_for_ticks()
+    guest, address = guest_over_tcp(launch, tmp_path / "a")
     leave_a_journal(guest, address, runtime_directory)
     until("the save to end", lambda: guest.node_tags("a"))
     guest.qmp("object-del", id=CLAIM)
     cli("list", monitor=address)
     assert journals(runtime_directory) == []
+
+
+def test_the_journal_of_another_vm_neither_of_which_can_be_seen(
+    launch: Launch, tmp_path: Path, runtime_directory: Path
+) -> None:
+    guest, address = guest_over_tcp(launch, tmp_path / "a")
+    _, other = guest_over_tcp(launch, tmp_path / "b")
+    journal = leave_a_journal(guest, address, runtime_directory)
+    cli("list", monitor=other)
+    assert journals(runtime_directory) == [journal]
+    assert "the guest was resumed" in cli("list", monitor=address).err
 
 
 def test_a_broken_journal_does_no_harm(guest: Guest, runtime_directory: Path) -> None:
