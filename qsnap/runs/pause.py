@@ -177,7 +177,7 @@ async def _explain_failed_resume(monitor: Monitor, pause: Pause, journal: Journa
     if pause.was_running and journal.guard_pid is not None:
         cure = f"Process {journal.guard_pid}, its guard, goes on trying. If that is in vain: {cure}"
     failure = GuestLeftStopped if pause.was_running else QsnapError
-    raise failure(f"the guest {state}, and resuming it failed: {error}. {cure}") from error
+    raise failure(f"the guest {state}, and resuming it failed: {str(error).rstrip('.')}. {cure}") from error
 
 
 async def has_ended(journal: Journal) -> bool:

@@ -284,7 +284,7 @@ async def test_hmp_says_what_it_cannot_carry_or_load(launch: Launch, tmp_path: P
 
 async def test_a_guest_that_cannot_be_resumed() -> None:
     monitor = FakeMonitor(cont_fails=True)
-    with pytest.raises(GuestLeftStopped, match=r"dump in process\. Try `cont` in its monitor$"):
+    with pytest.raises(GuestLeftStopped, match=r"dump in process, please wait\. Try `cont` in its monitor$"):
         await do_savevm(Run(monitor), SaveRequest(tag="t"))
     assert monitor.calls == ["stop", "save", "cont"]
     assert all(rows for rows in monitor.rows.values()), "a good snapshot is not thrown away for that"
