@@ -48,6 +48,7 @@ def test_removable_media_that_hold_the_state(launch: Launch, tmp_path: Path, tra
     assert [one["code"] for one in saved["warnings"]] == ["vmstate-removable"]
     if chooses:
         assert findings(guest, "--vmstate", "hd0", ok=True) == {}
+        assert findings(guest, "--vmstate", "fd", ok=True) == {}
         assert cli("save", "--live", "l", "--json", monitor=guest.address).json["warnings"] == []
         cli("save", "t", "--vmstate", "hd0", monitor=guest.address)
         assert (state_sizes(tmp_path / "fd")["t"], state_sizes(tmp_path / "hd0")["t"] > 0) == (0, True)

@@ -174,6 +174,13 @@ def test_the_block_graph(recording: Recording) -> None:
     assert survey.vmstate == ide.root
 
 
+def test_a_device_without_a_medium() -> None:
+    """7.2 calls a drive that has neither a name nor a node by its device."""
+    text = "cd0: [not inserted]\n    Attached to:      cd0\n    Removable device: not locked, tray closed\n"
+    (backend,) = hmp_tables.block_graph(text, "", {}, QemuVersion(7, 2, 0)).backends
+    assert (backend.name, backend.qdev, backend.removable, backend.root) == ("", "cd0", True, None)
+
+
 def test_an_inactive_image(recording: Recording) -> None:
     """As a migration leaves it; told from 10.0 on (block-hmp-cmds.c: print_block_info)."""
     nodes = recording.answers("info block -n -v")[0]
