@@ -208,6 +208,20 @@ class Holder:
         assert self.has_come.wait(30)
 
 
+@needs_snapshot_jobs
+def test_no_guest_is_stopped_before_all_can_be(trio: Trio, intercept: Intercept, tmp_path: Path) -> None:
+    """What one VM has to prepare lengthens no other one's pause."""
+    holder = Holder(trio, intercept, "b", "migrate-set-parameters")
+    process = trio.start("save", "t", "--together", "--live", "--state-dir", str(tmp_path))
+    holder.wait()
+    for name in "ac":
+        trio.guests[name].wait_for_ticks(10)
+    assert trio.stops() == 0
+    holder.may_pass.set()
+    assert finish(process).code == 0
+    trio.assert_all_run(["t"])
+
+
 @pytest.mark.parametrize("how", WAYS)
 def test_no_guest_runs_on_before_all_are_stopped(
     trio: Trio, intercept: Intercept, tmp_path: Path, how: list[str]
