@@ -612,6 +612,8 @@ def test_a_guest_that_qemu_does_not_resume_is_left_to_the_guard(
         assert f"Process {guard}, its guard, goes on trying" in error["message"]
         assert (guest.runstate, marks(guest)) == ("paused", [CLAIM])
         cli("save", "x", "--lock-wait", "0", monitor=guest.hmp_address, expect=11)
+        tried = proxy.commands.count("cont")
+        until("the guard to try again", lambda: proxy.commands.count("cont") > tried + 1)
     finally:
         os.close(reader)  # which ends the dump
     assert_all_is_well(guest, runtime_directory, {tmp_path / "disk0.qcow2": [], tmp_path / "disk1.qcow2": []})
