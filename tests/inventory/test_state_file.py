@@ -14,7 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qsnap.errors import BadUsage
-from qsnap.inventory import snapshots, state_file, state_store
+from qsnap.host import files
+from qsnap.inventory import snapshots, state_file, state_part, state_store
 from qsnap.inventory.devices import survey
 from qsnap.inventory.state_file import CLUSTER, STREAM_OFFSET, Content
 from qsnap.model.qemu import NodeSnapshot
@@ -238,3 +239,18 @@ def test_which_disks_a_file_belongs_to() -> None:
     assert held("both.qsnap-2") == (("both",), ("a", "b"), ("/vm/both",)), "what is listed so"
     assert held("cut.qsnap-2") == (("cut",), ("a",), ("/vm/cut",))
     assert held("full.qsnap-2") == ((), (), ("/vm/full",))
+
+
+def test_what_a_dead_run_has_begun_gives_its_room_back(tmp_path: Path) -> None:
+    """At once, although QEMU has it open; another file in its place stays as it is."""
+    part, path = tmp_path / "t.part", tmp_path / "t.state"
+    part.write_bytes(b"state")
+    made = files.identity_of(part.stat())
+    with part.open("rb") as open_in_qemu:
+        other = tmp_path / "other"
+        other.write_bytes(b"another one")
+        state_part.remove(other, path, made)
+        assert other.read_bytes() == b"another one"
+        state_part.remove(part, path, made)
+        assert os.fstat(open_in_qemu.fileno()).st_size == 0
+    assert [one.name for one in tmp_path.iterdir()] == ["other"]

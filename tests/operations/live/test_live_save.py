@@ -21,22 +21,26 @@ import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager, nullcontext, suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 import qsnap
 import qsnap.guest
-from qsnap.errors import JobFailed, PrecheckRefused, QsnapError
+from qsnap.errors import JobFailed, PrecheckRefused, QsnapError, VerifyFailed
 from qsnap.host import hugepages
 from qsnap.host.hugepages import Layout
 from qsnap.inventory import state_file
 from qsnap.inventory import state_part as parts
 from qsnap.monitor.names import READ_TIME
+from qsnap.monitor.qmp.background import Stream
 from qsnap.operations.live import freeze
+from qsnap.operations.live.save import LiveSaveAttempt
 from qsnap.operations.live.timing import ReadTime, SnapshotThread
 from qsnap.runs.journal import Journal
 from qsnap.runs.pause import stopped
+from qsnap.runs.record import LiveWork, Record
 from support.guest import (
     Guest,
     Launch,
@@ -313,6 +317,76 @@ async def test_rehearsals(
     found = await taken._expected_read_ns(known * 1_000_000, LAYOUTS[layout])
     assert (found, left) == (read_ns * 1_000_000, [])
     assert taken._is_to_stop_late(found) == is_late
+
+
+@pytest.mark.parametrize(
+    ("known", "member", "pid", "layout", "is_rehearsed"),
+    [
+        (0, None, 1, "base pages", True),
+        (5, None, 1, "base pages", False),
+        (0, object(), 1, "base pages", False),
+        (0, None, None, "base pages", False),
+        (0, None, 1, "huge pages", False),
+    ],
+)
+async def test_a_rehearsal_that_takes_as_long_as_a_save(
+    monkeypatch: pytest.MonkeyPatch, known: int, member: object, pid: int | None, layout: str, is_rehearsed: bool
+) -> None:
+    """Before QEMU 9.0 there is none but where it is of use, and then once."""
+
+    async def rehearse(_: object) -> int:
+        return 7
+
+    monkeypatch.setattr(freeze.Freeze, "_rehearse", rehearse)
+    taken: Any = object.__new__(freeze.FreezeBefore9)
+    taken._journal, taken._monitor = SimpleNamespace(member=member), SimpleNamespace(pid=pid)
+    assert await taken._expected_read_ns(known, LAYOUTS[layout]) == (7 if is_rehearsed else known)
+
+
+@pytest.mark.parametrize(("pid", "base", "is_collapsed"), [(1, 4, True), (1, 2, False), (None, 64, False)])
+async def test_ram_is_put_into_huge_pages_first(
+    monkeypatch: pytest.MonkeyPatch, pid: int | None, base: int, is_collapsed: bool
+) -> None:
+    """Where there is enough in base pages to gain by it."""
+    before, after = Layout(base, 64 - base), Layout(0, 64)
+    collapsed: list[int] = []
+
+    async def collapse(process: int, _: int) -> None:
+        collapsed.append(process)
+
+    monkeypatch.setattr(hugepages, "layout", lambda *_: after if collapsed else before)
+    monkeypatch.setattr(hugepages, "collapse", collapse)
+    taken: Any = object.__new__(freeze.FreezeSince9)
+    taken._monitor = SimpleNamespace(pid=pid)
+    assert await taken._ram(64) == (after if is_collapsed else before)
+    assert collapsed == ([pid] if is_collapsed else [])
+
+
+async def test_a_stream_that_fails_in_the_pause(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The guest does not stand still until the device state is overdue."""
+
+    async def stream() -> Stream:
+        return Stream("failed", 0, 0, 0, "QEMU says why")
+
+    monkeypatch.setattr(freeze, "_STATE_TIMEOUT_S", 0.5)
+    taken: Any = object.__new__(freeze.FreezeSince9)
+    taken._background = SimpleNamespace(stream=stream)
+    with pytest.raises(JobFailed, match="QEMU says why"):
+        await taken._state_taken(None, SimpleNamespace(spent_ns=0))
+
+
+async def test_a_resumption_that_is_told_late_is_seen() -> None:
+    """QEMU's events come before the answer to a question, and it is asked one before they are looked at."""
+    events = [("STOP", None)]
+
+    async def runstate() -> str:
+        events.append(("RESUME", None))
+        return "running"
+
+    taken: Any = object.__new__(freeze.FreezeSince9)
+    taken._monitor = SimpleNamespace(runstate=runstate)
+    taken._background = SimpleNamespace(stop_resume_events=lambda: events)
+    assert not await taken._was_in_time(at_the_disks=True)
 
 
 async def test_that_nothing_was_seen_is_not_remembered(guest: Guest) -> None:
@@ -973,6 +1047,26 @@ async def test_disks_that_cannot_be_snapshotted_then(heavy: Guest, tmp_path: Pat
     heavy.assert_running()
     assert state_files(tmp_path) == []
     assert_settings_are_as_they_were(heavy)
+
+
+async def test_what_the_others_leave_of_a_save_that_died(heavy: Guest, tmp_path: Path) -> None:
+    """Its snapshot is complete if every disk has it, once, and the state file is there."""
+    async with qsnap.connect(heavy.address, state_dir=tmp_path) as vm:
+        await vm.save("t", live=True)
+        (name,) = state_files(tmp_path)
+        stream = await vm._monitor.live.stream()
+        assert stream.done == stream.total > stream.pages > 0
+        work = LiveWork(
+            disk_tag="t", vmstate="disk0", devices=("disk0", "disk1"), older=(), older_files=(),
+            path=str(tmp_path / name), part=str(tmp_path / "part"),
+        )  # fmt: skip
+        attempt = LiveSaveAttempt(vm._monitor, Journal(Record(tags=("t",), work=work)), ())
+        assert attempt._is_complete(await vm._monitor.block_graph())
+        heavy.qmp("blockdev-snapshot-delete-internal-sync", device="disk1", name="t")
+        assert not attempt._is_complete(await vm._monitor.block_graph())
+        (tmp_path / name).unlink()
+        with pytest.raises(VerifyFailed, match="is not a state file"):
+            await attempt.conclude()
 
 
 # State files that were touched by others, and neighbours
