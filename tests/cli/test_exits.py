@@ -38,6 +38,7 @@ from support.guest import (
     tags,
     until,
 )
+from support.killed import wait_for_the_guard
 from support.proxy import Intercept, deed
 
 
@@ -345,8 +346,10 @@ def test_20_load_fails_in_the_middle(launch: Launch, tmp_path: Path) -> None:
 
 
 @needs_snapshot_jobs
-def test_20_nobody_knows_how_the_load_ended(launch: Launch, tmp_path: Path, intercept: Intercept) -> None:
-    """Another client has dismissed its job, and with it the error that stood there."""
+def test_20_nobody_knows_how_the_load_ended(
+    launch: Launch, tmp_path: Path, intercept: Intercept, runtime_directory: Path
+) -> None:
+    """Another client has dismissed its job, and with it the error that stood there. Nothing is left to the guard."""
     image = make_boot_disk(tmp_path / "a")
     guest = launch(*failing_disk("a", image, "vmstate_load", errno.EIO), *disk_device("a"))
     guest.wait_for_ticks()
@@ -358,8 +361,11 @@ def test_20_nobody_knows_how_the_load_ended(launch: Launch, tmp_path: Path, inte
             assert (job["type"], job["status"]) == ("snapshot-load", "concluded")
             guest.qmp("job-dismiss", id=job["id"])
 
-    error = cli("load", "t", "--json", monitor=intercept(guest, on_command=dismiss).address, expect=20).error
+    proxy = intercept(guest, on_command=dismiss)
+    error = cli("load", "t", "--json", monitor=proxy.address, expect=20).error
     assert "its job has vanished" in error["message"]
+    wait_for_the_guard(runtime_directory)
+    assert proxy.commands[proxy.commands.index("snapshot-load") :].count("object-add") == 1, "a guard marks it again"
     assert guest.runstate != "running"
     cli("save", "t", monitor=guest.address, expect=6)
 

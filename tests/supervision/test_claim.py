@@ -239,7 +239,7 @@ def test_a_claim_that_cannot_be_read(guest: Guest, tmp_path: Path, damage: dict[
     assert "qsnap recover --force" in cli("status", monitor=guest.address).out
     cli("recover", "--force", monitor=guest.address, expect=11)
     run = cli("recover", "--force", monitor=guest.address)
-    assert "the guest was left as it is, paused" in run.out
+    assert "the guest was left as it is, paused: nothing tells what stopped it" in run.out
     assert marks_of(guest) == []
     guest.qmp("cont")
     cli("save", "x", monitor=guest.address)
