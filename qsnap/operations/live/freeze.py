@@ -250,7 +250,6 @@ class Freeze(ABC):
 
     async def _begin_anew(self) -> None:
         await self._background.end_stream()
-        await self._background.tidy()
         await self._forget_disks()
 
     async def _flush(self) -> None:

@@ -1422,8 +1422,10 @@ def test_killed_when_it_is_forgotten(heavy: Guest, intercept: Intercept, runtime
         assert heavy.qmp("query-migrate")["status"] in ("failed", "cancelled")
         assert turns(heavy) == []
         assert_settings_are_as_they_were(heavy)
-    cli("load", "good", monitor=heavy.address)
+    let_a_migration_fail(heavy)
+    cli("load", "good", "--full", monitor=heavy.address)
     assert_in_order(heavy)
+    assert heavy.qmp("query-fdsets") == []
 
 
 @contextmanager
