@@ -279,6 +279,8 @@ def test_a_directory_that_may_not_be_listed(open_directory: Path) -> None:
     disk = node("a", snapshots=(row,), children=(("file", "below"),))
     both = graph_of(disk, node("below", "file", filename=str(image)))
     devices, store = survey(both).devices, StateStore(os.getpid())
+    far = graph_of(node("far", children=(("file", "net"),)), node("net", "nbd"))
+    assert store.unseen(far, survey(far).devices) == ("far",), "it has no file name, and is named nevertheless"
     with image.open("rb"):
         for mode, seen in (0o755, ["t"]), (0o711, ["t"]), (0, []):
             open_directory.chmod(mode)

@@ -18,10 +18,12 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 import qsnap
 from qsnap.errors import GuestLeftStopped, QsnapError
+from qsnap.runs import mark
 from qsnap.runs.journal import found
 from qsnap.runs.mark import of_this_process
 from qsnap.supervision import recovery
@@ -46,7 +48,17 @@ from support.guest import (
     until,
     waits,
 )
-from support.killed import CLAIM, Killer, assert_all_is_well, guards, journals, kill_guard, marks, wait_for_the_guard
+from support.killed import (
+    CLAIM,
+    Killer,
+    assert_all_is_well,
+    guards,
+    journals,
+    kill_guard,
+    marks,
+    set_claim,
+    wait_for_the_guard,
+)
 from support.proxy import Intercept, deed
 
 
@@ -311,11 +323,15 @@ def test_the_journal_of_a_vm_that_is_gone_is_removed(guest: Guest, launch: Launc
 
 
 def test_the_journal_of_another_vm_is_left_alone(guest: Guest, launch: Launch, runtime_directory: Path) -> None:
-    """It tells what is to be done there, and goes when that is done."""
+    """It tells what is to be done there, and goes when that is done; also if a run has died on the other, too."""
     journal = leave_a_journal(guest, guest.address, runtime_directory)
+    (record,) = (one.record for one in found())
     other = launch(memory="16")
     cli("list", monitor=other.address)
     assert journals(runtime_directory) == [journal]
+    set_claim(other, mark.holder(msgspec.structs.replace(record, token="0" * 16), None, was_running=True))
+    cli("list", monitor=other.address)
+    assert (journals(runtime_directory), marks(other)) == ([journal], [])
     assert "the guest was resumed" in cli("list", monitor=guest.address).err
     assert journals(runtime_directory) == []
     guest.assert_running()

@@ -198,10 +198,8 @@ class HmpMonitor(HmpSnapshots, Objects):
 
     async def read_property(self, path: str, name: str) -> str:
         text = await self._query(f"qom-get {hmp_text.quoted(path)} {name}")
-        try:
+        with understood("qom-get"):
             return str(json.loads(text))
-        except ValueError as error:
-            raise CommandFailed("qom-get", f"the human monitor tells no text of {path}") from error
 
     async def add_mark(self, name: str, text: str) -> None:
         await self._silent(f"object_add authz-simple,id={name},identity={text}")
