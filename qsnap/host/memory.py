@@ -19,7 +19,7 @@ from qsnap.host.syscalls import Iovec
 
 PAGE = 4096
 #: Pages that are compared with one call.
-_AT_ONCE = 256
+_AT_ONCE = 512
 
 
 class Comparison:

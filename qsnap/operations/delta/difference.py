@@ -33,8 +33,9 @@ from qsnap.inventory.stream import (
 )
 from qsnap.inventory.vm_state import VmState
 
-#: Bytes of a piece: large enough that calls cost little, small enough to stay in the processor's cache.
-_PIECE = 1 << 20
+#: Bytes of a piece: large enough that calls cost little, small enough to stay in the processor's cache. (Of 1, 2 and
+#: 4 MiB with as many pages at once, 2 took the least time, a sixth less than 1.)
+_PIECE = 2 << 20
 assert _PIECE > LONGEST_FRAME
 #: More threads gain nothing: one reads the state, and is as quick as two or three that compare.
 _MOST_THREADS = 4
