@@ -99,7 +99,7 @@ def test_the_bytes_come_back(flash_guest: Guest, tmp_path: Path) -> None:
     assert variables.read_bytes()[1 : later + 1] == b"\xaa" * later
 
     loaded = cli("load", "t", "--paused", "--json", monitor=flash_guest.address).json
-    assert loaded["devices"] == ["disk0"]
+    assert (loaded["devices"], loaded["method"]) == (["disk0"], "delta")
     assert flash_guest.counter == saved
     assert marks(flash_guest, 1, later) == [0xAA] * saved + [0] * (later - saved)
     # QEMU writes the chip back to its file when the loaded state starts to run.

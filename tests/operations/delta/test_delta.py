@@ -129,7 +129,29 @@ TWO = [
     "-object", "memory-backend-memfd,id=m1,size=32M", "-numa", "node,memdev=m1",
     "-object", "memory-backend-ram,id=m2,size=128M", "-device", "pc-dimm,memdev=m2,id=dimm",
 ]  # fmt: skip
+HUGE = [
+    "-machine", "memory-backend=m0",
+    "-object", "memory-backend-memfd,id=m0,size=32M,share=off,hugetlb=on,hugetlbsize=2M",
+]  # fmt: skip
+THREAD = ["-object", "iothread,id=io", "-device", "virtio-blk-pci,drive=b,iothread=io"]
 HIGH = 1 << 32
+
+
+@pytest.fixture
+def huge_pages() -> Iterator[None]:
+    """As many pages of 2 MiB as a guest of 32 MiB needs, reserved by the kernel."""
+    pool = Path("/sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages")
+    before = int(pool.read_text()) if pool.exists() else 0
+    try:
+        pool.write_text(str(before + 20))
+    except OSError:
+        pytest.skip("only root may have huge pages reserved")
+    try:
+        if int(pool.read_text()) < before + 20:
+            pytest.skip("the kernel has no room for huge pages")
+        yield
+    finally:
+        pool.write_text(str(before))
 
 
 @pytest.mark.parametrize(
@@ -139,14 +161,25 @@ HIGH = 1 << 32
         ("32", SHM, [(0, 32 * MIB)]),
         ("64,slots=1,maxmem=1G", TWO, [(0, 32 * MIB), (32 * MIB, 32 * MIB), (HIGH, 32 * MIB)]),
         ("64", ["-machine", "max-ram-below-4g=32M"], [(0, 32 * MIB), (HIGH, 32 * MIB)]),
+        ("32", HUGE, [(0, 32 * MIB)]),
+        ("32", THREAD, [(0, 32 * MIB)]),
     ],
-    ids=["memfd", "shm", "numa-and-dimm", "above-4-gib"],
+    ids=["memfd", "shm", "numa-and-dimm", "above-4-gib", "hugetlb", "iothread"],
 )
 def test_other_memory(
-    launch: Launch, tmp_path: Path, memory: str, options: list[str], ranges: list[tuple[int, int]]
+    launch: Launch,
+    tmp_path: Path,
+    request: pytest.FixtureRequest,
+    memory: str,
+    options: list[str],
+    ranges: list[tuple[int, int]],
 ) -> None:
+    """And a disk that a thread of its own serves."""
+    if options is HUGE:
+        request.getfixturevalue("huge_pages")
     guest = launch(
-        *blockdev("a", make_boot_disk(tmp_path / "a")), *disk_device("a"), *options, memory=memory
+        *blockdev("a", make_boot_disk(tmp_path / "a")), *disk_device("a"),
+        *blockdev("b", make_disk(tmp_path / "b")), *options, memory=memory,
     )  # fmt: skip
     guest.wait_for_ticks()
     dice = seeded(len(options))
