@@ -280,6 +280,9 @@ async def test_late_stops(heavy: Guest, monkeypatch: pytest.MonkeyPatch, read_ns
             result = await vm.save(tag, live=True)
             assert result.runstate == "running"
             after = heavy.counter
+            stamps = {event["event"]: event["timestamp"] for event in heavy.qmp.events}
+            began, ended = (stamps[turn]["seconds"] + stamps[turn]["microseconds"] / 1e6 for turn in ("STOP", "RESUME"))
+            assert result.pause_ms == pytest.approx((ended - began) * 1000, abs=0.01), "it is not told by QEMU's clock"
             await vm.load(tag, running=False)
             assert before <= heavy.counter <= after
             heavy.qmp("cont")
