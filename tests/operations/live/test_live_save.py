@@ -1042,13 +1042,26 @@ async def test_disks_that_cannot_be_snapshotted_then(heavy: Guest, tmp_path: Pat
     def take(message: dict[str, Any]) -> None:
         if message.get("execute") == "transaction" and not taken:
             taken.append(message)
-            heavy.qmp("blockdev-snapshot-internal-sync", device="disk1", name="t")
+            name = message["arguments"]["actions"][0]["data"]["name"]
+            heavy.qmp("blockdev-snapshot-internal-sync", device="disk1", name=name)
 
     async with qsnap.connect(intercept(heavy, on_command=take).address, state_dir=tmp_path) as vm:
-        with pytest.raises(JobFailed, match="already exists"):
+        with pytest.raises(JobFailed, match="already exists") as failed:
             await vm.save("t", live=True)
+        assert "older" not in failed.value.outcome
+        heavy.assert_running()
+        assert state_files(tmp_path) == []
+
+        # An older snapshot of which only the file is there stays as well
+        await vm.save("t", live=True)
+        (file,) = state_files(tmp_path)
+        heavy.qmp.hmp("delvm t")
+        taken.clear()
+        with pytest.raises(JobFailed, match="already exists") as failed:
+            await vm.save("t", live=True)
+        assert "the older snapshot 't' is as it was" in failed.value.outcome
     heavy.assert_running()
-    assert state_files(tmp_path) == []
+    assert state_files(tmp_path) == [file]
     assert_settings_are_as_they_were(heavy)
 
 
