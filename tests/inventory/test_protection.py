@@ -104,6 +104,17 @@ def forget_marks(guest: Guest) -> None:
             guest.qmp("object-del", id=item["name"])
 
 
+def test_what_is_noted_of_one_is_not_told_of_another_of_the_same_moment(guest: Guest) -> None:
+    """The clock of a guest that stands still is the same in both."""
+    guest.qmp("stop")
+    for tag in ("a", "b"):
+        cli("save", tag, monitor=guest.address)
+    cli("protect", "b", monitor=guest.address)
+    listed = cli("list", "--json", monitor=guest.address).json["snapshots"]
+    assert {one["tag"]: one["protected"] for one in listed} == {"a": False, "b": True}
+    cli("delete", "a", monitor=guest.address)
+
+
 def test_marks_go_by_the_notes(far: Guest, tmp_path: Path) -> None:
     """Whoever removes the file takes the protection away, as soon as a qsnap comes that sees it."""
     cli("save", "a", monitor=far.address)

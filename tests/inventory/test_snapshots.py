@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from datetime import UTC, datetime
 
+import msgspec
 import pytest
 
 from qsnap.inventory import devices as rules
@@ -30,6 +31,13 @@ def test_kinds_of_snapshots() -> None:
     }  # fmt: skip
     assert found["half"].missing == ("b",)
     assert found["mixed"].problems
+
+
+def test_of_two_that_cannot_be_loaded_neither_gets_the_others_name() -> None:
+    newer = msgspec.structs.replace(row("t.qsnap-2", 5, 2), date=datetime(2026, 1, 2, tzinfo=UTC))
+    two = graph(node("a", snapshots=(row("t", 5), newer)), node("b"))
+    found = snapshots.snapshots(two, rules.survey(two).devices)
+    assert {one.tag: one.disk_tag for one in found} == {"t": "t", "t.qsnap-2": "t.qsnap-2"}
 
 
 @pytest.mark.parametrize("whole", ["t", "t.qsnap-2"])

@@ -108,6 +108,7 @@ def test_267_refused(topology: Topology, launch: Launch, tmp_path: Path) -> None
     run = cli("save", "snap0", monitor=guest.address, expect=6)
     if topology is no_disk:
         assert "no block device can store vmstate for snapshot" in run.err
+        assert "no block device can store vmstate" in cli("save", "t", monitor=guest.hmp_address, expect=6).err
     else:
         assert "is writable but does not support snapshots" in run.err
     cli("load", "snap0", monitor=guest.address, expect=7)

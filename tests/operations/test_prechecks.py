@@ -126,6 +126,18 @@ def test_external_data_file(launch: Launch, tmp_path: Path) -> None:
     assert "no-vmstate-device" in found
 
 
+@needs_snapshot_jobs
+def test_an_image_below_a_filter_that_cannot_be_snapshotted(launch: Launch, tmp_path: Path) -> None:
+    """A load is refused because of what it is, and not because the snapshot lacks it."""
+    make_disk(tmp_path / "b", "1M", "qcow2", "-o", "refcount_bits=1")
+    filtered = ("-blockdev", "driver=copy-on-read,node-name=top,file=b", "-device", "virtio-blk,drive=top")
+    guest = launch(*disk(tmp_path, "a"), *blockdev("b", tmp_path / "b"), *filtered, memory="16")
+    cli("save", "t", "--exclude", "top", monitor=guest.address)
+    error = cli("load", "t", "--json", monitor=guest.address, expect=6).error
+    assert [finding["code"] for finding in error["findings"]] == ["device-cannot-snapshot"]
+    cli("load", "t", "--exclude", "top", monitor=guest.address)
+
+
 def test_one_bit_refcounts(launch: Launch, tmp_path: Path) -> None:
     make_disk(tmp_path / "b", "1M", "qcow2", "-o", "refcount_bits=1")
     guest = launch(*disk(tmp_path, "a"), *blockdev("b", tmp_path / "b"), "-device", "virtio-blk,drive=b", memory="16")
@@ -352,6 +364,10 @@ def test_a_partial_snapshot_is_not_loaded_by_accident(guest: Guest) -> None:
     cli("load", "t", "--exclude", "disk1", monitor=guest.address, expect=0 if HAS_SNAPSHOT_JOBS else 5)
     cli("delete", "t", monitor=guest.address)
     assert guest.node_tags("disk0") == []
+    guest.qmp("blockdev-snapshot-internal-sync", device="disk0", name="disk only")
+    run = cli("load", "disk only", monitor=guest.address, expect=7)
+    assert "disk1 lacks it" in run.err
+    assert "--exclude" not in run.err, "the rest cannot be loaded either"
 
 
 @pytest.mark.parametrize("paused", [False, True])

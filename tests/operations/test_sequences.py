@@ -223,8 +223,13 @@ async def test_jobs_of_a_dead_qsnap_are_dismissed_and_foreign_ones_are_not(guest
     for job_id in (f"qsnap-save-{finished.pid}-1", ours_alive, "somebody-elses"):
         guest.qmp("snapshot-delete", job_id=job_id, tag="none", devices=["disk0"])
     until("three jobs", lambda: len([j for j in guest.qmp("query-jobs") if j["status"] == "concluded"]) == 3 or None)
+    backup = {"device": "disk0", "target": str(tmp_path / "copy"), "format": "raw", "sync": "full", "speed": 1}
+    guest.qmp("drive-backup", job_id=f"qsnap-save-{finished.pid}-2", **backup)
     async with qsnap.connect(guest.address) as vm:
-        assert [job.id for job in (await vm.status()).leftover_jobs] == [f"qsnap-save-{finished.pid}-1"]
+        left = [job.id for job in (await vm.status()).leftover_jobs]
+        assert left == [f"qsnap-save-{finished.pid}-1"], "what goes on is not left over"
+        guest.qmp("block-job-cancel", device=f"qsnap-save-{finished.pid}-2", force=True)
+        until("the backup to end", lambda: len(guest.jobs()) == 3)
         await vm.save("t")
         assert (await vm.status()).leftover_jobs == ()
     assert sorted(guest.jobs()) == sorted([ours_alive, "somebody-elses"])

@@ -177,6 +177,27 @@ async def test_the_guard_waits_for_a_monitor_that_is_away_for_a_moment(
     guest.assert_running()
 
 
+async def test_a_connection_that_is_of_no_use_is_closed(guest: Guest, runtime_directory: Path) -> None:
+    """Else it would keep the next one waiting: a monitor serves one client."""
+    leave_a_journal(guest, guest.address, runtime_directory)
+    (dead,) = found()
+    journal = dead.take()
+    assert journal is not None
+    ours, theirs = socket.socketpair()
+    with theirs:
+        taken = asyncio.create_task(recovery._inherited(journal, ours))
+        theirs.setblocking(False)
+        loop = asyncio.get_running_loop()
+        async with asyncio.timeout(10):
+            question = json.loads(await loop.sock_recv(theirs, 4096))
+            theirs.sendall(json.dumps({"id": question["id"], "return": "unheard of"}).encode() + b"\n")
+            assert await taken is None
+            assert await loop.sock_recv(theirs, 1) == b""
+    await recovery.after_death(journal, None)
+    assert journals(runtime_directory) == []
+    guest.assert_running()
+
+
 def test_another_client_in_the_queue_does_not_keep_the_guard_out(
     launch: Launch, tmp_path: Path, runtime_directory: Path
 ) -> None:
