@@ -9,6 +9,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
+from qsnap.host.processes import is_alive
 from qsnap.monitor.names import HERE, NOTED, PROTECTED
 from qsnap.runs import mark
 from support.guest import (
@@ -65,7 +66,8 @@ def kill_guard(directory: Path) -> None:
     """End the guard as well, as when a whole container is killed."""
     (pid,) = guards(directory)
     os.kill(pid, signal.SIGKILL)
-    until("the guard to be gone", lambda: not guards(directory))
+    # Its command line is gone a moment before its lock on the journal
+    until("the guard to be gone", lambda: not is_alive(pid))
 
 
 class Killer:
