@@ -15,6 +15,7 @@ import pytest
 import qsnap
 from qsnap.errors import (
     GuestLeftStopped,
+    MonitorLost,
     NotSupported,
     OperationTimeout,
     PrecheckRefused,
@@ -32,7 +33,7 @@ from qsnap.operations.load import do_loadvm
 from qsnap.operations.save import do_savevm
 from qsnap.runs.journal import Journal
 from qsnap.runs.pause import stopped
-from qsnap.runs.record import LiveWork, Record
+from qsnap.runs.record import LiveWork, LoadWork, Record
 from qsnap.runs.run import Run
 from support.disks import disk, filters, one_disk, pflash_raw
 from support.fake_monitor import FakeMonitor
@@ -643,3 +644,27 @@ def test_tags_that_are_qsnap_s_own(guest: Guest, tmp_path: Path, ending: str) ->
     guest.qmp.hmp(f"savevm b{ending}")
     cli("delete", "b", monitor=guest.address)
     assert tags(tmp_path / "disk0.qcow2") == []
+
+
+async def test_what_a_load_has_not_ended_stays_for_the_guard(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The monitor is lost for good as QEMU drops translated code: a paused guest may still be in "restore-vm"."""
+    monitor = FakeMonitor()
+    await do_savevm(Run(monitor), SaveRequest(tag="t"))
+    monitor.state = RunState.PAUSED
+
+    async def lost(*_: object) -> Any:
+        raise MonitorLost("it is gone")
+
+    async def human_answer(line: str) -> str:
+        if line != "info jit":
+            return ""
+        monitor.runstate = monitor.reconnect = lost  # type: ignore[method-assign, assignment]
+        return str(await lost())
+
+    monitor.human_answer = human_answer  # type: ignore[method-assign]
+    monkeypatch.setattr("qsnap.runs.pause.RECONNECT_ATTEMPTS", 1)
+    run = Run(monitor)
+    with pytest.raises(MonitorLost):
+        await do_loadvm(run, LoadRequest(tag="t"))
+    assert isinstance(run.journal.record.work, LoadWork)
+    assert "load" not in monitor.calls
