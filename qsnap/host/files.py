@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import errno
 import os
-import secrets
 import stat
 import sys
 from collections.abc import Iterator
@@ -245,7 +244,7 @@ def replace(path: Path, contents: bytes, *, mode: int | None = None, owner: int 
     """
     with directory(path.parent) as where:
         before = _regular(where, path.name)
-        new = f".qsnap-{secrets.token_hex(8)}.new"
+        new = f".qsnap-{os.urandom(8).hex()}.new"
         file = _created_in(where, new, 0o666 if before is None and mode is None else 0o600)
         try:
             with suppress(OSError):  # only root may keep the owner of another user's file

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import re
-import secrets
 
 #: The mark of the run that uses the VM.
 CLAIM = "qsnap-claim"
@@ -29,12 +28,12 @@ _JOB = re.compile(r"qsnap-[a-z]+-(\d+)-\d+")
 
 def state_node() -> str:
     """A new node-name for a state file."""
-    return f"{STATE_NODE}-{secrets.token_hex(4)}"
+    return f"{STATE_NODE}-{os.urandom(4).hex()}"
 
 
 def job_id(verb: str) -> str:
     """A name for a snapshot job of this process. qsnaps in two containers may have the same process id."""
-    return f"qsnap-{verb}-{os.getpid()}-{secrets.randbits(32)}"
+    return f"qsnap-{verb}-{os.getpid()}-{int.from_bytes(os.urandom(4))}"
 
 
 def pid_of_job(job_id: str) -> int | None:

@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import re
-import secrets
 import time
 from contextlib import suppress
 from typing import Any
@@ -65,7 +65,7 @@ async def _set_time(path: str) -> None:
     """
     reader, writer = await asyncio.open_unix_connection(path)
     try:
-        token = secrets.randbits(31)
+        token = int.from_bytes(os.urandom(4)) >> 1
 
         async def ask(command: str, **arguments: int) -> None:
             writer.write(json.dumps({"execute": command, "arguments": arguments}).encode() + b"\n")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import secrets
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
@@ -21,7 +21,7 @@ async def leave_position(run: Run) -> None:
     """Before a load: what is written down does not count any more. If the load is cut short, it is somewhere."""
     if run.first is None:
         return
-    run.token = secrets.token_hex(8)
+    run.token = os.urandom(8).hex()
     inventory, _ = run.first
     with suppress(QsnapError):
         old = {name for name in (await inventory.marks(run.monitor)).names if name.startswith(HERE)}

@@ -16,8 +16,8 @@ Facts (QEMU's accel/tcg/tcg-all.c, system/cpus.c, system/runstate.c; seen on 11.
 from __future__ import annotations
 
 import asyncio
+import os
 import re
-import secrets
 
 from qsnap.errors import JobFailed
 from qsnap.model.qemu import QemuVersion, RunState
@@ -48,12 +48,12 @@ async def flush_translations(monitor: Monitor, *, runs: bool) -> None:
     for _ in range(_TRIES):
         if not await _has_translations(monitor):
             return
-        await _pass(monitor, "cont", f"loadvm qsnap-none-{secrets.token_hex(8)}")
+        await _pass(monitor, "cont", f"loadvm qsnap-none-{os.urandom(8).hex()}")
         if runs:
             break
         await leave_restore_vm(monitor)
     else:
-        await _pass(monitor, "cont", f"loadvm qsnap-none-{secrets.token_hex(8)}")
+        await _pass(monitor, "cont", f"loadvm qsnap-none-{os.urandom(8).hex()}")
     if await _has_translations(monitor):
         reason = "QEMU keeps code that it has translated, and would run that in place of what RAM holds"
         raise JobFailed("load", reason, "nothing was loaded: RAM and disks are as they were")

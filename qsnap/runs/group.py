@@ -12,7 +12,7 @@ guard of one that was killed, looks for that file: if it is there, it completes 
 from __future__ import annotations
 
 import asyncio
-import secrets
+import os
 from collections.abc import Callable, Mapping, Sequence
 from enum import IntEnum
 from typing import Any
@@ -66,7 +66,7 @@ class Group:
     """
 
     def __init__(self, titles: Sequence[str]) -> None:
-        self.token = secrets.token_hex(8)
+        self.token = os.urandom(8).hex()
         self.members = tuple(Member(self, title) for title in titles)
         self._failure: tuple[str, QsnapError] | None = None
         self._is_decided = False

@@ -11,7 +11,6 @@ from __future__ import annotations
 import fcntl
 import os
 import re
-import secrets
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
@@ -287,7 +286,7 @@ def new_record(operation: str, tags: tuple[str, ...], monitor: Monitor) -> Recor
     """The record of a run that this process begins now."""
     address = monitor.address
     return Record(
-        token=secrets.token_hex(8),
+        token=os.urandom(8).hex(),
         operation=operation,
         tags=tags,
         began=datetime.now().astimezone().isoformat(timespec="seconds"),

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import base64
 import os
-import secrets
 import socket
 from pathlib import Path
 
@@ -78,7 +77,7 @@ def holder(record: Record, guard: Process | None, *, was_running: bool) -> Holde
 
 def of_this_process(operation: str, tag: str) -> Holder:
     """The holder that stands for this process, without a journal and a guard."""
-    record = Record(token=secrets.token_hex(8), operation=operation, tags=(tag,), owner=this_process())
+    record = Record(token=os.urandom(8).hex(), operation=operation, tags=(tag,), owner=this_process())
     return holder(record, None, was_running=False)
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-import secrets
+import os
 import socket
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -61,7 +61,7 @@ class _Line:
     async def _exchange(self, line: str) -> str:
         command = line.split(" ")[0]
         async with self._turn:
-            number = secrets.randbits(62)
+            number = int.from_bytes(os.urandom(8)) >> 2
             _log.debug("-> %s", json.dumps(line))
             try:
                 self._writer.write(hmp_text.typed(line, number))

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-import secrets
+import os
 import socket
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
@@ -131,7 +131,7 @@ async def _synchronized(sock: socket.socket) -> QemuVersion:
     """
     loop = asyncio.get_running_loop()
     sock.setblocking(False)
-    word = secrets.token_hex(8)
+    word = os.urandom(8).hex()
     await loop.sock_sendall(sock, f'\n{{"execute": "query-version", "id": "{word}"}}\n'.encode())
     message = line = b""
     while True:
