@@ -31,13 +31,13 @@ def journals(directory: Path) -> list[Path]:
 def guards(directory: Path) -> list[int]:
     """The guards of the runs of this test."""
     found = []
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
+    for path in Path("/proc").iterdir():
         try:
-            command = path.read_bytes().split(b"\0")
-        except OSError:
+            command = (path / "cmdline").read_bytes().split(b"\0")
+        except OSError:  # no process, or none any more
             continue
         if b"qsnap-guard" in command and any(os.fsencode(directory) in word for word in command):
-            found.append(int(path.parent.name))
+            found.append(int(path.name))
     return found
 
 
