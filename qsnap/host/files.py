@@ -57,9 +57,10 @@ def identity_of(info: os.stat_result) -> Identity:
 
 @contextmanager
 def in_memory(name: str) -> Iterator[int]:
-    """A file without a name in a directory, for the duration of a block.
+    """A file in memory, without a name in any directory, for the duration of a block.
 
-    Its memory is free then, whoever has it open still. If this process dies, it is when the others have closed it.
+    At its end the memory is given back, even if another process still has the file open. If this process dies before,
+    the memory is given back when the others have closed the file.
     """
     file = os.memfd_create(name, os.MFD_CLOEXEC)
     try:

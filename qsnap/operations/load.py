@@ -81,7 +81,7 @@ async def do_loadvm(run: Run, request: LoadRequest) -> LoadResult:
     was_reset = needs_reset(plan.runstate, monitor.version)
     runs = runs_after_load(plan.runstate) if running is None else running
     await leave_position(run)
-    if not monitor.live_obstacle:
+    if not monitor.live_obstacle:  # an earlier load may have left the guest paused, and files in QEMU
         await monitor.live.close_lingering_files()
     async with AsyncExitStack() as stack:
         source = await stack.enter_async_context(_source(run, plan))

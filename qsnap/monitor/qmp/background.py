@@ -16,8 +16,9 @@ Facts (QEMU's migration/options.c, migration.c, file.c, fd.c; measured on 7.2, 1
 * A migration begins with no error noted, and notes one when it fails, or is cancelled while it is set up. From then on
   until the next begins any load fails at its end (savevm.c: qemu_loadvm_state; seen in 10.0 and 11.1, not in 7.2).
 * ``/dev/fdset/N`` names a descriptor that ``add-fd`` was given, in place of any file name; only one of the same access
-  mode. ``remove-fd`` of a set closes it at once; but before 9.1 only if the guest runs, and else when it does, and the
-  set is removed once more or a monitor's connection ends (monitor/misc.c: monitor_fdset_cleanup).
+  mode. ``remove-fd`` closes a set at once. In 7.2 it does so only if the guest runs; a set that was removed while it did
+  not is closed by another ``remove-fd``, or when a monitor's connection ends, once the guest runs
+  (monitor_fdset_cleanup). 10.0 and 11.1 do not have that; what is between them is taken for the worse.
 """
 
 from __future__ import annotations
@@ -42,8 +43,8 @@ from qsnap.monitor.qmp.channel import Channel
 UNBOUNDED = (1 << 63) - 1
 #: The first version that does not resume the guest by itself.
 RESUMED_BY_US_SINCE = (9, 0)
-#: The first version that closes a removed file whether the guest runs or not.
-FILES_LINGER_UNTIL = (9, 1)
+#: The first version that certainly closes a removed file whether the guest runs or not.
+_REMOVED_AT_ONCE_SINCE = (10, 0)
 
 _CAPABILITY = "background-snapshot"
 _BANDWIDTH = "max-bandwidth"
@@ -288,7 +289,7 @@ class Background:
 
     async def close_lingering_files(self) -> None:
         """Have QEMU close the files that it has kept because the guest did not run when they were removed."""
-        if self._channel.version < FILES_LINGER_UNTIL:
+        if self._channel.version < _REMOVED_AT_ONCE_SINCE:
             await self._remove_files()
 
     async def _remove_files(self) -> None:
