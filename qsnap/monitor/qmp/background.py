@@ -16,8 +16,8 @@ Facts (QEMU's migration/options.c, migration.c, file.c, fd.c; measured on 7.2, 1
 * A migration begins with no error noted, and notes one when it fails, or is cancelled while it is set up. From then on
   until the next begins any load fails at its end (savevm.c: qemu_loadvm_state; seen in 10.0 and 11.1, not in 7.2).
 * ``/dev/fdset/N`` names a descriptor that ``add-fd`` was given, in place of any file name; only one of the same access
-  mode. ``remove-fd`` closes a set at once. In 7.2 it does so only if the guest runs; a set that was removed while it did
-  not is closed by another ``remove-fd``, or when a monitor's connection ends, once the guest runs
+  mode. ``remove-fd`` closes a set at once. In 7.2 it does so only if the guest runs; a set that was removed before
+  that is closed by another ``remove-fd``, or when a monitor's connection ends, once the guest runs
   (monitor_fdset_cleanup). 10.0 and 11.1 do not have that; what is between them is taken for the worse.
 """
 
