@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import select
 import shutil
 import socket
 import subprocess
@@ -135,10 +136,10 @@ class Qmp:
         except OSError:
             self._sock.close()
             raise
-        self._lines = self._sock.makefile("rb")
+        self._received = b""
         self.events: list[dict[str, Any]] = []
         try:
-            self._lines.readline()
+            self._next()
             self("qmp_capabilities")
         except (OSError, ValueError):
             self.close()
@@ -151,7 +152,7 @@ class Qmp:
             request["arguments"] = {name.replace("_", "-"): value for name, value in arguments.items()}
         self._sock.sendall(json.dumps(request).encode() + b"\n")
         while True:
-            reply = json.loads(self._lines.readline())
+            reply = self._next()
             if "event" in reply:
                 self.events.append(reply)
             elif "error" in reply:
@@ -159,12 +160,27 @@ class Qmp:
             else:
                 return reply["return"]
 
+    def next_event(self, wait_s: float) -> str | None:
+        """The name of the next event, without a command (a savevm lets QEMU answer none); None if none came so soon."""
+        if b"\n" not in self._received and not select.select([self._sock], [], [], wait_s)[0]:
+            return None
+        self.events.append(self._next())
+        return str(self.events[-1]["event"])
+
+    def _next(self) -> dict[str, Any]:
+        while b"\n" not in self._received:
+            if not (chunk := self._sock.recv(1 << 16)):
+                raise ConnectionResetError("QEMU ended the connection")
+            self._received += chunk
+        line, self._received = self._received.split(b"\n", 1)
+        message: dict[str, Any] = json.loads(line)
+        return message
+
     def hmp(self, line: str) -> str:
         """Run a line of the human monitor; its text."""
         return str(self("human-monitor-command", command_line=line))
 
     def close(self) -> None:
-        self._lines.close()
         self._sock.close()
 
 
