@@ -330,3 +330,14 @@ async def test_the_marks_are_asked_for_once(far: Guest, monkeypatch: pytest.Monk
             asked.clear()
         assert len(await ask((PROTECTED,))) == 0
         assert [one.tag for one in await vm.list()] == ["n-20260102T000000"]
+
+
+async def test_notes_lie_beside_the_image_whatever_directory_was_chosen(guest: Guest, tmp_path: Path) -> None:
+    """So whoever names no directory, or another one, finds them."""
+    chosen = tmp_path / "chosen"
+    chosen.mkdir()
+    async with qsnap.connect(guest.address, state_dir=chosen) as vm:
+        await vm.save("t", description="before")
+    assert [*chosen.iterdir()] == []
+    async with qsnap.connect(guest.address) as vm:
+        assert [one.description for one in await vm.list()] == ["before"]

@@ -169,9 +169,19 @@ def test_names() -> None:
 
     assert name("root.qcow2", "before-upgrade") == "root.qcow2.before-upgrade.qsnap"
     assert name("d", "a/b\\%\n") == "d.a%2Fb%5C%25%0A.qsnap"
+    # As long as a name may be while the file is written, and a byte longer
+    assert name("d" * 242, "t") == "d" * 242 + ".t.qsnap"
+    assert "~" in name("d" * 243, "t")
     long = [name("d" * 100, "é" * 120 + last) for last in "ab"]
     assert long[0] != long[1]
     assert all(len(os.fsencode(name)) + len(".qsnap-part") - len(".qsnap") <= 255 for name in long)
+
+
+def test_a_directory_that_leads_in_a_circle(tmp_path: Path) -> None:
+    circle = tmp_path / "circle"
+    circle.symlink_to(circle)
+    with pytest.raises(BadUsage, match="cannot be the directory for state files"):
+        state_store.StateStore(None, circle)
 
 
 def test_the_longest_tag_that_has_a_second_name() -> None:

@@ -568,6 +568,23 @@ async def test_stopped_resumes_after_an_error() -> None:
     assert monitor.state is RunState.RUNNING
 
 
+async def test_the_guest_is_not_stopped_before_the_guard_is_ready() -> None:
+    monitor = FakeMonitor()
+
+    class Slow:
+        pid = 1
+
+        async def ready(self) -> None:
+            await asyncio.sleep(0)
+            assert "stop" not in monitor.calls
+            monitor.calls.append("ready")
+
+    journal = Journal()
+    journal.guard = Slow()
+    async with stopped(monitor, journal):
+        assert monitor.calls == ["ready", "stop"]
+
+
 async def test_timeout_of_the_library(guest: Guest) -> None:
     with pytest.raises(OperationTimeout, match=r"0\.2 s"):
         async with qsnap.connect(guest.address, timeout_s=0.2):

@@ -23,11 +23,13 @@ import pytest
 
 import qsnap
 from qsnap.errors import GuestLeftStopped, QsnapError
+from qsnap.model.qemu import RunState
 from qsnap.runs import mark
 from qsnap.runs.journal import found
 from qsnap.runs.mark import of_this_process
 from qsnap.supervision import recovery
 from support.busy import big_guest, in_the_write
+from support.fake_monitor import FakeMonitor
 from support.guest import (
     HAS_SNAPSHOT_JOBS,
     Guest,
@@ -732,3 +734,25 @@ async def test_a_guard_that_does_not_get_ready(
     guest.assert_running()
     assert "STOP" not in {event["event"] for event in guest.qmp.events}
     assert journals(runtime_directory) == []
+
+
+async def test_a_guest_that_a_stream_stops_once_more_is_resumed_again() -> None:
+    """Where a live save's stream has just begun, the first cont is in vain; what stays stopped is named."""
+
+    class Stopping(FakeMonitor):
+        in_vain = 1
+
+        async def cont(self) -> float | None:
+            await super().cont()
+            if self.calls.count("cont") <= self.in_vain:
+                self.state = RunState.PAUSED
+            return None
+
+    monitor = Stopping(state=RunState.PAUSED)
+    assert await recovery._resume(monitor) == ["the guest was resumed"]
+    assert (monitor.calls, monitor.state) == (["cont", "cont"], RunState.RUNNING)
+    monitor = Stopping(state=RunState.PAUSED)
+    monitor.in_vain = 2
+    (action,) = await recovery._resume(monitor)
+    assert "is paused" in action
+    assert monitor.calls == ["cont", "cont"]
