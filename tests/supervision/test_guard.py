@@ -382,6 +382,17 @@ def test_a_journal_without_a_mark_of_a_qemu_that_cannot_be_seen(
     assert journals(runtime_directory) == []
 
 
+def test_a_journal_without_a_mark_over_another_monitor(launch: Launch, tmp_path: Path, runtime_directory: Path) -> None:
+    """Where QEMU can be seen, the journal is known by its process."""
+    guest = launch(*blockdev("a", make_boot_disk(tmp_path / "a")), *disk_device("a"))
+    guest.wait_for_ticks()
+    leave_a_journal(guest, str(guest.qmp_address), runtime_directory)
+    until("the save to end", lambda: guest.node_tags("a"))
+    guest.qmp("object-del", id=CLAIM)
+    cli("list", monitor=str(guest.hmp_address))
+    assert journals(runtime_directory) == []
+
+
 def test_the_journal_of_another_vm_neither_of_which_can_be_seen(
     launch: Launch, tmp_path: Path, runtime_directory: Path
 ) -> None:
