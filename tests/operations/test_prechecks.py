@@ -516,8 +516,10 @@ def test_a_blocker_that_has_a_cure(launch: Launch, tmp_path: Path) -> None:
     cli("save", "t", monitor=shared.address)
     shared.kill()
     (tmp_path / "files").mkdir()
-    fat = ("-blockdev", f"driver=vvfat,node-name=v,dir={tmp_path}/files,rw=on", "-device", "virtio-blk,drive=v")
-    assert "without rw" in findings(launch(*disk(tmp_path, "c"), *fat, memory="16"))["migration-blocker"]["cure"]
+    fat = ("-blockdev", f"driver=vvfat,node-name=v,dir={tmp_path}/files,rw=on", "-device", "virtio-blk,drive=v,id=fat")
+    blocker = findings(launch(*disk(tmp_path, "c"), *fat, memory="16"))["migration-blocker"]
+    assert "without rw" in blocker["cure"]
+    assert "node 'v'" in blocker["message"], "the user's own name for it stays"
 
 
 @pytest.mark.parametrize("transport", ["hmp"], indirect=True)
