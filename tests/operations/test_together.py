@@ -209,6 +209,23 @@ class Holder:
 
 
 @needs_snapshot_jobs
+def test_a_live_save_that_fails_is_not_made_the_ordinary_way(trio: Trio, intercept: Intercept, tmp_path: Path) -> None:
+    """That would be of another moment: the others have gone on."""
+    holder = Holder(trio, intercept, "b", "transaction")
+    states = tmp_path / "states"
+    states.mkdir()
+    process = trio.start("save", "t", "--together", "--live=auto", "--state-dir", str(states))
+    holder.wait()
+    (part,) = states.glob(f"b.*{PART_SUFFIX}")
+    taken = part.with_suffix(".qsnap")
+    taken.write_text("mine")
+    holder.may_pass.set()
+    assert "another file has come to be" in finish(process).err
+    trio.assert_all_run([])
+    assert taken.read_text() == "mine"
+
+
+@needs_snapshot_jobs
 def test_no_guest_is_stopped_before_all_can_be(trio: Trio, intercept: Intercept, tmp_path: Path) -> None:
     """What one VM has to prepare lengthens no other one's pause."""
     holder = Holder(trio, intercept, "b", "migrate-set-parameters")
