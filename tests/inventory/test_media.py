@@ -12,6 +12,7 @@ from support.guest import (
     DEADLINE_S,
     HAS_SNAPSHOT_JOBS,
     Launch,
+    blockdev,
     both_monitors,
     cli,
     disk_device,
@@ -107,6 +108,18 @@ def test_an_export_that_cannot_grow(launch: Launch, exported: str, tmp_path: Pat
     assert "hd is stored by driver nbd, where it cannot grow" in failed.err
     guest.assert_running()
     assert guest.node_tags("hd") == []
+
+
+def test_an_export_beside_a_file(launch: Launch, exported: str, tmp_path: Path) -> None:
+    """The only image that QEMU has open as a file is not taken for the exported one."""
+    guest = launch(
+        *blockdev("boot", make_boot_disk(tmp_path / "boot")), *disk_device("boot"),
+        *("-blockdev", "driver=nbd,node-name=n,server.type=unix,server.path=" + exported),
+        *("-blockdev", "driver=qcow2,node-name=far,file=n", *disk_device("far", 1)),
+    )  # fmt: skip
+    guest.wait_for_ticks()
+    cli("save", "t", monitor=guest.address)
+    assert "far: its image cannot be seen from here" in cli("verify", "t", monitor=guest.address, expect=5).out
 
 
 @needs_snapshot_jobs
