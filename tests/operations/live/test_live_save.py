@@ -1308,6 +1308,25 @@ def test_images_and_their_state_files_elsewhere(launch: Launch, tmp_path: Path, 
         assert state_files(old) == ["disk0.a.qsnap"], "the other VM's stays"
 
 
+async def test_a_state_file_with_both_names(heavy: Guest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a file cannot be renamed, it has both for a moment: the new one counts, and the old one goes."""
+    complete = parts.complete
+
+    def linked(file: int, part: Path, path: Path, *more: Any) -> None:
+        complete(file, part, path, *more)
+        os.link(path, part)
+        raise OSError(errno.EIO, "the disk is gone for a moment")
+
+    monkeypatch.setattr(parts, "complete", linked)
+    async with qsnap.connect(heavy.address) as vm:
+        with pytest.raises(JobFailed) as failed:
+            await vm.save("t", live=True)
+        assert "was complete and is kept" in failed.value.outcome
+        assert state_files(tmp_path) == ["disk0.t.qsnap"]
+        await vm.load("t")
+    heavy.assert_running()
+
+
 async def test_a_state_file_that_comes_to_its_place_meanwhile(
     heavy: Guest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
