@@ -299,6 +299,8 @@ def test_one_of_two_disks_below_an_external_overlay(guest: Guest, tmp_path: Path
             (finding,) = error["findings"]
             assert (finding["code"], "--exclude" in error["message"]) == ("in-backing", False), error
     assert "the backing image disk1.qcow2 of ext holds good" in cli("delete", "good", monitor=guest.address).err
+    cli("save", "later", "--exclude", "vd1", monitor=guest.address)
+    cli("load", "later", "--exclude", "vd1", monitor=guest.address)  # no part of that is in the backing image
     guest.qmp("block-commit", job_id="j", device="ext", base_node="disk1")
     completed(guest)
     cli("load", "live", monitor=guest.address)
