@@ -75,7 +75,9 @@ def test_renamed_while_qemu_has_it_open(launch: Launch, tmp_path: Path) -> None:
     assert tags(tmp_path / "new") == tags(tmp_path / "more") == ["l0", "gold"]
 
     (tmp_path / "vm.l0.qsnap").rename(tmp_path / "new.l0.qsnap")
-    (tmp_path / "vm.qsnap-notes").rename(tmp_path / "new.qsnap-notes")
+    os.link(tmp_path / "vm.qsnap-notes", tmp_path / "new.qsnap-notes")
+    assert moving not in cli("list", monitor=guest.address).err, "that would replace the notes beside the image"
+    (tmp_path / "vm.qsnap-notes").unlink()
     assert_goes_back(guest, "l0")
     assert "is protected" in cli("delete", "gold", monitor=guest.address, expect=6).err
     cli("save", "--live", "l1", monitor=guest.address)
