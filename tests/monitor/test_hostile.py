@@ -31,7 +31,9 @@ from support.guest import (
     both_monitors,
     cli,
     disk_device,
+    finish,
     make_boot_disk,
+    start_cli,
     tags,
     until,
 )
@@ -249,6 +251,17 @@ def test_greetings(impostor: Callable[..., str], greeting: bytes) -> None:
     run = limited("list", "-m", impostor(greeting=greeting), "--json", "--timeout", "4")
     assert (run.returncode, "Traceback" in run.stderr) == (4, False), run.stderr[-2000:]
     assert "\x1b" not in run.stderr
+
+
+def test_no_greeting(tmp_path: Path) -> None:
+    """QEMU closes a monitor's connection in its end."""
+    address = tmp_path / "closing"
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(address))
+        listener.listen()
+        run = start_cli("list", "-m", str(address))
+        listener.accept()[0].close()
+        assert f"{address} was closed before the greeting" in finish(run).err
 
 
 def test_a_human_monitor_that_never_ends_its_answer(impostor: Callable[..., str]) -> None:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import threading
+
 import pytest
 
 from qsnap.host.hugepages import Layout
 from qsnap.operations.live.timing import ReadTime, SnapshotThread
+from support.guest import until
 
 pytestmark = pytest.mark.no_qemu
 
@@ -33,3 +37,22 @@ async def test_the_goal_is_reached(monkeypatch: pytest.MonkeyPatch) -> None:
         return False
 
     assert await SnapshotThread(None).until_it_has_spent(8, is_too_late) == 3
+
+
+def test_the_time_of_a_thread_that_comes_up() -> None:
+    """Not of those that were there before: they have had much more."""
+    seen = SnapshotThread(os.getpid())
+    assert seen.spent_ns == 0
+    may_end = threading.Event()
+
+    def work() -> None:
+        while not may_end.is_set():
+            pass
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    try:
+        assert 0 < until("its time", lambda: seen.spent_ns or None, 20) < 20_000_000_000
+    finally:
+        may_end.set()
+        thread.join()
