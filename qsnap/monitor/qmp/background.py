@@ -18,7 +18,8 @@ Facts (QEMU's migration/options.c, migration.c, file.c, fd.c; measured on 7.2, 1
 * ``/dev/fdset/N`` names a descriptor that ``add-fd`` was given, in place of any file name; only one of the same access
   mode. ``remove-fd`` closes a set at once. In 7.2 it does so only if the guest runs; a set that was removed before
   that is closed by another ``remove-fd``, or when a monitor's connection ends, once the guest runs
-  (monitor_fdset_cleanup). 10.0 and 11.1 do not have that; what is between them is taken for the worse.
+  (monitor_fdset_cleanup). 10.0 and 11.1 do not have that; versions between 7.2 and 10.0 are
+  treated like 7.2.
 """
 
 from __future__ import annotations
