@@ -259,6 +259,7 @@ def test_no_greeting(tmp_path: Path) -> None:
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(str(address))
         listener.listen()
+        listener.settimeout(20)
         run = start_cli("list", "-m", str(address))
         listener.accept()[0].close()
         assert f"{address} was closed before the greeting" in finish(run).err

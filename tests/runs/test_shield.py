@@ -17,16 +17,17 @@ _DEADLINE_S = 20.0
 
 async def test_a_thread_is_told_to_end_and_waited_for() -> None:
     """It uses open files, which its caller closes."""
-    told, may_end, has_ended = threading.Event(), threading.Event(), threading.Event()
+    begun, told, may_end, has_ended = (threading.Event() for _ in range(4))
 
     def work(ended: threading.Event) -> None:
+        begun.set()
         assert ended.wait(_DEADLINE_S)
         told.set()
         assert may_end.wait(_DEADLINE_S)
         has_ended.set()
 
     caller = asyncio.ensure_future(in_thread(work))
-    await asyncio.sleep(0)
+    assert await asyncio.to_thread(begun.wait, _DEADLINE_S)
     caller.cancel()
     assert await asyncio.to_thread(told.wait, _DEADLINE_S)
     done, _ = await asyncio.wait([caller], timeout=0.05)

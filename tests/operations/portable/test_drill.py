@@ -107,7 +107,7 @@ def test_a_drill_that_is_killed_takes_its_guest_along(guest: Guest, tmp_path: Pa
     )
     process = subprocess.Popen([sys.executable, "-c", script, guest.address, str(tmp_path), "never"])
     try:
-        clone = until("the clone to run", lambda: next(iter(tmp_path.glob("qsnap-drill-*/work/serial0.log")), None))
+        clone = until("the clone to run", lambda: next(iter(tmp_path.glob("qsnap-drill-*/*/serial0.log")), None))
         (child,) = (one for one in psutil.Process(process.pid).children() if "-incoming" in one.cmdline())
         until("its output", lambda: clone.read_bytes().count(b"c=") > 2)
         # Nobody who looks for a VM takes it for one
