@@ -95,6 +95,16 @@ def guest(launch: Launch, tmp_path: Path) -> Guest:
 
 
 @pytest.fixture
+def open_directory() -> Iterator[Path]:
+    """A directory that every user may enter, as pytest's own are not."""
+    directory = Path(tempfile.mkdtemp(prefix="qs-"))
+    directory.chmod(0o755)
+    yield directory
+    directory.chmod(0o755)
+    shutil.rmtree(directory)
+
+
+@pytest.fixture
 def machine(monkeypatch: pytest.MonkeyPatch) -> Iterator[Machine]:
     machine = Machine()
     monkeypatch.setattr(psutil, "PROCFS_PATH", str(machine.proc))

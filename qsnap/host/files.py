@@ -317,7 +317,7 @@ def obstacle_to_removal(path: Path) -> str:
     except FileNotFoundError:
         return ""
     except OSError as error:
-        return error.strerror or str(error)
+        return str(error.strerror)
     return ""
 
 

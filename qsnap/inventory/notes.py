@@ -119,15 +119,14 @@ class Notes:
         self._graph = graph
         self._paths = store.all_beside(graph, devices, SUFFIX)
         self.by_place: dict[Path, Sequence[Note]] = {}
-        self._unread: dict[Path, str] = {}
+        self._unread: dict[Path, OSError] = {}
         for path in self._paths:
             try:
                 self.by_place[path] = _read(path)
             except OSError as error:
-                why = error.strerror or str(error)
                 if error.errno != errno.EACCES:
-                    raise _unreadable(path, why) from error
-                self._unread[path] = why
+                    raise _unreadable(path, error) from error
+                self._unread[path] = error
         clocks = {row.vm_clock_ns // 1_000_000 for d in devices if d.image for row in graph.nodes[d.image].snapshots}
         self.left = tuple(left for left in store.left_beside(graph, devices, SUFFIX) if _is_about(left.path, clocks))
         self.unseen = (
@@ -141,8 +140,8 @@ class Notes:
 
         :raise QsnapError: there are notes that cannot be read.
         """
-        for path, why in self._unread.items():
-            raise _unreadable(path, why)
+        for path, error in self._unread.items():
+            raise _unreadable(path, error)
         for left in self.left:
             raise QsnapError(left.sentence("nothing was done: a file with notes"))
 
@@ -230,7 +229,7 @@ def notes_path(store: StateStore, graph: BlockGraph, notes: Notes, node: str) ->
     """
     path = store.beside(graph, node, "", SUFFIX, always=True)
     notes.refuse_unread()
-    if not os.access(path.parent, os.W_OK | os.X_OK):
+    if not os.access(path.parent, os.W_OK | os.X_OK, effective_ids=True):
         raise QsnapError(f"no notes can be made in {path.parent}: it cannot be written; nothing was done")
     return path
 
@@ -256,8 +255,8 @@ def _problems(snapshot: Snapshot, note: Note) -> Iterable[str]:
         yield f"its RAM is not seen: its state file was put into {note.state_dir} (--state-dir)"
 
 
-def _unreadable(path: Path, why: str) -> QsnapError:
-    return QsnapError(f"the notes {path} cannot be read: {why}; a snapshot may be protected")
+def _unreadable(path: Path, error: OSError) -> QsnapError:
+    return QsnapError(f"the notes {path} cannot be read: {error.strerror}; a snapshot may be protected")
 
 
 def _tags(present: Iterable[Snapshot]) -> set[str]:

@@ -109,7 +109,7 @@ def judge(
     warnings = list(troubles)
     if newest.runstate:
         warnings.append(f"it is of a guest that was {newest.runstate}")
-    if last is not newest and last.date > newest.date:
+    if last.date > newest.date:
         warnings.append(f"the newest, {last.tag}, is {last.kind}")
     if newest.date < max_age.before(now):
         level, message = Level.CRITICAL, f"the newest {of_what}, {newest.tag}, is {_aged(age_s)} (limit {max_age})"

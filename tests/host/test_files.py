@@ -579,6 +579,8 @@ def test_what_cannot_be_removed_is_known_beforehand(theirs: Path) -> None:
     refused_by("cannot be written by this user")
     theirs.chmod(0o700)
     refused_by("Permission denied")
+    theirs.chmod(0o777)
+    refused_by("")
     theirs.chmod(0o1777)
     refused_by("only user 0, whom it belongs to, may do that")
     os.chown(file, NOBODY, NOBODY)

@@ -6,9 +6,7 @@ import asyncio
 import errno
 import os
 import re
-import shutil
-import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -126,14 +124,33 @@ def test_marks_go_by_the_notes(far: Guest, tmp_path: Path) -> None:
     assert tags(tmp_path / "disk0.qcow2") == []
 
 
-@pytest.fixture
-def open_directory() -> Iterator[Path]:
-    """A directory that every user may enter, as pytest's own are not."""
-    directory = Path(tempfile.mkdtemp(prefix="qs-"))
-    directory.chmod(0o755)
-    yield directory
-    directory.chmod(0o755)
-    shutil.rmtree(directory)
+def marks(guest: Guest) -> list[str]:
+    """Those of protected snapshots, as QEMU tells without qsnap."""
+    names = [item["name"] for item in guest.qmp("qom-list", path="/objects")]
+    return [name for name in names if name.startswith(PROTECTED)]
+
+
+def test_marks_for_notes_that_lay_elsewhere(far: Guest, tmp_path: Path) -> None:
+    """The image was renamed since, and the notes with it; who takes the protection away takes those marks away, too."""
+    cli("save", "a", monitor=far.address)
+    cli("protect", "a", monitor=far.address)
+    for name in ("disk0.qcow2", "disk0.qcow2.qsnap-notes"):
+        (tmp_path / name).rename(tmp_path / name.replace("disk0", "new"))
+    cli("unprotect", "a", monitor=far.address)
+    assert marks(far) == []
+    cli("delete", "a", monitor=addresses(far)[0])
+
+
+def test_marks_of_what_is_gone_go_with_the_next_deletion(far: Guest, tmp_path: Path) -> None:
+    """As the notes do."""
+    for tag in ("a", "b"):
+        cli("save", tag, monitor=far.address)
+    cli("protect", "a", monitor=far.address)
+    assert len(marks(far)) == 1
+    assert far.qmp.hmp("delvm a") == ""
+    cli("delete", "b", monitor=far.address)
+    assert marks(far) == []
+    assert not (tmp_path / "disk0.qcow2.qsnap-notes").exists()
 
 
 def holding(directory: Path) -> tuple[list[str], list[str]]:

@@ -100,6 +100,20 @@ async def test_a_live_save_in_the_place_of_another(
         assert [one.protected for one in await vm.list()] == [True]
 
 
+@pytest.mark.no_qemu
+def test_a_name_is_told_to_the_disk(tmp_path: Path, steps: Callable[[], list[str]]) -> None:
+    """Of a file that replaces another, of one that is renamed, and of a directory."""
+    path = tmp_path / "x.qsnap"
+    files.replace(path, b"x")
+    assert steps() == ["written", *NAMED]
+    with path.open("rb") as file:
+        files.rename(file.fileno(), path, tmp_path / "y.qsnap")
+    assert steps() == NAMED[1:]
+    (tmp_path / "a").mkdir()
+    files.rename_directory(tmp_path / "a", tmp_path / "b")
+    assert steps() == NAMED[2:]
+
+
 @pytest.mark.skipif(not IS_ROOT, reason="only root can become another user")
 def test_a_directory_that_may_be_written_and_not_read(tmp_path: Path, steps: Callable[[], list[str]]) -> None:
     """It cannot be opened to have the disk know its names: then the disk is told of all there is."""

@@ -17,9 +17,9 @@ import msgspec
 import pytest
 
 from qsnap.errors import BadUsage, QsnapError
-from qsnap.model.snapshots import Kind, Snapshot
+from qsnap.model.snapshots import InBacking, Kind, Snapshot
 from qsnap.upkeep import metrics
-from qsnap.upkeep.freshness import Level, judge
+from qsnap.upkeep.freshness import Health, Level, judge
 from qsnap.upkeep.retention import Duration
 from support.guest import Guest, cli, finish, needs_snapshot_jobs, start_cli, tags, until
 from support.series import snapshot
@@ -53,11 +53,41 @@ def made(hours_ago: float, kind: Kind = Kind.FULL, tag: str | None = None, missi
         ([made(3, tag="by-hand"), made(27)], Level.CRITICAL, "27 h old"),
         ([made(3, Kind.LIVE)], Level.OK, "3 h old"),
         ([msgspec.structs.replace(made(3), runstate="shutdown")], Level.WARNING, "of a guest that was shutdown"),
+        # At the very limits
+        ([made(26)], Level.OK, "26 h old"),
+        ([made(0)], Level.OK, "0 s old"),
+        ([made(2)], Level.OK, "2 h old"),
+        ([made(48, tag="other"), made(1)], Level.OK, "60 min old, 1 of them"),
+        ([made(3, Kind.PARTIAL, "n-20261124T090001", ("disk1",)), made(3)], Level.OK, "3 h old, 2 of them"),
     ],
 )
 def test_how_fresh(found: list[Snapshot], level: Level, words: str) -> None:
     health = judge(found, NOW, Duration(hours=26), prefix="n", left_out=["scratch"])
     assert (health.level, words in health.message) == (level, True), health
+
+
+@pytest.mark.parametrize(
+    ("hours", "level"), [(2, Level.OK), (2.1, Level.WARNING), (26, Level.WARNING), (26.1, Level.CRITICAL)]
+)
+def test_a_warning_comes_before(hours: float, level: Level) -> None:
+    health = judge([made(hours)], NOW, Duration(hours=26), warn_age=Duration(hours=2))
+    assert health.level == level
+    assert (health.warn_age_s, health.max_age_s) == (7200, 93600)
+
+
+@pytest.mark.parametrize(("prefix", "number"), [(None, 2), ("n", 1), ("other", 0)])
+def test_what_is_out_of_reach_below_an_overlay(prefix: str | None, number: int) -> None:
+    """It is told of the series that is looked at."""
+    below = [InBacking(tag=tag, image="base", device="hd0") for tag in ("n-20261124T090000", "by-hand")]
+    health = judge([], NOW, Duration(hours=26), prefix=prefix, in_backing=below)
+    told = f"none at all, but {number} in the backing image base of hd0" if number else "none at all"
+    of_what = f"snapshot of series {prefix}" if prefix else "snapshot"
+    assert health.message == f"no {of_what} that can be loaded ({told})"
+    assert health.line() == f"QSNAP CRITICAL - {health.message} | snapshots=0;;;0"
+
+
+def test_a_line_without_figures() -> None:
+    assert Health(level=Level.UNKNOWN, message="nobody\nanswers").line() == "QSNAP UNKNOWN - nobody answers"
 
 
 def test_the_line_is_a_plugin_s() -> None:
