@@ -231,15 +231,16 @@ def image_of(pread: Callable[[int, int], bytes]) -> str | None:
     """The image that a state file names at its beginning; None if this is not a state file."""
     try:
         fields, ours = _read_header(pread)
-        return None if ours is None or fields[0] != _MAGIC else str(json.loads(ours)["image"])
+        return str(json.loads(ours)["image"]) if fields[0] == _MAGIC else None
     except (struct.error, ValueError, KeyError, TypeError, RecursionError):
         return None
 
 
-def _read_header(pread: Callable[[int, int], bytes]) -> tuple[tuple[Any, ...], bytes | None]:
+def _read_header(pread: Callable[[int, int], bytes]) -> tuple[tuple[Any, ...], bytes]:
+    """The fields of a header, and our extension; b"" where there is none."""
     head = pread(CLUSTER, 0)
     fields = _HEADER.unpack_from(head)
-    return fields, dict(_extensions(head, fields[-1])).get(_OURS)
+    return fields, dict(_extensions(head, fields[-1])).get(_OURS, b"")
 
 
 def content_of(pread: Callable[[int, int], bytes]) -> Content | None:
@@ -249,7 +250,7 @@ def content_of(pread: Callable[[int, int], bytes]) -> Content | None:
     """
     try:
         fields, ours = _read_header(pread)
-        if (fields[0], fields[1]) != (_MAGIC, 3) or ours is None or fields[11] != 1:
+        if (fields[0], fields[1], fields[11]) != (_MAGIC, 3, 1):
             return None
         # A name may have 255 bytes, and so may the id
         row = pread(_ROW.size + 2 * 256, fields[12])

@@ -17,8 +17,8 @@ from qsnap.host import files
 from qsnap.host.files import Identity
 
 
-def remove_unused(part: Path) -> bool:
-    """Remove an incomplete state file, unless a run is writing it; return whether it is gone.
+def remove_unused(part: Path) -> None:
+    """Remove an incomplete state file, if there is one, unless a run is writing it.
 
     A run that writes it holds a lock on it (flock). QEMU does not: a dead run's file is removed even if QEMU still
     writes to it.
@@ -28,15 +28,13 @@ def remove_unused(part: Path) -> bool:
     try:
         file = files.opened(part, os.O_RDWR)
     except FileNotFoundError:
-        return True
+        return
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        files.remove(part, files.identity(file))
-    except BlockingIOError:
-        return False
+        with suppress(BlockingIOError):
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            files.remove(part, files.identity(file))
     finally:
         os.close(file)
-    return True
 
 
 def create(part: Path, image: Path | None, reserved: int) -> int:
@@ -53,8 +51,7 @@ def create(part: Path, image: Path | None, reserved: int) -> int:
         if os.geteuid() == 0 and image is not None:
             owner = files.status(image)
             os.fchown(file, owner.st_uid, owner.st_gid)
-        if reserved:
-            os.posix_fallocate(file, 0, reserved)
+        os.posix_fallocate(file, 0, reserved)
     except OSError:
         files.remove(part, files.identity(file))
         os.close(file)

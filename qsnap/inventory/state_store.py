@@ -152,7 +152,7 @@ class StateStore:
         try:
             return f"{self._image(graph, node)} is seen"
         except OSError as error:
-            return error.strerror or str(error)
+            return str(error.strerror)
 
     @cached_property
     def _user(self) -> int | None:
@@ -220,11 +220,7 @@ class StateStore:
             except OSError as error:
                 file, trouble = None, _why_unread(path, error)
             # If the snapshot has its state in the image, this file is the user's; unless we cannot tell.
-            if (
-                file is None
-                and path in expected
-                and (trouble == _CLOSED or (trouble and expected[path][1] in stateless))
-            ):
+            if file is None and path in expected and (trouble == _CLOSED or expected[path][1] in stateless):
                 file = _unread(path, *expected[path], trouble, holds)
             if file is not None and self._is_ours(file, images):
                 found.append(file)
@@ -442,9 +438,7 @@ _CLOSED = "it may not be read by this user"
 
 
 def _why_unread(path: Path, error: OSError) -> str:
-    """Why the file cannot be read; "" if it does not exist, or if even that is unknown."""
-    if not os.path.lexists(path):
-        return ""
+    """Why the file cannot be read."""
     if error.errno in _MAY_NOT:
         return _CLOSED
     return "it is a symbolic link" if path.is_symlink() else f"it cannot be read: {error.strerror}"

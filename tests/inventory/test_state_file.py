@@ -14,8 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qsnap.errors import BadUsage
-from qsnap.host import files
-from qsnap.inventory import snapshots, state_file, state_part, state_store
+from qsnap.inventory import snapshots, state_file, state_store
 from qsnap.inventory.devices import survey
 from qsnap.inventory.state_file import CLUSTER, STREAM_OFFSET, Content
 from qsnap.model.qemu import NodeSnapshot
@@ -95,6 +94,51 @@ def test_what_a_load_leaves_is_no_flaw(tmp_path: Path, size: int) -> None:
         (at,) = struct.unpack(">Q", os.pread(file.fileno(), 8, 40))
         os.pwrite(file.fileno(), struct.pack(">Q", CLUSTER), at + 8)
     assert flaw_of(path) == "its active L1 table differs"
+
+
+@pytest.mark.parametrize("size", [9, 3 * CLUSTER, 512 * MIB + 1])
+def test_a_load_that_was_cut_short(tmp_path: Path, size: int) -> None:
+    """QEMU was killed when it had the longer table, and nothing in it yet. The witness finds nothing wrong either."""
+    path = written(tmp_path / "state", Content("t", "/vm/root", size, DATE, 5))
+    qemu_img("snapshot", "-a", "t", path)
+    with path.open("r+b") as file:
+        length, at = struct.unpack(">IQ", os.pread(file.fileno(), 12, 36))
+        os.pwrite(file.fileno(), bytes(8 * length), at)
+        ((counts_at,),) = struct.iter_unpack(">Q", os.pread(file.fileno(), 8, CLUSTER * (at // CLUSTER - 2)))
+        counts = os.pread(file.fileno(), CLUSTER, counts_at)
+        os.pwrite(file.fileno(), counts.replace(b"\0\2", b"\0\1"), counts_at)
+    assert_sound(path)
+    assert flaw_of(path) == ""
+
+
+def test_what_is_behind_the_end_does_not_count(tmp_path: Path) -> None:
+    """As of a QEMU that was killed before its longer table counted."""
+    path = written(tmp_path / "state", Content("t", "/vm/root", 3 * CLUSTER, DATE, 5))
+    path.write_bytes(path.read_bytes() + b"\1" * CLUSTER)
+    assert flaw_of(path) == ""
+
+
+def test_how_a_state_file_is_told(tmp_path: Path) -> None:
+    """By qcow2's magic and version, and by our extension of its header, beside whatever others there are."""
+    content = Content("t", "/vm/root", 9, DATE, 5)
+    whole = written(tmp_path / "state", content).read_bytes()
+
+    def image_in(data: bytes) -> str | None:
+        return state_file.image_of(lambda size, offset: data[offset : offset + size])
+
+    other = b"\1\2\3\4" + struct.pack(">I", 3) + b"abc" + bytes(5)
+    more = whole[:104] + other + whole[104 : CLUSTER - len(other)] + whole[CLUSTER:]
+    assert (content_in(more), image_in(more)) == (content, "/vm/root")
+    assert flaw_in(more) == "its header differs"
+    nameless = whole.replace(b"qsnp", b"else")
+    assert (content_in(nameless), image_in(nameless)) == (None, None)
+    no_image = b"QFI\0" + whole[4:]
+    assert (content_in(no_image), image_in(no_image), flaw_in(no_image)) == (None, None, "it is not a state file")
+    old = whole[:4] + b"\0\0\0\2" + whole[8:]
+    assert (content_in(old), image_in(old)) == (None, "/vm/root")
+    short = whole[: len(whole) // 2]
+    assert (content_in(short), image_in(short), flaw_in(short)) == (None, "/vm/root", "it is not a state file")
+    assert flaw_in(whole[:-1]) == "it is cut short"
 
 
 @pytest.mark.parametrize("is_loaded", [False, True])
@@ -249,18 +293,3 @@ def test_which_disks_a_file_belongs_to() -> None:
     assert held("both.qsnap-2") == (("both",), ("a", "b"), ("/vm/both",)), "what is listed so"
     assert held("cut.qsnap-2") == (("cut",), ("a",), ("/vm/cut",))
     assert held("full.qsnap-2") == ((), (), ("/vm/full",))
-
-
-def test_what_a_dead_run_has_begun_gives_its_room_back(tmp_path: Path) -> None:
-    """At once, although QEMU has it open; another file in its place stays as it is."""
-    part, path = tmp_path / "t.part", tmp_path / "t.state"
-    part.write_bytes(b"state")
-    made = files.identity_of(part.stat())
-    with part.open("rb") as open_in_qemu:
-        other = tmp_path / "other"
-        other.write_bytes(b"another one")
-        state_part.remove(other, path, made)
-        assert other.read_bytes() == b"another one"
-        state_part.remove(part, path, made)
-        assert os.fstat(open_in_qemu.fileno()).st_size == 0
-    assert [one.name for one in tmp_path.iterdir()] == ["other"]

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import threading
 
 import pytest
 
 from qsnap.host.hugepages import Layout
+from qsnap.operations.live import timing
 from qsnap.operations.live.timing import ReadTime, SnapshotThread
 from support.guest import until
 
@@ -37,6 +39,32 @@ async def test_the_goal_is_reached(monkeypatch: pytest.MonkeyPatch) -> None:
         return False
 
     assert await SnapshotThread(None).until_it_has_spent(8, is_too_late) == 3
+
+
+@pytest.mark.parametrize("goal", [None, 100])
+async def test_what_was_seen_when_it_is_too_late(monkeypatch: pytest.MonkeyPatch, goal: int | None) -> None:
+    """The most of it: where the thread has ended there is nothing any more."""
+    seen = iter((0, 3, 8, 0))
+    late = iter((False, False, False, True))
+    monkeypatch.setattr(SnapshotThread, "spent_ns", property(lambda _: next(seen)))
+
+    async def is_too_late() -> bool:
+        return next(late)
+
+    assert await SnapshotThread(None).until_it_has_spent(goal, is_too_late) == 8
+
+
+async def test_patience_has_an_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(timing, "_PATIENCE_S", 0.02)
+
+    async def is_too_late() -> bool:
+        return False
+
+    assert await asyncio.wait_for(SnapshotThread(None).until_it_has_spent(None, is_too_late), 20) == 0
+
+
+def test_a_process_of_another_machine() -> None:
+    assert SnapshotThread(None).spent_ns == 0
 
 
 def test_the_time_of_a_thread_that_comes_up() -> None:
