@@ -114,6 +114,8 @@ async def do_loadvm(run: Run, request: LoadRequest) -> LoadResult:
             await monitor.clear_mark(HALF_RESTORED)
         await attempt.leave_paused(runs=runs)
         journal.done(work=None)
+        if not runs:
+            journal.done(stopped=False)  # its guard does not resume it either, whatever ends the rest
 
         # if (saved_vm_running) vm_start(): done by leaving the block
         pause.resume = runs

@@ -87,7 +87,8 @@ async def stopped(monitor: Monitor, journal: Journal, *, by_qemu: bool = False) 
 
     However the block is left (by an error, a cancellation, several of them), a guest that was running runs again, and
     one that was paused stays paused, unless the block set ``pause.resume`` otherwise. If this process is killed in the
-    block, the guard of *journal* resumes the guest; it is ready before the guest is stopped.
+    block, the guard of *journal* resumes the guest; it is ready before the guest is stopped. A block that wants it to
+    stay stopped notes that in *journal*, too.
 
     The guests of a group are stopped as close together as can be, and none runs on before all are stopped.
 
@@ -109,7 +110,6 @@ async def stopped(monitor: Monitor, journal: Journal, *, by_qemu: bool = False) 
         yield pause
         if not pause.resume:
             pause.runstate = await monitor.runstate()
-            journal.done(stopped=False)
     finally:
         if pause.resume:
             try:

@@ -334,6 +334,12 @@ async def test_a_guest_that_qemu_pauses_again_at_once(is_live: bool) -> None:
         async with stopped(monitor, Journal(Record(work=work if is_live else None))):
             pass
     assert monitor.state is (RunState.RUNNING if is_live else RunState.PAUSED)
+    assert monitor.calls.count("cont") == (2 if is_live else 1)
+    if is_live:  # what runs is left alone
+        monitor = FakeMonitor()
+        async with stopped(monitor, Journal(Record(work=work))):
+            pass
+        assert monitor.calls == ["stop", "cont"]
 
 
 @needs_snapshot_jobs

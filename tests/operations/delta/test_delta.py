@@ -20,8 +20,9 @@ import pytest
 from qemu.qmp import Message
 
 import qsnap
+from qsnap.errors import VerifyFailed
 from qsnap.inventory import state_file
-from qsnap.operations.delta import delta, difference
+from qsnap.operations.delta import NoDelta, delta, difference
 from qsnap.vm import VM
 from support.delta import MIB, PAGE, host_address, in_process, load, loaded_by_qemu, ram, scribble, seeded
 from support.guest import (
@@ -37,7 +38,7 @@ from support.guest import (
     start_cli,
     until,
 )
-from support.killed import assert_all_is_well, wait_for_the_guard
+from support.killed import assert_all_is_well, marks, wait_for_the_guard
 from support.live import state_files
 
 pytestmark = needs_snapshot_jobs
@@ -263,6 +264,23 @@ def test_verified(changed: Changed, more: list[str]) -> None:
     assert "  verified: RAM is as in the snapshot\n" in run.out
     assert (" differed, from " in run.out) is not bool(more)
     assert ram(changed.guest) == changed.expected
+
+
+@pytest.mark.parametrize("running", [False, True])
+def test_loaded_and_not_verified(
+    changed: Changed, monkeypatch: pytest.MonkeyPatch, runtime_directory: Path, running: bool
+) -> None:
+    """A guest that is to be paused stays so: its guard does not resume it either."""
+
+    async def fail(_: object) -> int:
+        raise NoDelta("it cannot be read any more")
+
+    monkeypatch.setattr(delta.Comparison, "differing", fail)
+    with pytest.raises(VerifyFailed, match="it is loaded, and RAM could not be compared with it: it cannot be read"):
+        in_process(changed.guest, running=running, verify=True, full=True)
+    wait_for_the_guard(runtime_directory)
+    assert changed.guest.runstate == ("running" if running else "paused")
+    assert marks(changed.guest) == []
 
 
 @pytest.mark.parametrize("verify", [False, True])
