@@ -1,0 +1,461 @@
+"""What a load does step by step, with a monitor in memory: above all how it ends if QEMU does not do as it should."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import os
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from qsnap.errors import (
+    GuestLeftStopped,
+    JobFailed,
+    MonitorLost,
+    PrecheckRefused,
+    QsnapError,
+    SnapshotNotFound,
+)
+from qsnap.inventory.state_file import Content
+from qsnap.inventory.state_store import StateStore
+from qsnap.model.qemu import BlockGraph, RunState
+from qsnap.model.requests import LoadRequest
+from qsnap.model.results import LoadResult
+from qsnap.model.snapshots import StateFile
+from qsnap.monitor.names import HALF_RESTORED
+from qsnap.operations.load import check_load, do_loadvm
+from qsnap.operations.load_attempt import LoadAttempt
+from qsnap.operations.plan import plan_load
+from qsnap.runs.journal import Journal
+from qsnap.runs.pause import Pause
+from qsnap.runs.record import LoadStage, LoadWork
+from qsnap.runs.run import Run
+from support.fake_monitor import FakeMonitor
+from support.state_files import DATE, written
+
+pytestmark = pytest.mark.no_qemu
+
+FAILED = JobFailed("snapshot-load", "Error -22 while loading VM state")
+BITMAPS = "Could not load snapshot 't' on '{}': Device has active dirty bitmaps"
+
+
+@dataclass
+class Qemu(FakeMonitor):
+    """A guest with the snapshot "t". A load leaves it in "restore-vm", as QEMU does with one that was stopped.
+
+    :ivar failure: what the load ends with.
+    :ivar after: the run state in which the load leaves the guest.
+    :ivar before_load: is done by somebody else just before QEMU begins.
+    :ivar on_look: is done by somebody else before the second look at the VM.
+    :ivar translations: how often QEMU still has translated code when it is asked.
+    :ivar outcome: of the load, as it is found over a new connection or after an interrupt.
+    :ivar settles: it ends.
+    :ivar answers: QEMU answers while it is waited for after an interrupt.
+    :ivar lost_once: the connection breaks when the run state is asked for.
+    :ivar works: what is written down as under way at each step.
+    """
+
+    failure: QsnapError | None = None
+    after: RunState = RunState.RESTORE_VM
+    before_load: Callable[[], object] = lambda: None
+    on_look: Callable[[], object] = lambda: None
+    translations: int = 0
+    outcome: QsnapError | None = None
+    settles: bool = True
+    answers: bool = True
+    lost_once: bool = False
+    journal: Journal = field(default_factory=Journal)
+    works: list[tuple[str, object]] = field(default_factory=list)
+    looks: int = 0
+    loading: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def note(self, what: str) -> None:
+        self.calls.append(what)
+        work = self.journal.record.work
+        self.works.append((what, work.stage if isinstance(work, LoadWork) else work))
+
+    async def block_graph(self) -> BlockGraph:
+        self.looks += 1
+        if self.looks == 2:
+            self.on_look()
+        return await super().block_graph()
+
+    async def runstate(self) -> RunState:
+        if self.lost_once:
+            self.lost_once = False
+            raise MonitorLost("the connection broke")
+        return self.state
+
+    async def reconnect(self, timeout_s: float) -> None:
+        self.note("reconnect")
+
+    async def human_answer(self, line: str) -> str:
+        word = line.split()[0]
+        if line == "info jit":
+            self.translations -= 1
+            return f"TB count   {max(0, self.translations + 1)}"
+        if word in ("cont", "stop", "loadvm"):
+            self.note(f"`{word}`")
+            self.state = {"cont": RunState.RUNNING, "stop": RunState.PAUSED, "loadvm": RunState.RESTORE_VM}[word]
+        return ""
+
+    @asynccontextmanager
+    async def snapshot_load(self, tag: str, vmstate: str, devices: Sequence[str]) -> AsyncIterator[JobFailed | None]:
+        self.note("load")
+        self.before_load()
+        self.state = self.after
+        self.loading.set()
+        if isinstance(self.failure, MonitorLost):
+            raise self.failure
+        if not self.settles:
+            await asyncio.Event().wait()
+        failure = self.failure if isinstance(self.failure, JobFailed) else None
+        yield failure
+        if failure:
+            raise failure
+
+    async def load_outcome(self, doubt: QsnapError, *, was_running: bool) -> QsnapError | None:
+        self.note("outcome")
+        return self.outcome
+
+    async def settle(self) -> QsnapError | None:
+        self.note("settle")
+        if not self.answers:
+            await asyncio.Event().wait()
+        return self.outcome
+
+
+@pytest.fixture
+async def qemu() -> Qemu:
+    monitor = Qemu()
+    await monitor.snapshot_save("t", "disk0", ["disk0", "disk1"])
+    monitor.calls.clear()
+    return monitor
+
+
+async def load(qemu: Qemu, running: bool | None = None) -> LoadResult:
+    return await do_loadvm(Run(qemu, journal=qemu.journal), LoadRequest(tag="t", running=running))
+
+
+async def attempt_of(qemu: Qemu) -> LoadAttempt:
+    run = Run(qemu, journal=qemu.journal)
+    return LoadAttempt(run, await plan_load(run, "t"), Pause(qemu.state, qemu.version))
+
+
+PAUSED = ["`cont`", "`stop`"]
+
+
+@pytest.mark.parametrize(
+    ("state", "running", "calls", "ends"),
+    [
+        (RunState.RUNNING, None, ["stop", "load", "cont"], "running"),
+        (RunState.RUNNING, True, ["stop", "load", "cont"], "running"),
+        (RunState.RUNNING, False, ["stop", "load", *PAUSED], "paused"),
+        (RunState.PAUSED, None, ["load", *PAUSED], "paused"),
+        (RunState.PAUSED, True, ["load", "cont"], "running"),
+        (RunState.GUEST_PANICKED, None, ["load", "cont"], "running"),
+        (RunState.GUEST_PANICKED, False, [*PAUSED, "load", *PAUSED], "paused"),
+        (RunState.SHUTDOWN, None, ["reset", "load", "cont"], "running"),
+    ],
+)
+async def test_who_stops_and_resumes_the_guest(
+    qemu: Qemu, state: RunState, running: bool | None, calls: list[str], ends: str
+) -> None:
+    qemu.state = state
+    qemu.texts[HALF_RESTORED] = "yes"
+    result = await load(qemu, running)
+    assert (qemu.calls, result.runstate, qemu.state) == (calls, ends, ends)
+    assert (result.method, result.vmstate, result.devices) == ("full", "disk0", ("disk0", "disk1"))
+    assert HALF_RESTORED not in qemu.texts
+    assert dict(qemu.works)["load"] == LoadStage.BEGUN
+    assert qemu.journal.record.work is None
+
+
+@pytest.mark.parametrize(
+    ("state", "running", "after", "calls"),
+    [
+        (RunState.RUNNING, None, RunState.RUNNING, ["load"]),
+        (RunState.RUNNING, False, RunState.RESTORE_VM, ["stop", "load", *PAUSED]),
+        (RunState.PAUSED, None, RunState.PAUSED, ["load"]),
+        (RunState.PAUSED, True, RunState.PAUSED, ["load", "cont"]),
+    ],
+)
+async def test_a_human_monitor_stops_it_by_itself(
+    qemu: Qemu, state: RunState, running: bool | None, after: RunState, calls: list[str]
+) -> None:
+    """A guest that runs, and is to run on. Of any other the translated code has to go first."""
+    qemu.chooses_devices = False
+    qemu.state, qemu.after = state, after
+    await load(qemu, running)
+    assert qemu.calls == calls
+    assert (qemu.translations < 0) is (calls != ["load"] or state is RunState.PAUSED)
+
+
+@pytest.mark.parametrize(
+    ("state", "chooses_devices", "calls", "standing"),
+    [
+        (RunState.RUNNING, True, ["stop", "cont"], "the guest was stopped for a moment, and resumed"),
+        (RunState.RUNNING, False, [], "the guest was not touched"),
+        (RunState.PAUSED, True, [], "the guest was not touched"),
+        (RunState.SHUTDOWN, True, ["reset"], "nothing was loaded; the guest was reset, and is paused"),
+    ],
+)
+async def test_what_has_changed_since_the_check(
+    qemu: Qemu, state: RunState, chooses_devices: bool, calls: list[str], standing: str
+) -> None:
+    """It was decided on what is not so any more: nothing is loaded, and it is said how the guest stands."""
+    qemu.state, qemu.chooses_devices = state, chooses_devices
+
+    def save_again() -> None:
+        for rows in qemu.rows.values():
+            rows[:] = [msgspec.structs.replace(row, vm_clock_ns=2) for row in rows]
+
+    qemu.on_look = save_again
+    with pytest.raises(PrecheckRefused) as refused:
+        await load(qemu)
+    assert [finding.code for finding in refused.value.findings] == ["snapshots-changed"]
+    assert standing in str(refused.value)
+    assert qemu.calls[: len(calls)] == calls
+    assert "load" not in qemu.calls
+
+
+# QEMU refuses, or fails
+
+
+@pytest.mark.parametrize("state", [RunState.RUNNING, RunState.PAUSED])
+async def test_deleted_at_the_last_moment(qemu: Qemu, state: RunState) -> None:
+    """Nothing was loaded, so the guest goes on, or is paused again."""
+    qemu.state = state
+    qemu.before_load = qemu.rows["disk1"].clear
+    qemu.failure = JobFailed("snapshot-load", "Snapshot 't' does not exist in one or more devices")
+    with pytest.raises(SnapshotNotFound, match="'t' was deleted by another client just now; nothing was loaded"):
+        await load(qemu)
+    assert qemu.calls == (["stop", "load", "cont"] if state is RunState.RUNNING else ["load", *PAUSED])
+    assert qemu.state is state
+    assert HALF_RESTORED not in qemu.texts
+    assert qemu.journal.record.work is None
+
+
+@pytest.mark.parametrize(
+    "reason", ["Device 'disk2' is writable but does not support snapshots", BITMAPS.format("disk0")]
+)
+async def test_refused_before_anything_was_touched(qemu: Qemu, reason: str) -> None:
+    """Also where the first of the disks has bitmaps; and what to do about those is said."""
+    qemu.failure = JobFailed("snapshot-load", reason)
+    with pytest.raises(JobFailed) as refused:
+        await load(qemu)
+    outcome = "nothing was loaded: RAM and disks are as they were"
+    if "bitmaps" in reason:
+        assert refused.value.outcome.startswith(f"{outcome}. Remove the dirty bitmaps of disk0 by QMP")
+        assert refused.value.outcome.endswith("Then load 't' again")
+    else:
+        assert refused.value.outcome == outcome
+    assert qemu.calls == ["stop", "load", "cont"]
+    assert (qemu.state, qemu.journal.record.stopped) == ("running", False)
+
+
+@pytest.mark.parametrize("state", [RunState.RUNNING, RunState.PAUSED])
+@pytest.mark.parametrize("after", [RunState.RESTORE_VM, RunState.RUNNING])
+@pytest.mark.parametrize("reason", [FAILED.reason, BITMAPS.format("disk1")])
+async def test_failed_in_the_middle(qemu: Qemu, state: RunState, after: RunState, reason: str) -> None:
+    """The guest stands still, also where QEMU has resumed it (6.0.0), and whoever comes next is told why."""
+    qemu.state, qemu.after = state, after
+    qemu.failure = JobFailed("snapshot-load", reason)
+    kind: type[QsnapError] = GuestLeftStopped if state is RunState.RUNNING else JobFailed
+    with pytest.raises(kind) as failed:
+        await load(qemu)
+    assert type(failed.value) is kind
+    assert reason in str(failed.value)
+    cure = "Load a good snapshot" if reason == FAILED.reason else "Remove the dirty bitmaps of disk1 by QMP"
+    assert f"RAM and disks may be half restored, so the guest is left stopped on purpose. {cure}" in str(failed.value)
+    assert qemu.texts[HALF_RESTORED] == "yes"
+    assert "cont" not in qemu.calls
+    assert qemu.state is (RunState.PAUSED if after is RunState.RUNNING else after)
+    assert (qemu.journal.record.work, qemu.journal.record.stopped) == (None, False)
+
+
+async def test_what_is_written_down_of_the_end(qemu: Qemu) -> None:
+    """As soon as it is known: whoever completes the work of a run that is killed goes by that."""
+    attempt = await attempt_of(qemu)
+    assert await attempt.load("disk0", ["disk0", "disk1"]) is True
+    assert qemu.journal.record.work is None
+    for failure, work in (
+        (FAILED, LoadWork(was_running=True, stage=LoadStage.FAILED)),
+        (JobFailed("snapshot-load", "No block device node 'disk1'"), None),
+    ):
+        qemu.failure = failure
+        with pytest.raises(JobFailed):
+            await attempt.load("disk0", ["disk0", "disk1"])
+        assert qemu.journal.record.work == work
+
+
+@pytest.mark.parametrize("is_gone", [True, False])
+@pytest.mark.parametrize("is_lost", [True, False])
+async def test_qemu_ends_in_the_middle(qemu: Qemu, is_gone: bool, is_lost: bool) -> None:
+    """Then there is no guest. What QEMU itself has told of the load it has told while it was there."""
+    qemu.journal.another_answers = is_gone
+    qemu.failure = MonitorLost("it is gone") if is_lost else FAILED
+    qemu.outcome = qemu.failure
+    with pytest.raises(QsnapError) as failed:
+        await load(qemu)
+    is_told = "QEMU has ended in the middle of the load; there is no guest any more" in str(failed.value)
+    assert is_told is (is_gone and is_lost)
+    assert isinstance(failed.value, MonitorLost if is_told else GuestLeftStopped)
+    assert (HALF_RESTORED in qemu.texts) is not is_told
+    assert (qemu.journal.record.work, qemu.journal.record.stopped) == (None, False)
+
+
+# The connection, and interrupts
+
+
+async def test_the_connection_is_lost_and_the_load_ends_well(qemu: Qemu) -> None:
+    qemu.failure = MonitorLost("the connection broke")
+    result = await load(qemu)
+    assert qemu.calls == ["stop", "load", "reconnect", "outcome", "cont"]
+    assert result.runstate == "running"
+    assert qemu.journal.record.work is None
+    attempt = await attempt_of(qemu)
+    assert await attempt.load("disk0", ["disk0", "disk1"]) is False, "it was not seen"
+
+
+async def test_the_connection_is_lost_and_the_load_fails(qemu: Qemu) -> None:
+    qemu.failure, qemu.outcome = MonitorLost("the connection broke"), FAILED
+    with pytest.raises(GuestLeftStopped, match="Error -22"):
+        await load(qemu)
+    assert qemu.calls == ["stop", "load", "reconnect", "outcome"]
+
+
+async def test_the_connection_is_lost_when_the_guest_is_to_be_paused(qemu: Qemu) -> None:
+    attempt = await attempt_of(qemu)
+    qemu.state, qemu.lost_once = RunState.RESTORE_VM, True
+    await attempt.leave_paused(runs=False)
+    assert qemu.calls == ["reconnect", *PAUSED]
+    assert qemu.state is RunState.PAUSED
+
+
+@pytest.mark.parametrize("failure", [None, FAILED])
+async def test_an_interrupt_waits_for_the_end_of_the_load(qemu: Qemu, failure: JobFailed | None) -> None:
+    """It goes on inside QEMU. Only if it went well does the guest run on."""
+    qemu.settles, qemu.outcome = False, failure
+    task = asyncio.create_task(load(qemu))
+    await qemu.loading.wait()
+    task.cancel()
+    with pytest.raises(GuestLeftStopped if failure else asyncio.CancelledError) as interrupted:
+        await task
+    assert qemu.calls == ["stop", "load", "settle", *([] if failure else ["cont"])]
+    if not failure:
+        assert "the load of 't' had begun and was completed" in interrupted.value.__notes__
+    assert (qemu.journal.record.work, qemu.journal.record.stopped) == (None, False)
+
+
+class Watcher:
+    """A guard that is there."""
+
+    pid = 7
+
+    async def ready(self) -> None:
+        pass
+
+
+@pytest.mark.parametrize(
+    ("guard", "words"),
+    [
+        (Watcher(), "The guest is stopped; process 7, its guard, resumes it if the load goes well"),
+        (None, "The guest is stopped; look at its run state before you `cont` it"),
+    ],
+)
+async def test_qemu_does_not_answer_after_an_interrupt(qemu: Qemu, guard: Watcher | None, words: str) -> None:
+    """Nobody but the guard may resume the guest before the end is known."""
+    qemu.settles = qemu.answers = False
+    qemu.journal.guard = guard
+    qemu.journal.patience_s = 0.01
+    task = asyncio.create_task(load(qemu))
+    await qemu.loading.wait()
+    task.cancel()
+    with pytest.raises(GuestLeftStopped) as left:
+        await task
+    assert words in str(left.value)
+    assert "cont" not in qemu.calls
+    assert qemu.journal.record.work == LoadWork(was_running=True, stage=LoadStage.BEGUN)
+
+
+# Translated code
+
+
+@pytest.mark.parametrize("state", [RunState.RUNNING, RunState.PAUSED])
+async def test_translated_code_that_stays(qemu: Qemu, state: RunState) -> None:
+    """Nothing is loaded, the guest is as before, and the way out is told: whether a reset ends QEMU is not seen."""
+    qemu.state, qemu.translations = state, 1000
+    with pytest.raises(JobFailed, match="QEMU keeps code that it has translated") as kept:
+        await load(qemu)
+    assert "RAM and disks are as they were. Reset the guest first: by QMP" in kept.value.outcome
+    assert qemu.state is state
+    assert "load" not in qemu.calls
+    assert "reset" not in qemu.calls
+    assert {work for what, work in qemu.works if what[0] == "`"} == {LoadStage.FLUSHING}
+    assert qemu.journal.record.work is None
+
+
+async def test_translated_code_that_a_reset_ends(qemu: Qemu) -> None:
+    """Where a reset does not end QEMU, as its command line tells."""
+    qemu.pid = os.getpid()
+    qemu.state, qemu.translations = RunState.GUEST_PANICKED, 1000
+
+    async def reset() -> None:
+        qemu.note("reset")
+        qemu.state, qemu.translations = RunState.PRELAUNCH, 1
+
+    qemu.reset = reset  # type: ignore[method-assign]
+    result = await load(qemu)
+    assert result.runstate == "running"
+    assert qemu.calls[-5:] == ["reset", "`cont`", "`loadvm`", "load", "cont"]
+
+
+# The state file of a live snapshot
+
+
+@pytest.fixture
+def live(tmp_path: Path) -> Run:
+    """A guest whose snapshot "l" has its state in a file."""
+
+    class Store(StateStore):
+        error: OSError | None = None
+
+        def opened(self, file: StateFile) -> int:
+            if self.error:
+                raise self.error
+            return super().opened(file)
+
+    monitor = FakeMonitor(live_obstacle="")
+    store = Store(None, tmp_path)
+    asyncio.run(monitor.snapshot_save("l", "", ["disk0", "disk1"]))
+    graph = asyncio.run(monitor.block_graph())
+    path = store.path_for(graph, "disk0", "l")
+    written(path, Content("l", str(store.identity(graph, "disk0")), 9, DATE, 1))
+    return Run(monitor, store)
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "words"),
+    [
+        (None, None, ""),
+        (OSError(errno.EIO, "Input/output error"), JobFailed, "open failed: .*: Input/output error; .* not touched"),
+        (PermissionError(errno.EPERM, "it is somebody's"), PrecheckRefused, "is not handed to QEMU: it is somebody's"),
+    ],
+)
+def test_a_state_file_that_cannot_be_opened(
+    live: Run, error: OSError | None, kind: type[QsnapError] | None, words: str
+) -> None:
+    live.store.error = error  # type: ignore[attr-defined]
+    before = sorted(Path("/proc/self/fd").iterdir())
+    if kind is None:
+        assert asyncio.run(check_load(live, "l")).kind == "live"
+    else:
+        with pytest.raises(kind, match=words):
+            asyncio.run(check_load(live, "l"))
+    assert sorted(Path("/proc/self/fd").iterdir()) == before
