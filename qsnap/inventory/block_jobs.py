@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Sequence
 
-from qsnap.inventory.devices import BACKUP_FILTERS, displayed, path_to_image
+from qsnap.inventory.devices import BACKUP_FILTERS, at_or_below, displayed, path_to_image
 from qsnap.model.checks import Device, Finding, Severity, Verdict
 from qsnap.model.qemu import BlockGraph, BlockJob
 
@@ -39,7 +39,7 @@ def load_findings(graph: BlockGraph, devices: Sequence[Device], going_back: Coll
     :param devices: all devices of the guest.
     :param going_back: the images that the load puts back.
     """
-    affected = [device for device in devices if device.image in going_back and device.verdict is not Verdict.IGNORED]
+    affected = [device for device in devices if device.image in going_back]
     for job, device in _jobs_on(graph, affected):
         yield _finding(
             "block-job",
@@ -48,6 +48,7 @@ def load_findings(graph: BlockGraph, devices: Sequence[Device], going_back: Coll
             device if job.nodes else None,
         )
     for device in affected:
+        assert device.image
         name = _name(device, devices)
         if left := _left_filter(graph, device):
             yield _finding(
@@ -64,7 +65,7 @@ def load_findings(graph: BlockGraph, devices: Sequence[Device], going_back: Coll
                 f"remove them, by QMP: block-dirty-bitmap-remove. {_FULL_BACKUP}",
                 device,
             )
-        elif "" in graph.nodes[device.image or ""].dirty_bitmaps and not left and not list(_jobs_on(graph, [device])):
+        elif "" in graph.nodes[device.image].dirty_bitmaps and not left and not list(_jobs_on(graph, [device])):
             yield _finding(
                 "dirty-bitmaps",
                 f"{name}: Device has active dirty bitmaps, and QEMU takes back no disk that has. They have no name, so "
@@ -160,22 +161,12 @@ _FULL_BACKUP = "The next backup that goes by them must then be a full one"
 
 def _jobs_on(graph: BlockGraph, devices: Iterable[Device]) -> Iterator[tuple[BlockJob, Device]]:
     """The jobs that work on any of *devices*, each with the first of them."""
-    below = [(device, _at_or_below(graph, device.node)) for device in devices if device.node]
+    below = [(device, at_or_below(graph, device.node)) for device in devices if device.node]
     for job in graph.jobs:
         nodes = {node for _, node in job.nodes}
         # If QEMU does not report what a job works on, it may be any of them
-        if found := next((device for device, reached in below if not nodes or nodes & reached), None):
+        if found := next((device for device, reached in below if not nodes or nodes.intersection(reached)), None):
             yield job, found
-
-
-def _at_or_below(graph: BlockGraph, node_name: str) -> set[str]:
-    reached: set[str] = set()
-    next_ones = {node_name}
-    while next_ones:
-        reached |= next_ones
-        next_ones = {child for name in next_ones if name in graph.nodes for _, child in graph.nodes[name].children}
-        next_ones -= reached
-    return reached
 
 
 def _left_filter(graph: BlockGraph, device: Device) -> str | None:
@@ -218,7 +209,9 @@ def _ending(job: BlockJob) -> str:
 
 
 def _name(device: Device, devices: Sequence[Device]) -> str:
-    return displayed([device.image or device.node or ""], devices)[0]
+    node = device.image or device.node
+    assert node
+    return displayed([node], devices)[0]
 
 
 def _finding(

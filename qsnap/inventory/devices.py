@@ -28,6 +28,8 @@ import shlex
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
+import msgspec
+
 from qsnap.model import outside
 from qsnap.model.checks import Device, Finding, Labels, Role, Verdict
 from qsnap.model.qemu import BlockBackend, BlockGraph, BlockNode, Peripheral
@@ -87,7 +89,7 @@ def for_shell(node: str, device: str = "") -> str:
     return shlex.quote(device if node.startswith(_NOT_THE_USER_S) and device else node)
 
 
-def snapshot_image(graph: BlockGraph, node_name: str) -> BlockNode | None:
+def snapshot_image(graph: BlockGraph, node_name: str | None) -> BlockNode | None:
     """The node at or below *node_name* whose driver makes the snapshot; None where there is none."""
     path = path_to_image(graph, node_name)
     return path[-1] if path else None
@@ -95,7 +97,7 @@ def snapshot_image(graph: BlockGraph, node_name: str) -> BlockNode | None:
 
 def path_to_image(graph: BlockGraph, node_name: str | None) -> tuple[BlockNode, ...]:
     """The nodes from *node_name* down to the one whose driver makes the snapshot; none where there is none."""
-    node = graph.nodes.get(node_name or "")
+    node = graph.nodes.get(node_name) if node_name else None
     if node is None or node.read_only or not node.active:
         return ()
     if node.driver in SNAPSHOT_DRIVERS:
@@ -115,21 +117,16 @@ def _primary_child(node: BlockNode) -> str | None:
 
 def device_above(graph: BlockGraph, devices: Iterable[Device], node: str) -> Device | None:
     """The device that a node is a part of."""
-    return next(
-        (d for d in devices if d.node and any(one.node_name == node for one in _at_and_below(graph, d.node))), None
-    )
+    return next((device for device in devices if node in at_or_below(graph, device.node)), None)
 
 
-def _at_and_below(graph: BlockGraph, node_name: str) -> Iterator[BlockNode]:
-    """A node and all that it stands on."""
-    left, seen = [node_name], set[str]()
-    while left:
-        name = left.pop()
-        node = graph.nodes.get(name)
-        if node is not None and name not in seen:
-            seen.add(name)
-            left += (child for _, child in node.children)
-            yield node
+def at_or_below(graph: BlockGraph, node_name: str | None) -> list[str]:
+    """The names of a node and of all that it stands on, each once; none of an empty drive."""
+    reached = [node_name] if node_name else []
+    for name in reached:  # it grows on the way
+        children = graph.nodes[name].children if name in graph.nodes else ()
+        reached += dict.fromkeys(child for _, child in children if child not in reached)
+    return reached
 
 
 def protocol(graph: BlockGraph, image: str) -> BlockNode | None:
@@ -161,13 +158,12 @@ def survey(
     findings: list[Finding] = []
     matched: set[str] = set()
     for node_name, backend in _counted(graph):
-        names = _names(node_name, backend)
-        image = snapshot_image(graph, node_name) if node_name else None
-        names |= {image.node_name} if image else set()
-        matched |= names.intersection(exclude)
-        device = _judge(graph, node_name, backend, bool(names.intersection(exclude)))
+        image = snapshot_image(graph, node_name)
+        excluded = _names(backend, node_name, image.node_name if image else None).intersection(exclude)
+        matched |= excluded
+        device = _judge(graph, node_name, backend, image, bool(excluded))
         blocks.append(device)
-        if device.verdict is Verdict.CARRIED and names.intersection(exclude):
+        if device.verdict is Verdict.CARRIED and excluded:
             findings.append(
                 Finding.warning(
                     "exclude-carried",
@@ -227,18 +223,18 @@ def _names_outside(graph: BlockGraph) -> set[str]:
 
 def _judge_outside(peripheral: Peripheral, exclude: Collection[str]) -> Device:
     label, model = peripheral.label, peripheral.model
-    is_excluded = label in exclude or peripheral.path in exclude
-    return Device(
+    refused = Device(
         node=peripheral.path,
         device=peripheral.device_id,
         driver=model,
         role=Role.OUTSIDE,
-        verdict=Verdict.EXCLUDED if is_excluded else Verdict.REFUSED,
-        why=_LEFT_OUT
-        if is_excluded
-        else f"Device {label!r} ({model}) cannot be in a snapshot: {outside.why_not_saved(model)}",
-        cure="" if is_excluded else f"unplug it, or leave it out knowingly: --exclude {shlex.quote(label)}",
+        verdict=Verdict.REFUSED,
+        why=f"Device {label!r} ({model}) cannot be in a snapshot: {outside.why_not_saved(model)}",
+        cure=f"unplug it, or leave it out knowingly: --exclude {shlex.quote(label)}",
     )
+    if {label, peripheral.path}.isdisjoint(exclude):
+        return refused
+    return msgspec.structs.replace(refused, verdict=Verdict.EXCLUDED, why=_LEFT_OUT, cure="")
 
 
 def _passed_on(graph: BlockGraph) -> Iterator[Finding]:
@@ -256,8 +252,8 @@ def _passed_on(graph: BlockGraph) -> Iterator[Finding]:
             )
 
 
-def _names(node_name: str | None, backend: BlockBackend) -> set[str]:
-    return {name for name in (node_name, backend.name, backend.qdev, backend.device_id) if name}
+def _names(backend: BlockBackend, *nodes: str | None) -> set[str]:
+    return {name for name in (*nodes, backend.name, backend.qdev, backend.device_id) if name}
 
 
 def _role(graph: BlockGraph, backend: BlockBackend) -> Role:
@@ -274,7 +270,9 @@ def _role(graph: BlockGraph, backend: BlockBackend) -> Role:
     return Role.EXPORT if used else Role.NODE
 
 
-def _judge(graph: BlockGraph, node_name: str | None, backend: BlockBackend, excluded: bool) -> Device:
+def _judge(
+    graph: BlockGraph, node_name: str | None, backend: BlockBackend, image: BlockNode | None, excluded: bool
+) -> Device:
     def device(verdict: Verdict, why: str = "", cure: str = "") -> Device:
         return Device(
             node=node_name,
@@ -288,7 +286,6 @@ def _judge(graph: BlockGraph, node_name: str | None, backend: BlockBackend, excl
         )
 
     node = graph.nodes.get(node_name) if node_name else None
-    image = snapshot_image(graph, node.node_name) if node else None
     if node is None:
         return device(Verdict.IGNORED, "empty")
     if node.read_only:
@@ -348,7 +345,7 @@ def _why_copy(graph: BlockGraph, node: BlockNode, backend: BlockBackend) -> str:
 def _why_not(graph: BlockGraph, node: BlockNode) -> str:
     if not node.active:
         return "the image is inactive: a migration has handed it over"
-    if not node.children and not graph.has_edges:
+    if not graph.has_edges:
         return f"driver {node.driver}; this QEMU does not tell what lies below it"
     below = [graph.nodes[child].driver for name, child in node.children if child in graph.nodes]
     return f"driver {node.driver}" + (f" over {', '.join(sorted(set(below)))}" if below else "")
@@ -356,14 +353,14 @@ def _why_not(graph: BlockGraph, node: BlockNode) -> str:
 
 def cure_of(graph: BlockGraph, node_name: str | None) -> str:
     """What to do about a node that cannot snapshot, or be saved."""
-    node = graph.nodes.get(node_name or "")
+    node = graph.nodes.get(node_name) if node_name else None
     if node is None:
         return "with the guest off: qemu-img convert -O qcow2 IMAGE NEW.qcow2, and use that"
     if node.driver in _NO_PRIMARY_CHILD:
         return "QEMU cannot snapshot several images as one"
     if not node.active:
         return "resume the guest (`cont`); QEMU has its images then"
-    if any(one.driver == "vvfat" for one in _at_and_below(graph, node.node_name)):
+    if any(graph.nodes[name].driver == "vvfat" for name in at_or_below(graph, node_name) if name in graph.nodes):
         return "give the guest that directory read-only (without rw), or its files in a qcow2 image"
     path = shlex.quote(node.filename or "IMAGE")
     return f"with the guest off: qemu-img convert -O qcow2 {path} NEW.qcow2, and use that"
@@ -416,7 +413,7 @@ def _vmstate(
     names = {
         name: device.image
         for device, (node, backend) in zip(devices, _counted(graph), strict=True)
-        for name in (*_names(node, backend), *filter(None, [device.image]))
+        for name in _names(backend, node, device.image)
     }
     if (node := names.get(wanted)) in able:
         return node, tuple(_encrypted(graph, devices, node, node, clear))
