@@ -105,11 +105,11 @@ def place(pid: int | None, graph: BlockGraph, snapshot: Snapshot) -> Place | Non
 
     :param pid: the QEMU process; None if it is not on this machine.
     """
-    node = snapshot.vmstate
-    if node is None or node not in graph.nodes:
+    node = graph.nodes.get(snapshot.vmstate) if snapshot.vmstate else None
+    if node is None:
         return None
-    image = descriptors.way(pid, graph, node) or descriptors.block_device(pid, graph, node)
-    rows = graph.nodes[node].tagged(snapshot.disk_tag)
+    image = descriptors.way(pid, graph, node.node_name) or descriptors.block_device(pid, graph, node.node_name)
+    rows = node.tagged(snapshot.disk_tag)
     return Place(image, rows[0]) if image is not None and len(rows) == 1 else None
 
 
