@@ -88,9 +88,8 @@ def refuse_exclusion(monitor: Monitor, graph: BlockGraph, exclude: Collection[st
 def refuse_hmp_choices(monitor: Monitor, graph: BlockGraph, vmstate: str | None, exclude: Collection[str]) -> None:
     refuse_exclusion(monitor, graph, exclude, "saves")
     if vmstate is not None and not graph.chooses_devices:
-        chosen = rules.survey(graph, vmstate=vmstate).vmstate
         default = rules.survey(graph).vmstate
-        if chosen is None or chosen != default:
+        if rules.survey(graph, vmstate=vmstate).vmstate != default:
             raise NotSupported(
                 f"{monitor.who} chooses the vmstate device itself ({default}): --vmstate {vmstate} is beyond it"
             )
@@ -190,15 +189,18 @@ def _blocker(reason: str, graph: BlockGraph, devices: Sequence[Device]) -> tuple
 
     :param reason: QEMU's own words (5.2 to 11.1).
     """
-    where = re.search(r"used by node '(.*)'", reason)
-    device = rules.device_above(graph, devices, where[1]) if where else None
-    if device is not None and where is not None and device.device and where[1].startswith("#"):
-        reason = reason.replace(where[1], device.device)
     if "'peer mode'" in reason:  # hw/misc/ivshmem.c
         return reason, "start the guest with master=on for that ivshmem device: its memory is then part of the VM state"
-    if where:
-        return reason, rules.cure_of(graph, device.node if device else where[1])
-    return reason, "unplug that device, or start the guest without it: its state cannot be saved"
+    where = re.search(r"used by node '(.*)'", reason)
+    if where is None:
+        return reason, "unplug that device, or start the guest without it: its state cannot be saved"
+    node = where[1]
+    device = rules.device_above(graph, devices, node)
+    if device is None:
+        return reason, rules.cure_of(graph, node)
+    if device.device and node.startswith("#"):
+        reason = reason.replace(node, device.device)
+    return reason, rules.cure_of(graph, device.node)
 
 
 def spoiled_finding(migration: Migration, runstate: RunState) -> Finding:
@@ -295,8 +297,10 @@ def fixed_size_findings(
 
     How much of it is in use QEMU does not tell. So it warns where a disk that is written all over would leave no room.
     """
-    file = rules.protocol(graph, survey.vmstate) if survey.vmstate else None
-    if survey.vmstate is None or file is None or file.driver not in _FIXED_SIZE:
+    if survey.vmstate is None:
+        return
+    file = rules.protocol(graph, survey.vmstate)
+    if file is None or file.driver not in _FIXED_SIZE:
         return
     image = graph.nodes[survey.vmstate]
     estimate = estimate or processes.StateEstimate(0, ram_bytes, ram_bytes + processes.OVERHEAD_BYTES)

@@ -107,6 +107,7 @@ async def plan_save(run: Run, request: SaveRequest, *, state_elsewhere: bool = F
     :raise NotSupported: HMP cannot honour the request.
     """
     monitor, vmstate, exclude = run.monitor, request.vmstate, request.exclude
+    refuse_untransportable(monitor, request.tag)
     try:
         runstate, migration, inventory, ram_bytes, half_restored, leftovers = await asyncio.gather(
             monitor.runstate(),
@@ -122,7 +123,6 @@ async def plan_save(run: Run, request: SaveRequest, *, state_elsewhere: bool = F
         return SavePlan(Inventory(BlockGraph(nodes={}, backends=()), run.store), report, None, None)
     graph, survey = inventory.graph, inventory.survey
     refuse_hmp_choices(monitor, graph, vmstate, exclude)
-    refuse_untransportable(monitor, request.tag)
     image = descriptors.way(monitor.pid, graph, survey.vmstate) if survey.vmstate else None
     estimate = processes.state_estimate(monitor.pid, ram_bytes)
     findings = [
