@@ -189,7 +189,7 @@ class Journal:
                 self.path.unlink()
         os.close(self._file)
         self._file = None
-        if remove and self.record.group:
+        if self.record.group:
             with suppress(QsnapError):
                 _forget_decisions()
 

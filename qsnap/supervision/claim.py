@@ -11,7 +11,7 @@ import asyncio
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 
-from qsnap.errors import CommandFailed, MonitorBusy, MonitorError, MonitorLost, PrecheckRefused, QsnapError, VMLocked
+from qsnap.errors import CommandFailed, MonitorBusy, MonitorLost, PrecheckRefused, QsnapError, VMLocked
 from qsnap.host.processes import is_alive, is_stopped, process
 from qsnap.model.results import Recovered, Unfinished
 from qsnap.model.runstates import takes_stop
@@ -106,40 +106,40 @@ async def _claim(monitor: Monitor, operation: str, tags: tuple[str, ...]) -> Jou
         # Nothing would show later that the journal's QEMU has ended
         raise MonitorLost("QEMU has ended; nothing was done")
     ours = Journal.create(record)
-    watching: guard.Guard | None = None
     try:
         ours.guard = watching = guard.start(ours, monitor.sock)
+    except BaseException:
+        ours.close(remove=True)
+        raise
+    try:
         holder = mark.holder(record, process(watching.pid), was_running=was_running)
         is_ours = await monitor.set_mark(CLAIM, holder.encode())
     except (MonitorLost, asyncio.CancelledError):
         # QEMU may have set the mark nevertheless: the guard will look
         await _hand_over(monitor, ours, watching)
         raise
-    except CommandFailed as error:
+    except BaseException as error:
+        _drop(ours, watching)
+        if not isinstance(error, CommandFailed):
+            raise
         from qsnap.operations.findings import no_machine
 
-        _drop(ours, watching)
         raise PrecheckRefused("nothing can be done now", [no_machine(error)]) from error
-    except BaseException:
-        _drop(ours, watching)
-        raise
     if not is_ours:
         _drop(ours, watching)
     return ours if is_ours else None
 
 
-async def _hand_over(monitor: Monitor, ours: Journal, watching: guard.Guard | None) -> None:
+async def _hand_over(monitor: Monitor, ours: Journal, watching: guard.Guard) -> None:
     """Leave the rest to the guard. It goes on with our connection, which two processes cannot use at once."""
     await monitor.aclose()
-    ours.close(remove=watching is None)
-    if watching is not None:
-        watching.hand_over()
+    ours.close(remove=False)
+    watching.hand_over()
 
 
-def _drop(ours: Journal, watching: guard.Guard | None) -> None:
+def _drop(ours: Journal, watching: guard.Guard) -> None:
     ours.close(remove=True)
-    if watching is not None:
-        watching.dismiss()
+    watching.dismiss()
 
 
 async def _release(monitor: Monitor, ours: Journal) -> None:
@@ -151,8 +151,8 @@ async def _release(monitor: Monitor, ours: Journal) -> None:
         try:
             async with asyncio.timeout(_RELEASE_TIMEOUT_S):
                 await mark.give_up(monitor, CLAIM, ours.record.token)
-        except (QsnapError, TimeoutError) as error:
-            is_done = isinstance(error, MonitorError) and await has_ended(ours)
+        except (QsnapError, TimeoutError):
+            is_done = await has_ended(ours)
     if is_done:
         _drop(ours, watching)
     else:
@@ -287,8 +287,8 @@ def _is_of(run: Record, socket: tuple[str, ...], pid: int | None) -> bool:
     """Whether the run uses this VM: same monitor socket, or same QEMU process."""
     if socket and run.socket == socket:
         return True
-    if pid is None or run.qemu is None or run.qemu.pid != pid:
+    if run.qemu is None or run.qemu.pid != pid:
         return False
     from qsnap.targets.running import is_qemu
 
-    return is_qemu(pid)  # and not a proxy that leads to several
+    return is_qemu(run.qemu.pid)  # and not a proxy that leads to several

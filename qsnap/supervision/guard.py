@@ -62,8 +62,8 @@ class Guard:
         try:
             async with asyncio.timeout(_READY_S):
                 word = await loop.sock_recv(self._control, 1)
-        except (OSError, TimeoutError) as error:
-            raise self._failure(str(error) or "it says nothing") from error
+        except TimeoutError as error:
+            raise self._failure("it says nothing") from error
         if word != _READY:
             raise self._failure(f"it ended with {self._process.poll()}")
         self._is_ready = True
@@ -77,8 +77,8 @@ class Guard:
     def dismiss(self) -> None:
         """End the guard: nothing is left for it to do."""
         self._process.kill()
-        self._process.wait()
-        self._control.close()
+        with self._control:
+            self._process.wait()
 
     def hand_over(self) -> None:
         """Let the guard go to work, as if this process had died."""
@@ -99,7 +99,7 @@ def start(journal: Journal, connection: socket.socket | None) -> Guard:
         raise QsnapError(f"no guard can be started: {error.strerror}; nothing was done") from error
     ours.setblocking(False)
     files = {"control": theirs.fileno(), "journal": journal.fileno()}
-    if connection is not None and connection.fileno() >= 0:
+    if connection is not None:
         files["monitor"] = connection.fileno()
     path = [str(Path(__file__).absolute().parents[2]), *filter(None, map(os.path.abspath, filter(None, sys.path)))]
     arguments = json.dumps({**files, "parent": os.getpid(), "path": str(journal.path)})

@@ -13,13 +13,12 @@ import signal
 import socket
 from contextlib import suppress
 from pathlib import Path
-from typing import NoReturn
 
 #: Milliseconds after which it expects the run to take long.
 _LONG_MS = 1000
 
 
-def main(text: str) -> NoReturn:
+def main(text: str) -> None:
     """Guard the run that *text* describes: see :func:`qsnap.supervision.guard.start`."""
     given = json.loads(text)
     # What ends others of our machine, terminal or job must not end us; the run ends us itself.
@@ -39,7 +38,6 @@ def main(text: str) -> NoReturn:
     if record is not None:
         connection = socket.socket(fileno=given["monitor"]) if "monitor" in given else None
         asyncio.run(recovery.after_death(record, connection))
-    os._exit(0)
 
 
 def _wait(control: socket.socket, parent: int) -> None:

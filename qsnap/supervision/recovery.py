@@ -46,21 +46,22 @@ async def after_death(journal: Journal, connection: socket.socket | None) -> Non
     :param connection: the dead run's connection; if it is broken, the guard makes new ones as long as that QEMU runs.
     """
     monitor = await _inherited(journal, connection) if connection else None
-    while monitor is not None or (monitor := await _reached(journal)) is not None:
+    while monitor := monitor or await _reached(journal):
         try:
             done = await recover(monitor, journal)
         except MonitorError:
-            monitor = None
-            continue
+            pass
         except QsnapError as error:
             _report(f"the guest of a qsnap that died ({journal.record.deed}) could not be cleaned up after: {error}")
             return  # the journal stays, and so does the mark: the next qsnap reports them
+        else:
+            deeds = "; ".join(done.actions) or "nothing to do"
+            _report(f"cleaned up after a qsnap that died ({journal.record.deed}): {deeds}")
+            return
         finally:
-            if monitor is not None:
-                await monitor.aclose()
-        deeds = "; ".join(done.actions) or "nothing to do"
-        _report(f"cleaned up after a qsnap that died ({journal.record.deed}): {deeds}")
-        return
+            await monitor.aclose()  # a monitor serves one client: the next connection would wait for this one
+        monitor = None
+        await asyncio.sleep(_RETRY_S)
     journal.close(remove=not _may_live(journal))
 
 
@@ -84,7 +85,6 @@ async def recover(monitor: Monitor, journal: Journal) -> Recovered:
             journal.done(stopped=False)
         await monitor.settle()
         actions += await _clear_up(monitor, journal)
-        await monitor.dismiss(await monitor.leftover_jobs())
         await mark.give_up(monitor, CLAIM, record.token)
     journal.close(remove=True)
     return Recovered(

@@ -7,7 +7,8 @@ import threading
 
 import pytest
 
-from qsnap.runs.shield import in_thread
+from qsnap.errors import OperationTimeout
+from qsnap.runs.shield import in_thread, shielded
 
 pytestmark = pytest.mark.no_qemu
 
@@ -36,3 +37,36 @@ async def test_a_thread_is_told_to_end_and_waited_for() -> None:
     with pytest.raises(asyncio.CancelledError):
         await caller
     assert has_ended.is_set()
+
+
+async def test_who_is_cancelled_learns_of_it_when_the_work_is_done() -> None:
+    begun, may_end = asyncio.Event(), asyncio.Event()
+
+    async def work() -> str:
+        begun.set()
+        await may_end.wait()
+        return "done"
+
+    caller = asyncio.ensure_future(shielded(work(), _DEADLINE_S))
+    await begun.wait()
+    for _ in range(2):
+        caller.cancel()
+        done, _ = await asyncio.wait([caller], timeout=0.01)
+        assert not done
+    may_end.set()
+    with pytest.raises(asyncio.CancelledError):
+        await caller
+    assert await shielded(work(), _DEADLINE_S) == "done"
+
+
+async def test_even_that_does_not_last_for_ever() -> None:
+    with pytest.raises(OperationTimeout, match=r"has not answered for 0\.01 s"):
+        await shielded(asyncio.Event().wait(), 0.01)
+
+
+async def test_a_time_out_of_the_work_itself() -> None:
+    async def work() -> None:
+        raise TimeoutError("its own")
+
+    with pytest.raises(TimeoutError, match="its own"):
+        await shielded(work(), _DEADLINE_S)

@@ -19,19 +19,20 @@ import msgspec
 import pytest
 
 import qsnap
-from qsnap.errors import MonitorLost, NotSupported, QsnapError, VMLocked
-from qsnap.host.processes import Process, is_alive, process, this_process
+from qsnap.errors import CommandFailed, MonitorLost, NotSupported, PrecheckRefused, QsnapError, VMLocked
+from qsnap.host.processes import Process, is_alive, is_stopped, process, this_process
 from qsnap.model.qemu import RunState
 from qsnap.model.requests import SaveRequest
 from qsnap.model.results import SaveResult
-from qsnap.monitor.address import TcpAddress
+from qsnap.monitor.address import TcpAddress, UnixAddress
+from qsnap.monitor.connection import AnotherAnswers
 from qsnap.monitor.names import RECOVERY
 from qsnap.operations.save import do_savevm
 from qsnap.runs import mark
 from qsnap.runs.journal import Journal, found, new_record
 from qsnap.runs.record import Record, SaveWork
 from qsnap.runs.run import Run
-from qsnap.supervision import recovery
+from qsnap.supervision import claim, recovery
 from support.busy import big_guest, in_the_write
 from support.fake_monitor import FakeMonitor
 from support.guest import (
@@ -45,12 +46,13 @@ from support.guest import (
     disk_device,
     finish,
     make_boot_disk,
+    open_files,
     start_cli,
     tags,
     until,
     waits,
 )
-from support.killed import CLAIM, assert_all_is_well, journals, set_claim, wait_for_the_guard
+from support.killed import CLAIM, assert_all_is_well, guards, journals, kill_guard, set_claim, wait_for_the_guard
 from support.killed import marks as marks_of
 from support.proxy import Intercept, Proxy, deed
 
@@ -229,6 +231,7 @@ def test_a_holder_on_another_machine(guest: Guest, tmp_path: Path) -> None:
 )
 def test_a_claim_that_cannot_be_read(guest: Guest, tmp_path: Path, damage: dict[str, str]) -> None:
     """As of a later qsnap: it is respected, and the message names the way out. No guest is resumed blindly."""
+    Journal.create(_record()).close(remove=False)  # of another VM
     guest.qmp("object-add", id=CLAIM, **damage)
     guest.qmp("object-add", id=RECOVERY, **damage)
     guest.qmp("stop")
@@ -317,20 +320,22 @@ def test_a_journal_that_finds_no_room_leaves_nothing(runtime_directory: Path) ->
     """Not even its name: it would be taken for that of a run which died before it wrote down what it does."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (10, before[1]))
+    files = open_files()
     try:
         with pytest.raises(QsnapError, match="cannot be written: File too large; nothing was done"):
             Journal.create(_record())
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert list(runtime_directory.iterdir()) == []
+    assert open_files() == files
 
 
 def test_looking_at_journals_leaves_none_open(runtime_directory: Path) -> None:
     for _ in range(3):
         Journal.create(_record()).close(remove=False)
-    before = sorted(Path("/proc/self/fd").iterdir())
+    before = open_files()
     assert len(list(found())) == 3
-    assert sorted(Path("/proc/self/fd").iterdir()) == before
+    assert open_files() == before
 
 
 def test_of_two_who_take_one_journal_one_gets_it(monkeypatch: pytest.MonkeyPatch, runtime_directory: Path) -> None:
@@ -464,6 +469,197 @@ async def test_a_journal_that_can_be_written_no_more() -> None:
     with pytest.raises(QsnapError, match="had already been deleted; the guest is running"):
         await do_savevm(Run(monitor, journal=Full()), SaveRequest(tag="t"))
     assert monitor.state == "running"
+
+
+class Claimed(FakeMonitor):
+    """Each time another QEMU answers."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(texts={CLAIM: text})
+        self.is_closed = asyncio.Event()
+
+    async def aclose(self) -> None:
+        self.is_closed.set()
+
+    async def reconnect(self, timeout_s: float) -> None:
+        self.pid = (self.pid or 0) + 1
+
+
+async def _claim_of(monitor: FakeMonitor, wait_s: float) -> None:
+    async with claim.claimed(monitor, "save", ("t",), wait_s=wait_s, tell=lambda _: None):
+        pass
+
+
+async def test_who_waits_does_not_keep_the_monitor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The holder, or its guard, may need just that one."""
+    monkeypatch.setattr(claim, "_LOOK_S", 1000)
+    monitor = Claimed(mark.holder(_record(), None, was_running=True).encode())
+    waiting = asyncio.create_task(_claim_of(monitor, 2000))
+    async with asyncio.timeout(10):
+        await monitor.is_closed.wait()
+    waiting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await waiting
+
+
+async def test_another_qemu_comes_while_one_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(claim, "_LOOK_S", 0)
+    with pytest.raises(AnotherAnswers):
+        await _claim_of(Claimed(mark.holder(_record(), None, was_running=True).encode()), 10)
+
+
+class Refusing(FakeMonitor):
+    """QEMU does not set the mark."""
+
+    refusal: BaseException | None = None
+
+    async def set_mark(self, name: str, text: str) -> bool:
+        if self.refusal:
+            raise self.refusal
+        return False
+
+
+async def test_a_claim_that_is_not_made_leaves_nothing(runtime_directory: Path) -> None:
+    """Neither a guard nor a journal, whatever was in the way."""
+    monitor = Refusing()
+    assert await claim._claim(monitor, "save", ("t",)) is None
+    assert (guards(runtime_directory), journals(runtime_directory)) == ([], [])
+    refused = CommandFailed("object-add", "The command is permitted only after machine initialization has completed")
+    for refusal, raised in ((refused, PrecheckRefused), (NotSupported("no objects"), NotSupported)):
+        monitor.refusal = refusal
+        with pytest.raises(raised):
+            await claim._claim(monitor, "save", ("t",))
+        assert (guards(runtime_directory), journals(runtime_directory)) == ([], [])
+
+
+async def test_a_claim_that_may_have_been_made_is_left_to_the_guard(runtime_directory: Path) -> None:
+    """It goes to work, and has the journal for itself."""
+    monitor = Refusing()
+    monitor.refusal = MonitorLost("the monitor was lost")
+    with pytest.raises(MonitorLost):
+        await claim._claim(monitor, "save", ("t",))
+    (pid,) = guards(runtime_directory)
+    memory = Path(f"/proc/{pid}/maps")
+    until("the guard to go to work", lambda: "msgspec" in memory.read_text())
+    assert [one.is_held for one in found()] == [True]
+    kill_guard(runtime_directory)
+    (one,) = found()
+    assert not one.is_held
+
+
+async def test_what_is_done_is_written_down_before_the_claim_is_given_back() -> None:
+    """Whoever should have to give it back looks for nothing that is half done."""
+    seen: list[bool] = []
+
+    class Looking(FakeMonitor):
+        async def clear_mark(self, name: str) -> None:
+            seen.extend(one.record.is_done for one in found())
+            await super().clear_mark(name)
+
+    monitor = Looking()
+    await _claim_of(monitor, 0)
+    assert (seen, monitor.texts, list(found())) == ([True], {}, [])
+
+
+def test_what_is_said_of_a_holder() -> None:
+    child = subprocess.Popen(["sleep", "60"])
+    try:
+        owner = process(child.pid)
+        assert owner is not None
+        here = mark.holder(_record(owner=owner), None, was_running=True)
+        far = msgspec.structs.replace(here, machine="another boot", host="far")
+        working = claim._locked(here, 0)
+        child.send_signal(signal.SIGSTOP)
+        until("it to be stopped", lambda: is_stopped(child.pid))
+        stopped, not_here, unknown = (claim._locked(holder, 0) for holder in (here, far, None))
+    finally:
+        child.kill()
+        child.wait()
+    assert "kill" not in str(working)
+    assert f"kill -CONT {child.pid}" in str(stopped)
+    assert "qsnap recover --force" in str(not_here)
+    assert "kill" not in str(not_here)
+    assert "of another version, or damaged" in str(unknown)
+    pids = [error.pid for error in (working, stopped, not_here, unknown)]
+    assert pids == [child.pid, child.pid, None, None]
+
+
+async def test_the_journal_tells_whether_a_run_lives() -> None:
+    """Its process goes on, as a library's does that has lost its monitor, and its guard was killed."""
+    record, other = _record(), _record()
+    monitor = FakeMonitor(texts={CLAIM: mark.holder(record, None, was_running=True).encode()})
+    others = Journal.create(other)
+    run = await claim.run_of(monitor)
+    assert run is not None
+    assert run.is_alive, "there is no journal of it: its process tells"
+    ours = Journal.create(record)
+    ours.close(remove=False)
+    run = await claim.run_of(monitor)
+    assert run is not None
+    assert (run.is_alive, run.operation, run.tags, run.pid) == (False, "save", ("theirs",), os.getpid())
+    others.close(remove=True)
+
+
+async def test_journals_without_a_mark() -> None:
+    """One is of a run that has just begun; the others are of dead ones, of which nothing is left to do."""
+    record = msgspec.structs.replace(_record(), owner=Process(pid=os.getpid(), start=1))
+    living = Journal.create(_record())
+    for name in "ab":
+        Journal.create(msgspec.structs.replace(record, token=name * 16)).close(remove=False)
+    assert await claim.recover_all(FakeMonitor(TcpAddress("localhost", 1))) == []
+    assert [one.record.token for one in found()] == [living.record.token]
+    living.close(remove=True)
+
+
+async def test_a_run_that_cannot_be_recovered_now_can_be_later() -> None:
+    """Nobody holds its journal."""
+    record = msgspec.structs.replace(_record(), owner=Process(pid=os.getpid(), start=1), settings={"max-bandwidth": 1})
+    Journal.create(record).close(remove=False)
+    monitor = FakeMonitor(
+        TcpAddress("localhost", 1), texts={CLAIM: mark.holder(record, None, was_running=True).encode()}
+    )
+    with pytest.raises(NotSupported):
+        await claim.recover_all(monitor)
+    assert [one.is_held for one in found()] == [False]
+
+
+async def test_whose_monitor_it_is(launch: Launch, tmp_path: Path) -> None:
+    """A run is seen by its socket and by its QEMU; that of another VM is nobody's business."""
+    first, second = launch(memory="16"), launch(memory="16")
+
+    async def waits_for(record: Record, address: str | TcpAddress) -> bool:
+        where = UnixAddress(address) if isinstance(address, str) else address
+        ours = Journal.create(msgspec.structs.replace(record, token=os.urandom(8).hex()))
+        try:
+            return await claim.wait_for_monitor(where, 0, 0)
+        except VMLocked as locked:
+            return locked.pid == os.getpid()
+        finally:
+            ours.close(remove=True)
+
+    run = new_record("save", ("t",), FakeMonitor(UnixAddress(first.qmp_address), pid=first.pid))
+    assert await waits_for(run, first.qmp_address)
+    assert await waits_for(run, first.hmp_address)
+    assert not await waits_for(run, second.qmp_address)
+    assert not await waits_for(run, str(tmp_path / "none"))
+    away = msgspec.structs.replace(run, socket=(), qemu=None)
+    assert not await waits_for(away, first.qmp_address)
+    assert not await waits_for(away, str(tmp_path / "none"))
+    assert not await waits_for(_record(), first.qmp_address)
+    assert await waits_for(_record(), TcpAddress("127.0.0.1", 1))
+    with socket.socket(socket.AF_UNIX) as proxy:
+        proxy.bind(str(tmp_path / "proxy"))
+        proxy.listen()
+        proxy.setblocking(False)
+        theirs = new_record("save", ("t",), FakeMonitor(UnixAddress(first.qmp_address), pid=os.getpid()))
+        assert not await waits_for(theirs, str(tmp_path / "proxy")), "who listens there is no QEMU"
+        proxy.accept()[0].close()
+        # That costs a connection, and is not asked without need
+        assert not await claim.wait_for_monitor(UnixAddress(str(tmp_path / "proxy")), 0, 0)
+        here = new_record("save", ("t",), FakeMonitor(UnixAddress(str(tmp_path / "proxy"))))
+        assert await waits_for(here, str(tmp_path / "proxy"))
+        with pytest.raises(BlockingIOError):
+            proxy.accept()
 
 
 async def test_settings_that_only_qmp_can_put_back_are_not_given_up() -> None:

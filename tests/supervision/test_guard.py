@@ -7,11 +7,13 @@ import asyncio
 import errno
 import json
 import os
+import resource
 import shutil
 import signal
 import socket
 import subprocess
 import sys
+import syslog
 import threading
 from collections.abc import Callable
 from itertools import pairwise
@@ -23,11 +25,14 @@ import pytest
 
 import qsnap
 from qsnap.errors import GuestLeftStopped, QsnapError
+from qsnap.host.processes import Process, is_alive
 from qsnap.model.qemu import RunState
+from qsnap.monitor.address import parse_address
 from qsnap.runs import mark
-from qsnap.runs.journal import found
+from qsnap.runs.journal import Journal, found, new_record
 from qsnap.runs.mark import of_this_process
-from qsnap.supervision import recovery
+from qsnap.runs.record import Record
+from qsnap.supervision import guard, recovery
 from support.busy import big_guest, in_the_write
 from support.fake_monitor import FakeMonitor
 from support.guest import (
@@ -42,7 +47,9 @@ from support.guest import (
     failing_disk,
     finish,
     make_boot_disk,
+    make_disk,
     needs_snapshot_jobs,
+    open_files,
     qemu_img,
     start_cli,
     state_sizes,
@@ -177,6 +184,127 @@ async def test_the_guard_waits_for_a_monitor_that_is_away_for_a_moment(
     await recovery.after_death(journal, None)
     assert journals(runtime_directory) == []
     guest.assert_running()
+
+
+def dead_run(guest: Guest, address: str, operation: str = "save", **facts: Any) -> Journal:
+    """The journal of a run that has died and has the claim; taken by this process, as by its guard."""
+    begun = new_record(operation, ("t",), FakeMonitor(parse_address(address), pid=guest.pid))
+    record = msgspec.structs.replace(begun, owner=Process(pid=os.getpid(), start=1), **facts)
+    set_claim(guest, mark.holder(record, None, was_running=True))
+    return Journal.create(record)
+
+
+@pytest.fixture
+def log(monkeypatch: pytest.MonkeyPatch) -> list[tuple[object, ...]]:
+    """What comes into the system's log."""
+    written: list[tuple[object, ...]] = []
+    monkeypatch.setattr(syslog, "openlog", lambda *how: written.append(how))
+    monkeypatch.setattr(syslog, "syslog", lambda *what: written.append(what))
+    return written
+
+
+async def test_what_the_guard_tells(launch: Launch, runtime_directory: Path, log: list[tuple[object, ...]]) -> None:
+    """Nobody waits for it: it goes into the system's log."""
+    guest = launch(memory="16")
+    how = ("qsnap", syslog.LOG_PID, syslog.LOG_USER)
+    guest.qmp("stop")
+    await recovery.after_death(dead_run(guest, guest.address, stopped=True), None)
+    cleaned_up = "cleaned up after a qsnap that died (save 't'): the guest was resumed"
+    assert log == [how, (syslog.LOG_WARNING, cleaned_up)]
+    log.clear()
+    await recovery.after_death(dead_run(guest, guest.address, "pause"), None)
+    assert log == [how, (syslog.LOG_WARNING, "cleaned up after a qsnap that died (pause 't'): nothing to do")]
+    log.clear()
+    assert (journals(runtime_directory), marks(guest), guest.runstate) == ([], [], "running")
+    # This takes QMP: it is left to the next qsnap
+    journal = dead_run(guest, guest.hmp_address, settings={"max-bandwidth": 1})
+    await recovery.after_death(journal, None)
+    ((_, (level, text)),) = (log,)
+    assert level == syslog.LOG_WARNING
+    assert str(text).startswith("the guest of a qsnap that died (save 't') could not be cleaned up after: ")
+    assert (journals(runtime_directory), marks(guest)) == ([journal.path], [CLAIM])
+
+
+async def test_an_answer_that_cannot_be_understood(
+    launch: Launch, intercept: Intercept, runtime_directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The guard tries again, over a connection that does not have to wait for the one before."""
+    monkeypatch.setattr(recovery, "_GREETING_S", 0.2)
+    spoilt: list[bytes] = []
+
+    def spoil(data: bytes) -> bytes:
+        if b'"status"' in data and not spoilt:
+            spoilt.append(data)
+            return data.replace(b'"status"', b'"statue"')
+        return data
+
+    guest = launch(memory="16")
+    guest.qmp("stop")
+    proxy = intercept(guest, on_data=spoil)
+    async with asyncio.timeout(20):
+        await recovery.after_death(dead_run(guest, proxy.address, stopped=True), None)
+    assert spoilt
+    assert (journals(runtime_directory), marks(guest), guest.runstate) == ([], [], "running")
+
+
+async def test_jobs_that_a_run_has_left_whose_process_goes_on(launch: Launch, tmp_path: Path) -> None:
+    """As a library's does: the number in their names does not tell that they are nobody's any more."""
+    if not HAS_SNAPSHOT_JOBS:
+        pytest.skip("QEMU 6.0 brought them")
+    guest = launch(*blockdev("a", make_disk(tmp_path / "a")), *disk_device("a"), memory="16")
+    guest.qmp("snapshot-delete", job_id=f"qsnap-delete-{os.getpid()}-1", tag="nope", devices=["a"])
+    until("the job to end", lambda: [job["status"] for job in guest.qmp("query-jobs")] == ["concluded"])
+    await recovery.after_death(dead_run(guest, guest.address), None)
+    assert (guest.jobs(), marks(guest)) == ([], [])
+
+
+async def test_a_guard_that_was_let_go_leaves_no_trace(
+    runtime_directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No process that has ended and was not waited for, and no open file."""
+    monkeypatch.setattr(guard, "_left", [])
+
+    def started() -> tuple[guard.Guard, Path]:
+        begun = guard.start(journal, None)
+        return begun, Path(f"/proc/{begun.pid}")
+
+    journal = Journal.create(Record(token="a" * 16))
+    before = open_files()
+    dismissed, process = started()
+    for _ in range(2):
+        await dismissed.ready()
+    dismissed.dismiss()
+    assert not process.exists()
+    assert open_files() == before
+    handed_over, process = started()
+    os.kill(handed_over.pid, signal.SIGKILL)
+    handed_over.hand_over()
+    assert open_files() == before
+    until("it to have ended", lambda: not is_alive(handed_over.pid))
+    assert process.exists(), "it was not waited for yet"
+    last, _ = started()
+    assert not process.exists()
+    assert guard._left == []
+    last.dismiss()
+    journal.close(remove=True)
+
+
+@pytest.mark.parametrize("free", [0, 2])
+def test_a_guard_that_cannot_be_started_leaves_no_file_open(runtime_directory: Path, free: int) -> None:
+    """There is none left for its socket, or for the process."""
+    journal = Journal.create(Record(token="a" * 16))
+    before = open_files()
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    next_one = os.dup(0)
+    os.close(next_one)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (next_one + free, limits[1]))
+    try:
+        with pytest.raises(QsnapError, match="no guard can be started: Too many open files; nothing was done"):
+            guard.start(journal, None)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert open_files() == before
+    journal.close(remove=True)
 
 
 async def test_a_connection_that_is_of_no_use_is_closed(guest: Guest, runtime_directory: Path) -> None:
@@ -453,7 +581,9 @@ def test_a_runtime_directory_of_others_is_refused(
     assert marks(guest) == []
 
 
-async def test_without_a_guard_nothing_is_stopped_or_deleted(guest: Guest, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_without_a_guard_nothing_is_stopped_or_deleted(
+    guest: Guest, runtime_directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     async with qsnap.connect(guest.address) as vm:
         await vm.save("kept")
         guest.qmp("query-status")
@@ -463,6 +593,7 @@ async def test_without_a_guard_nothing_is_stopped_or_deleted(guest: Guest, monke
             for begun in (vm.save("t"), vm.load("kept"), vm.delete("kept")):
                 with pytest.raises(QsnapError, match="guard"):
                     await begun
+                assert journals(runtime_directory) == []
     guest.qmp("query-status")
     assert "STOP" not in [event["event"] for event in guest.qmp.events]
     assert (marks(guest), guest.node_tags("disk0")) == ([], ["kept"])

@@ -395,6 +395,11 @@ def waits(pid: int) -> bool:
     return fields["State"][0] in "SZ" and not int(fields["SigPnd"], 16) | int(fields["ShdPnd"], 16)
 
 
+def open_files() -> list[str]:
+    """The descriptors that this process has open."""
+    return sorted(os.listdir("/proc/self/fd"))  # noqa: PTH208 (it is named in tests that are coroutines, too)
+
+
 def disk_device(node: str, number: int = 0, **more: str) -> list[str]:
     """A -device for a disk whose kind is not what the test is about, the *number*-th of the machine.
 

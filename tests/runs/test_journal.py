@@ -1,0 +1,93 @@
+"""The file of a run: what comes into it, who holds it, and when it goes."""
+
+from __future__ import annotations
+
+import os
+import socket
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from qsnap.errors import QsnapError
+from qsnap.monitor.address import TcpAddress, UnixAddress
+from qsnap.runs import journal, runtime_dir
+from qsnap.runs.group import Group
+from qsnap.runs.journal import Journal, found, new_record
+from qsnap.runs.record import Record
+from support.fake_monitor import FakeMonitor
+from support.guest import open_files
+
+pytestmark = pytest.mark.no_qemu
+
+RECORD = Record(token="a" * 16, operation="save")
+
+
+def test_its_name_must_be_free(runtime_directory: Path) -> None:
+    (runtime_directory / f"{RECORD.token}.beginning").touch()
+    with pytest.raises(QsnapError, match=r"no journal can be made in /.*File exists; nothing was done"):
+        Journal.create(RECORD)
+
+
+def test_who_holds_it(runtime_directory: Path) -> None:
+    """Each look tells, and leaves nothing open."""
+    before = open_files()
+    ours = Journal.create(RECORD)
+    (held,) = found()
+    assert (held.is_held, held.record, held.path) == (True, RECORD, ours.path)
+    assert held.take() is None
+    ours.close(remove=False)
+    ours.close(remove=True)
+    assert open_files() == before
+    for dead in found():
+        assert not dead.is_held
+        taken = dead.take()
+        assert taken is not None, "who looks does not hold it"
+        assert [again.is_held for again in found()] == [True]
+        assert dead.take() is None
+        taken.close(remove=True)
+    assert dead.take() is None
+    assert list(runtime_directory.iterdir()) == []
+    assert open_files() == before
+
+
+def test_what_cannot_be_written_down_is_not_joined() -> None:
+    full = Journal(RECORD, os.open("/dev/full", os.O_WRONLY))
+    member = Group(["a"]).members[0]
+    with pytest.raises(QsnapError, match="No space left on device"):
+        full.join(member)
+    assert full.member is None
+    full.close(remove=False)
+    ours = Journal(RECORD)
+    ours.join(member)
+    assert (ours.member, ours.record.group) == (member, member.token)
+
+
+@pytest.mark.parametrize("remove", [True, False])
+def test_the_decision_of_a_group_goes_with_its_last_journal(remove: bool) -> None:
+    group = "b" * 16
+    ours, theirs = (
+        Journal.create(msgspec.structs.replace(RECORD, token=name * 16, group=group)) for name in ("a", "c")
+    )
+    runtime_dir.decide(group)
+    ours.close(remove=True)
+    assert ours.is_decided
+    theirs.close(remove=remove)
+    assert theirs.is_decided is not remove
+    assert Journal(RECORD).is_decided is None
+
+
+def test_where_a_run_is(tmp_path: Path) -> None:
+    """The same monitor under each of its names."""
+    local, far = (new_record("save", (), FakeMonitor(TcpAddress(host, 1))) for host in ("localhost", "10.0.0.1"))
+    assert local.socket == journal.socket_identity(TcpAddress("127.0.0.1", 1)) == ("tcp", "127.0.0.1", "1")
+    assert (far.socket, far.where, far.qemu) == (("tcp", "10.0.0.1", "1"), TcpAddress("10.0.0.1", 1), None)
+    path, link = tmp_path / "socket", tmp_path / "link"
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(path))
+    link.symlink_to(path)
+    here = new_record("save", (), FakeMonitor(UnixAddress(str(link)), pid=os.getpid()))
+    assert here.socket == journal.socket_identity(UnixAddress(str(path)))
+    assert here.socket[0] == "unix"
+    assert (here.where, here.qemu) == (UnixAddress(str(link)), here.owner)
+    assert journal.socket_identity(UnixAddress(str(tmp_path / "none"))) == ()
