@@ -12,7 +12,7 @@ import pytest
 from qsnap.errors import QsnapError
 from qsnap.monitor.address import TcpAddress, UnixAddress
 from qsnap.runs import journal, runtime_dir
-from qsnap.runs.group import Group
+from qsnap.runs.group import Group, Point
 from qsnap.runs.journal import Journal, found, new_record
 from qsnap.runs.record import Record
 from support.fake_monitor import FakeMonitor
@@ -61,6 +61,33 @@ def test_what_cannot_be_written_down_is_not_joined() -> None:
     ours = Journal(RECORD)
     ours.join(member)
     assert (ours.member, ours.record.group) == (member, member.token)
+
+
+async def test_what_a_run_waits_for() -> None:
+    """Its guard and the others of its group; nobody, where it has neither."""
+    alone = Journal()
+    assert (alone.record, alone.patience_s, alone.another_answers) == (Record(), journal.AFTERMATH_TIMEOUT_S, False)
+    await alone.armed()
+    await alone.meet(Point.READY)
+    await alone.decide()
+    assert Journal().guard_pid is None
+    waited: list[int] = []
+
+    class Guard:
+        pid = 1
+
+        async def ready(self) -> None:
+            waited.append(self.pid)
+
+    group = Group(["a"])
+    alone.guard = Guard()
+    alone.join(group.members[0])
+    await alone.armed()
+    await alone.meet(Point.READY)
+    assert (alone.guard_pid, waited, group.members[0].at) == (1, [1], Point.READY)
+    await alone.decide()
+    assert runtime_dir.is_decided(group.token)
+    assert alone.is_decided
 
 
 @pytest.mark.parametrize("remove", [True, False])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -70,9 +71,30 @@ def test_without_a_directory_nothing_is_decided(tmp_path: Path, monkeypatch: pyt
     assert (runtime_dir.is_decided(GROUP), runtime_dir.decisions(), runtime_dir.problem()) == (False, set(), "")
     runtime_dir.forget_decision(GROUP)
     assert not place.exists()
-    before = open_files()
-    assert runtime_dir.directory() == place
+    before, umask = open_files(), os.umask(0o777)
+    try:
+        assert runtime_dir.directory() == place
+    finally:
+        os.umask(umask)
+    assert place.stat().st_mode & 0o777 == 0o700
     assert open_files() == before
+
+
+def test_what_cannot_be_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file, open_to_all = tmp_path / "file", tmp_path / "open"
+    file.touch()
+    open_to_all.mkdir(0o750)
+    for place, unusable, not_made in (
+        (file, "cannot be used: it is not a directory; set", "cannot be used: it is not a directory; set"),
+        (open_to_all, "it is open to other users (mode 750); chmod 700 it, or", "(mode 750); chmod 700 it, or set"),
+        (file / "run", "cannot be used: Not a directory; set", "cannot be made: Not a directory; set"),
+        (tmp_path / "none" / "run", "", "cannot be made: No such file or directory; set"),
+    ):
+        monkeypatch.setenv("QSNAP_RUNTIME_DIR", str(place))
+        assert unusable in runtime_dir.problem()
+        assert bool(unusable) is bool(runtime_dir.problem())
+        with pytest.raises(QsnapError, match=re.escape(not_made)):
+            runtime_dir.directory()
 
 
 def test_a_directory_that_goes_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -30,7 +30,7 @@ from qsnap.monitor.names import RECOVERY
 from qsnap.operations.save import do_savevm
 from qsnap.runs import mark
 from qsnap.runs.journal import Journal, found, new_record
-from qsnap.runs.record import Record, SaveWork
+from qsnap.runs.record import LiveWork, Record, SaveWork
 from qsnap.runs.run import Run
 from qsnap.supervision import claim, recovery
 from support.busy import big_guest, in_the_write
@@ -512,6 +512,10 @@ class Refusing(FakeMonitor):
     """QEMU does not set the mark."""
 
     refusal: BaseException | None = None
+    is_closed = False
+
+    async def aclose(self) -> None:
+        self.is_closed = True
 
     async def set_mark(self, name: str, text: str) -> bool:
         if self.refusal:
@@ -538,6 +542,7 @@ async def test_a_claim_that_may_have_been_made_is_left_to_the_guard(runtime_dire
     monitor.refusal = MonitorLost("the monitor was lost")
     with pytest.raises(MonitorLost):
         await claim._claim(monitor, "save", ("t",))
+    assert monitor.is_closed, "two processes cannot use one connection"
     (pid,) = guards(runtime_directory)
     memory = Path(f"/proc/{pid}/maps")
     until("the guard to go to work", lambda: "msgspec" in memory.read_text())
@@ -545,6 +550,24 @@ async def test_a_claim_that_may_have_been_made_is_left_to_the_guard(runtime_dire
     kill_guard(runtime_directory)
     (one,) = found()
     assert not one.is_held
+
+
+@pytest.mark.parametrize(
+    "facts",
+    [{"stopped": True}, {"work": LiveWork("t", "disk0", (), (), (), "path", "part")}, {"work": None}],
+    ids=["stopped", "live", "nothing"],
+)
+async def test_what_a_run_leaves_is_its_guard_s_to_do(runtime_directory: Path, facts: dict[str, Any]) -> None:
+    """As long as it works, the claim is kept."""
+    monitor = FakeMonitor()
+    with pytest.raises(QsnapError, match="it failed"):
+        async with claim.claimed(monitor, "save", ("t",), wait_s=0, tell=lambda _: None) as ours:
+            ours.note(**facts)
+            raise QsnapError("it failed")
+    is_left = any(facts.values())
+    assert (list(monitor.texts), len(guards(runtime_directory))) == (([CLAIM], 1) if is_left else ([], 0))
+    if is_left:
+        kill_guard(runtime_directory)
 
 
 async def test_what_is_done_is_written_down_before_the_claim_is_given_back() -> None:

@@ -273,6 +273,10 @@ async def test_a_guard_that_was_let_go_leaves_no_trace(
     dismissed, process = started()
     for _ in range(2):
         await dismissed.ready()
+    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGPIPE):
+        os.kill(dismissed.pid, signum)
+    until("it to have taken them", lambda: waits(dismissed.pid))
+    assert is_alive(dismissed.pid)
     dismissed.dismiss()
     assert not process.exists()
     assert open_files() == before
@@ -287,6 +291,33 @@ async def test_a_guard_that_was_let_go_leaves_no_trace(
     assert guard._left == []
     last.dismiss()
     journal.close(remove=True)
+
+
+#: A run of a QEMU that has ended, which has forked another process when it dies.
+FORKED = """
+import asyncio, os, time
+from qsnap.host.processes import Process
+from qsnap.runs.journal import Journal
+from qsnap.runs.record import Record
+from qsnap.supervision import guard
+started = guard.start(Journal.create(Record(token="a" * 16, qemu=Process(pid=os.getpid(), start=1))), None)
+asyncio.run(started.ready())
+if child := os.fork():
+    print(child, flush=True)
+    os._exit(0)
+time.sleep(60)
+"""
+
+
+def test_a_process_that_the_run_has_forked_holds_its_files_too(runtime_directory: Path) -> None:
+    """The guard looks for the end of the run itself."""
+    with subprocess.Popen([sys.executable, "-c", FORKED], stdout=subprocess.PIPE) as run:
+        assert run.stdout is not None
+        child = int(run.stdout.readline())
+        try:
+            wait_for_the_guard(runtime_directory)
+        finally:
+            os.kill(child, signal.SIGKILL)
 
 
 @pytest.mark.parametrize("free", [0, 2])

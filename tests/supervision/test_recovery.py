@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -49,22 +49,30 @@ async def actions(monitor: FakeMonitor, operation: str = "save", **facts: Any) -
 
 
 async def test_a_write_that_goes_on_is_waited_for() -> None:
-    """What it makes shows only when it has ended."""
+    """What it makes shows only when it has ended. The claim is kept until that is cleared up."""
 
     class Writing(FakeMonitor):
+        journal: Journal
         writes = True
+        is_claimed = False
 
         async def settle(self) -> QsnapError | None:
-            if self.writes:
-                self.writes = False
-                await self.snapshot_save("t", "disk0", DISKS)
+            assert not self.journal.record.stopped
+            self.writes = False
+            await self.snapshot_save("t", "disk0", DISKS)
             return None
 
+        async def snapshot_delete(self, tag: str, devices: Sequence[str]) -> None:
+            await super().snapshot_delete(tag, devices)
+            self.is_claimed = CLAIM in self.texts
+
     monitor = Writing(state=RunState.PAUSED)
-    resumed, removed = await actions(monitor, stopped=True, work=msgspec.structs.replace(SAVE, saving=True))
+    monitor.journal = dead(monitor, stopped=True, work=msgspec.structs.replace(SAVE, saving=True))
+    resumed, removed = (await recovery.recover(monitor, monitor.journal)).actions
     assert resumed == "the guest was resumed"
     assert removed.startswith("what this save made was removed from ")
     assert (monitor.writes, monitor.rows) == (False, {"disk0": [], "disk1": []})
+    assert (monitor.is_claimed, monitor.texts) == (True, {})
 
 
 async def test_a_save_that_had_not_begun() -> None:
