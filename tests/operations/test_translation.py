@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import qsnap.guest
+from qsnap.errors import JobFailed
+from qsnap.model.qemu import QemuVersion, RunState
 from qsnap.operations import translation
+from support.fake_monitor import FakeMonitor
 from support.guest import (
     GUESTS,
     HAS_SNAPSHOT_JOBS,
@@ -206,3 +211,95 @@ def test_killed_while_translated_code_is_dropped(
     killer.run("load", "t", monitor=intercept(guest, on_command=killer).address)
     wait_for_the_guard(runtime_directory)
     assert (guest.runstate, modifier.letter, marks(guest)) == ("paused", changed, [])
+
+
+@dataclass
+class Translating(FakeMonitor):
+    """Counts translation blocks as QEMU from 10.2 on does: the guest has made some, and makes more whenever it runs."""
+
+    #: What it has, and what it makes each time.
+    blocks: int = 7
+    makes: int = 0
+    lines: list[str] = field(default_factory=list)
+    #: QEMU drops them.
+    drops: bool = True
+
+    async def human_answer(self, line: str) -> str:
+        self.lines.append(line.partition("qsnap-none-")[0].strip())
+        if line == "info jit":
+            return f"TB count            {self.blocks}/1000\r\nTB avg target size  9\r\n"
+        if line == "cont":
+            self.state = RunState.RUNNING
+        elif line == "stop":
+            self.state, self.blocks = RunState.PAUSED, self.blocks + self.makes
+        else:
+            self.state, self.blocks = RunState.RESTORE_VM, 0 if self.drops else self.blocks
+        return ""
+
+
+LOOK, DROP, LEAVE = ["info jit"], ["cont", "loadvm"], ["cont", "stop"]
+
+
+@pytest.mark.no_qemu
+@pytest.mark.parametrize(
+    ("how", "runs", "lines"),
+    [
+        ({"version": QemuVersion(10, 0, 99)}, True, []),
+        ({"version": QemuVersion(10, 1, 0)}, True, [*LOOK, *DROP, *LOOK]),
+        ({"blocks": 0}, True, LOOK),
+        ({"blocks": 0}, False, LOOK),
+        ({}, True, [*LOOK, *DROP, *LOOK]),
+        ({}, False, [*LOOK, *DROP, *LEAVE, *LOOK]),
+        # One that executes something in each instant is left where it has executed nothing
+        ({"makes": 1}, False, [*(LOOK + DROP + LEAVE) * 2, *DROP, *LOOK]),
+    ],
+)
+async def test_what_it_takes_to_drop_translated_code(
+    monkeypatch: pytest.MonkeyPatch, how: dict[str, Any], runs: bool, lines: list[str]
+) -> None:
+    """A guest that is to stand still is not left in "restore-vm", if that can be had."""
+    monkeypatch.setattr(translation, "_TRIES", 2)
+    monitor = Translating(state=RunState.PAUSED, **how)
+    await translation.flush_translations(monitor, runs=runs)
+    assert monitor.lines == lines
+    has_flushed = "loadvm" in lines
+    assert (monitor.state is RunState.RESTORE_VM) == (has_flushed and lines[-3:] == [*DROP, *LOOK])
+
+
+@pytest.mark.no_qemu
+@pytest.mark.parametrize("answer", ["TB count   7/9", "of another QEMU"])
+@pytest.mark.parametrize("runs", [True, False])
+async def test_translated_code_that_stays_refuses_the_load(
+    monkeypatch: pytest.MonkeyPatch, answer: str, runs: bool
+) -> None:
+    """So it does where QEMU does not say whether there is some."""
+    monkeypatch.setattr(translation, "_TRIES", 2)
+    monitor = FakeMonitor()
+
+    async def human_answer(line: str) -> str:
+        return answer
+
+    monitor.human_answer = human_answer  # type: ignore[method-assign]
+    with pytest.raises(JobFailed, match="QEMU keeps code that it has translated"):
+        await translation.flush_translations(monitor, runs=runs)
+
+
+@pytest.mark.no_qemu
+async def test_without_tcg_there_is_none() -> None:
+    monitor = FakeMonitor()
+    monitor.version = QemuVersion(10, 1, 0)
+    await translation.flush_translations(monitor, runs=False)
+    assert (monitor.calls, monitor.state) == ([], RunState.RUNNING)
+
+
+@pytest.mark.no_qemu
+@pytest.mark.parametrize("runstate", RunState)
+async def test_what_is_made_a_pause(runstate: RunState) -> None:
+    """A guest that a load has left in "restore-vm", or running; one that has stopped by itself, and may go on."""
+    left = RunState.RESTORE_VM, RunState.RUNNING, RunState.SUSPENDED
+    own = RunState.GUEST_PANICKED, RunState.IO_ERROR, RunState.WATCHDOG
+    for leave, those in (translation.leave_restore_vm, left), (translation.leave_own_stop, own):
+        monitor = Translating(state=runstate)
+        await leave(monitor)
+        assert monitor.lines == (LEAVE if runstate in those else [])
+        assert monitor.state is (RunState.PAUSED if runstate in those else runstate)
