@@ -148,7 +148,7 @@ async def _place_findings(monitor: Monitor, path: Path, force: bool, *, is_taken
         message = f"the state file would be {path}, and what is there is not a state file of this VM"
         cure = f"choose another tag, or {_PLACE_CURE.removeprefix('choose ')}"
         return [Finding.refusal("state-file-taken", message, cure)]
-    if not os.access(directory, os.W_OK | os.X_OK):
+    if not os.access(directory, os.W_OK | os.X_OK, effective_ids=True):
         why = "cannot be written" if directory.is_dir() else "is not there"
         message = f"the state file cannot be put into {directory}: it {why}"
         return [Finding.refusal("state-dir", message, cure)]
@@ -191,8 +191,8 @@ async def do_live_save(run: Run, plan: LivePlan, watch: Watcher | None = None) -
     if plan.request.dry_run:
         return save_result(plan.save, plan.tag, plan.new.older.exists, began, dry_run=True, is_live=True)
 
-    await delete_all(monitor, report.devices, plan.new.spare.tags, plan.new.spare.files)
     await journal.armed()
+    await delete_all(monitor, report.devices, plan.new.spare.tags, plan.new.spare.files)
     # Look up paths before the new file exists: images are recognised by content too (qsnap.inventory.descriptors).
     identity = run.store.identity(inventory.graph, plan.save.vmstate)
     file = await _begun(run, plan)

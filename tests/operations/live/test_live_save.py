@@ -33,14 +33,18 @@ from qsnap.host import hugepages
 from qsnap.host.hugepages import Layout
 from qsnap.inventory import state_file
 from qsnap.inventory import state_part as parts
+from qsnap.inventory.state_file import Content
+from qsnap.inventory.state_store import StateStore
+from qsnap.model.requests import SaveRequest
 from qsnap.monitor.names import READ_TIME
 from qsnap.monitor.qmp.background import Stream
 from qsnap.operations.live import freeze
-from qsnap.operations.live.save import LiveSaveAttempt
+from qsnap.operations.live.save import LiveSaveAttempt, do_live_save, plan_live
 from qsnap.operations.live.timing import ReadTime, SnapshotThread
 from qsnap.runs.journal import Journal
 from qsnap.runs.pause import stopped
 from qsnap.runs.record import LiveWork, Record
+from qsnap.runs.run import Run
 from support.guest import (
     Guest,
     Launch,
@@ -62,6 +66,7 @@ from support.guest import (
 from support.killed import Killer, assert_all_is_well, kill_guard, marks, wait_for_the_guard
 from support.live import ROUND, assert_in_order, make_heavy_disk, state_files, two_disks
 from support.proxy import Intercept, deed
+from support.state_files import DATE, written
 
 pytestmark = pytest.mark.skipif(qemu_version() < (6, 0), reason="QEMU before 6.0 has no background snapshots")
 
@@ -99,7 +104,7 @@ def assert_nothing_live_left(guest: Guest, directory: Path, kept: list[str] | No
     assert state_files(directory) == []
     assert [tags(directory / name) for name in ("disk0", "disk1")] == [kept or []] * 2
     assert_settings_are_as_they_were(guest)
-    assert open_state_files(guest) == []
+    assert open_state_files(guest.pid) == []
 
 
 def assert_settings_are_as_they_were(guest: Guest) -> None:
@@ -299,6 +304,7 @@ async def test_late_stops(heavy: Guest, monkeypatch: pytest.MonkeyPatch, read_ns
     ("layout", "known", "rehearsed", "read_ns", "is_late"),
     [
         ("huge pages", 0, [15], 15, False),
+        ("huge pages", 0, [25], 25, False),
         ("huge pages", 0, [300, 62, 17], 17, False),
         ("huge pages", 0, [200, 70, 65], 65, True),
         ("huge pages", 0, [900, 500, 300, 200], 200, True),
@@ -330,6 +336,7 @@ async def test_rehearsals(
         (0, object(), 1, "base pages", False),
         (0, None, None, "base pages", False),
         (0, None, 1, "huge pages", False),
+        (0, None, 1, "half and half", False),
     ],
 )
 async def test_a_rehearsal_that_takes_as_long_as_a_save(
@@ -343,7 +350,8 @@ async def test_a_rehearsal_that_takes_as_long_as_a_save(
     monkeypatch.setattr(freeze.Freeze, "_rehearse", rehearse)
     taken: Any = object.__new__(freeze.FreezeBefore9)
     taken._journal, taken._monitor = SimpleNamespace(member=member), SimpleNamespace(pid=pid)
-    assert await taken._expected_read_ns(known, LAYOUTS[layout]) == (7 if is_rehearsed else known)
+    layouts = {**LAYOUTS, "half and half": Layout(48 << 20, 48 << 20)}
+    assert await taken._expected_read_ns(known, layouts[layout]) == (7 if is_rehearsed else known)
 
 
 @pytest.mark.parametrize(("pid", "base", "is_collapsed"), [(1, 4, True), (1, 2, False), (None, 64, False)])
@@ -474,7 +482,7 @@ async def test_a_disk_plugged_between_check_and_stop(heavy: Guest, tmp_path: Pat
 
 def test_list_show_delete(heavy: Guest, disks: list[Path], tmp_path: Path) -> None:
     cli("save", "plain", monitor=heavy.address)
-    saved = cli("save", "--live", "a b/é", "--json", monitor=heavy.address).json
+    saved = cli("save", "--live", "--no-replace", "a b/é", "--json", monitor=heavy.address).json
     file = Path(saved["file"]["path"])
     assert file.parent == tmp_path
     assert file.stat().st_mode & 0o777 == 0o600
@@ -535,10 +543,10 @@ def test_a_delete_that_is_disturbed(
     assert heavy.jobs() == []
 
 
-def open_state_files(guest: Guest) -> list[str]:
-    """Those that QEMU has open. One that is deleted takes up room as long as it does."""
+def open_state_files(pid: int) -> list[str]:
+    """Those that a process has open. One that is deleted takes up room as long as it does."""
     names = []
-    for link in Path(f"/proc/{guest.pid}/fd").iterdir():
+    for link in Path(f"/proc/{pid}/fd").iterdir():
         with suppress(FileNotFoundError):  # QEMU opens and closes others
             names.append(str(link.readlink()))
     return [name for name in names if ".qsnap" in name]
@@ -562,7 +570,7 @@ def test_qemu_lets_go_of_a_file_that_is_deleted(
     for journal in runtime_directory.iterdir():
         journal.unlink()
 
-    assert open_state_files(heavy)
+    assert open_state_files(heavy.pid)
     heavy.qmp("cont")
     cli("delete", "t", *where, monitor=heavy.address)
     assert_nothing_live_left(heavy, tmp_path)
@@ -592,7 +600,7 @@ def test_replacing(heavy: Guest, disks: list[Path], tmp_path: Path) -> None:
         heavy.wait_for_ticks(20)
         before = heavy.counter
         assert cli("save", *options, "t", "--json", monitor=heavy.address).json["replaced"] is True
-        assert open_state_files(heavy) == []
+        assert open_state_files(heavy.pid) == []
         (snapshot,) = cli("list", "--json", monitor=heavy.address).json["snapshots"]
         assert (snapshot["tag"], snapshot["kind"]) == ("t", kind)
         assert len(state_files(tmp_path)) == (kind == "live")
@@ -626,8 +634,9 @@ def test_what_a_replacement_that_was_cut_short_has_left(heavy: Guest, disks: lis
     assert listed() == [("t", "live")]
     cli("load", "t", monitor=heavy.address)
     assert_in_order(heavy)
-    # The next save takes it away too
+    # The next save takes it away too, and a file that none of the disks belongs to
     heavy.qmp("blockdev-snapshot-internal-sync", device="disk0", name="t")
+    written(tmp_path / "disk0.t.qsnap", Content("t", str(disks[0]), 9, DATE, 5))
     cli("save", "--live", "t", monitor=heavy.address)
     assert listed() == [("t", "live")]
     assert [tags(disk) for disk in disks] == [["t"], ["t"]]
@@ -782,8 +791,29 @@ def test_a_directory_that_will_not_do(heavy: Guest, tmp_path: Path) -> None:
     assert_nothing_live_left(heavy, tmp_path)
 
 
+async def test_a_guard_that_does_not_get_ready(guest: Guest, tmp_path: Path) -> None:
+    """Nothing is done then: not even to what an earlier save has left."""
+
+    async def ready() -> None:
+        raise QsnapError("it is not ready")
+
+    async with qsnap.connect(guest.address) as vm:
+        for _ in range(2):
+            await vm.save("t", live=True)
+        guest.qmp("blockdev-snapshot-internal-sync", device="disk0", name="t")
+        run = Run(vm._monitor, StateStore(guest.pid))
+        plan = await plan_live(run, SaveRequest("t"))
+        assert plan.new.spare.tags == ("t",)
+        run.journal.guard = SimpleNamespace(ready=ready, pid=0)
+        with pytest.raises(QsnapError, match="it is not ready"):
+            await do_live_save(run, plan)
+    assert tags(tmp_path / "disk0.qcow2") == ["t.qsnap-2", "t"]
+    assert state_files(tmp_path) == ["disk0.qcow2.t.qsnap-2.qsnap"]
+    guest.assert_running()
+
+
 async def test_a_journal_that_cannot_be_written(
-    heavy: Guest, disks: list[Path], monkeypatch: pytest.MonkeyPatch
+    heavy: Guest, disks: list[Path], monkeypatch: pytest.MonkeyPatch, runtime_directory: Path
 ) -> None:
     """What cannot be written down is not left: nobody would know whose file that is."""
 
@@ -795,7 +825,9 @@ async def test_a_journal_that_cannot_be_written(
         with pytest.raises(QsnapError, match="no room"):
             await vm.save("t", live=True)
         assert await vm.list() == ()
+        assert open_state_files(os.getpid()) == []
     assert list(disks[0].parent.glob("*.qsnap*")) == []
+    assert list(runtime_directory.iterdir()) == []  # noqa: ASYNC240 (at once)
     heavy.assert_running()
 
 
@@ -948,6 +980,7 @@ def test_the_connection_is_cut(big: Guest, intercept: Intercept, tmp_path: Path,
     assert run.code in (0, 4), run.err
     wait_for_the_guard(runtime_directory)
     if run.code:
+        assert "nothing of it is left; the guest is running" in run.err
         assert_nothing_live_left(big, tmp_path)
 
 
@@ -1021,6 +1054,8 @@ def test_no_room(big: Guest, tmp_path: Path) -> None:
         run = cli("save", "--live", "--force", "t", *where, monitor=big.address, expect=6)
         assert "No space left on device" in run.err
         assert descriptor_0(big) == os.devnull
+        run = cli("save", "--live=auto", "--force", "t", *where, monitor=big.address)
+        assert "saved the ordinary way" in run.err
     finally:
         subprocess.run([*sudo, "umount", small], check=True)
 
@@ -1070,6 +1105,7 @@ async def test_what_the_others_leave_of_a_save_that_died(heavy: Guest, tmp_path:
     async with qsnap.connect(heavy.address, state_dir=tmp_path) as vm:
         await vm.save("t", live=True)
         (name,) = state_files(tmp_path)
+        assert open_state_files(os.getpid()) == []
         stream = await vm._monitor.live.stream()
         assert stream.done == stream.total > stream.pages > 0
         work = LiveWork(
