@@ -257,7 +257,7 @@ def renew(inventory: Inventory, before: Lineage, token: str) -> None:
     A save changes where the active tables lead, and a load the mark.
 
     :param inventory: taken before it.
-    :param token: of the mark that QEMU has now; "" if it has none.
+    :param token: of the mark that QEMU was given since; "" if it was given none.
     """
     record = _read(inventory)
     if record is not None and before.trail and before.trail == record.trail:

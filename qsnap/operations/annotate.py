@@ -71,12 +71,11 @@ def note_save(run: Run, inventory: Inventory, saved: SaveResult, description: st
         told["chains"] = chains
     state_dir = run.store.state_dir
     try:
-        place = inventory.notes_path() if told or saved.file else None
-        if place and saved.file and state_dir not in (None, place.parent):
+        if saved.file and state_dir not in (None, inventory.notes_path().parent):
             told["state_dir"] = str(state_dir)
-        if place and told:
+        if told:
             note = msgspec.structs.replace(inventory.notes.of(snapshot), **told)
-            inventory.notes.write(place, [note], inventory.snapshots)
+            inventory.notes.write(inventory.notes_path(), [note], inventory.snapshots)
     except QsnapError as error:
         if description:
             raise QsnapError(f"snapshot {saved.tag!r} was saved, but not its description: {error}") from error

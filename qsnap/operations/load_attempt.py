@@ -61,8 +61,8 @@ class LoadAttempt:
         :raise JobFailed: QEMU reported an error: see :meth:`fail`.
         :raise GuestLeftStopped: the outcome is unknown, or the load was interrupted and has failed.
         """
-        self._run.loads = True
         self._journal.note(work=LoadWork(was_running=self.was_running, stage=LoadStage.BEGUN))
+        self._run.loads = True
         try:
             async with self._monitor.snapshot_load(self._plan.snapshot.disk_tag, vmstate, devices) as failure:
                 self._note_end(failure)
@@ -83,6 +83,7 @@ class LoadAttempt:
         """End a load that has failed: the guest runs again if nothing was loaded, and is left stopped if something may
         have been."""
         if isinstance(failure, JobFailed) and self._has_touched_nothing(failure):
+            self._run.loads = False
             await self.leave_paused(runs=self.was_running)
             raise await self._not_loaded(failure) from failure
         self._pause.resume = False

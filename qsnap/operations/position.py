@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
-from qsnap.errors import NotSupported, PrecheckRefused, QsnapError, SnapshotNotFound
+from qsnap.errors import QsnapError
 from qsnap.inventory import lineage
 from qsnap.inventory.inventory import Inventory
 from qsnap.model.snapshots import Origin, Snapshot
@@ -71,12 +71,10 @@ def origin_of(run: Run, snapshot: Snapshot) -> Origin | None:
 
 @contextmanager
 def position_kept(run: Run) -> Iterator[None]:
-    """A save that fails in the block, or a load that ends before QEMU begins with it, leaves the guest where it was."""
+    """A save that fails in the block, or a load of which QEMU has touched nothing, leaves the guest where it was."""
     try:
         yield
-    except BaseException as error:
-        was_refused = isinstance(error, (PrecheckRefused, NotSupported, SnapshotNotFound))
-        if run.first is not None and (was_refused or not run.loads):
-            inventory, before = run.first
-            lineage.renew(inventory, before, run.token or before.token)
+    except BaseException:
+        if run.first is not None and not run.loads:
+            lineage.renew(*run.first, run.token)
         raise

@@ -24,7 +24,7 @@ class Run:
     :ivar journal: the journal of the claim. Without a claim, nobody completes or undoes the work if we are killed.
     :ivar first: the first look at the VM, and what was known then of where the guest is; None before it, and if the
         run does not ask for that: :meth:`remember`.
-    :ivar loads: QEMU may have got the command to load.
+    :ivar loads: QEMU may have got the command to load, and did not refuse it before it had touched anything.
     :ivar token: that of the mark that the run has set in QEMU: see :mod:`qsnap.operations.position`.
     :ivar former: that of the mark of the load before; "" if there was not one mark, None if this run's is not set.
     """

@@ -53,15 +53,17 @@ def test_a_file_behind_links_of_our_own(tmp_path: Path) -> None:
 
 
 def test_what_is_neither_a_file_nor_a_disk(tmp_path: Path) -> None:
-    null = Path("/dev/null")
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
     for or_disk in (False, True):
-        for path in (null, tmp_path):
+        for path in (fifo, tmp_path):
             with pytest.raises(PermissionError, match="it is not a regular file"):
                 files.opened(path, or_disk=or_disk)
         with pytest.raises(FileNotFoundError, match="No such file"):
             files.opened(tmp_path / "none", or_disk=or_disk)
     with pytest.raises(PermissionError, match="it is not a regular file"):
-        files.replace(null, b"x")
+        files.replace(fifo, b"x")
+    assert fifo.is_fifo()
 
 
 @pytest.mark.parametrize("or_disk", [False, True])
@@ -196,11 +198,11 @@ def test_only_a_new_file_is_given_away(tmp_path: Path) -> None:
 
 
 def test_a_replacement_that_fails_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*_: object) -> None:
+    def full(*_: object, **__: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     (tmp_path / "x").write_bytes(b"old")
-    monkeypatch.setattr(os, "fsync", full)
+    monkeypatch.setattr(os, "rename", full)
     with pytest.raises(OSError, match="No space left"):
         files.replace(tmp_path / "x", b"new")
     assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [("x", b"old")]

@@ -369,6 +369,7 @@ def test_dirty_bitmaps_that_hmp_does_not_show(launch: Launch, tmp_path: Path) ->
         error = cli("load", "t", "--json", monitor=guest.hmp_address, expect=9).error
         assert "on 'vdb': Device has active dirty bitmaps; nothing was loaded" in error["message"]
         assert "Remove the dirty bitmaps of vdb by QMP" in error["message"]
+        assert cli("tree", "--json", monitor=guest.address).json["position"]["tag"] == "t", "it is where it was"
         assert guest.runstate == ("running" if is_running else "paused")
         if is_running:
             guest.wait_for_ticks()

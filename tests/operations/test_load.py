@@ -142,9 +142,9 @@ async def load(qemu: Qemu, running: bool | None = None) -> LoadResult:
     return await do_loadvm(Run(qemu, journal=qemu.journal), LoadRequest(tag="t", running=running))
 
 
-async def attempt_of(qemu: Qemu) -> LoadAttempt:
+async def attempt_of(qemu: Qemu) -> tuple[Run, LoadAttempt]:
     run = Run(qemu, journal=qemu.journal)
-    return LoadAttempt(run, await plan_load(run, "t"), Pause(qemu.state, qemu.version))
+    return run, LoadAttempt(run, await plan_load(run, "t"), Pause(qemu.state, qemu.version))
 
 
 PAUSED = ["`cont`", "`stop`"]
@@ -281,8 +281,10 @@ async def test_failed_in_the_middle(qemu: Qemu, state: RunState, after: RunState
 
 async def test_what_is_written_down_of_the_end(qemu: Qemu) -> None:
     """As soon as it is known: whoever completes the work of a run that is killed goes by that."""
-    attempt = await attempt_of(qemu)
+    run, attempt = await attempt_of(qemu)
+    assert not run.loads
     assert await attempt.load("disk0", ["disk0", "disk1"]) is True
+    assert run.loads
     assert qemu.journal.record.work is None
     for failure, work in (
         (FAILED, LoadWork(was_running=True, stage=LoadStage.FAILED)),
@@ -292,6 +294,31 @@ async def test_what_is_written_down_of_the_end(qemu: Qemu) -> None:
         with pytest.raises(JobFailed):
             await attempt.load("disk0", ["disk0", "disk1"])
         assert qemu.journal.record.work == work
+
+
+async def test_whether_qemu_may_have_loaded(qemu: Qemu) -> None:
+    """Not if it has refused that, nor if it was not asked because that could not be written down."""
+    run, attempt = await attempt_of(qemu)
+    with pytest.raises(SnapshotNotFound):
+        for failure in FAILED, JobFailed("snapshot-load", "Snapshot 't' does not exist in one or more devices"):
+            qemu.failure = failure
+            with pytest.raises(JobFailed):
+                await attempt.load("disk0", ["disk0", "disk1"])
+            assert run.loads
+        qemu.rows["disk1"].clear()
+        await attempt.fail(failure)
+    assert not run.loads
+
+    class Full(Journal):
+        def note(self, **_: object) -> None:
+            raise QsnapError("the journal cannot be written")
+
+    qemu.rows["disk1"] += qemu.rows["disk0"]
+    qemu.journal = Full()
+    run, attempt = await attempt_of(qemu)
+    with pytest.raises(QsnapError, match="the journal cannot be written"):
+        await attempt.load("disk0", ["disk0", "disk1"])
+    assert not run.loads
 
 
 @pytest.mark.parametrize("is_gone", [True, False])
@@ -319,7 +346,7 @@ async def test_the_connection_is_lost_and_the_load_ends_well(qemu: Qemu) -> None
     assert qemu.calls == ["stop", "load", "reconnect", "outcome", "cont"]
     assert result.runstate == "running"
     assert qemu.journal.record.work is None
-    attempt = await attempt_of(qemu)
+    _, attempt = await attempt_of(qemu)
     assert await attempt.load("disk0", ["disk0", "disk1"]) is False, "it was not seen"
 
 
@@ -331,7 +358,7 @@ async def test_the_connection_is_lost_and_the_load_fails(qemu: Qemu) -> None:
 
 
 async def test_the_connection_is_lost_when_the_guest_is_to_be_paused(qemu: Qemu) -> None:
-    attempt = await attempt_of(qemu)
+    _, attempt = await attempt_of(qemu)
     qemu.state, qemu.lost_once = RunState.RESTORE_VM, True
     await attempt.leave_paused(runs=False)
     assert qemu.calls == ["reconnect", *PAUSED]

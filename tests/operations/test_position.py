@@ -1,0 +1,76 @@
+"""Where the guest is, as far as it is written down around a save and a load: the marks, with a monitor in memory."""
+
+from __future__ import annotations
+
+import pytest
+
+from qsnap.inventory.inventory import look
+from qsnap.inventory.lineage import Lineage, key_of
+from qsnap.inventory.state_store import NO_STORE
+from qsnap.model.snapshots import Origin, Position
+from qsnap.monitor.names import HERE
+from qsnap.operations.position import leave_position, note_position, origin_of
+from qsnap.runs.run import Run
+from support.fake_monitor import FakeMonitor
+
+pytestmark = pytest.mark.no_qemu
+
+
+async def run_with(*marks: str, of: str = "") -> Run:
+    """A run on a VM with the snapshot "t" and these marks.
+
+    :param of: the mark of what is written down.
+    """
+    monitor = FakeMonitor()
+    await monitor.snapshot_save("t", "disk0", ["disk0", "disk1"])
+    monitor.texts |= {f"{HERE}{name}": "yes" for name in marks}
+    run = Run(monitor)
+    run.first = (await look(monitor, NO_STORE), Lineage(Position(), token=of))
+    return run
+
+
+def tokens(run: Run) -> list[str]:
+    assert isinstance(run.monitor, FakeMonitor)
+    return [name.removeprefix(HERE) for name in run.monitor.texts]
+
+
+@pytest.mark.parametrize(("marks", "former"), [((), ""), (("old",), "old"), (("old", "older"), "")])
+async def test_a_load_leaves_one_mark_of_its_own(marks: tuple[str, ...], former: str) -> None:
+    """And knows that of the load before, if there was one."""
+    run = await run_with(*marks)
+    await leave_position(run)
+    assert tokens(run) == [run.token]
+    assert run.token not in ("", *marks)
+    assert run.former == former
+
+
+async def test_who_does_not_ask_where_the_guest_is_marks_nothing() -> None:
+    run = await run_with("old", of="old")
+    assert run.first is not None
+    inventory, run.first = run.first[0], None
+    await leave_position(run)
+    assert not await note_position(run, inventory, inventory.snapshots[0], saved=True)
+    assert (run.token, run.former, tokens(run)) == ("", None, ["old"])
+    assert origin_of(run, inventory.snapshots[0]) is None
+
+
+async def test_a_save_keeps_the_mark_that_is_there() -> None:
+    """Where QEMU was started anew it sets one; and none for a snapshot that is gone already."""
+    for marks in ("old",), ():
+        run = await run_with(*marks, of="".join(marks))
+        assert run.first is not None
+        inventory = run.first[0]
+        assert not await note_position(run, inventory, None, saved=True)
+        assert tokens(run) == [*marks]
+        await note_position(run, inventory, inventory.snapshots[0], saved=True)
+        assert tokens(run) == [run.token]
+        assert (run.token in marks) is bool(marks)
+
+
+async def test_what_has_saved_it() -> None:
+    run = await run_with()
+    assert run.first is not None
+    (snapshot,) = run.first[0].snapshots
+    assert origin_of(run, snapshot) is None
+    run.first = run.first[0], Lineage(Position(), origins={key_of(snapshot): Origin(qemu="7.2.0")})
+    assert origin_of(run, snapshot) == Origin(qemu="7.2.0")
