@@ -21,11 +21,12 @@ import errno
 import os
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
 from qsnap.host import processes
-from qsnap.host.processes import Mapping
+from qsnap.host.processes import Mapping, Use
 
 #: Seconds that it may take in all; what is left then stays as it is.
 PATIENCE_S = 20.0
@@ -59,16 +60,23 @@ class Layout(NamedTuple):
 
 def layout(pid: int | None, ram_bytes: int) -> Layout:
     """How the RAM of the guest in process *pid* is mapped; where /proc does not show it the worst is assumed."""
-    mappings: Sequence[Mapping] = ()
+    found: Sequence[tuple[Mapping, Use]] = ()
     if pid is not None:
-        try:
-            mappings = processes.ram_mappings(pid, ram_bytes)
-        except (OSError, ValueError):
-            mappings = ()
-    if not mappings:
+        with suppress(OSError, ValueError):
+            found = _used(pid, ram_bytes)
+    if not found:
         return Layout(ram_bytes, 0)
-    base = sum(mapping.touched - mapping.huge for mapping in mappings)
-    return Layout(base, sum(mapping.size for mapping in mappings) - base)
+    base = sum(use.touched - use.huge for _, use in found)
+    return Layout(base, sum(mapping.size for mapping, _ in found) - base)
+
+
+def _used(pid: int, ram_bytes: int) -> list[tuple[Mapping, Use]]:
+    """The mappings of the guest's RAM, and how they are used.
+
+    :raise OSError: /proc does not show them.
+    """
+    uses = processes.uses(pid)
+    return [(one, uses[one.start]) for one in processes.ram_mappings(pid, ram_bytes) if one.start in uses]
 
 
 async def collapse(pid: int, ram_bytes: int) -> None:
@@ -78,7 +86,7 @@ async def collapse(pid: int, ram_bytes: int) -> None:
     """
     deadline = time.monotonic() + PATIENCE_S
     try:
-        mappings = [mapping for mapping in processes.ram_mappings(pid, ram_bytes) if _may_have_huge_pages(mapping)]
+        mappings = [mapping for mapping, use in _used(pid, ram_bytes) if _may_have_huge_pages(mapping, use)]
         process = os.pidfd_open(pid)
     except (OSError, ValueError):
         return
@@ -93,16 +101,16 @@ async def collapse(pid: int, ram_bytes: int) -> None:
         os.close(process)
 
 
-def _may_have_huge_pages(mapping: Mapping) -> bool:
+def _may_have_huge_pages(mapping: Mapping, use: Use) -> bool:
     """Whether it is private memory that lacks huge pages, and both the administrator and QEMU want it to have them."""
     wanted = _chosen("enabled")
     return (
         mapping.permissions == "rw-p"
-        and mapping.huge < mapping.touched
-        and not {"nh", "ht", "pf", "io"} & set(mapping.flags)
-        and (wanted == "always" or (wanted == "madvise" and "hg" in mapping.flags))
+        and use.huge < use.touched
+        and not {"nh", "ht", "pf", "io"} & set(use.flags)
+        and (wanted == "always" or (wanted == "madvise" and "hg" in use.flags))
         # Pages that are merged are to be shared, and each in its own place
-        and not ("mg" in mapping.flags and _read(_KSM) == "1")
+        and not ("mg" in use.flags and _read(_KSM) == "1")
     )
 
 

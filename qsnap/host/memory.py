@@ -3,12 +3,16 @@
 Facts (Linux): process_vm_readv(2) copies memory of a process of the same user (or for root); it takes up to 1024
 stretches, and stops at one that is not mapped. Both it and memcmp are called without the interpreter's lock, so that
 several threads compare at once. cgroup v2: what a file without a disk (memfd_create(2)) takes counts as memory.
+
+Measured on an AMD EPYC: a copy to where in its page the source is, and 16 bytes further, takes twice as long as any
+other. A large bytearray begins just there, so buffers are memory of their own and begin with a page.
 """
 
 from __future__ import annotations
 
 import ctypes
 import errno
+import mmap
 import os
 from collections.abc import Iterator
 from contextlib import suppress
@@ -20,6 +24,13 @@ from qsnap.host.syscalls import Iovec
 PAGE = 4096
 #: Pages that are compared with one call.
 _AT_ONCE = 512
+#: Where these differ, so many at a time are compared again. Each call costs about what half a page does.
+_STEPS = (32, 4, 1)
+
+
+def buffer(size: int) -> memoryview:
+    """Bytes of our own for copies, all zeroes; they begin with a page."""
+    return memoryview(mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
 
 
 class Comparison:
@@ -33,9 +44,9 @@ class Comparison:
         self._memcmp = syscalls.memcmp()
         self._pid = pid
         self._theirs = Iovec()
-        self._nothing = memoryview(bytearray(_AT_ONCE * PAGE))
+        self._nothing = buffer(_AT_ONCE * PAGE)
         self._zeroes = _address(self._nothing)
-        self._buffer = memoryview(bytearray(_AT_ONCE * 2 * PAGE))
+        self._buffer = buffer(_AT_ONCE * 2 * PAGE)
         self._base = _address(self._buffer)
         self._ours: dict[int, ctypes.Array[Iovec]] = {}
 
@@ -57,7 +68,7 @@ class Comparison:
             for at in range(PAGE, stride if pages > 1 else 0):
                 there = begin + first * stride + at
                 self._buffer[at : at + length : stride] = data[there : there + length : stride]
-            yield from self._halved(ours + first * stride, stride, first, 0, pages)
+            yield from self._narrowed(ours + first * stride, stride, first, 0, pages, (_AT_ONCE, *_STEPS))
 
     def not_zero(self, address: int, count: int) -> Iterator[tuple[int, int]]:
         """Which of the *count* pages from *address* on are not all zeroes: (first, how many), in order.
@@ -67,7 +78,7 @@ class Comparison:
         for first in range(0, count, _AT_ONCE):
             pages = min(_AT_ONCE, count - first)
             self._read(address + first * PAGE, pages, PAGE)
-            yield from self._halved(self._zeroes, PAGE, first, 0, pages)
+            yield from self._narrowed(self._zeroes, PAGE, first, 0, pages, (_AT_ONCE, *_STEPS))
 
     def _read(self, address: int, pages: int, stride: int) -> None:
         """Read *pages* into the buffer, *stride* bytes from each other."""
@@ -80,17 +91,19 @@ class Comparison:
             error = ctypes.get_errno() if got < 0 else errno.EFAULT
             raise OSError(error, os.strerror(error))
 
-    def _halved(self, ours: int, stride: int, offset: int, begin: int, end: int) -> Iterator[tuple[int, int]]:
-        """Those of the pages that are read, from *begin* up to *end*."""
-        size = (end - begin - 1) * stride + PAGE
-        if not self._memcmp(ours + begin * stride, self._base + begin * stride, size):
-            return
-        if end - begin == 1:
-            yield offset + begin, 1
-            return
-        middle = (begin + end) // 2
-        yield from self._halved(ours, stride, offset, begin, middle)
-        yield from self._halved(ours, stride, offset, middle, end)
+    def _narrowed(
+        self, ours: int, stride: int, offset: int, begin: int, end: int, steps: tuple[int, ...]
+    ) -> Iterator[tuple[int, int]]:
+        """Those of the pages that are read, from *begin* up to *end*: *steps* says how many at a time."""
+        step, *smaller = steps
+        for first in range(begin, end, step):
+            last = min(first + step, end)
+            size = (last - first - 1) * stride + PAGE
+            if self._memcmp(ours + first * stride, self._base + first * stride, size):
+                if smaller:
+                    yield from self._narrowed(ours, stride, offset, first, last, tuple(smaller))
+                else:
+                    yield offset + first, 1
 
 
 def joined(pieces: Iterator[tuple[int, int]]) -> Iterator[tuple[int, int]]:

@@ -1,7 +1,8 @@
 """What can be seen of a QEMU from the machine it runs on: its image files and how much of its RAM is in use.
 
 All of it is optional. A monitor over TCP, another user's QEMU or another operating system shows nothing, and
-then ``None`` comes back. Read from proc(5): smaps for the mappings, pagemap for the pages that exist.
+then ``None`` comes back. Read from proc(5): maps for the mappings, pagemap for the pages that exist; smaps, for which
+the kernel goes over all pages of all mappings, only where it is needed.
 """
 
 from __future__ import annotations
@@ -36,23 +37,31 @@ class StateEstimate(NamedTuple):
 
 
 class Mapping(NamedTuple):
-    """A mapping of a process; sizes in bytes.
+    """A mapping of a process.
 
     :ivar start: its address.
-    :ivar touched: what of it exists, in RAM or in swap.
-    :ivar huge: what of that is mapped by huge pages.
+    :ivar size: its bytes.
     :ivar permissions: as in proc(5), ``rw-p`` or so.
-    :ivar flags: as in proc(5), ``hg`` for one that is to have huge pages.
     :ivar file: the device and inode of what is mapped, as in proc(5); "00:00 0" for memory of the process alone.
     """
 
     start: int
     size: int
+    permissions: str
+    file: str
+
+
+class Use(NamedTuple):
+    """How a mapping is used, in bytes.
+
+    :ivar touched: what of it exists, in RAM or in swap.
+    :ivar huge: what of that is mapped by huge pages.
+    :ivar flags: as in proc(5), ``hg`` for one that is to have huge pages.
+    """
+
     touched: int
     huge: int
-    permissions: str
     flags: tuple[str, ...]
-    file: str = ""
 
 
 class Process(Struct, frozen=True):
@@ -180,9 +189,10 @@ def state_estimate(pid: int | None, ram_bytes: int) -> StateEstimate | None:
         return None
     try:
         mappings = ram_mappings(pid, ram_bytes)
+        size = sum(mapping.size for mapping in mappings)
+        touched = min(size, _touched(pid))
     except (OSError, ValueError):
         return None
-    touched = sum(mapping.touched for mapping in mappings)
     fallback = StateEstimate(0, touched, touched + OVERHEAD_BYTES)
     if not mappings or not all(mapping.permissions == "rw-p" for mapping in mappings):
         return fallback
@@ -190,7 +200,6 @@ def state_estimate(pid: int | None, ram_bytes: int) -> StateEstimate | None:
         share = _used_share(pid, mappings)
     except OSError:
         return fallback
-    size = sum(mapping.size for mapping in mappings)
     deviation = (share * (1 - share) / SAMPLE_PAGES) ** 0.5
     # A share of 0 or 1 in the sample does not mean 0 or 1 in all: no fewer than 4 pages of doubt.
     doubt = max(4 * deviation, 4 / SAMPLE_PAGES)
@@ -212,7 +221,8 @@ def ram_mappings(pid: int, ram_bytes: int) -> list[Mapping]:
     data = [mapping for mapping in _mappings(pid) if mapping.permissions.startswith("rw-")]
     # One block of RAM is a mapping of just that size; another one may be larger (a heap, of a small guest)
     if exact := [mapping for mapping in data if mapping.size == ram_bytes]:
-        return [max(exact, key=lambda mapping: mapping.touched)]
+        used = uses(pid) if len(exact) > 1 else {}
+        return [max(exact, key=lambda mapping: used[mapping.start].touched if mapping.start in used else 0)]
     for mapping in sorted(data, key=lambda mapping: mapping.size, reverse=True):
         if total >= ram_bytes:
             break
@@ -222,20 +232,37 @@ def ram_mappings(pid: int, ram_bytes: int) -> list[Mapping]:
 
 
 def _mappings(pid: int) -> Iterator[Mapping]:
-    header = re.compile(r"^([0-9a-f]+)-([0-9a-f]+) (\S{4}) \S+ (\S+ \d+)")
-    start = end = touched = huge = 0
-    permissions = file = ""
-    with Path(f"/proc/{pid}/smaps").open() as smaps:
+    with Path(f"/proc/{pid}/maps").open(errors="replace") as maps:
+        for line in maps:
+            addresses, permissions, _, device, inode, *_ = line.split(maxsplit=5)
+            start, end = (int(address, 16) for address in addresses.split("-"))
+            yield Mapping(start, end - start, permissions, f"{device} {inode}")
+
+
+def uses(pid: int) -> dict[int, Use]:
+    """How the mappings of a process are used, by their addresses. It takes long where much is mapped.
+
+    :raise OSError: /proc does not show it.
+    """
+    found = {}
+    start = touched = huge = 0
+    with Path(f"/proc/{pid}/smaps").open(errors="replace") as smaps:
         for line in smaps:
-            if match := header.match(line):
-                start, end, permissions, file = int(match[1], 16), int(match[2], 16), match[3], match[4]
-                touched = huge = 0
+            if line[0] in "0123456789abcdef":  # the first line of each; the others begin with a capital
+                start, touched, huge = int(line.partition("-")[0], 16), 0, 0
             elif line.startswith(("Rss:", "Swap:")):
                 touched += int(line.split()[1]) * 1024
             elif line.startswith(("AnonHugePages:", "ShmemPmdMapped:", "FilePmdMapped:")):
                 huge += int(line.split()[1]) * 1024
             elif line.startswith("VmFlags:"):  # the last line of each
-                yield Mapping(start, end - start, touched, huge, permissions, tuple(line.split()[1:]), file)
+                found[start] = Use(touched, huge, tuple(line.split()[1:]))
+    return found
+
+
+def _touched(pid: int) -> int:
+    """How much of all its memory a process has touched, in bytes."""
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith(("VmRSS:", "VmSwap:", "HugetlbPages:")))
 
 
 def sharers(pid: int, ram_bytes: int) -> list[int]:
@@ -250,9 +277,9 @@ def sharers(pid: int, ram_bytes: int) -> list[int]:
     for entry in Path("/proc").iterdir() if shared else ():
         if not entry.name.isdecimal() or int(entry.name) == pid:
             continue
-        with suppress(OSError), (entry / "maps").open(errors="replace") as maps:
-            rows = (line.split(maxsplit=5) for line in maps)
-            if any(row[1].startswith("rw") and row[1][3] == "s" and f"{row[3]} {row[4]}" in shared for row in rows):
+        with suppress(OSError):
+            rows = _mappings(int(entry.name))
+            if any(re.fullmatch("rw.s", one.permissions) and one.file in shared for one in rows):
                 found.append(int(entry.name))
     return sorted(found)
 

@@ -18,7 +18,7 @@ from __future__ import annotations
 import errno
 import os
 import struct
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -180,7 +180,7 @@ def unprepared(file: int, size: int, going: Collection[NodeSnapshot] = ()) -> li
     """
     try:
         return [*_unprepared(file, size, going)]
-    except (struct.error, IndexError) as error:
+    except (struct.error, ValueError) as error:
         raise Unreadable(f"the image's tables cannot be read: {error}") from error
 
 
@@ -194,17 +194,7 @@ def _unprepared(file: int, size: int, going: Collection[NodeSnapshot]) -> Iterat
     staying = [row for row in qcow2.rows(file, head) if not any(row.is_of(one) for one in going)] if going else []
     shared = {entry & OFFSET for row in staying for entry in qcow2.entries(file, row.l1_at, row.l1_size)}
     current = Stretch(0, 0, is_shared=False)
-    for begin in range(0, size, head.cluster):
-        number, inside = divmod(begin, head.of_l1)
-        if not inside:
-            entry = l1[number] if number < len(l1) else 0
-            is_freed = bool(going) and not entry & COPIED and entry & OFFSET not in shared
-            table = qcow2.entries(file, entry & OFFSET, head.cluster // 8) if entry & OFFSET else None
-        leaf = table[inside // head.cluster * head.step] if table is not None else 0
-        if leaf & entry & COPIED or (is_freed and leaf & OFFSET):
-            continue
-        is_shared = bool(leaf & OFFSET)
-        length = min(head.cluster, size - begin)
+    for begin, length, is_shared in _not_own(file, head, l1, size, shared if going else None):
         if (begin, is_shared) == (current.begin + current.size, current.is_shared):
             current = current._replace(size=current.size + length)
         else:
@@ -213,6 +203,28 @@ def _unprepared(file: int, size: int, going: Collection[NodeSnapshot]) -> Iterat
             current = Stretch(begin, length, is_shared)
     if current.size:
         yield current
+
+
+def _not_own(
+    file: int, head: Header, l1: Sequence[int], size: int, staying: Collection[int] | None
+) -> Iterator[tuple[int, int, bool]]:
+    """The parts of a VM state without clusters of their own: where each begins, its bytes, and whether it is shared.
+
+    :param staying: the L2 tables that snapshots use which stay; None if no snapshot goes.
+    """
+    for number, begin in enumerate(range(0, size, head.of_l1)):
+        end = min(begin + head.of_l1, size)
+        entry = l1[number] if number < len(l1) else 0
+        if not entry & OFFSET:
+            yield begin, end - begin, False
+            continue
+        is_freed = staying is not None and entry & OFFSET not in staying
+        own = COPIED if entry & COPIED else OFFSET if is_freed else 0
+        clusters = range(begin, end, head.cluster)
+        leaves = qcow2.entries(file, entry & OFFSET, head.cluster // 8)[:: head.step]
+        for at, leaf in zip(clusters, leaves[: len(clusters)], strict=True):
+            if not leaf & own:
+                yield at, min(head.cluster, end - at), bool(leaf & OFFSET)
 
 
 def _extents(file: int, head: Header, row: Row) -> Iterator[Extent]:

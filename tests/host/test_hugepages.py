@@ -14,7 +14,7 @@ import pytest
 import qsnap
 from qsnap.host import hugepages, processes
 from qsnap.host.hugepages import Layout
-from qsnap.host.processes import Mapping
+from qsnap.host.processes import Use
 from support.guest import Guest, Launch, cli, finish, qemu_version
 from support.live import ROUND, assert_in_order, two_disks
 
@@ -103,12 +103,12 @@ def holder() -> Iterator[Holder]:
 
 def flagged(monkeypatch: pytest.MonkeyPatch, *flags: str) -> None:
     """Have memory seen with these flags. (With the real ones the kernel's daemon would be at it.)"""
-    real = processes.ram_mappings
+    real = processes.uses
 
-    def seen(pid: int, ram_bytes: int) -> list[Mapping]:
-        return [mapping._replace(flags=(*mapping.flags, *flags)) for mapping in real(pid, ram_bytes)]
+    def seen(pid: int) -> dict[int, Use]:
+        return {start: use._replace(flags=(*use.flags, *flags)) for start, use in real(pid).items()}
 
-    monkeypatch.setattr(processes, "ram_mappings", seen)
+    monkeypatch.setattr(processes, "uses", seen)
 
 
 @needs_the_kernel

@@ -224,7 +224,7 @@ def walk(
         return _compared(local.comparison, blocks, written, piece, parts)
 
     threads = min(_MOST_THREADS, len(os.sched_getaffinity(0)))
-    buffers = [memoryview(bytearray(_PIECE)) for _ in range(2 * threads)]
+    buffers = [memory.buffer(_PIECE) for _ in range(2 * threads)]
     pending: deque[tuple[Future[tuple[bytes, int, int]], memoryview]] = deque()
     differing = kept_bytes = 0
     is_begun = is_read = False
