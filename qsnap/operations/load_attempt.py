@@ -53,6 +53,7 @@ class LoadAttempt:
         self._journal = run.journal
         self._plan = plan
         self._pause = pause
+        self._is_touched = False
         self.was_running = pause.was_running
 
     async def load(self, vmstate: str, devices: Sequence[str]) -> bool:
@@ -62,6 +63,7 @@ class LoadAttempt:
         :raise GuestLeftStopped: the outcome is unknown, or the load was interrupted and has failed.
         """
         self._journal.note(work=LoadWork(was_running=self.was_running, stage=LoadStage.BEGUN))
+        self._is_touched = self._run.loads  # a delta load that was in doubt may have reverted the disks
         self._run.loads = True
         try:
             async with self._monitor.snapshot_load(self._plan.snapshot.disk_tag, vmstate, devices) as failure:
@@ -101,7 +103,10 @@ class LoadAttempt:
 
     def _note_end(self, error: JobFailed | None) -> None:
         """Note the end of the load in the journal, while QEMU still keeps the job."""
-        if error is None or self._has_touched_nothing(error):
+        if error is None:
+            self._journal.done(work=None)
+        elif self._has_touched_nothing(error):
+            self._run.loads = False
             self._journal.done(work=None)
         else:
             self._journal.has_advanced(stage=LoadStage.FAILED)
@@ -132,6 +137,8 @@ class LoadAttempt:
 
     def _has_touched_nothing(self, failure: JobFailed) -> bool:
         """Whether QEMU refused a load before it began: RAM and disks are as they were."""
+        if self._is_touched:
+            return False
         has_bitmaps = _HAS_BITMAPS.search(failure.reason)
         return bool(has_bitmaps and has_bitmaps[1] == self._plan.first) or any(
             sentence in failure.reason for sentence in _UNTOUCHED

@@ -6,7 +6,7 @@ import asyncio
 import errno
 import os
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -41,6 +41,7 @@ from support.state_files import DATE, written
 pytestmark = pytest.mark.no_qemu
 
 FAILED = JobFailed("snapshot-load", "Error -22 while loading VM state")
+REFUSED = JobFailed("snapshot-load", "No block device node 'disk1'")
 BITMAPS = "Could not load snapshot 't' on '{}': Device has active dirty bitmaps"
 
 
@@ -287,10 +288,11 @@ async def test_what_is_written_down_of_the_end(qemu: Qemu) -> None:
     assert run.loads
     assert qemu.journal.record.work is None
     for failure, work in (
+        (REFUSED, None),
         (FAILED, LoadWork(was_running=True, stage=LoadStage.FAILED)),
-        (JobFailed("snapshot-load", "No block device node 'disk1'"), None),
     ):
-        qemu.failure = failure
+        qemu.failure, qemu.state = failure, RunState.RUNNING
+        _, attempt = await attempt_of(qemu)
         with pytest.raises(JobFailed):
             await attempt.load("disk0", ["disk0", "disk1"])
         assert qemu.journal.record.work == work
@@ -300,11 +302,9 @@ async def test_whether_qemu_may_have_loaded(qemu: Qemu) -> None:
     """Not if it has refused that, nor if it was not asked because that could not be written down."""
     run, attempt = await attempt_of(qemu)
     with pytest.raises(SnapshotNotFound):
-        for failure in FAILED, JobFailed("snapshot-load", "Snapshot 't' does not exist in one or more devices"):
-            qemu.failure = failure
-            with pytest.raises(JobFailed):
-                await attempt.load("disk0", ["disk0", "disk1"])
-            assert run.loads
+        qemu.failure = failure = JobFailed("snapshot-load", "Snapshot 't' does not exist in one or more devices")
+        with pytest.raises(JobFailed):
+            await attempt.load("disk0", ["disk0", "disk1"])
         qemu.rows["disk1"].clear()
         await attempt.fail(failure)
     assert not run.loads
@@ -319,6 +319,23 @@ async def test_whether_qemu_may_have_loaded(qemu: Qemu) -> None:
     with pytest.raises(QsnapError, match="the journal cannot be written"):
         await attempt.load("disk0", ["disk0", "disk1"])
     assert not run.loads
+
+
+@pytest.mark.parametrize("first", [FAILED, None, MonitorLost("the connection broke"), REFUSED])
+async def test_refused_after_another_attempt(qemu: Qemu, first: QsnapError | None) -> None:
+    """A full load after a delta load in doubt. What that may have done to the disks is not undone by a refusal."""
+    run, attempt = await attempt_of(qemu)
+    qemu.failure = first
+    with suppress(JobFailed):
+        await attempt.load("disk0", ["disk0", "disk1"])
+    qemu.failure = REFUSED
+    with pytest.raises(JobFailed):
+        await attempt.load("disk0", ["disk0", "disk1"])
+    with pytest.raises(JobFailed if first is REFUSED else GuestLeftStopped) as failed:
+        await attempt.fail(REFUSED)
+    assert ("RAM and disks are as they were" in str(failed.value)) is (first is REFUSED)
+    assert run.loads is (first is not REFUSED)
+    assert (HALF_RESTORED in qemu.texts) is (first is not REFUSED)
 
 
 @pytest.mark.parametrize("is_gone", [True, False])
