@@ -66,12 +66,12 @@ def device_findings_for_load(survey: rules.Survey, exclude_all: str) -> Iterator
             yield finding
 
 
-def refuse_untransportable(monitor: Monitor, tag: str | None) -> None:
+def refuse_untransportable(monitor: Monitor, tag: str) -> None:
     """Refuse a tag that this monitor would change.
 
     :raise NotSupported: the monitor would change it; nothing was done.
     """
-    if tag is not None and tag_problem(tag) is None and (obstacle := monitor.tag_obstacle(tag)):
+    if tag_problem(tag) is None and (obstacle := monitor.tag_obstacle(tag)):
         raise NotSupported(f"{monitor.who} cannot be given the tag {tag!r}: {obstacle}. By QMP it can")
 
 
@@ -87,7 +87,7 @@ def refuse_exclusion(monitor: Monitor, graph: BlockGraph, exclude: Collection[st
 
 def refuse_hmp_choices(monitor: Monitor, graph: BlockGraph, vmstate: str | None, exclude: Collection[str]) -> None:
     refuse_exclusion(monitor, graph, exclude, "saves")
-    if vmstate is not None and not graph.chooses_devices:
+    if not graph.chooses_devices:
         default = rules.survey(graph).vmstate
         if rules.survey(graph, vmstate=vmstate).vmstate != default:
             raise NotSupported(
@@ -305,7 +305,7 @@ def fixed_size_findings(
     image = graph.nodes[survey.vmstate]
     estimate = estimate or processes.StateEstimate(0, ram_bytes, ram_bytes + processes.OVERHEAD_BYTES)
     in_states = sum(row.vm_state_size for row in image.snapshots)
-    if file.virtual_size and file.virtual_size >= image.virtual_size + in_states + estimate.at_most:
+    if file.virtual_size >= image.virtual_size + in_states + estimate.at_most:
         return
     (name,) = rules.displayed([survey.vmstate], survey.devices)
     size = f"{file.virtual_size:,} bytes" if file.virtual_size else "what it has"

@@ -107,7 +107,8 @@ async def plan_save(run: Run, request: SaveRequest, *, state_elsewhere: bool = F
     :raise NotSupported: HMP cannot honour the request.
     """
     monitor, vmstate, exclude = run.monitor, request.vmstate, request.exclude
-    refuse_untransportable(monitor, request.tag)
+    if request.tag is not None:
+        refuse_untransportable(monitor, request.tag)
     try:
         runstate, migration, inventory, ram_bytes, half_restored, leftovers = await asyncio.gather(
             monitor.runstate(),

@@ -21,7 +21,7 @@ from qsnap.inventory.vm_state import Place, Stretch, VmState, of_image, of_snaps
 from qsnap.model.qemu import NodeSnapshot
 from qsnap.monitor.qmp import replies
 from support.graphs import graph as one_node
-from support.graphs import node
+from support.graphs import node, over
 from support.guest import Launch, blockdev, disk_device, make_boot_disk, qemu_img
 from support.qcow2_files import CLUSTER, ENTRIES, OF_L1, Image, at
 
@@ -120,6 +120,7 @@ def refused(directory: Path, data: bytearray, row: NodeSnapshot, words: str) -> 
         os.close(file)
 
 
+@pytest.mark.no_qemu
 def test_an_image_that_cannot_be_seen() -> None:
     """As over TCP, or beside another user's QEMU."""
     row = NodeSnapshot(tag="t", id="1", vm_state_size=9, date=datetime(2026, 1, 1, tzinfo=UTC), vm_clock_ns=1)
@@ -162,7 +163,10 @@ def test_clusters_in_any_order(tmp_path: Path, opened: Opened, size: int) -> Non
         image.put(2 + table, *(at(10 + number) for number in order[table * ENTRIES :][:ENTRIES]))
     row = image.snapshot("t", 5, 0, *(at(2 + table) for table in range(used)), size=size)
     expected = b"".join(bytes([number + 1]) * CLUSTER for number in order)[:size]
-    state = of_image(opened(image.write(tmp_path / "a")), row)
+    again = image.snapshot("t", 9, 0, *(at(2 + table) for table in range(used)), size=size)
+    file = opened(image.write(tmp_path / "a"))
+    state = of_image(file, row)
+    assert state.identity == of_image(file, row).identity != of_image(file, again).identity
     for piece in 1 << 20, 2 * CLUSTER, 700:
         assert b"".join(state.bytes(begin, piece) for begin in range(0, size, piece)) == expected
     for begin in size - 1, 0, size // 2, size, 0:
@@ -236,6 +240,26 @@ def test_an_image_that_ends_too_early(tmp_path: Path, opened: Opened) -> None:
     with pytest.raises(OSError, match="shorter than it was") as error:
         state.bytes(0, CLUSTER)
     assert error.value.errno == errno.EIO
+
+
+@pytest.mark.no_qemu
+@pytest.mark.parametrize("driver", ["file", "host_device"])
+def test_an_image_that_can_be_seen(tmp_path: Path, opened: Opened, driver: str) -> None:
+    """As a file, or on a block device. What it holds twice, or does not hold, has no state there."""
+    (tmp_path / "a").touch()
+    opened(tmp_path / "a")
+    row = NodeSnapshot(tag="t", id="1", vm_state_size=9, date=datetime(2026, 1, 1, tzinfo=UTC), vm_clock_ns=1)
+    protocol = node("p", driver, filename=str(tmp_path / "a"))
+    graph = one_node(over("a", "qcow2", "p", snapshots=(row,)), protocol)
+    (snapshot,) = snapshots(graph, survey(graph).devices)
+    found = place(os.getpid(), graph, snapshot)
+    assert found is not None
+    assert (found.image.samefile(tmp_path / "a"), found.row) == (True, row)
+    for rows in (row, row), ():
+        other = one_node(over("a", "qcow2", "p", snapshots=rows), protocol)
+        assert place(os.getpid(), other, snapshot) is None
+    for vmstate in None, "gone":
+        assert place(os.getpid(), graph, msgspec.structs.replace(snapshot, vmstate=vmstate)) is None
 
 
 @pytest.mark.no_qemu

@@ -33,6 +33,7 @@ from qsnap.model.snapshots import Snapshot
 from qsnap.operations import findings
 from support.fake_monitor import FakeMonitor
 from support.graphs import graph, node, over, used_by_devices
+from support.stores import Store, file
 
 pytestmark = pytest.mark.no_qemu
 
@@ -43,8 +44,8 @@ def row(tag: str, size: int = 0, id: str = "7") -> NodeSnapshot:  # noqa: A002 (
     return NodeSnapshot(tag=tag, id=id, vm_state_size=size, date=NOW, vm_clock_ns=1)
 
 
-def inventory(*nodes: Any, **more: Any) -> Inventory:
-    return Inventory(graph(*nodes, **more), StateStore(None, ignores_unseen=True))
+def inventory(*nodes: Any, store: StateStore | None = None, **more: Any) -> Inventory:
+    return Inventory(graph(*nodes, **more), store or Store())
 
 
 def found(of: Inventory, tag: str) -> Snapshot:
@@ -261,14 +262,15 @@ def test_what_only_qmp_can() -> None:
         findings.refuse_hmp_choices(monitor, msgspec.structs.replace(guest, chooses_devices=True), vmstate, ["a"])
     with pytest.raises(NotSupported, match="the fake saves all devices or none: --exclude is beyond it"):
         findings.refuse_hmp_choices(monitor, guest, None, ["a"])
-    findings.refuse_hmp_choices(monitor, graph(node("r", "raw"), **by_hmp), "r", [])
+    for vmstate in None, "r":
+        findings.refuse_hmp_choices(monitor, graph(node("r", "raw"), **by_hmp), vmstate, [])
 
 
 def test_a_tag_that_is_bad_anyway_is_not_said_to_be_beyond_the_monitor(monkeypatch: pytest.MonkeyPatch) -> None:
     monitor: Any = FakeMonitor()
     findings.refuse_untransportable(monitor, "t")
     monkeypatch.setattr(monitor, "tag_obstacle", lambda _: "it has a blank")
-    for tag in None, "", "a\nb ":
+    for tag in "", "a\nb ":
         findings.refuse_untransportable(monitor, tag)
     with pytest.raises(NotSupported, match="the fake cannot be given the tag 't '"):
         findings.refuse_untransportable(monitor, "t ")
@@ -328,3 +330,50 @@ def test_what_a_load_finds_in_a_snapshot() -> None:
     assert list(findings.load_findings(of, found(of, "first"), ["a"])) == []
     mixed = msgspec.structs.replace(found(of, "first"), problems=("one", "two"))
     assert [one.code for one in findings.load_findings(of, mixed, ["a"])] == ["mixed-snapshot"] * 2
+
+
+@pytest.mark.parametrize(
+    ("more", "codes"),
+    [
+        ({}, []),
+        ({"is_readable": False}, ["state-file-unreadable"]),
+        ({"is_link": True}, ["state-file-link"]),
+        ({"holds": "u"}, ["state-file-mixed-up"]),
+        ({"is_whole": False, "trouble": "it is cut short"}, ["state-file"]),
+    ],
+)
+def test_the_file_of_a_live_snapshot(more: dict[str, Any], codes: list[str]) -> None:
+    of = inventory(node("a", snapshots=(row("t"),)), store=Store(file("t", **more), unseen=["/x"]))
+    told = list(findings.load_findings(of, found(of, "t"), ["a"]))
+    assert [one.code for one in told] == codes
+    for finding in told:
+        assert "its state file /t" in finding.message
+
+
+def test_disks_without_ram() -> None:
+    """Their state file may be where it cannot be seen, or have stayed behind when the image was renamed."""
+    disks, full = node("a", snapshots=(row("t"),)), node("a", snapshots=(row("t", 5),))
+    for image, store, expected in (
+        (disks, Store(), ["disk-only"]),
+        (disks, Store(unseen=["/x"]), ["unseen-state-file"]),
+        (disks, Store(unseen=["/x"], ignores=True), ["disk-only"]),
+        (disks, Store(left="t", unseen=["/x"]), ["state-file-left"]),
+        (disks, Store(left="u"), ["disk-only"]),
+        (full, Store(left="t", unseen=["/x"]), []),
+    ):
+        of = inventory(image, store=store)
+        assert [one.code for one in findings.load_findings(of, found(of, "t"), ["a"])] == expected
+
+
+def test_a_file_without_its_disks() -> None:
+    of = inventory(node("a"), store=Store(file("t")))
+    gone = found(of, "t")
+    assert [one.code for one in findings.load_findings(of, gone, [])] == ["state-only"]
+    assert list(findings.no_device_findings(of, gone, [])) == [], "it is said once why"
+
+
+def test_after_a_deletion_its_files_are_gone() -> None:
+    of = inventory(node("a", snapshots=(row("t"), row("u"))), store=Store(file("t"), file("u")))
+    assert [(one.tag, one.kind) for one in of.snapshots] == [("t", "live"), ("u", "live")]
+    of.without(["/t"], {"a": (row("u"),)})
+    assert [(one.tag, one.kind) for one in of.snapshots] == [("u", "live")]

@@ -16,6 +16,7 @@ from qsnap.operations.plan import LoadPlan, plan_load, plan_save
 from qsnap.runs.run import Run
 from support.fake_monitor import FakeMonitor
 from support.graphs import graph, node, over, used_by_devices
+from support.stores import Store, file
 
 pytestmark = pytest.mark.no_qemu
 
@@ -70,6 +71,30 @@ async def test_what_goes_back() -> None:
         await planned(graph(*TWO, over("top", "throttle", "fmt"), node("fmt"), node("r", "raw")))
 
 
+async def test_what_cannot_go_back_is_refused_for_what_it_is() -> None:
+    """And not because the snapshot lacks it."""
+    below = (over("top", "throttle", "fmt"), node("fmt", refcount_bits=1))
+    assert await refused(graph(*TWO, *below)) == ["device-cannot-snapshot"]
+    assert (await planned(graph(*TWO, *below), ["top"])).excluded == ("fmt",)
+
+
+async def test_what_stands_in_the_way_of_a_save() -> None:
+    """Of a live one nothing does that is about the image for the VM state. By HMP nothing can be left out."""
+    shown = graph(node("e", encrypted=True), node("r", "raw"))
+    run, request = Run(Showing(shown)), SaveRequest(tag="t")
+    for is_live, codes in (False, ["device-cannot-snapshot", "vmstate-encrypted"]), (True, ["device-cannot-snapshot"]):
+        plan = await plan_save(run, request, state_elsewhere=is_live)
+        assert [finding.code for finding in plan.report.findings] == codes
+        with pytest.raises(PrecheckRefused, match="the guest cannot be saved now"):
+            plan.refuse_if_needed()
+    good = await plan_save(Run(Showing(graph(*TWO))), SaveRequest())
+    good.refuse_if_needed()
+    assert (good.vmstate, good.report.findings) == ("a", ())
+    by_hmp = Run(Showing(graph(*TWO, chooses_devices=False)))
+    with pytest.raises(NotSupported, match="the fake saves all devices or none"):
+        await plan_save(by_hmp, SaveRequest(exclude=("b",)))
+
+
 async def test_without_a_choice_nothing_is_offered() -> None:
     """By HMP all goes back or nothing; and a snapshot without RAM is none that can be loaded in part."""
     for nodes, by_hmp in (
@@ -80,6 +105,17 @@ async def test_without_a_choice_nothing_is_offered() -> None:
             await planned(graph(*nodes, chooses_devices=not by_hmp))
     with pytest.raises(NotSupported, match="the fake loads all devices or none"):
         await planned(graph(*TWO, chooses_devices=False), ["b"])
+
+
+async def test_a_monitor_that_takes_no_files() -> None:
+    """It loads no live snapshot, and others as ever."""
+    shown = graph(node("a", snapshots=held()), node("b", snapshots=held()))
+    store = Store(file("t"))
+    with pytest.raises(NotSupported, match="'t' is a live snapshot, with its RAM in a state file: no files"):
+        await plan_load(Run(Showing(shown, live_obstacle="no files"), store), "t")
+    plan = await plan_load(Run(Showing(shown, live_obstacle=""), store), "t")
+    assert (plan.devices, plan.vmstate, plan.state) == (("a", "b"), None, None)
+    assert (await planned(graph(*TWO), live_obstacle="no files")).vmstate == "a"
 
 
 async def test_what_hmp_cannot_load() -> None:
