@@ -118,8 +118,8 @@ async def do_loadvm(run: Run, request: LoadRequest) -> LoadResult:
             journal.done(stopped=False)  # its guard does not resume it either, whatever ends the rest
 
         # if (saved_vm_running) vm_start(): done by leaving the block
-        pause.resume = runs
         pause.deed = f"{tag!r} was loaded"
+        pause.resume = runs
         await load.verify()
         await journal.meet(Point.WRITTEN)
     if running and not request.may_sleep and pause.runstate is RunState.SUSPENDED:

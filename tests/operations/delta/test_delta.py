@@ -283,6 +283,19 @@ def test_loaded_and_not_verified(
     assert marks(changed.guest) == []
 
 
+def test_a_comparison_that_cannot_be_made_at_last(changed: Changed, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The snapshot is loaded, and the guest is left as it was asked for."""
+
+    def walk(*_: object, **__: object) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(difference, "walk", walk)
+    with pytest.raises(VerifyFailed, match="it is loaded, and RAM could not be compared with it: this user may not"):
+        in_process(changed.guest, running=False, full=True, verify=True)
+    assert changed.guest.runstate == "paused"
+    assert ram(changed.guest) == changed.expected
+
+
 @pytest.mark.parametrize("verify", [False, True])
 def test_a_page_changes_between_comparison_and_load(
     changed: Changed, monkeypatch: pytest.MonkeyPatch, verify: bool
