@@ -79,6 +79,7 @@ def test_where_a_file_belongs(image: Path, states: Path) -> None:
     assert re.fullmatch(r"vm-[0-9a-f]{8}\.t\.qsnap", path.name)
     assert chosen.beside(one, "a", "", ".x", always=True) == image.with_name("vm.x")
     assert beside.all_beside(one, devices(one), ".x") == (image.with_name("vm.x"),)
+    assert (beside.unseen_images(one, devices(one)), beside.unseen(one, devices(one))) == ((), ())
     both = chosen.all_beside(one, devices(one), ".x")
     assert both == (image.with_name("vm.x"), path.with_name(path.name.replace(".t.qsnap", ".x")))
     # From where the image cannot be seen: by the name that QEMU has for it

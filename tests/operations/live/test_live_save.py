@@ -41,6 +41,7 @@ from qsnap.monitor.qmp.background import Stream
 from qsnap.operations.live import freeze
 from qsnap.operations.live.save import LiveSaveAttempt, do_live_save, plan_live
 from qsnap.operations.live.timing import ReadTime, SnapshotThread
+from qsnap.runs.group import Point
 from qsnap.runs.journal import Journal
 from qsnap.runs.pause import stopped
 from qsnap.runs.record import LiveWork, Record
@@ -810,6 +811,29 @@ async def test_a_guard_that_does_not_get_ready(guest: Guest, tmp_path: Path) -> 
     assert tags(tmp_path / "disk0.qcow2") == ["t.qsnap-2", "t"]
     assert state_files(tmp_path) == ["disk0.qcow2.t.qsnap-2.qsnap"]
     guest.assert_running()
+
+
+async def test_what_is_refused_alone_is_not_left_to_the_others(guest: Guest) -> None:
+    """In a group the others begin when all have been checked: by then this one knows whether it may."""
+    met: list[Point] = []
+
+    async def meet(point: Point, *_: object) -> tuple[()]:
+        met.append(point)
+        return ()
+
+    async with qsnap.connect(guest.address) as vm:
+        await vm.save("t", live=True)
+        await vm.note("t", protected=True)
+        run = Run(vm._monitor, StateStore(guest.pid))
+        member: Any = SimpleNamespace(meet=meet)
+        run.journal.member = member
+        request = SaveRequest("t", dry_run=True)
+        with pytest.raises(PrecheckRefused, match="protected"):
+            await do_live_save(run, await plan_live(run, request))
+        assert Point.CHECKED not in met
+        await vm.note("t", protected=False)
+        assert (await do_live_save(run, await plan_live(run, request))).dry_run
+        assert met[-1] is Point.CHECKED
 
 
 async def test_a_journal_that_cannot_be_written(
