@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from qsnap.errors import BadUsage, MonitorBusy, OperationTimeout, QsnapError
 from qsnap.monitor import GREETING_TIMEOUT_S, Monitor, open_monitor
 from qsnap.monitor.address import Address, parse_address
+from qsnap.runs import runtime_dir
 from qsnap.vm import VM, positive
 
 if TYPE_CHECKING:
@@ -21,15 +22,22 @@ if TYPE_CHECKING:
 LOCK_WAIT_S = 5.0
 
 
-async def _opened(where: Address, greeting_s: float, lock_wait_s: float, snapshot_jobs: bool | None) -> Monitor:
-    """The open monitor, as soon as no other qsnap holds it."""
+async def _awaited(where: Address, deadline: float, lock_wait_s: float) -> bool:
+    """Wait until no other qsnap holds the VM: see :func:`qsnap.supervision.claim.wait_for_monitor`."""
+    if runtime_dir.problem() or not runtime_dir.has_journals():
+        return False  # what cannot be trusted is reported by a run that writes there
     from qsnap.supervision.claim import wait_for_monitor
 
+    return await wait_for_monitor(where, deadline, lock_wait_s)
+
+
+async def _opened(where: Address, greeting_s: float, lock_wait_s: float, snapshot_jobs: bool | None) -> Monitor:
+    """The open monitor, as soon as no other qsnap holds it."""
     if not lock_wait_s >= 0:  # also refuses NaN
         raise BadUsage(f"the time to wait for another qsnap must not be below 0, as {lock_wait_s:g} is")
     deadline = asyncio.get_running_loop().time() + lock_wait_s
     while True:
-        await wait_for_monitor(where, deadline, lock_wait_s)
+        await _awaited(where, deadline, lock_wait_s)
         left_s = deadline - asyncio.get_running_loop().time()
         try:
             return await open_monitor(where, timeout_s=max(greeting_s, left_s), snapshot_jobs=snapshot_jobs)
@@ -37,7 +45,7 @@ async def _opened(where: Address, greeting_s: float, lock_wait_s: float, snapsho
             from qsnap.targets.running import explained
 
             # If another qsnap began at the same time, its claim shows by now.
-            if not await wait_for_monitor(where, deadline, lock_wait_s):
+            if not await _awaited(where, deadline, lock_wait_s):
                 raise explained(busy, where) from busy
 
 

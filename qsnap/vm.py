@@ -706,11 +706,12 @@ class VM:
     async def _recover_if_seen(self) -> None:
         """Clean up after a run that died, before this one reads the VM's state."""
         from qsnap.runs import runtime_dir
-        from qsnap.supervision.claim import has_journals, recover_all
 
         if problem := runtime_dir.problem():
             self.remarks.append(f"it is not known whether a run has died: {problem}")
-        elif has_journals(self._monitor) or await self._monitor.mark(CLAIM) is not None:
+        elif runtime_dir.has_journals() or await self._monitor.mark(CLAIM) is not None:
+            from qsnap.supervision.claim import recover_all
+
             # The run lives, or another qsnap recovers it already
             with suppress(VMLocked):
                 self.recovered += await recover_all(self._monitor)

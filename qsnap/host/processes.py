@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import re
+from array import array
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -286,17 +287,14 @@ def sharers(pid: int, ram_bytes: int) -> list[int]:
 
 def _used_share(pid: int, mappings: list[Mapping]) -> float:
     """The share of pages that are not all zeroes, from a random sample. A page that never was is all zeroes."""
-    import random
-
-    pages = [mapping.size // PAGE for mapping in mappings]
+    sample = (_page(mappings, number) for number in array("Q", os.urandom(8 * SAMPLE_PAGES)))
     zeroes = bytes(PAGE)
     used = 0
     memory = os.open(f"/proc/{pid}/mem", os.O_RDONLY | os.O_CLOEXEC)
     try:
         pagemap = os.open(f"/proc/{pid}/pagemap", os.O_RDONLY | os.O_CLOEXEC)
         try:
-            for mapping in random.choices(mappings, weights=pages, k=SAMPLE_PAGES):  # noqa: S311 (statistics)
-                address = mapping.start + random.randrange(mapping.size // PAGE) * PAGE  # noqa: S311
+            for address in sample:
                 entry = os.pread(pagemap, 8, address // PAGE * 8)
                 # Bits 63 and 62: in RAM, in swap. Reading a page that is neither would make QEMU have it.
                 if len(entry) == 8 and entry[7] & 0xC0:
@@ -306,3 +304,13 @@ def _used_share(pid: int, mappings: list[Mapping]) -> float:
     finally:
         os.close(memory)
     return used / SAMPLE_PAGES
+
+
+def _page(mappings: list[Mapping], number: int) -> int:
+    """The address of a page: the number-th of all, counted anew from the first one behind the last one."""
+    left = number % sum(mapping.size // PAGE for mapping in mappings)
+    for mapping in mappings:
+        if left < mapping.size // PAGE:
+            return mapping.start + left * PAGE
+        left -= mapping.size // PAGE
+    raise AssertionError

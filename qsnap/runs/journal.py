@@ -33,11 +33,10 @@ from qsnap.runs.record import Record
 if TYPE_CHECKING:
     from qsnap.monitor import Monitor
 
-_SUFFIX = ".journal"
 #: Suffix of a journal whose record is not written yet.
 _BEGINNING = ".beginning"
 #: The names that qsnap gives, after the token of the run: other files are ignored.
-_NAME = re.compile(rf"[0-9a-f]{{16}}({re.escape(_SUFFIX)}|{re.escape(_BEGINNING)})")
+_NAME = re.compile(rf"[0-9a-f]{{16}}({re.escape(runtime_dir.JOURNAL)}|{re.escape(_BEGINNING)})")
 #: Seconds after which an incomplete journal counts as a dead run's; before it is locked, the two look alike.
 _BEGINNING_S = 60.0
 
@@ -125,7 +124,7 @@ class Journal:
 
         :raise QsnapError: the runtime directory cannot be used.
         """
-        path = runtime_dir.directory() / f"{record.token}{_SUFFIX}"
+        path = runtime_dir.directory() / f"{record.token}{runtime_dir.JOURNAL}"
         beginning = path.with_suffix(_BEGINNING)
         try:
             file = files.created(beginning)
@@ -242,7 +241,7 @@ def found() -> Iterator[Found]:
             if path.suffix == _BEGINNING and time.time() - info.st_mtime < _BEGINNING_S:
                 continue
             is_held = not _can_lock(file)
-            record = _read(file) if path.suffix == _SUFFIX else None
+            record = _read(file) if path.suffix == runtime_dir.JOURNAL else None
             is_over = record is None or (record.qemu is not None and not record.qemu.is_alive)
             if is_over and not is_held:
                 with suppress(OSError):

@@ -14,6 +14,8 @@ from qsnap.errors import BadUsage, QsnapError
 from qsnap.host import files
 
 _CURE = "set QSNAP_RUNTIME_DIR to a directory of your own"
+#: The suffix of a journal's name: see :mod:`qsnap.runs.journal`.
+JOURNAL = ".journal"
 #: The suffix of a decision's name, after the token of the group.
 _DECISION = ".decided"
 
@@ -107,6 +109,15 @@ def problem() -> str:
     except QsnapError as error:
         return str(error)
     return ""
+
+
+def has_journals() -> bool:
+    """Whether there are any journals of this user's runs, on whatever VM.
+
+    :raise QsnapError: as :func:`is_decided`.
+    """
+    place = existing()
+    return place is not None and any(path.suffix == JOURNAL for path in place.iterdir())
 
 
 def directory() -> Path:

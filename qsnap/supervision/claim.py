@@ -19,7 +19,7 @@ from qsnap.monitor import GREETING_TIMEOUT_S, Monitor
 from qsnap.monitor.address import Address
 from qsnap.monitor.connection import AnotherAnswers, listener_pid
 from qsnap.monitor.names import CLAIM
-from qsnap.runs import journal, mark, runtime_dir
+from qsnap.runs import journal, mark
 from qsnap.runs.journal import Found, Journal
 from qsnap.runs.mark import Holder
 from qsnap.runs.pause import has_ended
@@ -238,11 +238,6 @@ async def run_of(monitor: Monitor) -> Unfinished | None:
     )
 
 
-def has_journals(monitor: Monitor) -> bool:
-    """Whether there are journals of runs on this VM, dead or alive."""
-    return any(True for _ in _journals(monitor))
-
-
 def _journals(monitor: Monitor) -> Iterator[Found]:
     socket = journal.socket_identity(monitor.address)
     qemu = process(monitor.pid) if monitor.pid else None
@@ -260,8 +255,6 @@ async def wait_for_monitor(address: Address, deadline: float, wait_s: float) -> 
     :param deadline: by the loop's clock.
     :raise VMLocked: a qsnap still uses it, and the *wait_s* seconds to the deadline are over.
     """
-    if runtime_dir.problem():
-        return False  # nothing there can be trusted; a run that writes there reports it
     runs = [other.record for other in journal.found() if other.is_held]
     socket = journal.socket_identity(address)
     # Ask at most once, because it costs QEMU a connection.
