@@ -32,11 +32,12 @@ class Willful(FakeMonitor):
     async def cont(self) -> float | None:
         return await self._into("cont")
 
-    async def _into(self, command: str) -> None:
+    async def _into(self, command: str) -> float | None:
         self.calls.append(command)
         if self.into is None:
             raise CommandFailed(command, "no")
         self.state = self.into
+        return None
 
 
 @pytest.mark.parametrize("before", RunState)
