@@ -214,8 +214,11 @@ def test_a_file_that_has_lost_its_end(image: Path, states: Path) -> None:
     assert {one.image for one in found} == {str(image)}
 
 
-def renamed(image: Path, name: str) -> Path:
-    return image.rename(image.with_name(name))
+def moved(image: Path) -> Path:
+    """The image under another name in another directory."""
+    directory = image.with_name("elsewhere")
+    directory.mkdir()
+    return image.rename(directory / "new")
 
 
 def test_what_stayed_behind_when_an_image_was_renamed(image: Path, states: Path) -> None:
@@ -230,7 +233,7 @@ def test_what_stayed_behind_when_an_image_was_renamed(image: Path, states: Path)
 
     state(path, "t", old)
     assert left() is None, "it was not renamed"
-    new = renamed(image, "new")
+    new = moved(image)
     behind = left()
     assert behind == LeftBehind(path, new, new.with_name("new.t.qsnap"))
     assert behind.sentence("It") == (
@@ -267,7 +270,7 @@ def test_notes_that_stayed_behind(image: Path) -> None:
 
     notes.touch()
     assert left() == []
-    new = renamed(image, "new")
+    new = moved(image)
     assert left() == [LeftBehind(notes, new, new.with_name("new.x"))]
     new.with_name("new.x").touch()
     assert left() == []

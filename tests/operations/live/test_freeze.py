@@ -20,10 +20,11 @@ from qsnap.host import bulk_io
 from qsnap.host.hugepages import Layout
 from qsnap.inventory.state_file import STREAM_OFFSET
 from qsnap.model.qemu import RunState
+from qsnap.monitor.names import READ_TIME
 from qsnap.monitor.qmp.background import Stream
 from qsnap.operations.live import freeze
 from qsnap.operations.live.freeze import FreezeBefore9, FreezeSince9
-from qsnap.operations.live.timing import SnapshotThread
+from qsnap.operations.live.timing import ReadTime, SnapshotThread
 from qsnap.operations.progress import Phase, Progress
 from qsnap.runs.group import Point
 from qsnap.runs.journal import Journal
@@ -338,6 +339,27 @@ def test_what_is_kept_for_the_next_time(freezes: dict[str, Any]) -> None:
     layouts = [Layout(7, 6), Layout(7, 7), Layout(0, 7)]
     of_use = {version: [one._is_of_use_later(ram) for ram in layouts] for version, one in freezes.items()}
     assert of_use == {"8.2": [True, True, True], "9.0": [True, False, False]}
+
+
+async def test_that_nothing_was_seen_is_not_remembered(freezes: dict[str, Any], monitor: Played) -> None:
+    """What was known before stays, and where nothing was known no mark is left."""
+    one = freezes["9.0"]
+    assert await one._known_read_ns(Layout(7, 0)) == 0
+    await one._remember(0, 0, Layout(7, 0))
+    assert monitor.texts == {}
+    await one._remember(5, 0, Layout(7, 0))
+    await one._remember(0, 5, Layout(7, 0))
+    assert monitor.texts == {READ_TIME: ReadTime(5, 7).encode()}
+    assert await one._known_read_ns(Layout(7, 0)) == 5
+    # RAM in huge pages is rehearsed anew every time, where that is possible
+    await one._remember(9, 0, Layout(0, 7))
+    assert await one._known_read_ns(Layout(7, 0)) == 5
+    await one._remember(9, 0, Layout(7, 0))
+    assert [await one._known_read_ns(Layout(7, other)) for other in (6, 7, 8)] == [9, 0, 0]
+    assert await freezes["8.2"]._known_read_ns(Layout(7, 8)) == 9
+    assert await freezes["8.2"]._known_read_ns(Layout(1, 8)) == 0, "much of it was mapped otherwise then"
+    await freezes["8.2"]._remember(4, 9, Layout(0, 7))
+    assert monitor.texts == {READ_TIME: ReadTime(4, 0).encode()}
 
 
 async def test_images_are_flushed(
