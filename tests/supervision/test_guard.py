@@ -39,6 +39,7 @@ from support.guest import (
     HAS_SNAPSHOT_JOBS,
     Guest,
     Launch,
+    Qmp,
     assert_sound,
     blockdev,
     both_monitors,
@@ -245,6 +246,39 @@ async def test_an_answer_that_cannot_be_understood(
         await recovery.after_death(dead_run(guest, proxy.address, stopped=True), None)
     assert spoilt
     assert (journals(runtime_directory), marks(guest), guest.runstate) == ([], [], "running")
+
+
+async def test_the_guard_goes_on_with_the_connection_of_the_run(
+    launch: Launch, runtime_directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever waits in the queue of the monitor would be served before a new one."""
+    monkeypatch.setattr(recovery, "_GREETING_S", 0.2)
+    guest = launch(memory="16")
+    guest.qmp("stop")
+    qmp = Qmp(Path(guest.address))
+    with socket.socket(socket.AF_UNIX) as other:
+        other.connect(guest.address)
+        async with asyncio.timeout(20):
+            await recovery.after_death(dead_run(guest, guest.address, stopped=True), qmp._sock)
+    assert (journals(runtime_directory), marks(guest), guest.runstate) == ([], [], "running")
+    assert qmp._sock.fileno() < 0, "it is closed"
+
+
+async def test_of_a_qemu_that_has_ended_only_the_journal_is_left(runtime_directory: Path) -> None:
+    record = Record(token="a" * 16, qemu=Process(pid=os.getpid(), start=1))
+    await recovery.after_death(Journal.create(record), None)
+    assert journals(runtime_directory) == []
+
+
+async def test_of_a_qemu_that_nobody_can_reach_the_journal_stays(
+    runtime_directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As over TCP: nothing tells that it has ended."""
+    monkeypatch.setattr(recovery, "_UNREACHABLE_S", 0)
+    journal = Journal.create(Record(token="a" * 16, address=("unix", "/nonexistent/monitor")))
+    await recovery.after_death(journal, None)
+    assert journals(runtime_directory) == [journal.path]
+    assert journal.fileno() is None, "the next qsnap may take it"
 
 
 async def test_jobs_that_a_run_has_left_whose_process_goes_on(launch: Launch, tmp_path: Path) -> None:
