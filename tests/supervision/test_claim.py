@@ -23,7 +23,7 @@ from qsnap.errors import CommandFailed, MonitorLost, NotSupported, PrecheckRefus
 from qsnap.host.processes import Process, is_alive, is_stopped, process, this_process
 from qsnap.model.qemu import RunState
 from qsnap.model.requests import SaveRequest
-from qsnap.model.results import SaveResult
+from qsnap.model.results import Recovered, SaveResult
 from qsnap.monitor.address import TcpAddress, UnixAddress
 from qsnap.monitor.connection import AnotherAnswers
 from qsnap.monitor.names import RECOVERY
@@ -506,6 +506,27 @@ async def test_another_qemu_comes_while_one_waits(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(claim, "_LOOK_S", 0)
     with pytest.raises(AnotherAnswers):
         await _claim_of(Claimed(mark.holder(_record(), None, was_running=True).encode()), 10)
+
+
+async def test_who_does_not_wait_is_refused_at_once() -> None:
+    monitor = Claimed(mark.holder(_record(), None, was_running=True).encode())
+    with pytest.raises(VMLocked, match="save 'theirs' since") as refused:
+        await _claim_of(monitor, 0)
+    assert refused.value.pid == os.getpid()
+    assert monitor.pid == 1, "what an earlier refusal has closed is opened once more"
+
+
+async def test_what_was_done_about_a_dead_run_is_told() -> None:
+    dead = _record(owner=Process(pid=os.getpid(), start=1))
+    monitor = FakeMonitor(state=RunState.PAUSED, texts={CLAIM: mark.holder(dead, None, was_running=True).encode()})
+    told: list[Recovered] = []
+    async with claim.claimed(monitor, "save", ("t",), wait_s=0, patience_s=7, tell=told.append) as ours:
+        assert ours.patience_s == 7
+        holder = mark.decode(monitor.texts[CLAIM])
+        assert holder is not None
+        assert (holder.token, holder.is_alive) == (ours.record.token, True)
+    assert [(one.tags, one.actions) for one in told] == [(("theirs",), ("the guest was resumed",))]
+    assert (monitor.state, monitor.texts) == (RunState.RUNNING, {})
 
 
 class Refusing(FakeMonitor):
