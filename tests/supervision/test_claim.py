@@ -10,6 +10,7 @@ import resource
 import signal
 import socket
 import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,7 +20,7 @@ import msgspec
 import pytest
 
 import qsnap
-from qsnap.errors import CommandFailed, MonitorLost, NotSupported, PrecheckRefused, QsnapError, VMLocked
+from qsnap.errors import CommandFailed, MonitorBusy, MonitorLost, NotSupported, PrecheckRefused, QsnapError, VMLocked
 from qsnap.host.processes import Process, is_alive, is_stopped, process, this_process
 from qsnap.model.qemu import RunState
 from qsnap.model.requests import SaveRequest
@@ -516,6 +517,18 @@ async def test_who_does_not_wait_is_refused_at_once() -> None:
     assert monitor.pid == 1, "what an earlier refusal has closed is opened once more"
 
 
+async def test_somebody_else_is_next_while_one_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(claim, "_LOOK_S", 0)
+
+    class Busy(Claimed):
+        async def reconnect(self, timeout_s: float) -> None:
+            if self.is_closed.is_set():
+                raise MonitorBusy("no greeting", "another client")
+
+    with pytest.raises(VMLocked, match="save 'theirs' since"):
+        await _claim_of(Busy(mark.holder(_record(), None, was_running=True).encode()), 10)
+
+
 async def test_what_was_done_about_a_dead_run_is_told() -> None:
     dead = _record(owner=Process(pid=os.getpid(), start=1))
     monitor = FakeMonitor(state=RunState.PAUSED, texts={CLAIM: mark.holder(dead, None, was_running=True).encode()})
@@ -544,7 +557,9 @@ class Refusing(FakeMonitor):
         return False
 
 
-async def test_a_claim_that_is_not_made_leaves_nothing(runtime_directory: Path) -> None:
+async def test_a_claim_that_is_not_made_leaves_nothing(
+    runtime_directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Neither a guard nor a journal, whatever was in the way."""
     monitor = Refusing()
     assert await claim._claim(monitor, "save", ("t",)) is None
@@ -555,6 +570,17 @@ async def test_a_claim_that_is_not_made_leaves_nothing(runtime_directory: Path) 
         with pytest.raises(raised):
             await claim._claim(monitor, "save", ("t",))
         assert (guards(runtime_directory), journals(runtime_directory)) == ([], [])
+    monitor.pid = os.getpid()
+    with pytest.raises(NotSupported):
+        await claim._claim(monitor, "save", ("t",))
+    monitor.pid = 1 << 30  # above all that there can be
+    with pytest.raises(MonitorLost, match="QEMU has ended; nothing was done"):
+        await claim._claim(monitor, "save", ("t",))
+    monitor.pid = None
+    monkeypatch.setattr(sys, "executable", "/nonexistent/python")
+    with pytest.raises(QsnapError, match="no guard can be started: No such file or directory; nothing was done"):
+        await claim._claim(monitor, "save", ("t",))
+    assert journals(runtime_directory) == []
 
 
 async def test_a_claim_that_may_have_been_made_is_left_to_the_guard(runtime_directory: Path) -> None:
