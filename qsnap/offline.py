@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 class Images:
     """The images of a VM that is off; the methods are those of :class:`qsnap.VM`.
 
-    :raise BadUsage: one is not there, may not be read, or is not qcow2.
+    :raise BadUsage: one is not there, may not be read, or is not qcow2, or its table of snapshots is damaged.
     """
 
     def __init__(self, paths: Sequence[str], state_dir: str | None = None) -> None:
@@ -47,7 +47,7 @@ class Images:
         for path in self._paths:
             try:
                 self._files.append(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY))
-                qcow2.header(self._files[-1])
+                list(qcow2.rows(self._files[-1], qcow2.header(self._files[-1])))
             except OSError as error:
                 raise BadUsage(f"{path} cannot be read: {error.strerror}") from error
             except qcow2.Unreadable as error:

@@ -264,7 +264,7 @@ def content_of(pread: Callable[[int, int], bytes]) -> Content | None:
             date=_EPOCH + timedelta(seconds=seconds, microseconds=nanoseconds // 1000),
             vm_clock_ns=clock,
         )
-    except (struct.error, ValueError, KeyError, TypeError, RecursionError):
+    except (struct.error, ValueError, KeyError, TypeError, RecursionError, OverflowError):
         return None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -73,6 +74,11 @@ def test_what_is_not_an_image(tmp_path: Path) -> None:
     (tmp_path / "text").write_text("x" * 1000)
     assert "the image is not qcow2" in cli("list", "--image", str(tmp_path / "text"), expect=2).err
     assert "No such file" in cli("list", "--image", str(tmp_path / "none"), expect=2).err
+    damaged = make_disk(tmp_path / "damaged")
+    qemu_img("snapshot", "-c", "t", damaged)
+    with damaged.open("r+b") as file:
+        os.pwrite(file.fileno(), b"\1" + bytes(7), 64)
+    assert "table of snapshots is cut short" in cli("list", "--image", str(damaged), expect=2).err
     cli("list", "--image", str(make_disk(tmp_path / "d")), "--all", expect=2)
     assert "no snapshots" in cli("list", "--image", str(tmp_path / "d")).err
 

@@ -196,6 +196,16 @@ def test_what_is_no_state_file(data: bytes, head: bytes) -> None:
     assert state_file.content_of(lambda size, offset: (head + data)[offset : offset + size]) is None
 
 
+@pytest.mark.parametrize("offset", [1 << 40, 1 << 63, (1 << 64) - 1])
+def test_a_snapshot_table_that_is_nowhere(tmp_path: Path, offset: int) -> None:
+    """Where no file can have it, even: whoever lists the others is not to fail for that."""
+    path = written(tmp_path / "state", Content("t", "/vm/root", 9, DATE, 5))
+    with path.open("r+b") as file:
+        os.pwrite(file.fileno(), struct.pack(">Q", offset), 64)
+    assert state_store.read(path) is None
+    assert flaw_of(path) == "it is not a state file"
+
+
 def test_an_image_of_another_kind(tmp_path: Path) -> None:
     qemu_img("create", "-q", "-f", "qcow2", tmp_path / "disk", "8M")
     qemu_img("snapshot", "-c", "t", tmp_path / "disk")
