@@ -17,6 +17,7 @@ from qsnap.errors import (
     GuestLeftStopped,
     JobFailed,
     MonitorLost,
+    NotSupported,
     PrecheckRefused,
     QsnapError,
     SnapshotNotFound,
@@ -28,9 +29,11 @@ from qsnap.model.requests import LoadRequest
 from qsnap.model.results import LoadResult
 from qsnap.model.snapshots import StateFile
 from qsnap.monitor.names import HALF_RESTORED
+from qsnap.operations.delta import NoDelta, delta
 from qsnap.operations.load import check_load, do_loadvm
 from qsnap.operations.load_attempt import LoadAttempt
 from qsnap.operations.plan import plan_load
+from qsnap.runs.group import Point
 from qsnap.runs.journal import Journal
 from qsnap.runs.pause import Pause
 from qsnap.runs.record import LoadStage, LoadWork
@@ -195,6 +198,31 @@ async def test_a_human_monitor_stops_it_by_itself(
     await load(qemu, running)
     assert qemu.calls == calls
     assert (qemu.translations < 0) is (calls != ["load"] or state is RunState.PAUSED)
+
+
+class Others:
+    """The other runs of a group, which are always there first."""
+
+    stopped = resumed = (None, 0.0)
+
+    def __init__(self, qemu: Qemu) -> None:
+        self.qemu = qemu
+
+    async def meet(self, point: Point) -> None:
+        self.qemu.note(point.name)
+
+    async def decide(self) -> None:
+        self.qemu.note("decided")
+
+
+@pytest.mark.parametrize("chooses_devices", [True, False])
+async def test_the_points_at_which_a_group_meets(qemu: Qemu, chooses_devices: bool) -> None:
+    """All its guests stand still before the first is loaded, whatever their monitors; and all are before one runs."""
+    qemu.chooses_devices = chooses_devices
+    qemu.journal.member = Others(qemu)  # type: ignore[assignment]
+    await load(qemu)
+    before, after = ["CHECKED", "READY", "stop", "STOPPED", "decided"], ["WRITTEN", "cont"]
+    assert qemu.calls == [*before, "load", *after]
 
 
 @pytest.mark.parametrize(
@@ -503,3 +531,60 @@ def test_a_state_file_that_cannot_be_opened(
         with pytest.raises(kind, match=words):
             asyncio.run(check_load(live, "l"))
     assert sorted(Path("/proc/self/fd").iterdir()) == before
+
+
+# The comparison of RAM with the snapshot
+
+
+class Compared:
+    """A comparison, which finds no difference."""
+
+    was_resumed = False
+
+    def __init__(self, qemu: Qemu) -> None:
+        self.qemu = qemu
+
+    async def differing(self) -> int:
+        self.qemu.note("compared")
+        return 0
+
+
+@pytest.mark.parametrize("fails", [None, 1, 2])
+async def test_a_comparison_before_the_load_and_after_it(
+    qemu: Qemu, monkeypatch: pytest.MonkeyPatch, fails: int | None
+) -> None:
+    """That RAM cannot be compared is found out before the guest is touched, or at least before anything is loaded."""
+    begun = 0
+
+    @asynccontextmanager
+    async def comparison(*_: object) -> AsyncIterator[Compared]:
+        nonlocal begun
+        begun += 1
+        if begun == fails:
+            raise NoDelta("this user may not read QEMU's memory")
+        yield Compared(qemu)
+
+    monkeypatch.setattr(delta, "comparison", comparison)
+    qemu.journal.member = Others(qemu)  # type: ignore[assignment]
+    loading = do_loadvm(Run(qemu, journal=qemu.journal), LoadRequest(tag="t", full=True, verify=True))
+    before = ["CHECKED", "READY", "stop", "STOPPED"]
+    if fails:
+        with pytest.raises(NotSupported, match="this user may not read QEMU's memory"):
+            await loading
+        assert qemu.calls == ([] if fails == 1 else [*before, "cont"])
+        return
+    result = await loading
+    assert qemu.calls == [*before, "decided", "load", "compared", "WRITTEN", "cont"]
+    assert (result.why_full, result.differing_pages) == ("it was asked for", 0)
+
+
+async def test_a_guest_that_stops_again_at_once(qemu: Qemu) -> None:
+    """It is told what was done to it."""
+
+    async def cont() -> float | None:
+        qemu.state = RunState.IO_ERROR
+        return None
+
+    qemu.cont = cont  # type: ignore[method-assign]
+    with pytest.raises(GuestLeftStopped, match="'t' was loaded; since then the guest is io-error"):
+        await load(qemu)

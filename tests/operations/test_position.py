@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
+import os
+from contextlib import nullcontext
+from pathlib import Path
+
 import pytest
 
-from qsnap.inventory.inventory import look
+from qsnap.errors import QsnapError
+from qsnap.inventory import lineage
+from qsnap.inventory.inventory import Inventory, look
 from qsnap.inventory.lineage import Lineage, key_of
-from qsnap.inventory.state_store import NO_STORE
+from qsnap.inventory.state_store import NO_STORE, StateStore
 from qsnap.model.snapshots import Origin, Position
 from qsnap.monitor.names import HERE
-from qsnap.operations.position import leave_position, note_position, origin_of
+from qsnap.operations.position import leave_position, note_position, origin_of, position_kept
 from qsnap.runs.run import Run
 from support.fake_monitor import FakeMonitor
+from support.noted import Vm
 
 pytestmark = pytest.mark.no_qemu
 
@@ -74,3 +83,31 @@ async def test_what_has_saved_it() -> None:
     assert origin_of(run, snapshot) is None
     run.first = run.first[0], Lineage(Position(), origins={key_of(snapshot): Origin(qemu="7.2.0")})
     assert origin_of(run, snapshot) == Origin(qemu="7.2.0")
+
+
+@pytest.mark.parametrize(
+    ("ending", "loads", "looked", "token"),
+    [
+        (None, False, True, "old"),
+        (QsnapError("it failed"), False, True, "new"),
+        (asyncio.CancelledError(), False, True, "new"),
+        (QsnapError("it failed"), True, True, "old"),
+        (QsnapError("it failed"), False, False, "old"),
+    ],
+)
+def test_what_touches_nothing_leaves_the_guest_where_it_was(
+    tmp_path: Path, ending: BaseException | None, loads: bool, looked: bool, token: str
+) -> None:
+    """With the mark that QEMU was given before; and nothing else does."""
+    vm = Vm(tmp_path)
+    with vm.images[0].open("r+b"), vm.images[1].open("r+b"):
+        inventory = Inventory(vm.graph, StateStore(os.getpid()))
+        assert lineage.write(inventory, Lineage(Position()), vm.found[0], "old", saved=Origin())
+        run = Run(FakeMonitor())
+        run.first = (inventory, lineage.lineage(inventory, [f"{HERE}old"])) if looked else None
+        run.loads, run.token = loads, "new"
+        with pytest.raises(type(ending)) if ending else nullcontext(), position_kept(run):
+            if ending:
+                raise ending
+        (place,) = tmp_path.glob("*.qsnap-tree")
+        assert json.loads(place.read_text())["token"] == token

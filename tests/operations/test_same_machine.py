@@ -9,11 +9,23 @@ from pathlib import Path
 
 import pytest
 
+import qsnap
+from qsnap.errors import PrecheckRefused
 from qsnap.inventory.machine import Contents, Devices, of_devices
 from qsnap.inventory.stream import Unknown
 from qsnap.model.machine import Machine, RamBlock, Section
 from qsnap.operations.same_machine import Hardware, differences
-from support.guest import Guest, Launch, blockdev, both_monitors, cli, disk_device, make_boot_disk, qemu_version
+from support.guest import (
+    Guest,
+    Launch,
+    blockdev,
+    both_monitors,
+    cli,
+    disk_device,
+    make_boot_disk,
+    needs_snapshot_jobs,
+    qemu_version,
+)
 
 #: QEMU tells the monitor all that it knows, and writes nothing to its log.
 HAS_LONG_ERRORS = qemu_version() >= (11, 0)
@@ -138,6 +150,22 @@ def test_seen_from_outside(launch: Launch, tmp_path: Path, what: str) -> None:
     guest.qmp("query-status")
     assert [event["event"] for event in guest.qmp.events if event["event"] in ("STOP", "RESUME")] == []
     assert_fails_in_qemu(guest)
+
+
+@needs_snapshot_jobs
+async def test_it_is_told_before_a_load_is_due(launch: Launch, tmp_path: Path) -> None:
+    """Wherever the VM state is."""
+    image = make_boot_disk(tmp_path / "disk")
+    guest = launched(launch, image, kind())
+    guest.wait_for_ticks(3)
+    for options in ["full"], ["--live", "live"]:
+        cli("save", *options, monitor=guest.address)
+    guest.quit()
+    guest = launched(launch, image, kind(memory="48"))
+    async with qsnap.connect(guest.address) as vm:
+        for tag in "full", "live":
+            with pytest.raises(PrecheckRefused, match="another machine"):
+                await vm.check_load(tag)
 
 
 @pytest.mark.parametrize("transport", ["hmp"], indirect=True)
