@@ -176,11 +176,12 @@ def unprepared(file: int, size: int, going: Collection[NodeSnapshot] = ()) -> li
 
     :param going: snapshots that will be deleted before it is written. Parts shared only with these are left out.
     :raise Unreadable: that cannot be found out.
+    :raise Damaged: a table is cut short.
     :raise OSError: the file cannot be read.
     """
     try:
         return [*_unprepared(file, size, going)]
-    except (struct.error, ValueError) as error:
+    except struct.error as error:
         raise Unreadable(f"the image's tables cannot be read: {error}") from error
 
 
@@ -222,7 +223,9 @@ def _not_own(
         own = COPIED if entry & COPIED else OFFSET if is_freed else 0
         clusters = range(begin, end, head.cluster)
         leaves = qcow2.entries(file, entry & OFFSET, head.cluster // 8)[:: head.step]
-        for at, leaf in zip(clusters, leaves[: len(clusters)], strict=True):
+        if len(leaves) < len(clusters):
+            raise Damaged("a table of the next state is cut short")
+        for at, leaf in zip(clusters, leaves, strict=False):
             if not leaf & own:
                 yield at, min(head.cluster, end - at), bool(leaf & OFFSET)
 
