@@ -120,7 +120,6 @@ class Stream:
 
     :param compared: the RAM blocks that are compared with it, and their sizes in bytes. None: all that it tells of.
     :ivar machine: the machine's name in QEMU, as "pc-q35-7.2"; "" before it came.
-    :ivar ram_bytes: the size of all RAM blocks.
     :ivar blocks: the sizes of the RAM blocks in bytes, by their names.
     :ivar section: the number of the section "ram".
     :ivar is_at_devices: all RAM has come.
@@ -128,15 +127,15 @@ class Stream:
 
     def __init__(self, compared: Mapping[str, int] | None) -> None:
         self.machine = ""
-        self.ram_bytes = 0
         self.is_at_devices = False
         self._compared = compared
         #: Which pages have come, a byte each.
         self._come = {block: bytearray(size // PAGE) for block, size in (compared or {}).items()}
-        self._has_begun = self._is_in_part = self._has_ended = False
+        self._has_begun = self._has_ended = False
         self.section = -1
         self.blocks: dict[str, int] = {}
-        self._last_type = 0
+        #: The type of the part that it is in; 0 between two.
+        self._part = 0
         self._block = ""
 
     def parts(self, piece: memoryview) -> tuple[list[Part], int]:
@@ -153,7 +152,7 @@ class Stream:
             except (_Short, struct.error, IndexError):
                 break
             at = part.end
-            if isinstance(part, Frame) and found and (both := joined(found[-1], part)):
+            if found and (both := joined(found[-1], part)):
                 found[-1] = both
             else:
                 found.append(part)
@@ -166,7 +165,7 @@ class Stream:
     def _next(self, piece: memoryview, at: int) -> Part:
         if self.is_at_devices:
             return Frame(at, len(piece))
-        if self._is_in_part:
+        if self._part:
             return self._records(piece, at)
         return Frame(at, self._frame(piece, at))
 
@@ -189,8 +188,7 @@ class Stream:
             (number,) = _U32.unpack_from(piece, at + 1)
             if number != self.section:
                 raise Broken(f"a part is of section {number}, not of ram's")
-            self._is_in_part = True
-            self._last_type = kind
+            self._part = kind
             return at + 5
         if kind == _FULL and self.section >= 0:
             self.is_at_devices = True
@@ -251,7 +249,7 @@ class Stream:
         for block, size in (self._compared or {}).items():
             if sizes.get(block) != size:
                 raise Unknown(f"the RAM block {block!r} has {sizes.get(block, 0):,} bytes there, and {size:,} now")
-        self.section, self.blocks, self.ram_bytes = section, sizes, total
+        self.section, self.blocks = section, sizes
         return at
 
     def _records(self, piece: memoryview, at: int) -> Part:
@@ -259,8 +257,8 @@ class Stream:
         flags, address = word & _FLAGS, word & ~_FLAGS
         if word == _EOS:
             end = _footer(piece, at + 8, self.section)
-            self._is_in_part = False
-            self._has_ended = self._last_type == _END
+            self._has_ended = self._part == _END
+            self._part = 0
             return Frame(at, end)
         body = {_WHOLE: PAGE, _FILLED: 1}.get(flags & ~_SAME_BLOCK)
         if body is None:
