@@ -240,7 +240,7 @@ class L1Tables:
         while a snapshot uses it. False: nothing shows it.
         """
         for active, own, others in zip(self.active.disk, mine.disk, (*other.disk, *[0] * len(mine.disk)), strict=False):
-            if own == others or not own or not active:
+            if own == others or not own:
                 continue
             if active == own:
                 return True
