@@ -107,7 +107,7 @@ class _Entry(NamedTuple):
     """A block of ``info block``: its header, the indented lines below, and the lines about its own image."""
 
     name: str
-    root: str
+    root: str | None
     filename: str
     driver: str
     flags: frozenset[str]
@@ -134,7 +134,7 @@ def _entries(text: str) -> Iterator[_Entry]:
         fields = (line.strip().partition(":")[::2] for line in body[:images] if line.startswith("    "))
         yield _Entry(
             name=header["name"],
-            root=header["root"] or "",
+            root=header["root"],
             filename=inserted["filename"] if inserted else "",
             driver=inserted["driver"] if inserted else "",
             flags=frozenset(filter(None, inserted["flags"].split(", "))) if inserted else frozenset(),
@@ -267,7 +267,7 @@ def _edges(entry: _Entry, entries: Sequence[_Entry]) -> Iterator[tuple[str, str]
             yield edge, child.name
         return
     for edge, wanted in _parts(entry.driver, entry.filename):
-        child = next((other for other in entries if other is not entry and _stack(other) == wanted), None)
+        child = next((other for other in entries if _stack(other) == wanted), None)
         if child is not None:
             yield edge, child.name
     if backing := entry.fields.get("Backing file"):
