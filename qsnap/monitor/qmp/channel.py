@@ -258,10 +258,8 @@ class Channel:
 
     def forget_stop_resume_events(self) -> None:
         """Forget the STOP and RESUME events so far."""
-        self._client.remove_listener(self._seen)
-        self._seen = EventListener(_STOP_RESUME)
+        self.stop_resume_events()
         self._past.clear()
-        self._client.register_listener(self._seen)
 
     def stop_resume_events(self) -> Sequence[tuple[str, float]]:
         """The STOP and RESUME events since they were forgotten, with their time stamps in seconds since 1970."""
