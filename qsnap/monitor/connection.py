@@ -92,7 +92,7 @@ async def _connected(address: Address) -> socket.socket:
     loop = asyncio.get_running_loop()
     if not isinstance(address, UnixAddress):
         infos = await loop.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM)
-        failure: OSError | None = None
+        failure = OSError(f"no address for {address.host}")
         for family, kind, protocol, _, target in infos:
             sock = socket.socket(family, kind | socket.SOCK_NONBLOCK, protocol)
             try:
@@ -102,7 +102,7 @@ async def _connected(address: Address) -> socket.socket:
                 failure = error
             else:
                 return sock
-        raise failure or OSError(f"no address for {address.host}")
+        raise failure
     while True:
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
         try:
@@ -121,9 +121,8 @@ async def _greeting(sock: socket.socket) -> bytes:
     """The first bytes of the greeting, after telnet's commands before it were read and dropped."""
     loop = asyncio.get_running_loop()
     while (start := await first_bytes(sock)).startswith(_IAC):
-        left = _IAC_BYTES
-        while left and (read := await loop.sock_recv(sock, left)):
-            left -= len(read)
+        for _ in range(_IAC_BYTES):
+            await loop.sock_recv(sock, 1)
     return start
 
 

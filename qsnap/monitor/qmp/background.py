@@ -31,7 +31,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import NamedTuple
 
-from qsnap.errors import CommandFailed, JobFailed, NotSupported
+from qsnap.errors import CommandFailed, JobFailed
 from qsnap.host import files
 from qsnap.model import outside
 from qsnap.model.qemu import MIGRATION_IDLE
@@ -97,8 +97,6 @@ class Background:
             self._channel.query(replies.MigrateParameters, "query-migrate-parameters"),
         )
         known = {item.capability: item.state for item in capabilities}
-        if _CAPABILITY not in known:
-            raise NotSupported(f"QEMU {self._channel.version} has no background snapshots; 6.0 and later have")
         return {
             _CAPABILITY: int(known[_CAPABILITY]),
             _BANDWIDTH: parameters.max_bandwidth,
