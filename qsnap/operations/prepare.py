@@ -103,7 +103,7 @@ def plan_preparation(
         return Preparation()
     name = _writable_as(inventory, vmstate)
     tag = request.tag if request.on_exists is OnExists.REPLACE else None
-    plan = Preparation(name=name or "", going=inventory.graph.nodes[vmstate].tagged(tag) if tag else ())
+    plan = Preparation(name=name, going=inventory.graph.nodes[vmstate].tagged(tag) if tag else ())
     if image is None or estimate is None:
         return _without(inventory, vmstate, request, plan, "its image, or QEMU's memory, cannot be seen from here")
     runs = takes_stop(runstate, version)
@@ -169,14 +169,14 @@ def _has_room(image: Path, stretches: Sequence[Stretch]) -> bool:
         return False
 
 
-def _writable_as(inventory: Inventory, vmstate: str) -> str | None:
-    """The name by which ``qemu-io`` addresses the guest device above the image; None if there is none.
+def _writable_as(inventory: Inventory, vmstate: str) -> str:
+    """The name by which ``qemu-io`` addresses the guest device above the image; "" if there is none.
 
     It takes the name of a ``-drive``, or a device; by a node-name it would not get the right to write.
     """
     roots = {device.node for device in inventory.devices if device.image == vmstate}
     users = (user for user in inventory.graph.backends if user.root in roots)
-    return next((name for user in users if (name := _name(user))), None)
+    return next((name for user in users if (name := _name(user))), "")
 
 
 def _name(user: BlockBackend) -> str:
