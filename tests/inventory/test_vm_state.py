@@ -234,7 +234,7 @@ def test_an_image_that_ends_too_early(tmp_path: Path, opened: Opened) -> None:
         unprepared(opened(short), 1)
     cut = opened(image.write(tmp_path / "cut", cut=CLUSTER - 8))
     assert unprepared(cut, CLUSTER) == []
-    with pytest.raises(Damaged, match="^a table of the next state is cut short$"):
+    with pytest.raises(Damaged, match="a table of the next state is cut short"):
         unprepared(cut, CLUSTER + 1)
     os.truncate(whole_image, 7 * CLUSTER + 9)
     with pytest.raises(OSError, match="shorter than it was") as error:
