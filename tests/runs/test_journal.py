@@ -13,8 +13,8 @@ from qsnap.errors import QsnapError
 from qsnap.monitor.address import TcpAddress, UnixAddress
 from qsnap.runs import journal, runtime_dir
 from qsnap.runs.group import Group, Point
-from qsnap.runs.journal import Journal, found, new_record
-from qsnap.runs.record import Record
+from qsnap.runs.journal import Found, Journal, found, new_record
+from qsnap.runs.record import Record, SaveWork
 from support.fake_monitor import FakeMonitor
 from support.guest import open_files
 
@@ -27,6 +27,37 @@ def test_its_name_must_be_free(runtime_directory: Path) -> None:
     (runtime_directory / f"{RECORD.token}.beginning").touch()
     with pytest.raises(QsnapError, match=r"no journal can be made in /.*File exists; nothing was done"):
         Journal.create(RECORD)
+
+
+def test_a_broken_journal_does_no_harm(runtime_directory: Path) -> None:
+    for name, text in (("a", b""), ("b", b"{"), ("c", b"[]\n"), ("d", b"\xff\n"), ("e", b'{"token": 1}\n')):
+        (runtime_directory / f"{name * 16}.journal").write_bytes(text)
+    (runtime_directory / f"{'f' * 16}.journal").mkdir()
+    os.mkfifo(runtime_directory / f"{'0' * 16}.journal")
+    (runtime_directory / f"{'1' * 16}.beginning").write_text("")
+    os.utime(runtime_directory / f"{'1' * 16}.beginning", (0, 0))
+    others = [runtime_directory / name for name in ("mine.journal", f"{'A' * 16}.journal", "backup.beginning")]
+    for path in others:
+        path.write_text("not qsnap's")
+        os.utime(path, (0, 0))
+    ours = Journal.create(msgspec.structs.replace(RECORD, token="2" * 16))
+    assert [one.record.token for one in found()] == ["2" * 16]
+    left = {runtime_directory / f"{name * 16}.journal" for name in "f02"}
+    assert set(runtime_directory.iterdir()) == {*left, *others}
+    dead = Found(others[0], RECORD, is_held=False)
+    assert dead.take() is None, "it cannot be read"
+    ours.close(remove=True)
+
+
+def test_how_far_the_work_has_come() -> None:
+    work = SaveWork(disk_tag="t", vmstate="a", devices=("a",), older=(), older_files=())
+    ours = Journal.create(msgspec.structs.replace(RECORD, work=work))
+    ours.advance(saving=True)
+    assert ours.record.work == msgspec.structs.replace(work, saving=True)
+    ours.has_advanced(is_complete=True)
+    assert ours.record.work == msgspec.structs.replace(work, saving=True, is_complete=True)
+    assert [one.record for one in found()] == [ours.record]
+    ours.close(remove=True)
 
 
 def test_who_holds_it(runtime_directory: Path) -> None:

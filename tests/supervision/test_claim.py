@@ -645,8 +645,10 @@ def test_what_is_said_of_a_holder() -> None:
     finally:
         child.kill()
         child.wait()
+    assert f"process {child.pid} (user " in str(working)
     assert "kill" not in str(working)
     assert f"kill -CONT {child.pid}" in str(stopped)
+    assert f"process {child.pid} on far (user " in str(not_here)
     assert "qsnap recover --force" in str(not_here)
     assert "kill" not in str(not_here)
     assert "of another version, or damaged" in str(unknown)
@@ -758,6 +760,13 @@ def test_holders_are_encoded_for_every_monitor() -> None:
     assert len(text) < 900
     assert text.replace("-", "").replace("_", "").isalnum()
     assert mark.decode(text) == holder
+    gone = Process(pid=os.getpid(), start=1)
+    lives = [
+        msgspec.structs.replace(holder, owner=owner, guard=guard).is_alive
+        for owner in (this_process(), gone)
+        for guard in (this_process(), gone, None)
+    ]
+    assert lives == [True, True, True, True, False, False]
     for broken in ("", "!", "e30", "bnVsbA", text[:-9], json.dumps({})):
         assert mark.decode(broken) is None
 

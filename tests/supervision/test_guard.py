@@ -597,23 +597,6 @@ def test_the_journal_of_another_vm_neither_of_which_can_be_seen(
     assert "the guest was resumed" in cli("list", monitor=address).err
 
 
-def test_a_broken_journal_does_no_harm(guest: Guest, runtime_directory: Path) -> None:
-    for name, text in (("a", b""), ("b", b"{"), ("c", b"[]\n"), ("d", b"\xff\n"), ("e", b'{"token": 1}\n')):
-        (runtime_directory / f"{name * 16}.journal").write_bytes(text)
-    (runtime_directory / f"{'f' * 16}.journal").mkdir()
-    os.mkfifo(runtime_directory / f"{'0' * 16}.journal")
-    (runtime_directory / f"{'1' * 16}.beginning").write_text("")
-    os.utime(runtime_directory / f"{'1' * 16}.beginning", (0, 0))
-    others = [runtime_directory / name for name in ("mine.journal", f"{'A' * 16}.journal", "backup.beginning")]
-    for path in others:
-        path.write_text("not qsnap's")
-        os.utime(path, (0, 0))
-    cli("save", "t", monitor=guest.address)
-    left = {runtime_directory / f"{name * 16}.journal" for name in "f0"}
-    assert set(runtime_directory.iterdir()) == {*left, *others}
-    guest.assert_running()
-
-
 def test_a_last_line_that_was_cut_short(abandoned: tuple[Guest, Path], runtime_directory: Path) -> None:
     guest, image = abandoned
     (journal,) = journals(runtime_directory)

@@ -253,6 +253,9 @@ async def test_a_run_whose_mark_is_gone_is_not_recovered() -> None:
     theirs = monitor.texts[CLAIM] = mark.of_this_process("save", "x").encode()
     assert (await recovery.recover(monitor, journal)).actions == ()
     assert (monitor.state, monitor.calls, monitor.texts) == (RunState.PAUSED, [], {CLAIM: theirs})
+    monitor.texts.clear()
+    assert (await recovery.recover(monitor, journal)).actions == ()
+    assert (monitor.state, monitor.calls) == (RunState.PAUSED, [])
 
 
 def claim_of(operation: str = "save", *, was_running: bool = True) -> Holder:
