@@ -683,6 +683,31 @@ async def test_journals_without_a_mark() -> None:
     living.close(remove=True)
 
 
+@pytest.mark.parametrize("force", [False, True])
+@pytest.mark.parametrize(
+    ("who", "may_be"), [("dead", True), ("living", False), ("far", None), ("unknown", None)], ids=lambda it: str(it)
+)
+async def test_whose_claim_is_taken(runtime_directory: Path, who: str, may_be: bool | None, force: bool) -> None:
+    """That of a dead run; with force that of one of which nothing is known. The journal of another VM stays."""
+    gone = Process(pid=os.getpid(), start=1)
+    theirs = Journal.create(_record(owner=gone, stopped=True))
+    theirs.close(remove=False)
+    holder = mark.holder(_record(owner=this_process() if who == "living" else gone), None, was_running=True)
+    if who == "far":
+        holder = msgspec.structs.replace(holder, machine="another boot")
+    text = "garbage" if who == "unknown" else holder.encode()
+    monitor = FakeMonitor(state=RunState.PAUSED, texts={CLAIM: text})
+    if may_be or (may_be is None and force):
+        (recovered,) = await claim.recover_all(monitor, force=force)
+        assert len(recovered.actions) == 1
+        assert (monitor.texts, monitor.calls) == ({}, [] if who == "unknown" else ["cont"])
+    else:
+        with pytest.raises(VMLocked):
+            await claim.recover_all(monitor, force=force)
+        assert (monitor.texts, monitor.calls) == ({CLAIM: text}, [])
+    assert journals(runtime_directory) == [theirs.path]
+
+
 async def test_a_run_that_cannot_be_recovered_now_can_be_later() -> None:
     """Nobody holds its journal."""
     record = msgspec.structs.replace(_record(), owner=Process(pid=os.getpid(), start=1), settings={"max-bandwidth": 1})
