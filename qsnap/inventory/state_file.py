@@ -261,7 +261,7 @@ def content_of(pread: Callable[[int, int], bytes]) -> Content | None:
             tag=name.decode(errors="surrogateescape"),
             image=str(said["image"]),
             vm_state_size=size,
-            date=_EPOCH + timedelta(seconds=seconds, microseconds=nanoseconds // 1000),
+            date=_EPOCH + timedelta(seconds=seconds, microseconds=min(nanoseconds // 1000, 999_999)),
             vm_clock_ns=clock,
         )
     except (struct.error, ValueError, KeyError, TypeError, RecursionError, OverflowError):

@@ -206,6 +206,18 @@ def test_a_snapshot_table_that_is_nowhere(tmp_path: Path, offset: int) -> None:
     assert flaw_of(path) == "it is not a state file"
 
 
+def test_a_date_beyond_all_dates(tmp_path: Path) -> None:
+    """As far as the seconds go, and a fraction of four seconds more."""
+    path = written(tmp_path / "state", Content("t", "/vm/root", 9, DATE, 5))
+    with path.open("r+b") as file:
+        (rows_at,) = struct.unpack(">Q", os.pread(file.fileno(), 8, 64))
+        os.pwrite(file.fileno(), b"\xff" * 8, rows_at + 16)
+    content = content_of(path)
+    assert content is not None
+    assert content.date.isoformat() == "2106-02-07T06:28:15.999999+00:00"
+    assert flaw_of(path) == "its snapshot table differs"
+
+
 def test_an_image_of_another_kind(tmp_path: Path) -> None:
     qemu_img("create", "-q", "-f", "qcow2", tmp_path / "disk", "8M")
     qemu_img("snapshot", "-c", "t", tmp_path / "disk")
