@@ -79,7 +79,8 @@ def test_where_a_file_belongs(image: Path, states: Path) -> None:
     assert re.fullmatch(r"vm-[0-9a-f]{8}\.t\.qsnap", path.name)
     assert chosen.beside(one, "a", "", ".x", always=True) == image.with_name("vm.x")
     assert beside.all_beside(one, devices(one), ".x") == (image.with_name("vm.x"),)
-    assert (beside.unseen_images(one, devices(one)), beside.unseen(one, devices(one))) == ((), ())
+    image.with_name("qsnap").touch()  # a name that is looked for to see whether any could be found
+    assert (beside.unseen_images(one, devices(one)), chosen.unseen(one, devices(one))) == ((), ())
     both = chosen.all_beside(one, devices(one), ".x")
     assert both == (image.with_name("vm.x"), path.with_name(path.name.replace(".t.qsnap", ".x")))
     # From where the image cannot be seen: by the name that QEMU has for it
@@ -191,8 +192,12 @@ def test_a_file_that_may_not_be_read() -> None:
         of = graph(*disk("a", image, row("t"), row("full", size=5)))
         for tag in "t", "full":
             state(image.with_name(f"vm.{tag}.qsnap"), tag, image).chmod(0)
+        closed = image.with_name("closed")
+        closed.mkdir(0)
         with as_nobody():
             found = StateStore(os.getpid()).files(of, devices(of))
+            assert StateStore(os.getpid(), closed).unseen(of, devices(of)) == (str(closed),)
+            assert StateStore(os.getpid(), image.with_name("none")).unseen(of, devices(of)) == ()
     assert [(file.disk_tag, file.is_readable) for file in found] == [("full", False), ("t", False)]
     assert {(file.trouble, file.is_whole) for file in found} == {("it may not be read by this user", True)}
 
