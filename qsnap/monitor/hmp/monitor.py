@@ -45,7 +45,6 @@ class _Line:
         stream = b""
         while (version := hmp_text.banner(stream)) is None:
             stream += await self._more("connecting")
-        self._rest = stream
         await self.answer("")
         return version
 
@@ -54,9 +53,7 @@ class _Line:
 
         The connection is held to the end of the answer, also if the caller is cancelled.
         """
-        task = asyncio.create_task(self._exchange(line))
-        task.add_done_callback(_seen)
-        return await asyncio.shield(task)
+        return await asyncio.shield(asyncio.create_task(self._exchange(line)))
 
     async def _exchange(self, line: str) -> str:
         command = line.split(" ")[0]
@@ -90,12 +87,6 @@ class _Line:
         with suppress(OSError, TimeoutError):
             async with asyncio.timeout(1):
                 await self._writer.wait_closed()
-
-
-def _seen(task: asyncio.Task[str]) -> None:
-    """Take note of a failure that nobody waits for any more."""
-    if not task.cancelled():
-        task.exception()
 
 
 async def connect(link: Connection, address: Address) -> HmpMonitor:
