@@ -280,7 +280,7 @@ class SaveAttempt:
             await delete_all(self._monitor, self._devices, (), useless)
         except JobFailed as error:
             sentences.append(str(error))
-        return held, "; ".join(filter(None, sentences)) or "nothing of it is left"
+        return held, "; ".join(filter(None, sentences))
 
     def _holders(self, graph: BlockGraph, tag: str | None = None) -> tuple[str, ...]:
         return snapshots.holders(graph, self._devices, tag or self.work.disk_tag)
