@@ -209,8 +209,8 @@ def _chain_below(graph: BlockGraph, image: str) -> Iterator[BlockNode]:
     while node is not None:
         # Down from an image by its backing file, and through a filter by whichever edge it has
         edges = ("backing",) if node.driver in SNAPSHOT_DRIVERS else ("backing", "file")
-        below = next((child for edge in edges for name, child in node.children if name == edge), None)
-        node = None if below in seen or below is None else graph.nodes.get(below)
+        below = next((child for edge in edges for name, child in node.children if name == edge), "")
+        node = None if below in seen else graph.nodes.get(below)
         if node is not None:
             seen.add(node.node_name)
             yield node

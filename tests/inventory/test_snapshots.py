@@ -249,7 +249,7 @@ def test_what_lies_below() -> None:
         node("base", filename="/vm/base.img", snapshots=(row("own"), row("t.qsnap-2"), row("t.qsnap-2")),
              children=(("file", "file-base"), ("backing", "root"))),
         node("file-base", "file"),
-        node("root", filename="/vm/root.img", children=(("backing", "a"),)),
+        node("root", filename="/vm/root.img", children=(("backing", "base"),)),
         node("b", filename="/vm/b.img", children=(("backing", "gone"),)),
     ]  # fmt: skip
     chained = graph(disk, *below)

@@ -18,7 +18,7 @@ from qsnap.model.qemu import BlockGraph, RunState
 from qsnap.model.results import SaveResult
 from qsnap.model.snapshots import Kind, StateFile
 from qsnap.monitor.names import NOTED, PROTECTED
-from qsnap.operations.annotate import annotate, note_save
+from qsnap.operations.annotate import annotate, forget_notes, note_checksums, note_save
 from qsnap.runs.run import Run
 from support.fake_monitor import FakeMonitor
 from support.noted import Vm, note
@@ -133,3 +133,35 @@ async def test_a_mark_is_there_before_the_note(vm: Vm) -> None:
     assert (t.protected, t.description) == (False, "text")
     assert monitor.calls == [f"-{PROTECTED} True"] * 2
     assert [name for name in monitor.texts if name.startswith(PROTECTED)] == [f"{PROTECTED}{'0' * 16}-{'1' * 16}"]
+
+
+async def test_what_is_deleted_is_forgotten(vm: Vm) -> None:
+    """Its note, its mark, and where the guest is if there is nothing left; notes that are damaged are left alone."""
+    monitor = Marked(vm)
+    run = Run(monitor, StateStore(os.getpid()))
+    await annotate(run, ("t", "u"), protected=True)
+    vm.rows = vm.rows[1:]
+    tree = vm.places[0].with_name("a.qsnap-tree")
+    tree.touch()
+    await forget_notes(run, await run.look())
+    (mark,) = protection.of_notes([note("u", 2, protected=True)], vm.places[0])
+    assert vm.written() == [("u", 2)]
+    assert [name for name in monitor.texts if name.startswith(PROTECTED)] == [mark]
+    assert tree.exists()
+    vm.rows = ()
+    vm.places[0].write_text("no JSON")
+    await forget_notes(run, await run.look())
+    assert not tree.exists()
+    assert vm.places[0].read_text() == "no JSON"
+    assert mark in monitor.texts
+
+
+async def test_checksums_of_some(vm: Vm) -> None:
+    """They are added to those that were noted, and the rest of the note stays."""
+    run = Run(Marked(vm), StateStore(os.getpid()))
+    await annotate(run, ("t",), description="text")
+    for checksums in {"t": {"a": "1"}}, {"t": {"b": "2"}}, {"none": {"a": "3"}}:
+        await note_checksums(run, checksums)
+    assert vm.notes().of(vm.found[0]).checksums == {"a": "1", "b": "2"}
+    assert vm.notes().of(vm.found[0]).description == "text"
+    assert vm.written() == [("t", 1)]

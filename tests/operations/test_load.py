@@ -22,13 +22,14 @@ from qsnap.errors import (
     QsnapError,
     SnapshotNotFound,
 )
+from qsnap.inventory.lineage import Lineage, key_of
 from qsnap.inventory.state_file import Content
 from qsnap.inventory.state_store import StateStore
 from qsnap.model.qemu import BlockGraph, RunState
 from qsnap.model.requests import LoadRequest
 from qsnap.model.results import LoadResult
-from qsnap.model.snapshots import StateFile
-from qsnap.monitor.names import HALF_RESTORED
+from qsnap.model.snapshots import Origin, Position, StateFile
+from qsnap.monitor.names import HALF_RESTORED, HERE
 from qsnap.operations.delta import NoDelta, delta
 from qsnap.operations.load import check_load, do_loadvm
 from qsnap.operations.load_attempt import LoadAttempt
@@ -308,6 +309,25 @@ async def test_failed_in_the_middle(qemu: Qemu, state: RunState, after: RunState
     assert (qemu.journal.record.work, qemu.journal.record.stopped) == (None, False)
 
 
+@pytest.mark.parametrize(
+    ("origin", "words"),
+    [
+        (Origin(qemu="7.2.0"), "; it was saved by QEMU 7.2.0, and this is QEMU 11.1.0"),
+        (Origin(qemu="11.1.0"), ""),
+        (None, ""),
+    ],
+)
+async def test_which_qemu_has_saved_what_fails(qemu: Qemu, origin: Origin | None, words: str) -> None:
+    qemu.failure, qemu.state = FAILED, RunState.PAUSED
+    run = Run(qemu)
+    inventory = await run.look()
+    known = {key_of(one): origin for one in inventory.snapshots if origin}
+    run.first = (inventory, Lineage(Position(), origins=known))
+    with pytest.raises(JobFailed) as failed:
+        await do_loadvm(run, LoadRequest(tag="t"))
+    assert failed.value.outcome.endswith(f"Do not `cont` it{words}")
+
+
 async def test_what_is_written_down_of_the_end(qemu: Qemu) -> None:
     """As soon as it is known: whoever completes the work of a run that is killed goes by that."""
     run, attempt = await attempt_of(qemu)
@@ -545,15 +565,18 @@ class Compared:
         self.qemu = qemu
 
     async def differing(self) -> int:
-        self.qemu.note("compared")
+        self.qemu.note(f"compared, {'stopped' if self.qemu.journal.record.stopped else 'paused'}")
         return 0
 
 
-@pytest.mark.parametrize("fails", [None, 1, 2])
+@pytest.mark.parametrize(("fails", "running"), [(None, None), (None, False), (1, None), (2, None)])
 async def test_a_comparison_before_the_load_and_after_it(
-    qemu: Qemu, monkeypatch: pytest.MonkeyPatch, fails: int | None
+    qemu: Qemu, monkeypatch: pytest.MonkeyPatch, fails: int | None, running: bool | None
 ) -> None:
-    """That RAM cannot be compared is found out before the guest is touched, or at least before anything is loaded."""
+    """That RAM cannot be compared is found out before the guest is touched, or at least before anything is loaded.
+
+    A guest that is to be paused is not resumed by its guard, whatever ends the last comparison.
+    """
     begun = 0
 
     @asynccontextmanager
@@ -566,7 +589,7 @@ async def test_a_comparison_before_the_load_and_after_it(
 
     monkeypatch.setattr(delta, "comparison", comparison)
     qemu.journal.member = Others(qemu)  # type: ignore[assignment]
-    loading = do_loadvm(Run(qemu, journal=qemu.journal), LoadRequest(tag="t", full=True, verify=True))
+    loading = do_loadvm(Run(qemu, journal=qemu.journal), LoadRequest(tag="t", full=True, verify=True, running=running))
     before = ["CHECKED", "READY", "stop", "STOPPED"]
     if fails:
         with pytest.raises(NotSupported, match="this user may not read QEMU's memory"):
@@ -574,8 +597,37 @@ async def test_a_comparison_before_the_load_and_after_it(
         assert qemu.calls == ([] if fails == 1 else [*before, "cont"])
         return
     result = await loading
-    assert qemu.calls == [*before, "decided", "load", "compared", "WRITTEN", "cont"]
+    after = ["compared, stopped", "WRITTEN", "cont"] if running is None else [*PAUSED, "compared, paused", "WRITTEN"]
+    assert qemu.calls == [*before, "decided", "load", *after]
     assert (result.why_full, result.differing_pages) == ("it was asked for", 0)
+
+
+@pytest.mark.parametrize(
+    ("running", "may_sleep", "asleep"),
+    [(True, False, True), (True, True, True), (None, False, True), (True, False, False)],
+)
+async def test_a_guest_that_was_saved_asleep(qemu: Qemu, running: bool | None, may_sleep: bool, asleep: bool) -> None:
+    """It is loaded, and sleeps: only for who wants it to run is that an error."""
+
+    async def cont() -> float | None:
+        qemu.state = RunState.SUSPENDED if asleep else RunState.RUNNING
+        return None
+
+    qemu.cont = cont  # type: ignore[method-assign]
+    loading = do_loadvm(Run(qemu), LoadRequest(tag="t", running=running, may_sleep=may_sleep))
+    if running and asleep and not may_sleep:
+        with pytest.raises(QsnapError, match=r"'t' was loaded, but the guest does not run: .* it sleeps \(S3\)"):
+            await loading
+    else:
+        assert (await loading).runstate == ("suspended" if asleep else "running")
+
+
+async def test_where_the_guest_was_does_not_count_any_more(qemu: Qemu) -> None:
+    run = Run(qemu)
+    run.remember()
+    await do_loadvm(run, LoadRequest(tag="t"))
+    assert run.token
+    assert f"{HERE}{run.token}" in qemu.texts
 
 
 async def test_a_guest_that_stops_again_at_once(qemu: Qemu) -> None:

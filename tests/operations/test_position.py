@@ -109,5 +109,19 @@ def test_what_touches_nothing_leaves_the_guest_where_it_was(
         with pytest.raises(type(ending)) if ending else nullcontext(), position_kept(run):
             if ending:
                 raise ending
-        (place,) = tmp_path.glob("*.qsnap-tree")
-        assert json.loads(place.read_text())["token"] == token
+        assert json.loads((tmp_path / "a.qsnap-tree").read_text())["token"] == token
+
+
+@pytest.mark.parametrize("saved", [True, False])
+async def test_what_is_written_down(tmp_path: Path, saved: bool) -> None:
+    """With the mark of this run, if it has set one; and what has saved the snapshot, if that was now."""
+    vm = Vm(tmp_path)
+    with vm.images[0].open("r+b"), vm.images[1].open("r+b"):
+        inventory = Inventory(vm.graph, StateStore(os.getpid()))
+        run = Run(FakeMonitor())
+        run.first = (inventory, Lineage(Position(), token="old"))  # noqa: S106 (of a mark)
+        run.token = "" if saved else "new"
+        assert await note_position(run, inventory, vm.found[0], saved=saved)
+    record = json.loads((tmp_path / "a.qsnap-tree").read_text())
+    assert record["token"] == ("old" if saved else "new")
+    assert [origin["qemu"] for _, origin in record["origins"]] == ["11.1.0"] * saved
