@@ -58,6 +58,15 @@ def test_a_decision_is_there_until_it_is_forgotten() -> None:
     assert (runtime_dir.is_decided(GROUP), runtime_dir.decisions()) == (False, set())
 
 
+def test_whether_there_are_journals(tmp_path: Path, runtime_directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    runtime_dir.decide(GROUP)
+    assert not runtime_dir.has_journals()
+    (runtime_directory / f"{GROUP}.journal").touch()
+    assert runtime_dir.has_journals()
+    monkeypatch.setenv("QSNAP_RUNTIME_DIR", str(tmp_path / "none"))
+    assert not runtime_dir.has_journals()
+
+
 def test_what_cannot_be_written_down_is_not_decided(runtime_directory: Path) -> None:
     (runtime_directory / f"{GROUP}.decided").mkdir()
     with pytest.raises(QsnapError, match=r"the decision .* cannot be written: File exists"):

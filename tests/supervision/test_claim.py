@@ -521,6 +521,11 @@ async def test_somebody_else_is_next_while_one_waits(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(claim, "_LOOK_S", 0)
 
     class Busy(Claimed):
+        async def mark(self, name: str) -> str | None:
+            if self.is_closed.is_set():
+                raise MonitorLost("it is closed")
+            return await super().mark(name)
+
         async def reconnect(self, timeout_s: float) -> None:
             if self.is_closed.is_set():
                 raise MonitorBusy("no greeting", "another client")
@@ -670,6 +675,41 @@ async def test_the_journal_tells_whether_a_run_lives() -> None:
     assert run is not None
     assert (run.is_alive, run.operation, run.tags, run.pid) == (False, "save", ("theirs",), os.getpid())
     others.close(remove=True)
+    gone = Process(pid=os.getpid(), start=1)
+    far = msgspec.structs.replace(mark.holder(_record(owner=gone), None, was_running=True), machine="another boot")
+    run = await claim.run_of(FakeMonitor(texts={CLAIM: far.encode()}))
+    assert run is not None
+    assert run.is_alive is None
+
+
+def test_whose_journals_there_are() -> None:
+    """A run is known by its monitor's socket, or by its QEMU, where that can be seen."""
+
+    def known(monitor: FakeMonitor) -> list[str]:
+        return [one.record.token for one in claim._journals(monitor)]
+
+    tcp = Journal.create(_record())
+    assert known(FakeMonitor(TcpAddress("127.0.0.1", 1)))
+    assert not known(FakeMonitor(TcpAddress("127.0.0.1", 2)))
+    assert not known(FakeMonitor(TcpAddress("127.0.0.1", 2), pid=os.getpid()))
+    seen = Journal.create(msgspec.structs.replace(_record(), qemu=this_process()))
+    assert known(FakeMonitor(TcpAddress("127.0.0.1", 2), pid=os.getpid()))
+    assert not known(FakeMonitor(TcpAddress("127.0.0.1", 2), pid=os.getppid()))
+    assert not known(FakeMonitor(TcpAddress("127.0.0.1", 2)))
+    for ours in (tcp, seen):
+        ours.close(remove=True)
+
+
+async def test_who_waits_for_a_run_goes_on_when_it_has_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(claim, "_LOOK_S", 0)
+    ours = Journal.create(_record())
+
+    async def end() -> None:
+        ours.close(remove=True)
+
+    ending = asyncio.create_task(end())
+    assert await claim.wait_for_monitor(TcpAddress("localhost", 1), asyncio.get_running_loop().time() + 10, 10)
+    await ending
 
 
 async def test_journals_without_a_mark() -> None:
@@ -685,7 +725,7 @@ async def test_journals_without_a_mark() -> None:
 
 @pytest.mark.parametrize("force", [False, True])
 @pytest.mark.parametrize(
-    ("who", "may_be"), [("dead", True), ("living", False), ("far", None), ("unknown", None)], ids=lambda it: str(it)
+    ("who", "may_be"), [("dead", True), ("living", False), ("far", None), ("unknown", None)], ids=str
 )
 async def test_whose_claim_is_taken(runtime_directory: Path, who: str, may_be: bool | None, force: bool) -> None:
     """That of a dead run; with force that of one of which nothing is known. The journal of another VM stays."""

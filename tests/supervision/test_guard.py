@@ -248,20 +248,20 @@ async def test_an_answer_that_cannot_be_understood(
     assert (journals(runtime_directory), marks(guest), guest.runstate) == ([], [], "running")
 
 
-async def test_the_guard_goes_on_with_the_connection_of_the_run(
-    launch: Launch, runtime_directory: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_guard_goes_on_with_the_connection_of_the_run(launch: Launch, runtime_directory: Path) -> None:
     """Whoever waits in the queue of the monitor would be served before a new one."""
-    monkeypatch.setattr(recovery, "_GREETING_S", 0.2)
     guest = launch(memory="16")
     guest.qmp("stop")
     qmp = Qmp(Path(guest.address))
+    journal = dead_run(guest, guest.address, stopped=True)
     with socket.socket(socket.AF_UNIX) as other:
         other.connect(guest.address)
-        async with asyncio.timeout(20):
-            await recovery.after_death(dead_run(guest, guest.address, stopped=True), qmp._sock)
-    assert (journals(runtime_directory), marks(guest), guest.runstate) == ([], [], "running")
-    assert qmp._sock.fileno() < 0, "it is closed"
+        started = guard.start(journal, qmp._sock)
+        journal.close(remove=False)
+        qmp.close()
+        started.hand_over()
+        wait_for_the_guard(runtime_directory)
+    assert (marks(guest), guest.runstate) == ([], "running")
 
 
 async def test_of_a_qemu_that_has_ended_only_the_journal_is_left(runtime_directory: Path) -> None:
