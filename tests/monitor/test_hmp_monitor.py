@@ -149,7 +149,7 @@ async def test_questions_that_are_not_answered(server: Server, monitor: HmpMonit
     assert await monitor.read_property("/x", "type") == "text"
 
 
-@pytest.mark.parametrize("answer", [None, b"x" * (3 << 20)], ids=["none", "too much"])
+@pytest.mark.parametrize("answer", [None, b"x" * (3 << 19)], ids=["none", "too much"])
 async def test_an_answer_that_does_not_come(
     server: Server, monitor: HmpMonitor, monkeypatch: pytest.MonkeyPatch, answer: bytes | None
 ) -> None:

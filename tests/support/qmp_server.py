@@ -15,6 +15,8 @@ from support.guest import DEADLINE_S
 VERSION = {"qemu": {"major": 7, "minor": 2, "micro": 3}, "package": ""}
 GREETING = json.dumps({"QMP": {"version": VERSION, "capabilities": []}}).encode() + b"\r\n"
 
+#: What stands among the commands for a file that was handed over.
+FILE = "(a file)"
 #: What is sent for a command; None: ``{}`` is returned.
 Answer = Callable[[dict[str, Any]], bytes | None]
 
@@ -58,8 +60,12 @@ class Server:
 
     async def _talk(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         while said := await reader.read(1 << 16):
-            # The library ends no line, and may ask two questions at once
+            # The library ends no line, and may ask two questions at once; with a file it sends a blank
             for text in said.decode().replace("}{", "}\n{").splitlines():
+                if text.startswith(" "):
+                    self.asked.append({"execute": FILE})
+                if not text.strip():
+                    continue
                 message = json.loads(text)
                 self.asked.append(message)
                 reply = None if message["execute"] == "qmp_capabilities" else self.answer(message)
