@@ -222,6 +222,19 @@ def test_the_name_of_a_new_one(
     assert new.spare.nodes == (("a",) if spare else ())
 
 
+def test_a_state_file_without_disks_goes_when_the_new_one_is_complete() -> None:
+    one = graph(node("a"))
+    devices = rules.survey(one).devices
+    new = snapshots.new_name(snapshots.snapshots(one, devices, [state("t", 1)]), devices, "t", keeps_older=True)
+    assert (new.disk_tag, new.spare.files, new.older.files) == ("t", (), ("/t",))
+
+
+def test_a_tag_that_is_not_there_needs_no_second_name() -> None:
+    one = graph(node("a"))
+    tag = "x" * 255
+    assert snapshots.new_name((), rules.survey(one).devices, tag, keeps_older=True).disk_tag == tag
+
+
 def test_what_is_wrong_with_a_new_one() -> None:
     two = graph(
         node("a", snapshots=(row("good", 5), row("none"), row("twice", 5), row("twice", 5))),

@@ -25,7 +25,7 @@ from qsnap.errors import (
 from qsnap.inventory.lineage import Lineage, key_of
 from qsnap.inventory.state_file import Content
 from qsnap.inventory.state_store import StateStore
-from qsnap.model.qemu import BlockGraph, RunState
+from qsnap.model.qemu import BlockGraph, Migration, RunState
 from qsnap.model.requests import LoadRequest
 from qsnap.model.results import LoadResult
 from qsnap.model.snapshots import Origin, Position, StateFile
@@ -640,3 +640,56 @@ async def test_a_guest_that_stops_again_at_once(qemu: Qemu) -> None:
     qemu.cont = cont  # type: ignore[method-assign]
     with pytest.raises(GuestLeftStopped, match="'t' was loaded; since then the guest is io-error"):
         await load(qemu)
+
+
+# A migration that has failed
+
+
+class Migrations:
+    """What QEMU keeps of a migration that has failed."""
+
+    def __init__(self, qemu: Qemu, *, stays: bool) -> None:
+        self.qemu = qemu
+        self.error = "Unable to write to socket"
+        self.stays = stays
+
+    def note(self, what: str) -> None:
+        record = self.qemu.journal.record
+        self.qemu.calls.append(f"{what}, {record.settings}, {record.forgetting}")
+
+    async def settings(self) -> dict[str, str]:
+        return {"a": "b"}
+
+    async def forget_failure(self) -> None:
+        self.note("forgotten")
+        if self.stays:
+            raise JobFailed("migrate", "it is kept")
+        self.error = ""
+
+    async def put_back(self, _: object) -> None:
+        self.note("put back")
+
+    async def close_lingering_files(self) -> None:
+        self.qemu.note("files of earlier loads closed")
+
+
+@pytest.mark.parametrize("stays", [True, False])
+async def test_a_failure_that_would_spoil_the_load(qemu: Qemu, monkeypatch: pytest.MonkeyPatch, stays: bool) -> None:
+    """It is forgotten before anything is touched; and what that takes is put back, whatever comes of it."""
+    migrations = Migrations(qemu, stays=stays)
+    monkeypatch.setattr(Qemu, "live", migrations)
+    qemu.live_obstacle = ""
+
+    async def migration() -> Migration:
+        return Migration(status="failed", error=migrations.error)
+
+    qemu.migration = migration  # type: ignore[method-assign]
+    calls = ["forgotten, {'a': 'b'}, True", "put back, {'a': 'b'}, True"]
+    if stays:
+        with pytest.raises(PrecheckRefused, match="'t' cannot be loaded now"):
+            await load(qemu)
+    else:
+        await load(qemu)
+        calls += ["files of earlier loads closed", "stop", "load", "cont"]
+    assert qemu.calls == calls
+    assert not qemu.journal.record.forgetting
