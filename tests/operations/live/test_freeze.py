@@ -22,7 +22,7 @@ from qsnap.inventory.state_file import STREAM_OFFSET
 from qsnap.model.qemu import RunState
 from qsnap.monitor.names import READ_TIME
 from qsnap.monitor.qmp.background import Stream
-from qsnap.operations.live import freeze
+from qsnap.operations.live import freeze, timing
 from qsnap.operations.live.freeze import FreezeBefore9, FreezeSince9
 from qsnap.operations.live.timing import ReadTime, SnapshotThread
 from qsnap.operations.progress import Phase, Progress
@@ -102,8 +102,10 @@ def part(tmp_path: Path) -> Iterator[Path]:
 
 
 @pytest.fixture
-def freezes(monitor: Played, part: Path) -> Iterator[dict[str, Any]]:
-    """By the version of QEMU."""
+def freezes(monitor: Played, part: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
+    """By the version of QEMU. One that waits in vain ends soon."""
+    monkeypatch.setattr(freeze, "_STATE_TIMEOUT_S", 5.0)
+    monkeypatch.setattr(timing, "_PATIENCE_S", 5.0)
     file = os.open(part, os.O_RDWR)
     run: Any = SimpleNamespace(monitor=monitor, journal=Journal())
 
