@@ -168,8 +168,8 @@ async def test_how_things_stand_is_looked_for(make: Any, was_running: bool) -> N
 
 
 async def test_what_had_not_begun_is_not_undone() -> None:
-    for failure, work in (failed(), {}), (GuestLeftStopped("it is stopped"), {"saving": True}):
-        attempt, monitor = await attempt_of(OLD, **work)
+    for failure, is_saving in (failed(), False), (GuestLeftStopped("it is stopped"), True):
+        attempt, monitor = await attempt_of(OLD, saving=is_saving)
         await attempt.clear_up(failure, was_running=True)
         assert (monitor.calls, getattr(failure, "outcome", "")) == ([], "")
         assert monitor.rows == OLD
