@@ -523,7 +523,7 @@ def live(tmp_path: Path) -> Run:
                 raise self.error
             return super().opened(file)
 
-    monitor = FakeMonitor(live_obstacle="")
+    monitor = Qemu(live_obstacle="")
     store = Store(None, tmp_path)
     asyncio.run(monitor.snapshot_save("l", "", ["disk0", "disk1"]))
     graph = asyncio.run(monitor.block_graph())
@@ -551,6 +551,49 @@ def test_a_state_file_that_cannot_be_opened(
         with pytest.raises(kind, match=words):
             asyncio.run(check_load(live, "l"))
     assert sorted(Path("/proc/self/fd").iterdir()) == before
+
+
+class Nodes:
+    """The node of the state file."""
+
+    def __init__(self, qemu: Qemu) -> None:
+        self.qemu = qemu
+
+    async def close_lingering_files(self) -> None:
+        pass
+
+    async def add_state_node(self, file: int, node: str) -> None:
+        assert os.fstat(file).st_size
+        self.qemu.note("node")
+
+
+@pytest.mark.parametrize("damaged", [False, True])
+def test_a_state_file_is_handed_to_qemu_if_it_is_whole(
+    live: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damaged: bool
+) -> None:
+    """And it is taken away again."""
+    qemu = live.monitor
+    assert isinstance(qemu, Qemu)
+
+    async def tidy() -> None:
+        qemu.note("tidied")
+
+    qemu.tidy = tidy  # type: ignore[method-assign]
+    qemu.calls.clear()
+    monkeypatch.setattr(Qemu, "live", Nodes(qemu))
+    if damaged:
+        (path,) = tmp_path.glob("*.qsnap")
+        with path.open("r+b") as file:  # where its active L1 table begins
+            at = int.from_bytes(os.pread(file.fileno(), 8, 40), "big")
+            os.pwrite(file.fileno(), b"\1", at + 8)
+        with pytest.raises(PrecheckRefused, match="is damaged: ") as refused:
+            asyncio.run(do_loadvm(live, LoadRequest(tag="l")))
+        assert "the guest was not touched" in str(refused.value)
+        assert qemu.calls == ["tidied"]
+    else:
+        result = asyncio.run(do_loadvm(live, LoadRequest(tag="l")))
+        assert (result.vmstate, result.file is not None) == (None, True)
+        assert qemu.calls == ["node", "stop", "load", "cont", "tidied"]
 
 
 # The comparison of RAM with the snapshot
