@@ -97,7 +97,6 @@ async def connect(link: Connection, address: Address) -> HmpMonitor:
 
 async def adopt(sock: socket.socket, address: Address) -> HmpMonitor:
     """Go on with another process's connection. See :func:`qsnap.monitor.adopt_monitor`."""
-    sock.setblocking(False)
     link = Connection(sock, peer_pid(sock), "hmp")
     line = _Line(*await asyncio.open_connection(sock=sock))
     try:
