@@ -768,11 +768,12 @@ async def test_whose_monitor_it_is(launch: Launch, tmp_path: Path) -> None:
         where = UnixAddress(address) if isinstance(address, str) else address
         ours = Journal.create(msgspec.structs.replace(record, token=os.urandom(8).hex()))
         try:
-            return await claim.wait_for_monitor(where, 0, 0)
+            assert await claim.wait_for_monitor(where, 0, 0) is False
         except VMLocked as locked:
             return locked.pid == os.getpid()
         finally:
             ours.close(remove=True)
+        return False
 
     run = new_record("save", ("t",), FakeMonitor(UnixAddress(first.qmp_address), pid=first.pid))
     assert await waits_for(run, first.qmp_address)
