@@ -270,3 +270,12 @@ async def test_a_connection_that_cannot_be_gone_on_with() -> None:
             await monitors.adopt(ours, server.address)
         await talking
     writer.close()
+
+
+async def test_the_models_of_the_drives(server: Server, monitor: HmpMonitor) -> None:
+    answers = {
+        "info block": b"cd0: [not inserted]\r\n    Attached to:      cd0\r\n    Removable device: not locked\r\n",
+        'qom-get "/machine/peripheral/cd0" type': b'"ide-cd"\r\n',
+    }
+    server.answer = lambda line: answers.get(line, b"")
+    assert [one.qdev_type for one in (await monitor.block_graph()).backends] == ["ide-cd"]

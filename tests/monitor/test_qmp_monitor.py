@@ -240,3 +240,9 @@ async def test_when_it_is_asked_for_block_jobs(server: Server, monitor: QmpMonit
     graph = await monitor.block_graph()
     assert [one.id for one in graph.jobs] == ([] if edges == [] else ["j"])
     assert monitor.qdev_types == {"vd0": "virtio-blk-pci"}
+
+
+async def test_it_is_tidied_up(server: Server, monitor: QmpMonitor) -> None:
+    server.answer = lambda message: returned(message, [])
+    await monitor.tidy()
+    assert asked(server) == ["query-named-block-nodes", "query-fdsets"]
