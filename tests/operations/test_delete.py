@@ -13,6 +13,8 @@ import pytest
 from qsnap.errors import JobFailed, NotSupported, PartialFailure, PrecheckRefused, SnapshotNotFound, VerifyFailed
 from qsnap.inventory.devices import survey
 from qsnap.inventory.snapshots import Holding
+from qsnap.inventory.state_file import Content
+from qsnap.inventory.state_store import read
 from qsnap.model.qemu import RunState
 from qsnap.model.requests import DeleteRequest
 from qsnap.operations.delete import _deleted, delete_all, delete_replaced, do_delvm
@@ -20,6 +22,7 @@ from qsnap.runs.group import Point
 from qsnap.runs.record import DeleteWork
 from qsnap.runs.run import Run
 from support.fake_monitor import FakeMonitor
+from support.state_files import DATE, written
 
 pytestmark = pytest.mark.no_qemu
 
@@ -216,6 +219,17 @@ async def test_a_state_file_that_stays(tmp_path: Path, monkeypatch: pytest.Monke
     assert [file.exists() for file in files] == [True, False]
     (warning,) = await delete_replaced(monitor, inventory.devices, (), held.files)
     assert (warning.code, warning.cure) == ("replaced-left", "remove the file by hand")
+
+
+async def test_a_state_file_whose_disks_have_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It goes as a snapshot does: the guard knows of it before."""
+    file = written(tmp_path / "a.a.qsnap", Content("a", str(tmp_path / "a"), 9, DATE, 7))
+    monitor, run = await holding("b")
+    inventory = await run.look()
+    monkeypatch.setattr(inventory.store, "files", lambda *_: (read(file),))
+    deleted = await do_delvm(run, DeleteRequest(tags=("a", "b")), inventory)
+    assert (deleted.deleted, deleted.files) == ({"a": (), "b": DISKS}, {"a": (str(file),)})
+    assert (monitor.calls, file.exists()) == (["ready", "tidy", "ready", "delete"], False)
 
 
 async def test_a_replaced_snapshot_that_stays() -> None:

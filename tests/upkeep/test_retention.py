@@ -219,8 +219,9 @@ def test_an_empty_policy_is_refused() -> None:
 )  # fmt: skip
 def test_a_policy_that_is_not_one(wrong: Policy) -> None:
     """In a program nobody parses it; a rule whose name is wrong would keep nothing."""
-    with pytest.raises(BadUsage):
-        decide(hourly(NOW - timedelta(hours=3), NOW), wrong, NOW)
+    for snapshots in hourly(NOW - timedelta(hours=3), NOW), []:
+        with pytest.raises(BadUsage):
+            decide(snapshots, wrong, NOW)
 
 
 def test_a_duration_may_be_a_text() -> None:
@@ -249,6 +250,12 @@ def test_from_the_future() -> None:
     assert [one.reasons for one in decisions] == [
         ("in the future",), ("in the future",), ("last snapshot",), (), (), (),
     ]  # fmt: skip
+
+
+def test_where_there_is_nothing_to_choose_from() -> None:
+    future = snapshot(NOW + timedelta(days=1))
+    assert decide([], Policy(last=1), NOW) == ()
+    assert decide([future], Policy(last=1), NOW) == (Decision(future, ("in the future",)),)
 
 
 def test_the_newest_whole_one_stays_whatever_else_is_kept() -> None:
