@@ -173,7 +173,7 @@ def test_what_takes_the_place_of_a_file_is_left_alone(
     file = files.created(old)
     as_nobody(lambda: old.rename(theirs / "mine"))
     link(old, ours)
-    with pytest.raises(OSError, match="another file"):
+    with pytest.raises(OSError, match="old is another file"):
         files.rename(file, old, new)
     assert not files.remove(old, files.identity(file))
     assert old.is_symlink()
