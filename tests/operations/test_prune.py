@@ -6,7 +6,8 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 
-from qsnap.errors import BadUsage
+from qsnap.errors import BadUsage, PrecheckRefused
+from qsnap.inventory.state_store import StateStore
 from qsnap.operations.prune import PruneRequest, do_prune
 from qsnap.runs.run import Run
 from qsnap.upkeep.retention import Policy
@@ -51,4 +52,14 @@ async def test_nothing_to_remove() -> None:
     assert (other.keep, other.remove, other.other_series) == ((), (), ("n",))
     with pytest.raises(BadUsage):
         await do_prune(Run(monitor), PruneRequest("", Policy(last=1)))
+    assert left(monitor) == [*TAGS, "other"]
+
+
+async def test_notes_that_cannot_be_seen() -> None:
+    """What is protected may stand there: nothing is removed. Where nothing is to be, nobody asks."""
+    monitor = await with_series()
+    run = Run(monitor, StateStore(None))
+    assert len((await do_prune(run, PruneRequest("n", Policy(last=3)))).keep) == 3
+    with pytest.raises(PrecheckRefused, match="nothing was pruned"):
+        await do_prune(run, PruneRequest("n", Policy(last=1)))
     assert left(monitor) == [*TAGS, "other"]
