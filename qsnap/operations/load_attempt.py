@@ -56,18 +56,21 @@ class LoadAttempt:
         self._is_touched = False
         self.was_running = pause.was_running
 
-    async def load(self, vmstate: str, devices: Sequence[str]) -> bool:
+    async def load(self, vmstate: str, devices: Sequence[str], *, is_sure: bool = True) -> bool:
         """Have QEMU load *vmstate* into *devices*, and wait until it has; whether that was seen on this connection.
 
+        :param is_sure: the guest may run if the load ends well. Else its guard leaves it stopped, until the journal
+            tells of no load.
         :raise JobFailed: QEMU reported an error: see :meth:`fail`.
         :raise GuestLeftStopped: the outcome is unknown, or the load was interrupted and has failed.
         """
-        self._journal.note(work=LoadWork(was_running=self.was_running, stage=LoadStage.BEGUN))
+        stage = LoadStage.BEGUN if is_sure else LoadStage.UNSURE
+        self._journal.note(work=LoadWork(was_running=self.was_running, stage=stage))
         self._is_touched = self._run.loads  # a delta load that was in doubt may have reverted the disks
         self._run.loads = True
         try:
             async with self._monitor.snapshot_load(self._plan.snapshot.disk_tag, vmstate, devices) as failure:
-                self._note_end(failure)
+                self._note_end(failure, is_sure=is_sure)
         except MonitorLost as lost:
             if error := await self._awaited(self._outcome_after(lost)):
                 await self.fail(error)
@@ -76,7 +79,7 @@ class LoadAttempt:
             # It goes on inside QEMU; only its end tells whether the guest may run
             if error := await self._awaited(self._monitor.settle()):
                 await self.fail(error)
-            self._journal.done(work=None)
+            self._note_end(None, is_sure=is_sure)
             cancelled.add_note(f"the load of {self._plan.snapshot.tag!r} had begun and was completed")
             raise
         return True
@@ -101,10 +104,11 @@ class LoadAttempt:
             await reconnect(self._monitor, self._journal)
             await leave_restore_vm(self._monitor)
 
-    def _note_end(self, error: JobFailed | None) -> None:
+    def _note_end(self, error: JobFailed | None, *, is_sure: bool) -> None:
         """Note the end of the load in the journal, while QEMU still keeps the job."""
         if error is None:
-            self._journal.done(work=None)
+            if is_sure:
+                self._journal.done(work=None)
         elif self._has_touched_nothing(error):
             self._run.loads = False
             self._journal.done(work=None)

@@ -72,6 +72,8 @@ class LoadStage(StrEnum):
     """Translated code is being dropped; nothing is loaded yet."""
     BEGUN = "begun"
     """QEMU may have got the command to load."""
+    UNSURE = "unsure"
+    """As BEGUN, and also when it has ended well the guest must not run before RAM was compared."""
     FAILED = "failed"
     """QEMU reported an error after the load had begun."""
 

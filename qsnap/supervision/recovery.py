@@ -141,6 +141,8 @@ async def _end_load(monitor: Monitor, journal: Journal, work: LoadWork) -> list[
         return []
     if work.stage is LoadStage.FAILED:
         failure = QsnapError("QEMU reported an error")
+    elif work.stage is LoadStage.UNSURE:
+        failure = QsnapError("nobody has compared what it made")
     else:
         unseen = QsnapError("nobody has seen how the load ended")
         failure = await monitor.load_outcome(unseen, was_running=work.was_running)

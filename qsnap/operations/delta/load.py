@@ -131,8 +131,10 @@ class Load:
         if self._comparison is None or self._delta is None:
             await self._load_full()
             return
+        devices = (*self._devices, self._delta.node)
+        is_sure = self._comparison.is_still and not self._verifies
         try:
-            is_seen = await self._attempt.load(self._delta.node, (*self._devices, self._delta.node))
+            is_seen = await self._attempt.load(self._delta.node, devices, is_sure=is_sure)
             doubt = "" if is_seen else "the monitor was lost during the delta load"
         except JobFailed as failure:
             doubt = f"QEMU did not load what differs: {failure.reason}"
@@ -156,6 +158,8 @@ class Load:
             self.why_full = doubt
             self.ram_bytes = self.found_by = self.differing_pages = None
             await self._load_full()
+        else:
+            self._run.journal.done(work=None)
 
     async def _load_full(self) -> None:
         try:

@@ -458,6 +458,32 @@ def test_killed_during_the_comparison(guest: Guest, tmp_path: Path, runtime_dire
     assert load(guest, "t")["method"] == "delta"
 
 
+def test_killed_before_the_load_is_verified(launch: Launch, tmp_path: Path, runtime_directory: Path) -> None:
+    """Where a device may have written meanwhile, the guard does not resume a guest whose RAM nobody has compared."""
+    guest = launch(
+        *blockdev("a", make_boot_disk(tmp_path / "a")), *disk_device("a"),
+        "-device", "virtio-serial", "-chardev", "null,id=c", "-device", "virtserialport,chardev=c",
+    )  # fmt: skip
+    guest.wait_for_ticks()
+    changed = Changed(guest)
+    killed = """
+import os, signal
+from qsnap.cli import main
+from qsnap.operations.delta.delta import Comparison
+Comparison.differing = lambda self: os.kill(os.getpid(), signal.SIGKILL)
+main()
+"""
+    process = start_cli("load", "t", monitor=guest.address, code=killed)
+    assert finish(process).code == -signal.SIGKILL
+    wait_for_the_guard(runtime_directory)
+    assert not guest.qmp("query-status")["running"]
+    assert cli("status", "--json", monitor=guest.address).json["is_half_restored"]
+    assert in_process(guest, running=False).differing_pages == 0
+    assert ram(guest) == changed.expected
+    guest.qmp("cont")
+    guest.assert_running()
+
+
 def test_interrupted_during_the_comparison(guest: Guest, monkeypatch: pytest.MonkeyPatch) -> None:
     """The comparison ends, nothing was loaded, and the guest runs on."""
     cli("save", "t", monitor=guest.address)
