@@ -23,7 +23,8 @@ LOCK_WAIT_S = 5.0
 
 
 async def _awaited(where: Address, deadline: float, lock_wait_s: float) -> bool:
-    """Wait until no other qsnap holds the VM: see :func:`qsnap.supervision.claim.wait_for_monitor`."""
+    """Wait until no other qsnap is using the VM; whether one was: see
+    :func:`qsnap.supervision.claim.wait_for_monitor`."""
     if runtime_dir.problem() or not runtime_dir.has_journals():
         return False  # what cannot be trusted is reported by a run that writes there
     from qsnap.supervision.claim import wait_for_monitor

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 LOG = os.path.join(os.path.dirname(__file__), "reach.log")  # noqa: PTH118, PTH120 (pathlib takes time)
 
 _seen: set[str] = set()
+#: Their own names: tests put others in place of those in ``os``.
+_open, _write_to, _close = os.open, os.write, os.close
 
 
 class Reached(NamedTuple):
@@ -55,9 +57,9 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
 def _write(line: str) -> None:
     # Opened each time, because the guard's process closes what it does not know; the log belongs to all.
     try:
-        file = os.open(LOG, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
-        os.write(file, line.encode() + b"\n")
-        os.close(file)
+        file = _open(LOG, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
+        _write_to(file, line.encode() + b"\n")
+        _close(file)
     except OSError:
         pass  # a test has taken the right to write files, or the descriptors
 

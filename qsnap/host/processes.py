@@ -191,11 +191,12 @@ def state_estimate(pid: int | None, ram_bytes: int) -> StateEstimate | None:
     try:
         mappings = ram_mappings(pid, ram_bytes)
         size = sum(mapping.size for mapping in mappings)
-        touched = min(size, _touched(pid))
+        is_private = bool(mappings) and all(mapping.permissions == "rw-p" for mapping in mappings)
+        touched = min(size, _touched(pid)) if is_private else _touched_there(pid, mappings)
     except (OSError, ValueError):
         return None
     fallback = StateEstimate(0, touched, touched + OVERHEAD_BYTES)
-    if not mappings or not all(mapping.permissions == "rw-p" for mapping in mappings):
+    if not is_private:
         return fallback
     try:
         share = _used_share(pid, mappings)
@@ -260,8 +261,14 @@ def uses(pid: int) -> dict[int, Use]:
     return found
 
 
+def _touched_there(pid: int, mappings: list[Mapping]) -> int:
+    """How much of some mappings exists, in bytes."""
+    used = uses(pid) if mappings else {}
+    return sum(used[mapping.start].touched for mapping in mappings if mapping.start in used)
+
+
 def _touched(pid: int) -> int:
-    """How much of all its memory a process has touched, in bytes."""
+    """How much of all its memory a process has touched, in bytes; but for shared memory that was swapped out."""
     lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith(("VmRSS:", "VmSwap:", "HugetlbPages:")))
 

@@ -41,7 +41,7 @@ def create(part: Path, image: Path | None, reserved: int) -> int:
     """Create the file: mode 0600, locked, open to read and write.
 
     :param image: a file that root creates gets the owner of this image.
-    :param reserved: bytes to reserve on the file system.
+    :param reserved: bytes to reserve on the file system, more than none.
     :raise OSError: it cannot be made; nothing of it is left.
     """
     remove_unused(part)  # a dead run's file: the claim is ours now

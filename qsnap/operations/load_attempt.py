@@ -59,8 +59,8 @@ class LoadAttempt:
     async def load(self, vmstate: str, devices: Sequence[str], *, is_sure: bool = True) -> bool:
         """Have QEMU load *vmstate* into *devices*, and wait until it has; whether that was seen on this connection.
 
-        :param is_sure: the guest may run if the load ends well. Else its guard leaves it stopped, until the journal
-            tells of no load.
+        :param is_sure: the guest may run if the load ends well. Else its guard leaves it stopped, until
+            :meth:`be_sure`.
         :raise JobFailed: QEMU reported an error: see :meth:`fail`.
         :raise GuestLeftStopped: the outcome is unknown, or the load was interrupted and has failed.
         """
@@ -83,6 +83,15 @@ class LoadAttempt:
             cancelled.add_note(f"the load of {self._plan.snapshot.tag!r} had begun and was completed")
             raise
         return True
+
+    def doubt(self) -> None:
+        """Leave the guest stopped, whatever ends the block, until :meth:`be_sure`."""
+        self._pause.resume = False
+
+    def be_sure(self) -> None:
+        """What was loaded is certain: the guest may run."""
+        self._journal.done(work=None)
+        self._pause.resume = self.was_running
 
     async def fail(self, failure: QsnapError) -> NoReturn:
         """End a load that has failed: the guest runs again if nothing was loaded, and is left stopped if something may
@@ -133,11 +142,13 @@ class LoadAttempt:
         except OperationTimeout as error:
             # Nobody may resume it before the end is known
             self._pause.resume = False
-            guard = f"process {self._journal.guard_pid}, its guard, resumes it if the load goes well"
-            raise GuestLeftStopped(
-                f"the load has not ended: {error}. The guest is stopped; "
-                + (guard if self._journal.guard_pid is not None else "look at its run state before you `cont` it")
-            ) from error
+            cure = "look at its run state before you `cont` it"
+            if self._journal.guard_pid is not None:
+                work = self._journal.record.work
+                is_sure = not isinstance(work, LoadWork) or work.stage is not LoadStage.UNSURE
+                deed = "resumes it if the load goes well" if is_sure else "leaves it stopped: load again"
+                cure = f"process {self._journal.guard_pid}, its guard, {deed}"
+            raise GuestLeftStopped(f"the load has not ended: {error}. The guest is stopped; {cure}") from error
 
     def _has_touched_nothing(self, failure: JobFailed) -> bool:
         """Whether QEMU refused a load before it began: RAM and disks are as they were."""

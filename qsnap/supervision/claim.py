@@ -11,7 +11,7 @@ import asyncio
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 
-from qsnap.errors import CommandFailed, MonitorBusy, MonitorLost, PrecheckRefused, QsnapError, VMLocked
+from qsnap.errors import CommandFailed, MonitorBusy, MonitorError, MonitorLost, PrecheckRefused, QsnapError, VMLocked
 from qsnap.host.processes import is_alive, is_stopped, process
 from qsnap.model.results import Recovered, Unfinished
 from qsnap.model.runstates import takes_stop
@@ -31,6 +31,8 @@ from qsnap.supervision import guard
 _LOOK_S = 0.1
 #: Seconds for giving a claim back; after that, its guard does it.
 _RELEASE_TIMEOUT_S = 10.0
+#: Seconds for leaving that to the guard: see :func:`has_ended`, and closing the connection.
+_HAND_OVER_S = 5.0
 
 
 @asynccontextmanager
@@ -61,7 +63,7 @@ async def claimed(
         yield ours
         ours.done(is_done=True)
     finally:
-        await shielded(_release(monitor, ours), _RELEASE_TIMEOUT_S + 1)
+        await shielded(_release(monitor, ours), _RELEASE_TIMEOUT_S + _HAND_OVER_S)
 
 
 async def _acquired(
@@ -151,8 +153,8 @@ async def _release(monitor: Monitor, ours: Journal) -> None:
         try:
             async with asyncio.timeout(_RELEASE_TIMEOUT_S):
                 await mark.give_up(monitor, CLAIM, ours.record.token)
-        except (QsnapError, TimeoutError):
-            is_done = await has_ended(ours)
+        except (QsnapError, TimeoutError) as error:
+            is_done = isinstance(error, MonitorError) and await has_ended(ours)
     if is_done:
         _drop(ours, watching)
     else:

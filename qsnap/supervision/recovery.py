@@ -12,7 +12,16 @@ import socket
 from collections.abc import Sequence
 from contextlib import suppress
 
-from qsnap.errors import CommandFailed, ConnectError, GuestLeftStopped, JobFailed, MonitorError, QsnapError
+from qsnap.errors import (
+    CommandFailed,
+    ConnectError,
+    GuestLeftStopped,
+    JobFailed,
+    MonitorBusy,
+    MonitorError,
+    MonitorLost,
+    QsnapError,
+)
 from qsnap.inventory import devices as rules
 from qsnap.inventory import snapshots
 from qsnap.model.checks import Device
@@ -32,6 +41,8 @@ from qsnap.runs.record import DeleteWork, LiveWork, LoadStage, LoadWork, SaveWor
 
 #: Seconds between two tries to reach QEMU, or to have it resume the guest.
 _RETRY_S = 0.2
+#: Tries with a QEMU that answers what cannot be understood.
+_ANSWER_TRIES = 20
 #: Tries at a `cont` that QEMU refuses, as it does while it writes a dump.
 _CONT_TRIES = 300
 #: Seconds for QEMU's greeting; it sends none while it writes.
@@ -46,14 +57,18 @@ async def after_death(journal: Journal, connection: socket.socket | None) -> Non
     :param connection: the dead run's connection; if it is broken, the guard makes new ones as long as that QEMU runs.
     """
     monitor = await _inherited(journal, connection) if connection else None
+    tries_left = _ANSWER_TRIES
     while monitor := monitor or await _reached(journal):
         try:
             done = await recover(monitor, journal)
-        except MonitorError:
+        except (MonitorLost, MonitorBusy, ConnectError):
             pass
         except QsnapError as error:
-            _report(f"the guest of a qsnap that died ({journal.record.deed}) could not be cleaned up after: {error}")
-            return  # the journal stays, and so does the mark: the next qsnap reports them
+            tries_left = tries_left - 1 if isinstance(error, MonitorError) else 0
+            if not tries_left:
+                deed = journal.record.deed
+                _report(f"the guest of a qsnap that died ({deed}) could not be cleaned up after: {error}")
+                return  # the journal stays, and so does the mark: the next qsnap reports them
         else:
             deeds = "; ".join(done.actions) or "nothing to do"
             _report(f"cleaned up after a qsnap that died ({journal.record.deed}): {deeds}")

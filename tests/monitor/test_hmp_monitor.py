@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import re
 import socket
@@ -279,3 +280,25 @@ async def test_the_models_of_the_drives(server: Server, monitor: HmpMonitor) -> 
     }
     server.answer = lambda line: answers.get(line, b"")
     assert [one.qdev_type for one in (await monitor.block_graph()).backends] == ["ide-cd"]
+
+
+async def test_a_connection_that_is_closed_during_an_answer() -> None:
+    """That the connection was closed meanwhile is no error that the event loop reports."""
+    reported: list[object] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, what: reported.append(what))
+    ours, theirs = socket.socketpair()
+    with theirs:
+        line = monitors._Line(*await asyncio.open_connection(sock=ours))
+        asking = asyncio.create_task(line.answer("info block"))
+        assert b"info block" in await asyncio.to_thread(theirs.recv, 100)
+        asking.cancel()
+        with suppress(asyncio.CancelledError):
+            await asking
+        await line.close()
+    others = asyncio.all_tasks() - {asyncio.current_task()}
+    async with asyncio.timeout(DEADLINE_S):
+        while not all(task.done() for task in others):
+            await asyncio.sleep(0)
+    del others, asking, line
+    gc.collect()
+    assert reported == []

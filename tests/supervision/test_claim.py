@@ -622,6 +622,22 @@ async def test_what_a_run_leaves_is_its_guard_s_to_do(runtime_directory: Path, f
         kill_guard(runtime_directory)
 
 
+async def test_a_claim_that_qemu_does_not_take_back_is_left_to_the_guard(
+    runtime_directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was done is done, although QEMU, which is still there, does not answer any more."""
+    monkeypatch.setattr(claim, "_RELEASE_TIMEOUT_S", 0.1)
+
+    class Silent(FakeMonitor):
+        async def clear_mark(self, name: str) -> None:
+            await asyncio.Event().wait()
+
+    monitor = Silent(pid=os.getpid())
+    await _claim_of(monitor, 0)
+    assert (list(monitor.texts), len(guards(runtime_directory))) == ([CLAIM], 1)
+    kill_guard(runtime_directory)
+
+
 async def test_what_is_done_is_written_down_before_the_claim_is_given_back() -> None:
     """Whoever should have to give it back looks for nothing that is half done."""
     seen: list[bool] = []

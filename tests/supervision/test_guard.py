@@ -248,6 +248,25 @@ async def test_an_answer_that_cannot_be_understood(
     assert (journals(runtime_directory), marks(guest), guest.runstate) == ([], [], "running")
 
 
+async def test_answers_that_can_never_be_understood(
+    launch: Launch, intercept: Intercept, runtime_directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The guard gives up and leaves the monitor to others: its journal and its mark tell them."""
+    monkeypatch.setattr(recovery, "_RETRY_S", 0.01)
+    monkeypatch.setattr(recovery, "_ANSWER_TRIES", 3)
+    said: list[str] = []
+    monkeypatch.setattr(recovery, "_report", said.append)
+    guest = launch(memory="16")
+    guest.qmp("stop")
+    proxy = intercept(guest, on_data=lambda data: data.replace(b'"status"', b'"statue"'))
+    journal = dead_run(guest, proxy.address, stopped=True)
+    async with asyncio.timeout(20):
+        await recovery.after_death(journal, None)
+    assert len(said) == 1
+    assert "could not be cleaned up after: QEMU's answer to query-status" in said[0]
+    assert (journals(runtime_directory), marks(guest)) == ([journal.path], [CLAIM])
+
+
 def test_the_guard_goes_on_with_the_connection_of_the_run(launch: Launch, runtime_directory: Path) -> None:
     """Whoever waits in the queue of the monitor would be served before a new one."""
     guest = launch(memory="16")

@@ -61,11 +61,11 @@ def loaded_by_qemu(guest: Guest, tag: str) -> None:
         assert guest.qmp.hmp(f"loadvm {tag}") == ""
 
 
-def in_process(guest: Guest, tag: str = "t", **how: Any) -> qsnap.LoadResult:
+def in_process(guest: Guest, tag: str = "t", timeout_s: float | None = None, **how: Any) -> qsnap.LoadResult:
     """A load by the library, so that its inside can be tampered with."""
 
     async def loaded() -> qsnap.LoadResult:
-        async with qsnap.connect(guest.address) as vm:
+        async with qsnap.connect(guest.address, timeout_s=timeout_s) as vm:
             return await vm.load(tag, **how)
 
     return asyncio.run(loaded())

@@ -53,7 +53,9 @@ class _Line:
 
         The connection is held to the end of the answer, also if the caller is cancelled.
         """
-        return await asyncio.shield(asyncio.create_task(self._exchange(line)))
+        task = asyncio.create_task(self._exchange(line))
+        task.add_done_callback(_seen)
+        return await asyncio.shield(task)
 
     async def _exchange(self, line: str) -> str:
         command = line.split(" ")[0]
@@ -87,6 +89,12 @@ class _Line:
         with suppress(OSError, TimeoutError):
             async with asyncio.timeout(1):
                 await self._writer.wait_closed()
+
+
+def _seen(task: asyncio.Task[str]) -> None:
+    """Take note of a failure that nobody waits for any more: a shield that was cancelled does not."""
+    if not task.cancelled():
+        task.exception()
 
 
 async def connect(link: Connection, address: Address) -> HmpMonitor:

@@ -35,6 +35,7 @@ from qsnap.errors import CommandFailed, JobFailed
 from qsnap.host import files
 from qsnap.model import outside
 from qsnap.model.qemu import MIGRATION_IDLE
+from qsnap.monitor.connection import understood
 from qsnap.monitor.hmp import tables as hmp_tables
 from qsnap.monitor.names import STATE_NODE
 from qsnap.monitor.qmp import replies
@@ -97,8 +98,10 @@ class Background:
             self._channel.query(replies.MigrateParameters, "query-migrate-parameters"),
         )
         known = {item.capability: item.state for item in capabilities}
+        with understood("query-migrate-capabilities"):
+            is_on = known[_CAPABILITY]
         return {
-            _CAPABILITY: int(known[_CAPABILITY]),
+            _CAPABILITY: int(is_on),
             _BANDWIDTH: parameters.max_bandwidth,
             _DOWNTIME: parameters.downtime_limit,
         }

@@ -8,7 +8,15 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
-from qsnap.errors import UNTOUCHED, JobFailed, NotSupported, PrecheckRefused, VerifyFailed
+from qsnap.errors import (
+    UNTOUCHED,
+    GuestLeftStopped,
+    JobFailed,
+    NotSupported,
+    OperationTimeout,
+    PrecheckRefused,
+    VerifyFailed,
+)
 from qsnap.inventory import state_file
 from qsnap.model.checks import Finding
 from qsnap.model.snapshots import Snapshot
@@ -139,9 +147,24 @@ class Load:
         except JobFailed as failure:
             doubt = f"QEMU did not load what differs: {failure.reason}"
         except asyncio.CancelledError:
-            await self._run.shielded(self._make_sure(self._comparison, ""))
+            await self._made_sure(self._comparison, "")
             raise
-        await self._run.shielded(self._make_sure(self._comparison, doubt))
+        await self._made_sure(self._comparison, doubt)
+
+    async def _made_sure(self, compared: Comparison, doubt: str) -> None:
+        """Make sure of what the delta load has made, whatever interrupts us. Until then the guest must not run.
+
+        :raise GuestLeftStopped: it cannot be made sure in time.
+        """
+        self._attempt.doubt()
+        try:
+            await self._run.shielded(self._make_sure(compared, doubt))
+        except OperationTimeout as error:
+            raise GuestLeftStopped(
+                f"RAM was loaded, and not compared with {self._snapshot.tag!r}: {error}. So the guest is left stopped; "
+                f"load a good snapshot (`qsnap list`, `qsnap load TAG --running`)"
+            ) from error
+        self._attempt.be_sure()
 
     async def _make_sure(self, compared: Comparison, doubt: str) -> None:
         """Load everything if it is not certain what the delta load has made."""
@@ -158,8 +181,6 @@ class Load:
             self.why_full = doubt
             self.ram_bytes = self.found_by = self.differing_pages = None
             await self._load_full()
-        else:
-            self._run.journal.done(work=None)
 
     async def _load_full(self) -> None:
         try:

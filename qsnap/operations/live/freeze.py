@@ -189,11 +189,14 @@ class Freeze(ABC):
     async def _rehearse(self) -> int:
         """Have QEMU begin a stream that nobody wants; return the processor time that its thread needed.
 
-        QEMU stops and resumes the guest by itself. What makes it fail makes the stream that counts fail, too.
+        QEMU stops and resumes the guest by itself.
+
+        :raise JobFailed: QEMU cannot do that; the guest was not stopped for a save.
         """
         thread = SnapshotThread(self._monitor.pid)
         await self._begin_rehearsal()
         spent = await thread.until_it_has_spent(None, self._has_begun)
+        await self._raise_if_failed()
         await self._background.end_stream()
         return spent
 

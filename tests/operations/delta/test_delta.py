@@ -20,7 +20,7 @@ import pytest
 from qemu.qmp import Message
 
 import qsnap
-from qsnap.errors import VerifyFailed
+from qsnap.errors import GuestLeftStopped, VerifyFailed
 from qsnap.inventory import state_file
 from qsnap.operations.delta import NoDelta, delta, difference
 from qsnap.vm import VM
@@ -327,14 +327,9 @@ def test_a_page_changes_between_comparison_and_load(
     guest.assert_running()
 
 
-def test_a_device_that_may_write_meanwhile(launch: Launch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_device_that_may_write_meanwhile(restless: Guest, monkeypatch: pytest.MonkeyPatch) -> None:
     """virtio-serial takes what comes for a port also while the guest is stopped. So a load is verified unasked."""
-    guest = launch(
-        *blockdev("a", make_boot_disk(tmp_path / "a")), *disk_device("a"),
-        "-device", "virtio-serial", "-chardev", "null,id=c", "-device", "virtserialport,chardev=c",
-    )  # fmt: skip
-    guest.wait_for_ticks()
-    changed = Changed(guest)
+    guest, changed = restless, Changed(restless)
     assert in_process(guest).differing_pages == 0
     scribble(guest, seeded(3))
     losing(50, monkeypatch)
@@ -458,14 +453,20 @@ def test_killed_during_the_comparison(guest: Guest, tmp_path: Path, runtime_dire
     assert load(guest, "t")["method"] == "delta"
 
 
-def test_killed_before_the_load_is_verified(launch: Launch, tmp_path: Path, runtime_directory: Path) -> None:
-    """Where a device may have written meanwhile, the guard does not resume a guest whose RAM nobody has compared."""
+@pytest.fixture
+def restless(launch: Launch, tmp_path: Path) -> Guest:
+    """A guest with a device that may write its RAM while it is stopped."""
     guest = launch(
         *blockdev("a", make_boot_disk(tmp_path / "a")), *disk_device("a"),
         "-device", "virtio-serial", "-chardev", "null,id=c", "-device", "virtserialport,chardev=c",
     )  # fmt: skip
     guest.wait_for_ticks()
-    changed = Changed(guest)
+    return guest
+
+
+def test_killed_before_the_load_is_verified(restless: Guest, runtime_directory: Path) -> None:
+    """The guard does not resume a guest whose RAM nobody has compared."""
+    guest, changed = restless, Changed(restless)
     killed = """
 import os, signal
 from qsnap.cli import main
@@ -482,6 +483,27 @@ main()
     assert ram(guest) == changed.expected
     guest.qmp("cont")
     guest.assert_running()
+
+
+def test_the_load_is_not_verified_in_time(
+    restless: Guest, runtime_directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The guest does not run on RAM that nobody has compared, neither by us nor by the guard."""
+
+    async def never(_: object) -> None:
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr(qsnap.vm, "TIMED_PATIENCE_S", 0.2)
+    cli("save", "t", monitor=restless.address)
+    with monkeypatch.context() as patched:
+        patched.setattr(delta.Comparison, "differing", never)
+        with pytest.raises(GuestLeftStopped, match=r"RAM was loaded, and not compared with 't': .* is left stopped; "):
+            in_process(restless, timeout_s=30)
+    wait_for_the_guard(runtime_directory)
+    assert not restless.qmp("query-status")["running"]
+    assert cli("status", "--json", monitor=restless.address).json["is_half_restored"]
+    assert in_process(restless, running=True).differing_pages == 0
+    restless.assert_running()
 
 
 def test_interrupted_during_the_comparison(guest: Guest, monkeypatch: pytest.MonkeyPatch) -> None:

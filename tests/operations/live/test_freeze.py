@@ -316,12 +316,16 @@ async def test_whether_the_stop_came_in_time(freezes: dict[str, Any], monitor: P
 async def test_a_stream_that_nobody_wants(
     freezes: dict[str, Any], monitor: Played, monkeypatch: pytest.MonkeyPatch, version: str, begin: str
 ) -> None:
-    """It is begun, and ended when QEMU has read all RAM, whatever comes of it."""
-    monitor.streams = [SETUP, SETUP, FAILED]
+    """It is begun, and ended when QEMU has read all RAM. One that fails ends the save before the guest is stopped."""
+    monitor.streams = [SETUP, SETUP, TAKEN]
     seen = iter((5, 8, 9))
     monkeypatch.setattr(SnapshotThread, "spent_ns", property(lambda _: next(seen)))
     assert await freezes[version]._rehearse() == 8
     assert monitor.calls == [begin, "end"]
+    monitor.streams = [FAILED]
+    monkeypatch.setattr(SnapshotThread, "spent_ns", 5)
+    with pytest.raises(JobFailed, match="QEMU says why"):
+        await freezes[version]._rehearse()
 
 
 def test_when_it_is_worth_while_to_stop_late(freezes: dict[str, Any]) -> None:
