@@ -192,6 +192,7 @@ def test_a_directory_that_may_not_be_written(open_directory: Path) -> None:
     with vm.images[0].open("rb"), vm.images[1].open("rb"):
         for path in (*vm.images, *vm.places[:1]):
             path.chmod(0o644)
+        open_directory.chmod(0o555)
         with as_nobody():
             notes = vm.notes()
             assert notes.of(vm.found[0]).protected
@@ -207,6 +208,7 @@ def test_a_directory_that_may_not_be_written(open_directory: Path) -> None:
             ):
                 with pytest.raises(QsnapError, match="Permission denied; a snapshot may be protected"):
                     attempt()
+        vm.places[0].chmod(0o644)
     assert vm.written() == [("t", 1)]
 
 

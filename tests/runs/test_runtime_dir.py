@@ -92,7 +92,8 @@ def test_without_a_directory_nothing_is_decided(tmp_path: Path, monkeypatch: pyt
 def test_what_cannot_be_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file, open_to_all = tmp_path / "file", tmp_path / "open"
     file.touch()
-    open_to_all.mkdir(0o750)
+    open_to_all.mkdir()
+    open_to_all.chmod(0o750)
     for place, unusable, not_made in (
         (file, "cannot be used: it is not a directory; set", "cannot be used: it is not a directory; set"),
         (open_to_all, "it is open to other users (mode 750); chmod 700 it, or", "(mode 750); chmod 700 it, or set"),
