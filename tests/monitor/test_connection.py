@@ -119,7 +119,8 @@ async def test_a_monitor_that_does_not_greet(listener: socket.socket) -> None:
         async with connection(address_of(listener), 0.05):
             pass
     assert f"process {os.getpid()}," in str(busy.value)
-    first, _ = await loop.sock_accept(listener)
+    async with asyncio.timeout(DEADLINE_S):
+        first, _ = await loop.sock_accept(listener)
     with first:
         await assert_closed(first)
     with socket.socket(socket.AF_UNIX) as waiting:
@@ -143,11 +144,12 @@ async def opened(address: Address) -> Connection:
         return link
 
 
-@pytest.mark.parametrize("error", [ValueError("x"), asyncio.CancelledError(), KeyboardInterrupt()])
-async def test_a_block_that_fails(listener: socket.socket, error: BaseException) -> None:
+@pytest.mark.parametrize("kind", [ValueError, asyncio.CancelledError, KeyboardInterrupt])
+async def test_a_block_that_fails(listener: socket.socket, kind: type[BaseException]) -> None:
     """Its error is the caller's own, and the connection is closed."""
+    error = kind()
     async with greeting(listener, b"QEMU 7") as greeted:
-        with pytest.raises(type(error)) as raised:
+        with pytest.raises(kind) as raised:
             async with connection(address_of(listener), DEADLINE_S):
                 raise error
         assert raised.value is error
@@ -157,12 +159,11 @@ async def test_a_block_that_fails(listener: socket.socket, error: BaseException)
 async def test_a_port_of_several_addresses(monkeypatch: pytest.MonkeyPatch) -> None:
     """The first that is listened at; and if there is none, why the last one cannot be used."""
     loop = asyncio.get_running_loop()
-    with socket.create_server(("127.0.0.1", 0)) as listener, socket.create_server(("127.0.0.1", 0)) as other:
+    with socket.create_server(("127.0.0.1", 0)) as listener, socket.socket() as other:
         listener.setblocking(False)
-        closed = other.getsockname()
-        other.close()
+        other.bind(("127.0.0.1", 0))  # it does not listen
         kind = (socket.AF_INET, socket.SOCK_STREAM, 6, "")
-        found = [(*kind, closed), (*kind, listener.getsockname())]
+        found = [(*kind, other.getsockname()), (*kind, listener.getsockname())]
 
         async def told(*_: object, **__: object) -> object:
             return found
@@ -213,19 +214,19 @@ async def test_nobody_is_there(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("error", "words"),
+    ("kind", "about", "words"),
     [
-        (ConnectionRefusedError(), "nobody listens at tcp:h:1"),
-        (PermissionError(13, "Permission denied"), "may not be opened by this user: Permission denied"),
-        (ConnectionResetError(), "was closed before the greeting"),
-        (socket.gaierror(socket.EAI_NONAME, "x"), "no host is called 'h'"),
-        (socket.gaierror(socket.EAI_AGAIN, "later"), "as a monitor: later"),
-        (OSError("x"), "as a monitor: x"),
-        (ValueError("y"), "as a monitor: y"),
+        (ConnectionRefusedError, (), "nobody listens at tcp:h:1"),
+        (PermissionError, (13, "Permission denied"), "may not be opened by this user: Permission denied"),
+        (ConnectionResetError, (), "was closed before the greeting"),
+        (socket.gaierror, (socket.EAI_NONAME, "x"), "no host is called 'h'"),
+        (socket.gaierror, (socket.EAI_AGAIN, "later"), "as a monitor: later"),
+        (OSError, ("x",), "as a monitor: x"),
+        (ValueError, ("y",), "as a monitor: y"),
     ],
 )
-def test_what_went_wrong(error: Exception, words: str) -> None:
-    assert words in str(_connect_error(TcpAddress("h", 1), error))
+def test_what_went_wrong(kind: type[Exception], about: tuple[object, ...], words: str) -> None:
+    assert words in str(_connect_error(TcpAddress("h", 1), kind(*about)))
 
 
 def test_who_is_there(listener: socket.socket, tmp_path: Path) -> None:

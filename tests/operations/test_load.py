@@ -40,13 +40,28 @@ from qsnap.runs.pause import Pause
 from qsnap.runs.record import LoadStage, LoadWork
 from qsnap.runs.run import Run
 from support.fake_monitor import FakeMonitor
+from support.guest import DEADLINE_S, open_files
 from support.state_files import DATE, written
 
 pytestmark = pytest.mark.no_qemu
 
-FAILED = JobFailed("snapshot-load", "Error -22 while loading VM state")
-REFUSED = JobFailed("snapshot-load", "No block device node 'disk1'")
+REASON = "Error -22 while loading VM state"
 BITMAPS = "Could not load snapshot 't' on '{}': Device has active dirty bitmaps"
+
+
+# What is raised is changed on its way, so that each test has its own.
+
+
+def a_failure() -> JobFailed:
+    return JobFailed("snapshot-load", REASON)
+
+
+def a_refusal() -> JobFailed:
+    return JobFailed("snapshot-load", "No block device node 'disk1'")
+
+
+def a_loss() -> MonitorLost:
+    return MonitorLost("the connection broke")
 
 
 @dataclass
@@ -291,7 +306,7 @@ async def test_refused_before_anything_was_touched(qemu: Qemu, reason: str) -> N
 
 @pytest.mark.parametrize("state", [RunState.RUNNING, RunState.PAUSED])
 @pytest.mark.parametrize("after", [RunState.RESTORE_VM, RunState.RUNNING])
-@pytest.mark.parametrize("reason", [FAILED.reason, BITMAPS.format("disk1")])
+@pytest.mark.parametrize("reason", [REASON, BITMAPS.format("disk1")])
 async def test_failed_in_the_middle(qemu: Qemu, state: RunState, after: RunState, reason: str) -> None:
     """The guest stands still, also where QEMU has resumed it (6.0.0), and whoever comes next is told why."""
     qemu.state, qemu.after = state, after
@@ -301,7 +316,7 @@ async def test_failed_in_the_middle(qemu: Qemu, state: RunState, after: RunState
         await load(qemu)
     assert type(failed.value) is kind
     assert reason in str(failed.value)
-    cure = "Load a good snapshot" if reason == FAILED.reason else "Remove the dirty bitmaps of disk1 by QMP"
+    cure = "Load a good snapshot" if reason == REASON else "Remove the dirty bitmaps of disk1 by QMP"
     assert f"RAM and disks may be half restored, so the guest is left stopped on purpose. {cure}" in str(failed.value)
     assert qemu.texts[HALF_RESTORED] == "yes"
     assert "cont" not in qemu.calls
@@ -318,7 +333,7 @@ async def test_failed_in_the_middle(qemu: Qemu, state: RunState, after: RunState
     ],
 )
 async def test_which_qemu_has_saved_what_fails(qemu: Qemu, origin: Origin | None, words: str) -> None:
-    qemu.failure, qemu.state = FAILED, RunState.PAUSED
+    qemu.failure, qemu.state = a_failure(), RunState.PAUSED
     run = Run(qemu)
     inventory = await run.look()
     known = {key_of(one): origin for one in inventory.snapshots if origin}
@@ -336,8 +351,8 @@ async def test_what_is_written_down_of_the_end(qemu: Qemu) -> None:
     assert run.loads
     assert qemu.journal.record.work is None
     for failure, work in (
-        (REFUSED, None),
-        (FAILED, LoadWork(was_running=True, stage=LoadStage.FAILED)),
+        (a_refusal(), None),
+        (a_failure(), LoadWork(was_running=True, stage=LoadStage.FAILED)),
     ):
         qemu.failure, qemu.state = failure, RunState.RUNNING
         _, attempt = await attempt_of(qemu)
@@ -349,11 +364,11 @@ async def test_what_is_written_down_of_the_end(qemu: Qemu) -> None:
 async def test_whether_qemu_may_have_loaded(qemu: Qemu) -> None:
     """Not if it has refused that, nor if it was not asked because that could not be written down."""
     run, attempt = await attempt_of(qemu)
+    qemu.failure = failure = JobFailed("snapshot-load", "Snapshot 't' does not exist in one or more devices")
+    with pytest.raises(JobFailed):
+        await attempt.load("disk0", ["disk0", "disk1"])
+    qemu.rows["disk1"].clear()
     with pytest.raises(SnapshotNotFound):
-        qemu.failure = failure = JobFailed("snapshot-load", "Snapshot 't' does not exist in one or more devices")
-        with pytest.raises(JobFailed):
-            await attempt.load("disk0", ["disk0", "disk1"])
-        qemu.rows["disk1"].clear()
         await attempt.fail(failure)
     assert not run.loads
 
@@ -369,21 +384,21 @@ async def test_whether_qemu_may_have_loaded(qemu: Qemu) -> None:
     assert not run.loads
 
 
-@pytest.mark.parametrize("first", [FAILED, None, MonitorLost("the connection broke"), REFUSED])
-async def test_refused_after_another_attempt(qemu: Qemu, first: QsnapError | None) -> None:
+@pytest.mark.parametrize("first", [a_failure, None, a_loss, a_refusal])
+async def test_refused_after_another_attempt(qemu: Qemu, first: Callable[[], QsnapError] | None) -> None:
     """A full load after a delta load in doubt. What that may have done to the disks is not undone by a refusal."""
     run, attempt = await attempt_of(qemu)
-    qemu.failure = first
+    qemu.failure = first and first()
     with suppress(JobFailed):
         await attempt.load("disk0", ["disk0", "disk1"])
-    qemu.failure = REFUSED
+    qemu.failure = a_refusal()
     with pytest.raises(JobFailed):
         await attempt.load("disk0", ["disk0", "disk1"])
-    with pytest.raises(JobFailed if first is REFUSED else GuestLeftStopped) as failed:
-        await attempt.fail(REFUSED)
-    assert ("RAM and disks are as they were" in str(failed.value)) is (first is REFUSED)
-    assert run.loads is (first is not REFUSED)
-    assert (HALF_RESTORED in qemu.texts) is (first is not REFUSED)
+    with pytest.raises(JobFailed if first is a_refusal else GuestLeftStopped) as failed:
+        await attempt.fail(a_refusal())
+    assert ("RAM and disks are as they were" in str(failed.value)) is (first is a_refusal)
+    assert run.loads is (first is not a_refusal)
+    assert (HALF_RESTORED in qemu.texts) is (first is not a_refusal)
 
 
 @pytest.mark.parametrize("is_gone", [True, False])
@@ -391,7 +406,7 @@ async def test_refused_after_another_attempt(qemu: Qemu, first: QsnapError | Non
 async def test_qemu_ends_in_the_middle(qemu: Qemu, is_gone: bool, is_lost: bool) -> None:
     """Then there is no guest. What QEMU itself has told of the load it has told while it was there."""
     qemu.journal.another_answers = is_gone
-    qemu.failure = MonitorLost("it is gone") if is_lost else FAILED
+    qemu.failure = MonitorLost("it is gone") if is_lost else a_failure()
     qemu.outcome = qemu.failure
     with pytest.raises(QsnapError) as failed:
         await load(qemu)
@@ -406,7 +421,7 @@ async def test_qemu_ends_in_the_middle(qemu: Qemu, is_gone: bool, is_lost: bool)
 
 
 async def test_the_connection_is_lost_and_the_load_ends_well(qemu: Qemu) -> None:
-    qemu.failure = MonitorLost("the connection broke")
+    qemu.failure = a_loss()
     result = await load(qemu)
     assert qemu.calls == ["stop", "load", "reconnect", "outcome", "cont"]
     assert result.runstate == "running"
@@ -416,7 +431,7 @@ async def test_the_connection_is_lost_and_the_load_ends_well(qemu: Qemu) -> None
 
 
 async def test_the_connection_is_lost_and_the_load_fails(qemu: Qemu) -> None:
-    qemu.failure, qemu.outcome = MonitorLost("the connection broke"), FAILED
+    qemu.failure, qemu.outcome = a_loss(), a_failure()
     with pytest.raises(GuestLeftStopped, match="Error -22"):
         await load(qemu)
     assert qemu.calls == ["stop", "load", "reconnect", "outcome"]
@@ -430,17 +445,18 @@ async def test_the_connection_is_lost_when_the_guest_is_to_be_paused(qemu: Qemu)
     assert qemu.state is RunState.PAUSED
 
 
-@pytest.mark.parametrize("failure", [None, FAILED])
-async def test_an_interrupt_waits_for_the_end_of_the_load(qemu: Qemu, failure: JobFailed | None) -> None:
+@pytest.mark.parametrize("fails", [False, True])
+async def test_an_interrupt_waits_for_the_end_of_the_load(qemu: Qemu, fails: bool) -> None:
     """It goes on inside QEMU. Only if it went well does the guest run on."""
-    qemu.settles, qemu.outcome = False, failure
+    qemu.settles, qemu.outcome = False, a_failure() if fails else None
     task = asyncio.create_task(load(qemu))
-    await qemu.loading.wait()
-    task.cancel()
-    with pytest.raises(GuestLeftStopped if failure else asyncio.CancelledError) as interrupted:
-        await task
-    assert qemu.calls == ["stop", "load", "settle", *([] if failure else ["cont"])]
-    if not failure:
+    async with asyncio.timeout(DEADLINE_S):
+        await qemu.loading.wait()
+        task.cancel()
+        with pytest.raises(GuestLeftStopped if fails else asyncio.CancelledError) as interrupted:
+            await task
+    assert qemu.calls == ["stop", "load", "settle", *([] if fails else ["cont"])]
+    if not fails:
         assert "the load of 't' had begun and was completed" in interrupted.value.__notes__
     assert (qemu.journal.record.work, qemu.journal.record.stopped) == (None, False)
 
@@ -467,10 +483,11 @@ async def test_qemu_does_not_answer_after_an_interrupt(qemu: Qemu, guard: Watche
     qemu.journal.guard = guard
     qemu.journal.patience_s = 0.01
     task = asyncio.create_task(load(qemu))
-    await qemu.loading.wait()
-    task.cancel()
-    with pytest.raises(GuestLeftStopped) as left:
-        await task
+    async with asyncio.timeout(DEADLINE_S):
+        await qemu.loading.wait()
+        task.cancel()
+        with pytest.raises(GuestLeftStopped) as left:
+            await task
     assert words in str(left.value)
     assert "cont" not in qemu.calls
     assert qemu.journal.record.work == LoadWork(was_running=True, stage=LoadStage.BEGUN)
@@ -544,13 +561,13 @@ def test_a_state_file_that_cannot_be_opened(
     live: Run, error: OSError | None, kind: type[QsnapError] | None, words: str
 ) -> None:
     live.store.error = error  # type: ignore[attr-defined]
-    before = sorted(Path("/proc/self/fd").iterdir())
+    before = open_files()
     if kind is None:
         assert asyncio.run(check_load(live, "l")).kind == "live"
     else:
         with pytest.raises(kind, match=words):
             asyncio.run(check_load(live, "l"))
-    assert sorted(Path("/proc/self/fd").iterdir()) == before
+    assert open_files() == before
 
 
 class Nodes:

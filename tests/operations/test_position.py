@@ -89,14 +89,14 @@ async def test_what_has_saved_it() -> None:
     ("ending", "loads", "looked", "token"),
     [
         (None, False, True, "old"),
-        (QsnapError("it failed"), False, True, "new"),
-        (asyncio.CancelledError(), False, True, "new"),
-        (QsnapError("it failed"), True, True, "old"),
-        (QsnapError("it failed"), False, False, "old"),
+        (QsnapError, False, True, "new"),
+        (asyncio.CancelledError, False, True, "new"),
+        (QsnapError, True, True, "old"),
+        (QsnapError, False, False, "old"),
     ],
 )
 def test_what_touches_nothing_leaves_the_guest_where_it_was(
-    tmp_path: Path, ending: BaseException | None, loads: bool, looked: bool, token: str
+    tmp_path: Path, ending: type[BaseException] | None, loads: bool, looked: bool, token: str
 ) -> None:
     """With the mark that QEMU was given before; and nothing else does."""
     vm = Vm(tmp_path)
@@ -106,9 +106,9 @@ def test_what_touches_nothing_leaves_the_guest_where_it_was(
         run = Run(FakeMonitor())
         run.first = (inventory, lineage.lineage(inventory, [f"{HERE}old"])) if looked else None
         run.loads, run.token = loads, "new"
-        with pytest.raises(type(ending)) if ending else nullcontext(), position_kept(run):
+        with pytest.raises(ending) if ending else nullcontext(), position_kept(run):
             if ending:
-                raise ending
+                raise ending("it failed")
         assert json.loads((tmp_path / "a.qsnap-tree").read_text())["token"] == token
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -414,10 +415,10 @@ def undone() -> QsnapError:
         ("auto", "running", NotSupported("no"), None, None, "ordinary: no"),
         ("auto", "running", PrecheckRefused("no", ()), None, None, "ordinary: no; the guest was not touched"),
         ("auto", "running", MonitorLost("no"), None, None, "no"),
-        ("auto", "running", None, undone(), None, "ordinary: it failed"),
-        (True, "running", None, undone(), None, "it failed"),
-        ("auto", "running", None, QsnapError("it failed"), None, "it failed"),
-        ("auto", "running", None, undone(), object(), "it failed"),
+        ("auto", "running", None, undone, None, "ordinary: it failed"),
+        (True, "running", None, undone, None, "it failed"),
+        ("auto", "running", None, lambda: QsnapError("it failed"), None, "it failed"),
+        ("auto", "running", None, undone, object(), "it failed"),
     ],
 )
 async def test_how_a_guest_is_saved(
@@ -425,7 +426,7 @@ async def test_how_a_guest_is_saved(
     live: bool | Literal["auto"],
     state: str,
     plans: QsnapError | None,
-    saves: QsnapError | None,
+    saves: Callable[[], QsnapError] | None,
     member: Any,
     outcome: str,
 ) -> None:
@@ -439,7 +440,7 @@ async def test_how_a_guest_is_saved(
 
     async def do_live_save(*_: object) -> SaveResult:
         if saves is not None:
-            raise saves
+            raise saves()
         return msgspec.structs.replace(RESULT, kind=Kind.LIVE)
 
     async def do_savevm(*_: object) -> SaveResult:
