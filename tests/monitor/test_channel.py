@@ -133,6 +133,7 @@ async def test_when_it_took_effect(server: Server, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(channels, "EVENT_S", 0.01)
     async with opened(server) as channel:
         assert await channel.turn("stop", "STOP") is None
+        monkeypatch.setattr(channels, "EVENT_S", DEADLINE_S)
         server.answer = lambda message: returned(message, {}) + event("RESUME", 4) + event("STOP")
         assert await channel.turn("stop", "STOP") == 5.25
         assert [message["execute"] for message in server.asked][1:] == ["stop", "stop"]
@@ -253,7 +254,7 @@ async def test_going_on_with_another_process_s_connection(pieces: list[bytes]) -
             assert question["execute"] == "query-version"
             for piece in pieces:
                 await loop.sock_sendall(theirs, piece.replace(b"ID", json.dumps(question["id"]).encode()))
-                await taken(ours)
+                await taken(ours, going)
             client, version = await going
             assert version == (7, 2, 3)
             channel = Channel(client, version, UnixAddress("/x"), Connection(ours, None, "qmp"))
@@ -264,9 +265,9 @@ async def test_going_on_with_another_process_s_connection(pieces: list[bytes]) -
             await channel.aclose()
 
 
-async def taken(sock: socket.socket) -> None:
-    """Wait until everything was read from a socket, or nothing more is read of it."""
-    for _ in range(100):
+async def taken(sock: socket.socket, going: asyncio.Task[Any]) -> None:
+    """Wait until everything was read from a socket, or its reader has the answer."""
+    while not going.done():
         try:
             sock.recv(1, socket.MSG_PEEK)
         except BlockingIOError:

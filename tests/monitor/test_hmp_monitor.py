@@ -66,6 +66,18 @@ class Server:
                 await writer.drain()
                 await asyncio.sleep(0)
 
+    async def is_asked(self, answer: bytes | None) -> None:
+        """Wait for the next line. It is answered so, a little later."""
+        asked = asyncio.Event()
+
+        def answered(_: str) -> bytes | None:
+            asked.set()
+            return answer
+
+        self.answer = answered
+        async with asyncio.timeout(DEADLINE_S):
+            await asked.wait()
+
     async def has_ended(self) -> None:
         async with asyncio.timeout(DEADLINE_S):
             await self.ended.acquire()
@@ -74,9 +86,13 @@ class Server:
 @pytest.fixture
 async def server(tmp_path: Path) -> AsyncIterator[Server]:
     one = Server(tmp_path / "monitor")
-    async with await asyncio.start_unix_server(one.serve, one.address.path):
+    listening = await asyncio.start_unix_server(one.serve, one.address.path)
+    try:
         yield one
+    finally:
+        listening.close()
     async with asyncio.timeout(DEADLINE_S):
+        await listening.wait_closed()
         while others := asyncio.all_tasks() - {asyncio.current_task()}:
             await asyncio.wait(others)
 
@@ -169,14 +185,13 @@ async def test_an_answer_that_does_not_come(
 
 async def test_an_answer_that_nobody_waits_for_any_more(server: Server, monitor: HmpMonitor) -> None:
     """The next one is that to the next line; and a failure is nobody's."""
-    server.answer = lambda line: line.encode() + b"\r\n"
     asking = asyncio.create_task(monitor.human_answer("one"))
-    await asyncio.sleep(0)
+    await server.is_asked(b"one\r\n")
     asking.cancel()
+    server.answer = lambda line: line.encode() + b"\r\n"
     assert await monitor.human_answer("two") == "two\n"
-    server.answer = lambda _: None
     asking = asyncio.create_task(monitor.human_answer("three"))
-    await asyncio.sleep(0)
+    await server.is_asked(None)
     asking.cancel()
     with pytest.raises(MonitorLost):
         await monitor.human_answer("four")
@@ -185,10 +200,8 @@ async def test_an_answer_that_nobody_waits_for_any_more(server: Server, monitor:
 
 async def test_a_snapshot_that_is_made_meanwhile(server: Server, monitor: HmpMonitor) -> None:
     """Its end is waited for, also when its caller is gone; over a new connection it is not known."""
-    server.answer = lambda _: b"Error: why\r\n"
     saving = asyncio.create_task(monitor.snapshot_save("t", "a", ["a"]))
-    await asyncio.sleep(0)
-    await asyncio.sleep(0)
+    await server.is_asked(b"Error: why\r\n")
     saving.cancel()
     with suppress(asyncio.CancelledError):
         await saving
@@ -196,10 +209,8 @@ async def test_a_snapshot_that_is_made_meanwhile(server: Server, monitor: HmpMon
     assert await monitor.settle() is None
     with pytest.raises(JobFailed, match="why"):
         await monitor.snapshot_delete("t", ["a"])
-    server.answer = lambda _: None
     saving = asyncio.create_task(monitor.snapshot_save("t", "a", ["a"]))
-    await asyncio.sleep(0)
-    await asyncio.sleep(0)
+    await server.is_asked(None)
     saving.cancel()
     with suppress(asyncio.CancelledError):
         await saving

@@ -48,7 +48,8 @@ async def test_who_is_cancelled_learns_of_it_when_the_work_is_done() -> None:
         return "done"
 
     caller = asyncio.ensure_future(shielded(work(), _DEADLINE_S))
-    await begun.wait()
+    async with asyncio.timeout(_DEADLINE_S):
+        await begun.wait()
     for _ in range(2):
         caller.cancel()
         done, _ = await asyncio.wait([caller], timeout=0.01)

@@ -83,8 +83,11 @@ async def serving(directory: Path) -> AsyncIterator[Server]:
     """A server; nothing is at work any more when it has ended."""
     one = Server(directory / "monitor")
     listening = await asyncio.start_unix_server(one.serve, one.address.path)
-    async with listening:
+    try:
         yield one
+    finally:
+        listening.close()
     async with asyncio.timeout(DEADLINE_S):
+        await listening.wait_closed()
         while others := asyncio.all_tasks() - {asyncio.current_task()}:
             await asyncio.wait(others)
