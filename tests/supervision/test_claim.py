@@ -11,6 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -588,9 +589,20 @@ async def test_a_claim_that_is_not_made_leaves_nothing(
     assert journals(runtime_directory) == []
 
 
-async def test_a_claim_that_may_have_been_made_is_left_to_the_guard(runtime_directory: Path) -> None:
+@pytest.fixture
+def silent() -> Iterator[UnixAddress]:
+    """The address of a monitor that greets nobody: a guard waits for it as long as it may live."""
+    with tempfile.TemporaryDirectory(prefix="qs-") as directory, socket.socket(socket.AF_UNIX) as one:
+        one.bind(f"{directory}/monitor")
+        one.listen()
+        yield UnixAddress(one.getsockname())
+
+
+async def test_a_claim_that_may_have_been_made_is_left_to_the_guard(
+    runtime_directory: Path, silent: UnixAddress
+) -> None:
     """It goes to work, and has the journal for itself."""
-    monitor = Refusing()
+    monitor = Refusing(silent)
     monitor.refusal = MonitorLost("the monitor was lost")
     with pytest.raises(MonitorLost):
         await claim._claim(monitor, "save", ("t",))
@@ -604,14 +616,14 @@ async def test_a_claim_that_may_have_been_made_is_left_to_the_guard(runtime_dire
     assert not one.is_held
 
 
-@pytest.mark.parametrize(
-    "facts",
-    [{"stopped": True}, {"work": LiveWork("t", "disk0", (), (), (), "path", "part")}, {"work": None}],
-    ids=["stopped", "live", "nothing"],
-)
-async def test_what_a_run_leaves_is_its_guard_s_to_do(runtime_directory: Path, facts: dict[str, Any]) -> None:
+@pytest.mark.parametrize("left", ["stopped", "live", "nothing"])
+async def test_what_a_run_leaves_is_its_guard_s_to_do(
+    runtime_directory: Path, silent: UnixAddress, tmp_path: Path, left: str
+) -> None:
     """As long as it works, the claim is kept."""
-    monitor = FakeMonitor()
+    work = LiveWork("t", "disk0", (), (), (), str(tmp_path / "path"), str(tmp_path / "part"))
+    facts: dict[str, Any] = {"stopped": left == "stopped", "work": work if left == "live" else None}
+    monitor = FakeMonitor(silent)
     with pytest.raises(QsnapError, match="it failed"):
         async with claim.claimed(monitor, "save", ("t",), wait_s=0, tell=lambda _: None) as ours:
             ours.note(**facts)
