@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import subprocess
-import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from types import SimpleNamespace
 
 import msgspec
 import pytest
@@ -30,6 +29,7 @@ from qsnap.runs.record import Record
 from qsnap.runs.run import Run
 from support.fake_monitor import FakeMonitor
 from support.graphs import graph, node
+from support.guest import open_files
 
 pytestmark = pytest.mark.no_qemu
 
@@ -105,10 +105,10 @@ def test_room(image: Path, lacks: Found, monkeypatch: pytest.MonkeyPatch, tmp_pa
 def test_an_image_that_cannot_be_read(image: Path) -> None:
     """Nothing is left open."""
     image.write_bytes(b"no qcow2")
-    before = os.listdir("/proc/self/fd")  # noqa: PTH208 (the numbers)
+    before = open_files()
     for path in image, image.with_name("none"):
         assert Preparation(image=path, shared=MIB).stretches() == []
-    assert os.listdir("/proc/self/fd") == before  # noqa: PTH208
+    assert open_files() == before
 
 
 async def inventory_of(*backends: BlockBackend, tag: str = "t") -> Inventory:
@@ -203,10 +203,10 @@ async def test_what_is_said_where_it_cannot_be(
     seen = (image, LARGE) if is_seen else (None, None)
     planned = plan_preparation(await inventory_of(backend), request, RunState.RUNNING, VERSION, *seen)
     assert planned.stretches() == []
-    assert planned._replace(findings=()) == (Preparation() if why else planned._replace(findings=()))
     if not why:
         assert planned.findings == ()
         return
+    assert planned._replace(findings=()) == Preparation()
     (finding,) = planned.findings
     assert (finding.code, finding.node, finding.cure) == ("long-pause" if cure else "not-prepared", "disk0", cure)
     assert finding.message.startswith("disk0: ")
@@ -244,15 +244,14 @@ class Writing(FakeMonitor):
         self.slept: list[float] = []
         self._now = 0.0
         self._takes = iter(takes)
-        sleep = asyncio.sleep
 
         async def slept(delay: float) -> None:
             self.slept.append(delay)
             self._now = 0.0
-            await sleep(0)
+            await asyncio.sleep(0)
 
-        monkeypatch.setattr(asyncio, "sleep", slept)
-        monkeypatch.setattr(time, "monotonic", lambda: self._now)
+        monkeypatch.setattr(preparing, "asyncio", SimpleNamespace(sleep=slept, CancelledError=asyncio.CancelledError))
+        monkeypatch.setattr(preparing, "time", SimpleNamespace(monotonic=lambda: self._now))
 
     async def human_answer(self, line: str) -> str:
         self.lines.append(line)

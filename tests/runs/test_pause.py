@@ -7,6 +7,7 @@ import subprocess
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from qsnap.errors import CommandFailed, ConnectError, GuestLeftStopped, MonitorB
 from qsnap.host.processes import Process, process, this_process
 from qsnap.model.qemu import QemuVersion, RunState
 from qsnap.monitor.connection import AnotherAnswers
+from qsnap.runs import pause as pausing
 from qsnap.runs.group import Point
 from qsnap.runs.journal import Journal
 from qsnap.runs.pause import RECONNECT_ATTEMPTS, Pause, has_ended, reconnect, stopped
@@ -97,8 +99,7 @@ class Lost(FakeMonitor):
 @pytest.fixture
 def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """What waits lets others have their turn, and takes no time."""
-    sleep = asyncio.sleep
-    monkeypatch.setattr(asyncio, "sleep", lambda _: sleep(0))
+    monkeypatch.setattr(pausing, "asyncio", SimpleNamespace(sleep=lambda _: asyncio.sleep(0)))
 
 
 @pytest.fixture
@@ -237,13 +238,12 @@ async def test_the_connection_is_made_anew(monkeypatch: pytest.MonkeyPatch) -> N
     """What cut it may cut the next, so some time passes between two attempts."""
     monitor, journal = Lost(obstacles=(ConnectError, ConnectError)), Journal()
     pauses: list[float] = []
-    sleep = asyncio.sleep
 
     async def slept(delay: float) -> None:
         pauses.append(delay)
-        await sleep(0)
+        await asyncio.sleep(0)
 
-    monkeypatch.setattr(asyncio, "sleep", slept)
+    monkeypatch.setattr(pausing, "asyncio", SimpleNamespace(sleep=slept))
     async with stopped(monitor, journal) as pause:
         pass
     assert [call for call in monitor.calls if call != "stop"] == ["cont", *["reconnect"] * 3, "cont"]
