@@ -8,6 +8,7 @@ import errno
 import json
 import os
 import resource
+import select
 import shutil
 import signal
 import socket
@@ -36,6 +37,7 @@ from qsnap.supervision import guard, recovery
 from support.busy import big_guest, in_the_write
 from support.fake_monitor import FakeMonitor
 from support.guest import (
+    DEADLINE_S,
     HAS_SNAPSHOT_JOBS,
     Guest,
     Launch,
@@ -300,10 +302,9 @@ async def test_of_a_qemu_that_nobody_can_reach_the_journal_stays(
     assert journal.fileno() is None, "the next qsnap may take it"
 
 
+@needs_snapshot_jobs
 async def test_jobs_that_a_run_has_left_whose_process_goes_on(launch: Launch, tmp_path: Path) -> None:
     """As a library's does: the number in their names does not tell that they are nobody's any more."""
-    if not HAS_SNAPSHOT_JOBS:
-        pytest.skip("QEMU 6.0 brought them")
     guest = launch(*blockdev("a", make_disk(tmp_path / "a")), *disk_device("a"), memory="16")
     guest.qmp("snapshot-delete", job_id=f"qsnap-delete-{os.getpid()}-1", tag="nope", devices=["a"])
     until("the job to end", lambda: [job["status"] for job in guest.qmp("query-jobs")] == ["concluded"])
@@ -366,6 +367,8 @@ def test_a_process_that_the_run_has_forked_holds_its_files_too(runtime_directory
     """The guard looks for the end of the run itself."""
     with subprocess.Popen([sys.executable, "-c", FORKED], stdout=subprocess.PIPE) as run:
         assert run.stdout is not None
+        if not select.select([run.stdout], [], [], DEADLINE_S)[0]:
+            run.kill()
         child = int(run.stdout.readline())
         try:
             wait_for_the_guard(runtime_directory)
@@ -614,6 +617,23 @@ def test_the_journal_of_another_vm_neither_of_which_can_be_seen(
     cli("list", monitor=other)
     assert journals(runtime_directory) == [journal]
     assert "the guest was resumed" in cli("list", monitor=address).err
+
+
+def test_a_broken_journal_does_no_harm(guest: Guest, runtime_directory: Path) -> None:
+    for name, text in (("a", b""), ("b", b"{"), ("c", b"[]\n"), ("d", b"\xff\n"), ("e", b'{"token": 1}\n')):
+        (runtime_directory / f"{name * 16}.journal").write_bytes(text)
+    (runtime_directory / f"{'f' * 16}.journal").mkdir()
+    os.mkfifo(runtime_directory / f"{'0' * 16}.journal")
+    (runtime_directory / f"{'1' * 16}.beginning").write_text("")
+    os.utime(runtime_directory / f"{'1' * 16}.beginning", (0, 0))
+    others = [runtime_directory / name for name in ("mine.journal", f"{'A' * 16}.journal", "backup.beginning")]
+    for path in others:
+        path.write_text("not qsnap's")
+        os.utime(path, (0, 0))
+    cli("save", "t", monitor=guest.address)
+    left = {runtime_directory / f"{name * 16}.journal" for name in "f0"}
+    assert set(runtime_directory.iterdir()) == {*left, *others}
+    guest.assert_running()
 
 
 def test_a_last_line_that_was_cut_short(abandoned: tuple[Guest, Path], runtime_directory: Path) -> None:

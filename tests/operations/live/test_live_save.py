@@ -401,6 +401,25 @@ async def test_a_resumption_that_is_told_late_is_seen() -> None:
     assert not await taken._was_in_time(at_the_disks=True)
 
 
+async def test_that_nothing_was_seen_is_not_remembered(guest: Guest) -> None:
+    """What was known before stays, and where nothing was known no mark is left."""
+    async with qsnap.connect(guest.address) as vm:
+        taken = object.__new__(freeze.FreezeSince9)
+        taken._monitor = vm._monitor
+        await taken._remember(0, 0, Layout(7, 0))
+        assert await vm._monitor.mark(READ_TIME) is None
+        await taken._remember(5, 0, Layout(7, 0))
+        await taken._remember(0, 5, Layout(7, 0))
+        assert await vm._monitor.mark(READ_TIME) == ReadTime(5, 7).encode()
+        assert await taken._known_read_ns(Layout(7, 0)) == 5
+        # RAM in huge pages is rehearsed anew every time, where that is possible
+        await taken._remember(9, 0, Layout(0, 7))
+        assert await vm._monitor.mark(READ_TIME) == ReadTime(5, 7).encode()
+        await taken._remember(9, 0, Layout(7, 0))
+        assert await taken._known_read_ns(Layout(7, 6)) == 9
+        assert await taken._known_read_ns(Layout(7, 8)) == 0
+
+
 async def test_a_stop_that_comes_too_late_is_seen(
     heavy: Guest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
