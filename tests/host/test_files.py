@@ -506,19 +506,6 @@ def test_a_runtime_directory_that_others_may_write(
     guest.assert_running()
 
 
-def test_a_runtime_directory_whatever_the_umask(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("QSNAP_RUNTIME_DIR", str(tmp_path / "run"))
-    before = os.umask(0o777)
-    try:
-        ours = journal.Journal.create(Record(token="a" * 16))
-    finally:
-        os.umask(before)
-    assert stat.S_IMODE((tmp_path / "run").stat().st_mode) == 0o700
-    assert ours.path
-    assert stat.S_IMODE(ours.path.stat().st_mode) == 0o600
-    ours.close(remove=True)
-
-
 @contextmanager
 def room(size: int) -> Iterator[None]:
     """No file gets larger than that, as on a file system that is full; the write that comes there is cut short."""

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, nullcontext
+from contextlib import nullcontext
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -23,12 +22,10 @@ from qsnap.errors import (
     SnapshotNotFound,
     VerifyFailed,
 )
-from qsnap.inventory import devices as rules
 from qsnap.model.qemu import RunState
-from qsnap.model.requests import DeleteRequest, LoadRequest, OnExists, SaveRequest
+from qsnap.model.requests import LoadRequest, OnExists, SaveRequest
 from qsnap.monitor import open_monitor
 from qsnap.monitor.address import UnixAddress
-from qsnap.operations.delete import do_delvm
 from qsnap.operations.load import do_loadvm
 from qsnap.operations.save import do_savevm
 from qsnap.runs.journal import Journal
@@ -413,14 +410,6 @@ async def test_a_save_that_never_ends() -> None:
     assert monitor.state is RunState.RUNNING
 
 
-async def test_a_delete_that_does_nothing() -> None:
-    monitor = FakeMonitor()
-    await do_savevm(Run(monitor), SaveRequest(tag="t"))
-    monitor.delete_does_nothing = True
-    with pytest.raises(VerifyFailed, match="still holds it"):
-        await do_delvm(Run(monitor), DeleteRequest(tags=("t",)))
-
-
 async def test_a_watcher_that_fails_does_not_fail_the_save(guest: Guest, tmp_path: Path) -> None:
     def fail(_: object) -> None:
         raise ZeroDivisionError
@@ -546,25 +535,6 @@ async def test_several_cancellations_do_not_keep_the_guest_stopped() -> None:
     assert monitor.state is RunState.RUNNING
 
 
-async def test_a_failed_load_leaves_the_guest_stopped() -> None:
-    monitor = FakeMonitor()
-    await do_savevm(Run(monitor), SaveRequest(tag="t"))
-    graph = await monitor.block_graph()
-    assert rules.survey(graph).vmstate == "disk0"
-    broken = FakeMonitor(rows=monitor.rows)
-
-    @asynccontextmanager
-    async def fail(tag: str, vmstate: str, devices: Any) -> AsyncIterator[qsnap.errors.JobFailed]:
-        broken.state = RunState.RUNNING  # as QEMU 6.0.0 does
-        yield (failure := qsnap.errors.JobFailed("snapshot-load", "Error -22 while loading VM state"))
-        raise failure
-
-    broken.snapshot_load = fail  # type: ignore[method-assign]
-    with pytest.raises(GuestLeftStopped, match="left stopped on purpose"):
-        await do_loadvm(Run(broken), LoadRequest(tag="t"))
-    assert broken.state is RunState.PAUSED
-
-
 async def test_stopped_resumes_after_an_error() -> None:
     monitor = FakeMonitor()
     with pytest.raises(ZeroDivisionError):
@@ -572,22 +542,6 @@ async def test_stopped_resumes_after_an_error() -> None:
             assert monitor.state is RunState.PAUSED
             raise ZeroDivisionError
     assert monitor.state is RunState.RUNNING
-
-
-async def test_the_guest_is_not_stopped_before_the_guard_is_ready() -> None:
-    monitor = FakeMonitor()
-
-    class Guard:
-        pid = 1
-
-        async def ready(self) -> None:
-            assert "stop" not in monitor.calls
-            monitor.calls.append("ready")
-
-    journal = Journal()
-    journal.guard = Guard()
-    async with stopped(monitor, journal):
-        assert monitor.calls == ["ready", "stop"]
 
 
 async def test_timeout_of_the_library(guest: Guest) -> None:

@@ -29,6 +29,18 @@ def test_its_name_must_be_free(runtime_directory: Path) -> None:
         Journal.create(RECORD)
 
 
+def test_it_is_its_user_s_alone() -> None:
+    """Whatever the umask."""
+    before = os.umask(0o777)
+    try:
+        ours = Journal.create(RECORD)
+    finally:
+        os.umask(before)
+    assert ours.path
+    assert ours.path.stat().st_mode & 0o777 == 0o600
+    ours.close(remove=True)
+
+
 def test_a_broken_journal_does_no_harm(runtime_directory: Path) -> None:
     for name, text in (("a", b""), ("b", b"{"), ("c", b"[]\n"), ("d", b"\xff\n"), ("e", b'{"token": 1}\n')):
         (runtime_directory / f"{name * 16}.journal").write_bytes(text)
