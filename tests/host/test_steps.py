@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from qsnap.host import files, syscalls
+from support.guest import open_files
 
 pytestmark = pytest.mark.no_qemu
 
@@ -79,10 +80,6 @@ def test_a_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, or_disk: bool) 
             files.opened(tmp_path / "disk")
 
 
-def still_open() -> list[str]:
-    return sorted(path.name for path in Path("/proc/self/fd").iterdir())
-
-
 def test_nothing_stays_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whether it succeeds or not."""
 
@@ -119,10 +116,10 @@ def test_nothing_stays_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         unreadable,
     ]
     for number, deed in enumerate(deeds):
-        before = still_open()
+        before = open_files()
         with suppress(OSError):
             deed()
-        assert still_open() == before, number
+        assert open_files() == before, number
 
 
 def test_memory_is_given_back_even_if_another_has_it_open() -> None:
@@ -156,8 +153,8 @@ def test_what_is_not_written_at_all_fails(tmp_path: Path, monkeypatch: pytest.Mo
     answers = iter([0])
     for name in ("write", "pwrite"):
         monkeypatch.setattr(os, name, lambda *_: next(answers))
-    with pytest.raises(OSError, match="nothing of it was written"):
-        files.write(0, b"x", offset)
+    with (tmp_path / "x").open("wb") as file, pytest.raises(OSError, match="nothing of it was written"):
+        files.write(file.fileno(), b"x", offset)
 
 
 def test_nobody_reads_what_replaces_a_private_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

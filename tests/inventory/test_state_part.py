@@ -13,6 +13,7 @@ import pytest
 from qsnap.host import files
 from qsnap.inventory import state_part
 from support.fake_proc import IS_ROOT, NOBODY
+from support.guest import open_files
 
 pytestmark = pytest.mark.no_qemu
 
@@ -20,9 +21,9 @@ pytestmark = pytest.mark.no_qemu
 @pytest.fixture(autouse=True)
 def no_file_stays_open() -> Iterator[None]:
     """One would take up the room of the guest's memory."""
-    before = {*Path("/proc/self/fd").iterdir()}
+    before = {*open_files()}
     yield
-    assert {*Path("/proc/self/fd").iterdir()} <= before
+    assert {*open_files()} <= before
 
 
 @pytest.fixture

@@ -22,7 +22,7 @@ from qsnap.model.qemu import NodeSnapshot
 from qsnap.monitor.qmp import replies
 from support.graphs import graph as one_node
 from support.graphs import node, over
-from support.guest import Launch, blockdev, disk_device, make_boot_disk, qemu_img
+from support.guest import Launch, blockdev, disk_device, make_boot_disk, open_files, qemu_img
 from support.qcow2_files import CLUSTER, ENTRIES, OF_L1, Image, at
 
 
@@ -271,11 +271,11 @@ def test_files_are_closed(tmp_path: Path) -> None:
     image.write(tmp_path / "a")
     graph = one_node(node("a", filename=str(tmp_path / "a"), snapshots=(row,)))
     (snapshot,) = snapshots(graph, survey(graph).devices)
-    before = len([*Path("/proc/self/fd").iterdir()])
+    before = open_files()
     of_snapshot(snapshot, Place(tmp_path / "a", row)).close()
     with pytest.raises(Unreadable, match="does not have it"):
         of_snapshot(snapshot, Place(tmp_path / "a", msgspec.structs.replace(row, id="9")))
-    assert len([*Path("/proc/self/fd").iterdir()]) == before
+    assert open_files() == before
 
 
 @pytest.mark.no_qemu

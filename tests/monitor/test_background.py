@@ -16,7 +16,7 @@ from qsnap.monitor.names import STATE_NODE
 from qsnap.monitor.qmp import background as backgrounds
 from qsnap.monitor.qmp.background import UNBOUNDED, Background
 from qsnap.monitor.qmp.channel import Channel, negotiated
-from support.guest import DEADLINE_S
+from support.guest import DEADLINE_S, open_files
 from support.qmp_server import FILE, Server, event, failed, returned, serving
 
 pytestmark = pytest.mark.no_qemu
@@ -65,10 +65,6 @@ class Told:
         asked = [(message["execute"], message.get("arguments")) for message in self.server.asked]
         self.server.asked.clear()
         return [one for one in asked if one[0] != "qmp_capabilities"]
-
-
-def open_files() -> int:
-    return len([*Path("/proc/self/fd").iterdir()])
 
 
 CAPABILITIES = [{"capability": "other", "state": True}, {"capability": "background-snapshot", "state": False}]

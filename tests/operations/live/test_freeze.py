@@ -30,6 +30,7 @@ from qsnap.runs.group import Point
 from qsnap.runs.journal import Journal
 from qsnap.runs.pause import Pause
 from support.fake_monitor import FakeMonitor
+from support.guest import open_files
 
 pytestmark = pytest.mark.no_qemu
 
@@ -94,11 +95,11 @@ def monitor() -> Played:
 @pytest.fixture
 def part(tmp_path: Path) -> Iterator[Path]:
     """The state file to be. When a test ends no file is open that was not open before."""
-    before = {*Path("/proc/self/fd").iterdir()}
+    before = {*open_files()}
     path = tmp_path / "part"
     path.touch()
     yield path
-    assert {*Path("/proc/self/fd").iterdir()} <= before
+    assert {*open_files()} <= before
 
 
 @pytest.fixture
