@@ -258,8 +258,10 @@ class Channel:
 
     def forget_stop_resume_events(self) -> None:
         """Forget the STOP and RESUME events so far."""
-        self.stop_resume_events()
+        self._client.remove_listener(self._seen)
+        self._seen = EventListener(_STOP_RESUME)  # a listener keeps all that it has given, too
         self._past.clear()
+        self._client.register_listener(self._seen)
 
     def stop_resume_events(self) -> Sequence[tuple[str, float]]:
         """The STOP and RESUME events since they were forgotten, with their time stamps in seconds since 1970."""
