@@ -31,7 +31,7 @@ from qsnap.model.results import LoadResult
 from qsnap.model.snapshots import Origin, Position, StateFile
 from qsnap.monitor.names import HALF_RESTORED, HERE
 from qsnap.operations.delta import NoDelta, delta
-from qsnap.operations.load import check_load, do_loadvm
+from qsnap.operations.load import _forget_failure, check_load, do_loadvm
 from qsnap.operations.load_attempt import LoadAttempt
 from qsnap.operations.plan import plan_load
 from qsnap.runs.group import Point
@@ -491,6 +491,19 @@ async def test_qemu_does_not_answer_after_an_interrupt(qemu: Qemu, guard: Watche
     assert words in str(left.value)
     assert "cont" not in qemu.calls
     assert qemu.journal.record.work == LoadWork(was_running=True, stage=LoadStage.BEGUN)
+
+
+async def test_a_guard_that_is_not_ready(qemu: Qemu, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before it is, QEMU is not told to forget a failure, because the guard might have to put settings back."""
+
+    class Absent(Watcher):
+        async def ready(self) -> None:
+            raise QsnapError("the guard did not start")
+
+    monkeypatch.setattr(Qemu, "live", object())
+    qemu.journal.guard = Absent()
+    with pytest.raises(QsnapError, match="the guard did not start"):
+        await _forget_failure(Run(qemu, journal=qemu.journal), "t")
 
 
 # Translated code
