@@ -61,6 +61,19 @@ def test_a_broken_journal_does_no_harm(runtime_directory: Path) -> None:
     ours.close(remove=True)
 
 
+def test_a_line_that_was_cut_short_takes_none_with_it() -> None:
+    """As by a full disk, which has room again for the next one."""
+    ours = Journal.create(RECORD)
+    assert ours.path
+    end = ours.path.stat().st_size
+    ours.note(tags=("lost",))
+    os.truncate(ours.path, end + 5)
+    ours.note(stopped=True)
+    (one,) = found()
+    assert (one.record.tags, one.record.stopped) == ((), True)
+    ours.close(remove=True)
+
+
 def test_how_far_the_work_has_come() -> None:
     work = SaveWork(disk_tag="t", vmstate="a", devices=("a",), older=(), older_files=())
     ours = Journal.create(msgspec.structs.replace(RECORD, work=work))
