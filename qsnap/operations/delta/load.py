@@ -164,7 +164,6 @@ class Load:
                 f"RAM was loaded, and not compared with {self._snapshot.tag!r}: {error}. So the guest is left stopped; "
                 f"load a good snapshot (`qsnap list`, `qsnap load TAG --running`)"
             ) from error
-        self._attempt.be_sure()
 
     async def _make_sure(self, compared: Comparison, doubt: str) -> None:
         """Load everything if it is not certain what the delta load has made."""
@@ -181,6 +180,7 @@ class Load:
             self.why_full = doubt
             self.ram_bytes = self.found_by = self.differing_pages = None
             await self._load_full()
+        self._attempt.be_sure()
 
     async def _load_full(self) -> None:
         try:

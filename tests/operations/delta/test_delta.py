@@ -506,6 +506,35 @@ def test_the_load_is_not_verified_in_time(
     restless.assert_running()
 
 
+def test_interrupted_during_the_verification(
+    restless: Guest, runtime_directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is seen through, and then the guest runs."""
+    cli("save", "t", monitor=restless.address)
+    differing, tasks = delta.Comparison.differing, list[asyncio.Task[None]]()
+
+    async def interrupted(comparison: delta.Comparison) -> int:
+        tasks[0].cancel()
+        await asyncio.sleep(0)  # it is on its way by now
+        return await differing(comparison)
+
+    async def load() -> None:
+        async with qsnap.connect(restless.address) as vm:
+            await vm.load("t")
+
+    async def main() -> None:
+        tasks.append(asyncio.create_task(load()))
+        with pytest.raises(asyncio.CancelledError):
+            await tasks[0]
+
+    monkeypatch.setattr(delta.Comparison, "differing", interrupted)
+    asyncio.run(main())
+    assert restless.runstate == "running"
+    wait_for_the_guard(runtime_directory)
+    assert marks(restless) == []
+    restless.assert_running()
+
+
 def test_interrupted_during_the_comparison(guest: Guest, monkeypatch: pytest.MonkeyPatch) -> None:
     """The comparison ends, nothing was loaded, and the guest runs on."""
     cli("save", "t", monitor=guest.address)
