@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
-from typing import TYPE_CHECKING, Literal, NamedTuple, TextIO, TypeAlias
+from typing import TYPE_CHECKING, Literal, TextIO, TypeAlias
+
+import msgspec
 
 if TYPE_CHECKING:
     from qsnap.model.qemu import Struct
@@ -20,7 +22,7 @@ PARALLEL_VMS = 2
 PROGRESS_KINDS = ("auto", "json", "none")
 
 
-class Options(NamedTuple):
+class Options(msgspec.Struct, frozen=True):
     """The options that every command takes; those that choose a VM only if it is about VMs.
 
     Each is named as the parameter that click makes of its option: see :func:`qsnap.cli.options.takes`.

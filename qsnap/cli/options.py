@@ -86,7 +86,7 @@ def _write_options(
 def _heading(name: str) -> str:
     if name in ("as_json", "quiet", "verbose", "config", "progress"):
         return "Output"
-    if name in Options._fields:
+    if name in Options.__struct_fields__:
         return "The VM"
     return "What to keep" if name.startswith("keep_") else "Options"
 
@@ -210,7 +210,7 @@ def takes(*options: Callable[[Any], Any]) -> Callable[[Callable[..., Any]], Call
             options = options_of(context)
             if context.obj is not None:
                 context.obj["as_json"] = options.as_json  # for how an error is shown
-            return command(options, **{name: given[name] for name in given.keys() - set(Options._fields)})
+            return command(options, **{name: given[name] for name in given.keys() - set(Options.__struct_fields__)})
 
         for option in reversed(options):
             wrapper = option(wrapper)
@@ -221,7 +221,7 @@ def takes(*options: Callable[[Any], Any]) -> Callable[[Callable[..., Any]], Call
 
 def options_of(context: click.Context) -> Options:
     """The options of a command line that every command takes."""
-    common = {name: value for name, value in context.params.items() if name in Options._fields}
+    common = {name: value for name, value in context.params.items() if name in Options.__struct_fields__}
     if common.get("vms") or common.get("all_vms"):
         source = context.get_parameter_source("monitor")
         if source is not click.core.ParameterSource.COMMANDLINE:

@@ -13,7 +13,6 @@ from array import array
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import NamedTuple
 
 from qsnap.model.qemu import Struct
 
@@ -24,7 +23,7 @@ SAMPLE_PAGES = 1024
 OVERHEAD_BYTES = 32 << 20
 
 
-class StateEstimate(NamedTuple):
+class StateEstimate(Struct, frozen=True):
     """An estimate of the size of a guest's VM state, in bytes.
 
     :ivar at_least: it is almost surely larger (4 standard deviations); 0 where only the upper bound is known.
@@ -37,7 +36,7 @@ class StateEstimate(NamedTuple):
     at_most: int
 
 
-class Mapping(NamedTuple):
+class Mapping(Struct, frozen=True):
     """A mapping of a process.
 
     :ivar start: its address.
@@ -52,7 +51,7 @@ class Mapping(NamedTuple):
     file: str
 
 
-class Use(NamedTuple):
+class Use(Struct, frozen=True):
     """How a mapping is used, in bytes.
 
     :ivar touched: what of it exists, in RAM or in swap.

@@ -26,7 +26,6 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from typing import NamedTuple
 
 import msgspec
 
@@ -64,7 +63,7 @@ _USB_STORAGE = frozenset({"usb-storage", "usb-bot", "usb-uas"})
 _LEFT_OUT = "left out as asked: a load will leave its contents as they are then"
 
 
-class Survey(NamedTuple):
+class Survey(msgspec.Struct, frozen=True):
     """All devices with their verdicts, the vmstate node if there is one, and what is in the way."""
 
     devices: tuple[Device, ...]

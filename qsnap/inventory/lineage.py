@@ -20,12 +20,10 @@ Facts: QEMU's block/qcow2-snapshot.c, qcow2_snapshot_create and qcow2_snapshot_g
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Collection, Iterable, Mapping
 from contextlib import ExitStack, suppress
 from pathlib import Path
-from typing import NamedTuple
 
 import msgspec
 
@@ -76,7 +74,7 @@ class _Record(Struct, frozen=True):
     origins: tuple[tuple[Key, Origin], ...] = ()
 
 
-class Lineage(NamedTuple):
+class Lineage(Struct, frozen=True):
     """What is known of the snapshots of a VM.
 
     :ivar position: where the guest is.
@@ -205,6 +203,8 @@ def _l1_table(image: L1Tables, snapshot: Snapshot) -> L1Table | None:
 
 def _areas(inventory: Inventory, images: Mapping[str, L1Tables]) -> str:
     """A digest of where the active tables lead for VM states. Node-names change with each start, files do not."""
+    import hashlib
+
     graph = inventory.graph
     parts = sorted((str(inventory.store.image(graph, node) or ""), images[node].active.state) for node in images)
     return hashlib.sha256(repr([(Path(name).name, state) for name, state in parts]).encode()).hexdigest()[:32]

@@ -16,7 +16,6 @@ import errno
 import os
 from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import msgspec
 
@@ -74,7 +73,7 @@ class Note(Struct, frozen=True):
         )
 
 
-class ChangeBelow(NamedTuple):
+class ChangeBelow(Struct, frozen=True):
     """An image whose backing chain has changed since a snapshot was saved.
 
     :ivar node: the image's node-name.

@@ -16,10 +16,10 @@ snapshot of an image that has one, even if it is disabled ("Device has active di
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Collection, Iterable
 from pathlib import Path
-from typing import NamedTuple
+
+import msgspec
 
 from qsnap.inventory import devices as rules
 from qsnap.inventory import snapshots
@@ -31,7 +31,7 @@ from qsnap.monitor import Monitor
 from qsnap.monitor.names import HERE, NOTED, PROTECTED
 
 
-class Marks(NamedTuple):
+class Marks(msgspec.Struct, frozen=True):
     """The marks of a VM: see above.
 
     :ivar names: the names of the marks.
@@ -97,5 +97,7 @@ def noted(images: Collection[str]) -> str:
 
 
 def _digest(*parts: object) -> str:
+    import hashlib
+
     text = "\0".join(map(str, parts))
     return hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()[:16]

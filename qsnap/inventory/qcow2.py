@@ -15,6 +15,8 @@ from array import array
 from collections.abc import Iterator
 from typing import NamedTuple
 
+import msgspec
+
 from qsnap.model.qemu import NodeSnapshot
 
 _MAGIC = b"QFI\xfb"
@@ -58,7 +60,7 @@ class NotThere(Unreadable):
     """The image's table of snapshots does not have it."""
 
 
-class Header(NamedTuple):
+class Header(msgspec.Struct, frozen=True):
     """What the header of an image says; sizes in bytes, tables by their number of entries and offset."""
 
     cluster: int

@@ -267,7 +267,7 @@ def holding(found: Iterable[Snapshot], devices: Sequence[Device], tag: str) -> H
     )
 
 
-class NewName(NamedTuple):
+class NewName(msgspec.Struct, frozen=True):
     """The name under which the devices hold a new snapshot, and what it replaces.
 
     :ivar disk_tag: that name.

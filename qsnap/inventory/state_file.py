@@ -31,7 +31,9 @@ from array import array
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from itertools import chain, repeat
-from typing import Any, NamedTuple
+from typing import Any
+
+import msgspec
 
 CLUSTER = 1 << 16
 #: Where the stream begins in the file.
@@ -55,7 +57,7 @@ _NO_ICOUNT = (1 << 64) - 1
 _U32_MAX = (1 << 32) - 1
 
 
-class Content(NamedTuple):
+class Content(msgspec.Struct, frozen=True):
     """The contents of a state file.
 
     :ivar tag: the tag under which the disks hold the snapshot.
@@ -72,7 +74,7 @@ class Content(NamedTuple):
     vm_clock_ns: int
 
 
-class _Layout(NamedTuple):
+class _Layout(msgspec.Struct, frozen=True):
     """The number of clusters of each part, and where the parts begin."""
 
     stream: int
@@ -119,7 +121,7 @@ class _Layout(NamedTuple):
         return self.clusters + self.l1 > self.blocks * _COUNTS
 
 
-class _Use(NamedTuple):
+class _Use(msgspec.Struct, frozen=True):
     """QEMU's changes to a state file.
 
     :ivar is_grown: QEMU put a longer active L1 table at the end.
@@ -142,7 +144,7 @@ def _layout(vm_state_size: int) -> _Layout:
     layout = _Layout(stream, l1, l2, table=1, blocks=1)
     # Refcount blocks count themselves too
     while (blocks := -(-layout.clusters // _COUNTS)) > layout.blocks:
-        layout = layout._replace(blocks=blocks, table=-(-blocks // _ENTRIES))
+        layout = msgspec.structs.replace(layout, blocks=blocks, table=-(-blocks // _ENTRIES))
     return layout
 
 

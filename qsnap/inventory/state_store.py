@@ -20,8 +20,9 @@ from contextlib import suppress
 from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
 from urllib.parse import quote_from_bytes, unquote_to_bytes
+
+import msgspec
 
 from qsnap.errors import BadUsage, NotSupported
 from qsnap.host import files, trust
@@ -41,7 +42,7 @@ _NAME_MAX = 255
 _MAY_NOT = (errno.EACCES, errno.EIO)
 
 
-class LeftBehind(NamedTuple):
+class LeftBehind(msgspec.Struct, frozen=True):
     """A file of this VM that stayed behind when its image was renamed or moved while QEMU had that open.
 
     :ivar path: the path of the file.

@@ -19,7 +19,9 @@ import socket
 import struct
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
-from typing import Literal, NamedTuple
+from typing import Literal
+
+import msgspec
 
 from qsnap.errors import ConnectError, MonitorBusy, MonitorError, MonitorLost, QsnapError
 from qsnap.monitor.address import Address, UnixAddress
@@ -36,7 +38,7 @@ ANOTHER = "give QEMU one more monitor, by -qmp unix:PATH,server=on,wait=off"
 _CURE = "is QEMU running, with -qmp unix:PATH,server=on,wait=off?"
 
 
-class Connection(NamedTuple):
+class Connection(msgspec.Struct, frozen=True):
     """A socket on which a monitor has begun to greet. Its bytes are still there to be read.
 
     :ivar pid: the process at the other end, if it is on this machine and the socket reports it.

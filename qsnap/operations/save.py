@@ -115,7 +115,7 @@ async def do_savevm(run: Run, request: SaveRequest, watch: Watcher | None = None
 
             # Save the VM state, and create the snapshots
             journal.advance(saving=True)
-            async with watched(watch, monitor.pid, plan.image, plan.estimate and plan.estimate.expected):
+            async with watched(watch, monitor.pid, plan.image, plan.estimate.expected if plan.estimate else None):
                 await monitor.snapshot_save(new.disk_tag, plan.vmstate, report.saved)
             await journal.meet(Point.WRITTEN)
         # the_end: if (saved_vm_running) vm_start(): done by leaving the block

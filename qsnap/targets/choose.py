@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
+
+from msgspec import structs
 
 from qsnap.errors import BadUsage, NoVM
 from qsnap.model.qemu import Struct
@@ -20,7 +22,7 @@ if TYPE_CHECKING:
 _START = "Start QEMU with -qmp unix:/run/vm.qmp,server=on,wait=off and use -m /run/vm.qmp; without a VM try: qsnap demo"
 
 
-class Target(NamedTuple):
+class Target(Struct, frozen=True):
     """The VM that is meant.
 
     :ivar pid: its process id, if it was found among the running VMs; any other process at the address is not it.
@@ -229,7 +231,7 @@ def _only(known: Sequence[KnownVM], config: Config) -> Target:
     ours = [vm for vm in runs if vm.running and vm.running.is_ours]
     reachable = [vm for vm in ours if vm.monitor]
     if len(reachable) == 1:
-        return _target(reachable[0], config)._replace(was_guessed=True)
+        return structs.replace(_target(reachable[0], config), was_guessed=True)
     if reachable:
         raise SeveralVMs(f"{len(reachable)} VMs are running; choose one", reachable)
     sentences = [f"no monitor is given, and qsnap finds no running VM that it could use. {_START}"]

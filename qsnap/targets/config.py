@@ -29,17 +29,17 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal
 
 import msgspec
-from msgspec import Meta
+from msgspec import Meta, structs
 
 from qsnap.errors import BadUsage
 from qsnap.model import typed
 from qsnap.monitor.address import Address, expanded, parse_address
 
 
-class Settings(NamedTuple):
+class Settings(msgspec.Struct, frozen=True):
     """Defaults of options; None for an option that is not set."""
 
     timeout: float | None = None
@@ -56,10 +56,12 @@ class Settings(NamedTuple):
 
     def over(self, others: Settings) -> Settings:
         """These defaults, completed from *others* where they are not set."""
-        return others._replace(**{name: value for name, value in self._asdict().items() if value is not None})
+        return structs.replace(
+            others, **{name: value for name, value in structs.asdict(self).items() if value is not None}
+        )
 
 
-class ConfiguredVM(NamedTuple):
+class ConfiguredVM(msgspec.Struct, frozen=True):
     """One ``[vm.NAME]``.
 
     :ivar monitor: None means the running VM of that name.
@@ -70,7 +72,7 @@ class ConfiguredVM(NamedTuple):
     settings: Settings
 
 
-class Config(NamedTuple):
+class Config(msgspec.Struct, frozen=True):
     """A config file, checked."""
 
     default_vm: str | None = None

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from msgspec import structs
 
 import qsnap
 from qsnap.host import hugepages, processes
@@ -106,7 +107,7 @@ def flagged(monkeypatch: pytest.MonkeyPatch, *flags: str) -> None:
     real = processes.uses
 
     def seen(pid: int) -> dict[int, Use]:
-        return {start: use._replace(flags=(*use.flags, *flags)) for start, use in real(pid).items()}
+        return {start: structs.replace(use, flags=(*use.flags, *flags)) for start, use in real(pid).items()}
 
     monkeypatch.setattr(processes, "uses", seen)
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec import structs
 
 from qsnap.errors import BadUsage
 from qsnap.inventory import snapshots, state_file, state_store
@@ -182,8 +183,8 @@ def test_a_state_file_has_one_snapshot(tmp_path: Path) -> None:
 )
 def test_what_is_written_is_read(content: Content) -> None:
     """Also where nothing but the header and the snapshot table is looked at."""
-    parts = dict(state_file.envelope(content._replace(vm_state_size=min(content.vm_state_size, GIB))))
-    content = content._replace(vm_state_size=min(content.vm_state_size, GIB))
+    parts = dict(state_file.envelope(structs.replace(content, vm_state_size=min(content.vm_state_size, GIB))))
+    content = structs.replace(content, vm_state_size=min(content.vm_state_size, GIB))
 
     def pread(size: int, offset: int) -> bytes:
         return (parts.get(offset, b"") + bytes(size))[:size]

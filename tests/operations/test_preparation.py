@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import msgspec
 import pytest
+from msgspec import structs
 
 from qsnap.errors import MonitorLost
 from qsnap.host import processes
@@ -145,7 +146,7 @@ async def test_what_is_planned(
 ) -> None:  # fmt: skip
     lacks(shared(0, MIB))
     inventory = await inventory_of(*backends)
-    estimate = LARGE._replace(at_least=at_least)
+    estimate = structs.replace(LARGE, at_least=at_least)
     request = SaveRequest(tag="t", prepare=prepares)
     planned = plan_preparation(inventory, request, runstate, VERSION, image, estimate)
     assert planned == Preparation(

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import click
 import pytest
+from msgspec import structs
 
 from qsnap.cli import cli
 from qsnap.errors import BadUsage
@@ -160,14 +161,14 @@ def test_every_key_is_an_option() -> None:
         for name in (*parameter.opts, *parameter.secondary_opts)
     }
     assert {"monitor", *config.OPTIONS} <= options
-    assert {key.replace("-", "_") for key in config.OPTIONS} == set(Settings._fields)
+    assert {key.replace("-", "_") for key in config.OPTIONS} == set(Settings.__struct_fields__)
 
 
 def test_every_key_is_in_the_docs() -> None:
     example = re.search(r"```toml\n(.*?)```", INSTALL, re.S)
     assert example
     read = parse(example[1], FILE)
-    shown = {key for vm in read.vms.values() for key in (*vm.settings._asdict(), "monitor")}
-    assert shown == {"monitor", *Settings._fields}
+    shown = {key for vm in read.vms.values() for key in (*structs.asdict(vm.settings), "monitor")}
+    assert shown == {"monitor", *Settings.__struct_fields__}
     for key in ("default-vm", "[defaults]", "monitor", *config.OPTIONS):
         assert key in example[1], key

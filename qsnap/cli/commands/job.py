@@ -14,6 +14,7 @@ from datetime import datetime
 from typing import TYPE_CHECKING, Literal, TypeVar
 
 import click
+from msgspec import structs
 
 from qsnap.cli.child import executed, not_executable, note_signals
 from qsnap.cli.common import Options, excluded, liveness
@@ -194,7 +195,7 @@ class _Job:
             raise
         finally:
             # The command may start it anew: then it is another process at the same address
-            self._meant = self._meant._replace(pid=None)
+            self._meant = structs.replace(self._meant, pid=None)
 
     def attempt(self, troubles: list[QsnapError], deed: Callable[[], object]) -> bool:
         """Do what is to be done whatever went wrong before, and say what goes wrong; whether it went well."""

@@ -6,7 +6,9 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Literal, TypeAlias
+
+import msgspec
 
 from qsnap.cli.output.text import cut, printable, width
 
@@ -19,7 +21,7 @@ _LEAST = 14
 _GAP = 2
 
 
-class Column(NamedTuple):
+class Column(msgspec.Struct, frozen=True):
     """A column of a table.
 
     :ivar is_number: right-aligned on a terminal.
@@ -42,7 +44,7 @@ class Column(NamedTuple):
     whole: int = _LEAST
 
 
-class Table(NamedTuple):
+class Table(msgspec.Struct, frozen=True):
     """Columns and rows of cells."""
 
     columns: Sequence[Column]
@@ -74,7 +76,7 @@ class Table(NamedTuple):
         from rich.table import Table as Drawing
         from rich.text import Text
 
-        uncut = Table([column._replace(cut="") for column in self.columns], self.rows)
+        uncut = Table([msgspec.structs.replace(column, cut="") for column in self.columns], self.rows)
         shown = uncut if wide else self._fitting(console.width)
         if shown._least() > console.width:
             console.print(self.plain(), soft_wrap=True, markup=False, highlight=False)
@@ -132,7 +134,7 @@ class Table(NamedTuple):
         return [[column.head for column in self.columns], *([printable(cell) for cell in row] for row in self.rows)]
 
 
-class Aside(NamedTuple):
+class Aside(msgspec.Struct, frozen=True):
     """Text for standard error; it may have several lines.
 
     :ivar head: what it begins with: "qsnap", or how grave it is.
@@ -142,13 +144,13 @@ class Aside(NamedTuple):
     head: str = "qsnap"
 
 
-class Hint(NamedTuple):
+class Hint(msgspec.Struct, frozen=True):
     """A line that only a terminal gets."""
 
     text: str
 
 
-class Cut(NamedTuple):
+class Cut(msgspec.Struct, frozen=True):
     """A line that a terminal gets without the end for which it is too narrow."""
 
     text: str

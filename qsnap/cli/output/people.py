@@ -10,6 +10,8 @@ from datetime import UTC, datetime
 from functools import singledispatch
 from typing import TYPE_CHECKING
 
+from msgspec import structs
+
 from qsnap.cli.output.lines import Aside, Column, Cut, Hint, Lines, Table
 from qsnap.cli.output.results import (
     Details,
@@ -197,7 +199,7 @@ def _snapshots_of(found: Mapping[str, Snapshots]) -> Lines:
         Column("TAG", cut="middle", whole=40),
         Column("KIND", styles=_KINDS, is_dull=is_usual),
         _STATE,
-        _DATE._replace(goes=1),
+        structs.replace(_DATE, goes=1),
         Column("AGE", is_number=True),
         Column("VM CLOCK", is_number=True, goes=4),
         Column("VMSTATE", cut="middle", is_dull=True, goes=3),
@@ -460,7 +462,7 @@ def introduced(what: str, error: object) -> Lines:
     """The lines of an error; the first begins with *what* it is about."""
     first, *more = lines_of(error)
     assert isinstance(first, Aside)
-    yield from (first._replace(text=f"{what}: {first.text}"), *more)
+    yield from (structs.replace(first, text=f"{what}: {first.text}"), *more)
 
 
 def quiet_lines_of(result: object) -> Lines:
@@ -492,7 +494,7 @@ def _titled(several: Outcomes, its_lines: Callable[[object], Lines]) -> Lines:
             yield from introduced(title, result)
             continue
         lines = list(its_lines(result))
-        yield from (line._replace(text=f"{title}: {line.text}") for line in lines if isinstance(line, Aside))
+        yield from (structs.replace(line, text=f"{title}: {line.text}") for line in lines if isinstance(line, Aside))
         first, *more = [line for line in lines if not isinstance(line, Aside | Hint)] or [""]
         details = [line.strip() for line in more if isinstance(line, str) and line.startswith("  ")]
         if isinstance(first, Table | Cut) or len(details) < len(more):

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from msgspec import structs
 from qemu.qmp import Message
 
 import qsnap
@@ -345,7 +346,7 @@ def test_qemu_refuses_the_delta(changed: Changed, monkeypatch: pytest.MonkeyPatc
 
     def envelope(given: state_file.Content) -> Iterator[tuple[int, bytes]]:
         if nth == 1:
-            given = given._replace(tag="other")
+            given = structs.replace(given, tag="other")
         for offset, data in content(given):
             yield offset, data
             if offset == 0 and nth == 3:
