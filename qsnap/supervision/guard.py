@@ -9,7 +9,6 @@ It has a session of its own, so that the end of a process group or a terminal do
 from __future__ import annotations
 
 import asyncio
-import json
 import os
 import socket
 import subprocess
@@ -29,8 +28,8 @@ _left: list[subprocess.Popen[bytes]] = []
 
 #: Its own interpreter, without the time that ``site`` takes.
 _CODE = (
-    "import sys, json; sys.path[:] = json.loads(sys.argv[2]); "
-    "from qsnap.supervision.guard_process import main; main(sys.argv[3])"
+    "import sys; given = sys.argv[2:]; sys.path[:] = given[5:]; "
+    "from qsnap.supervision.guard_process import main; main(*given[:5])"
 )
 
 
@@ -98,17 +97,16 @@ def start(journal: Journal, connection: socket.socket | None) -> Guard:
     except OSError as error:
         raise QsnapError(f"no guard can be started: {error.strerror}; nothing was done") from error
     ours.setblocking(False)
-    files = {"control": theirs.fileno(), "journal": journal.fileno()}
-    if connection is not None:
-        files["monitor"] = connection.fileno()
-    path = [str(Path(__file__).absolute().parents[2]), *filter(None, map(os.path.abspath, filter(None, sys.path)))]
-    arguments = json.dumps({**files, "parent": os.getpid(), "path": str(journal.path)})
+    control, record = theirs.fileno(), journal.fileno()
+    monitor = None if connection is None else connection.fileno()
+    given = [str(control), str(os.getpid()), str(record), str(journal.path), "" if monitor is None else str(monitor)]
+    path = [str(Path(__file__).absolute().parents[2]), *map(os.path.abspath, filter(None, sys.path))]
     try:
         process = subprocess.Popen(
-            [sys.executable, "-I", "-S", "-B", "-c", _CODE, "qsnap-guard", json.dumps(path), arguments],
+            [sys.executable, "-I", "-S", "-B", "-c", _CODE, "qsnap-guard", *given, *path],
             stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
             env={name: os.environ[name] for name in _ENVIRONMENT if name in os.environ},
-            pass_fds=[number for number in files.values() if number is not None], start_new_session=True,
+            pass_fds=[file for file in (control, record, monitor) if file is not None], start_new_session=True,
         )  # fmt: skip
     except OSError as error:
         ours.close()

@@ -6,41 +6,46 @@ time comes, the files may be gone, or memory short.
 
 from __future__ import annotations
 
-import json
+import _signal  # type: ignore[import-not-found]  # built in; ``signal`` itself takes a third of our start
 import os
 import select
-import signal
-import socket
-from contextlib import suppress
-from pathlib import Path
 
 #: Milliseconds after which it expects the run to take long.
 _LONG_MS = 1000
 
 
-def main(text: str) -> None:
-    """Guard the run that *text* describes: see :func:`qsnap.supervision.guard.start`."""
-    given = json.loads(text)
+def main(control: str, parent: str, record: str, path: str, monitor: str) -> None:
+    """Guard a run: see :func:`qsnap.supervision.guard.start`.
+
+    :param control: the number of our end of the socket.
+    :param parent: the process id of the run.
+    :param record: the number of the file that its journal is.
+    :param path: that file's path.
+    :param monitor: the number of the connection to QEMU; "" without one.
+    """
     # What ends others of our machine, terminal or job must not end us; the run ends us itself.
-    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGPIPE):
-        signal.signal(signum, signal.SIG_IGN)
-    control = socket.socket(fileno=given["control"])
-    with suppress(OSError):
-        control.send(b"r")
-    _wait(control, given["parent"])
+    for signum in (_signal.SIGINT, _signal.SIGTERM, _signal.SIGHUP, _signal.SIGQUIT, _signal.SIGPIPE):
+        _signal.signal(signum, _signal.SIG_IGN)
+    try:  # noqa: SIM105 (contextlib takes time to load)
+        os.write(int(control), b"r")
+    except OSError:
+        pass  # the run is gone already
+    _wait(int(control), int(parent))
 
     import asyncio
+    import socket
+    from pathlib import Path
 
     from qsnap.runs import journal
     from qsnap.supervision import recovery
 
-    record = journal.taken_over(given["journal"], Path(given["path"]))
-    if record is not None:
-        connection = socket.socket(fileno=given["monitor"]) if "monitor" in given else None
-        asyncio.run(recovery.after_death(record, connection))
+    taken = journal.taken_over(int(record), Path(path))
+    if taken is not None:
+        connection = socket.socket(fileno=int(monitor)) if monitor else None
+        asyncio.run(recovery.after_death(taken, connection))
 
 
-def _wait(control: socket.socket, parent: int) -> None:
+def _wait(control: int, parent: int) -> None:
     """Return when the run is gone: its end of the socket is closed, or its process has ended.
 
     (A process that it has forked holds that end too.)
