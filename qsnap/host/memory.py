@@ -16,6 +16,7 @@ import mmap
 import os
 from collections.abc import Iterator
 from contextlib import suppress
+from itertools import compress
 from pathlib import Path
 
 from qsnap.host import syscalls
@@ -42,6 +43,7 @@ class Comparison:
     def __init__(self, pid: int) -> None:
         self._readv = syscalls.process_vm_readv()
         self._memcmp = syscalls.memcmp()
+        self._memcmp_few = syscalls.memcmp(keeps_lock=True)
         self._pid = pid
         self._theirs = Iovec()
         self._nothing = buffer(_AT_ONCE * PAGE)
@@ -55,20 +57,24 @@ class Comparison:
     ) -> Iterator[tuple[int, int]]:
         """Which of the *count* pages from *address* on differ: (first, how many), in order.
 
-        :param data: what they are compared with: a page at *begin*, and each next one *stride* bytes further. What is
-            in between counts as equal.
+        :param data: what they are compared with: a page at *begin*, and each next one *stride* bytes further, a
+            multiple of 8. What is in between counts as equal.
         :raise OSError: the memory cannot be read.
         """
+        if stride % 8:
+            raise ValueError(f"pages cannot be {stride} bytes from each other")
         ours = _address(data) + begin
+        words = self._buffer.cast("Q")
         for first in range(0, count, _AT_ONCE):
             pages = min(_AT_ONCE, count - first)
             self._read(address + first * PAGE, pages, stride)
-            # What is between the pages is put between ours, so that all of it is one comparison
-            length = (pages - 2) * stride + 1
-            for at in range(PAGE, stride if pages > 1 else 0):
-                there = begin + first * stride + at
-                self._buffer[at : at + length : stride] = data[there : there + length : stride]
-            yield from self._narrowed(ours + first * stride, stride, first, 0, pages, (_AT_ONCE, *_STEPS))
+            if stride > PAGE and pages > 1:
+                # What is between the pages is put between ours, so that all of it is one comparison
+                there, size = begin + first * stride, (pages - 1) * stride
+                between = data[there : there + size].cast("Q")
+                for at in range(PAGE // 8, stride // 8):
+                    words[at : size // 8 : stride // 8] = between[at :: stride // 8]
+            yield from self._narrowed(ours + first * stride, stride, first, pages)
 
     def not_zero(self, address: int, count: int) -> Iterator[tuple[int, int]]:
         """Which of the *count* pages from *address* on are not all zeroes: (first, how many), in order.
@@ -78,7 +84,7 @@ class Comparison:
         for first in range(0, count, _AT_ONCE):
             pages = min(_AT_ONCE, count - first)
             self._read(address + first * PAGE, pages, PAGE)
-            yield from self._narrowed(self._zeroes, PAGE, first, 0, pages, (_AT_ONCE, *_STEPS))
+            yield from self._narrowed(self._zeroes, PAGE, first, pages)
 
     def _read(self, address: int, pages: int, stride: int) -> None:
         """Read *pages* into the buffer, *stride* bytes from each other."""
@@ -91,19 +97,19 @@ class Comparison:
             error = ctypes.get_errno() if got < 0 else errno.EFAULT
             raise OSError(error, os.strerror(error))
 
-    def _narrowed(
-        self, ours: int, stride: int, offset: int, begin: int, end: int, steps: tuple[int, ...]
-    ) -> Iterator[tuple[int, int]]:
-        """Those of the pages that are read, from *begin* up to *end*: *steps* says how many at a time."""
-        step, *smaller = steps
-        for first in range(begin, end, step):
-            last = min(first + step, end)
-            size = (last - first - 1) * stride + PAGE
-            if self._memcmp(ours + first * stride, self._base + first * stride, size):
-                if smaller:
-                    yield from self._narrowed(ours, stride, offset, first, last, tuple(smaller))
-                else:
-                    yield offset + first, 1
+    def _narrowed(self, ours: int, stride: int, offset: int, pages: int) -> Iterator[tuple[int, int]]:
+        """Which of the pages that are read differ from *ours*: found by ever smaller steps, see :data:`_STEPS`."""
+        if not self._memcmp(ours, self._base, (pages - 1) * stride + PAGE):
+            return
+        length, differing = pages, [0]
+        for step in _STEPS:
+            firsts = [one for first in differing for one in range(first, min(first + length, pages), step)]
+            places = [first * stride for first in firsts]
+            sizes = [(min(step, pages - first) - 1) * stride + PAGE for first in firsts]
+            differs = map(self._memcmp_few, map(ours.__add__, places), map(self._base.__add__, places), sizes)
+            differing, length = list(compress(firsts, differs)), step
+        for first in differing:
+            yield offset + first, 1
 
 
 def joined(pieces: Iterator[tuple[int, int]]) -> Iterator[tuple[int, int]]:

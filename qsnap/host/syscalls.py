@@ -75,9 +75,13 @@ def process_vm_readv() -> Callable[..., int]:
     return function
 
 
-def memcmp() -> Callable[..., int]:
-    """The function of memcmp(3), which takes addresses."""
-    function = _function("memcmp")
+def memcmp(*, keeps_lock: bool = False) -> Callable[..., int]:
+    """The function of memcmp(3), which takes addresses.
+
+    :param keeps_lock: keep the interpreter's lock during a call. For few bytes that is quicker than to give it back.
+    """
+    function = (ctypes.PyDLL(None) if keeps_lock else _libc)["memcmp"]
+    function.restype = ctypes.c_int
     function.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t]
     return function
 

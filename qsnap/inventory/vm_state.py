@@ -19,6 +19,9 @@ import errno
 import os
 import struct
 from collections.abc import Collection, Iterator, Sequence
+from functools import partial
+from itertools import groupby, islice
+from operator import sub
 from pathlib import Path
 from typing import NamedTuple
 
@@ -225,9 +228,17 @@ def _not_own(
         leaves = qcow2.entries(file, entry & OFFSET, head.cluster // 8)[:: head.step]
         if len(leaves) < len(clusters):
             raise Damaged("a table of the next state is cut short")
-        for at, leaf in zip(clusters, leaves, strict=False):
-            if not leaf & own:
-                yield at, min(head.cluster, end - at), bool(leaf & OFFSET)
+        at = begin
+        for is_shared, alike in groupby(islice(leaves, len(clusters)), partial(_is_shared, own)):
+            length = min(head.cluster * len(list(alike)), end - at)
+            if is_shared is not None:
+                yield at, length, is_shared
+            at += length
+
+
+def _is_shared(own: int, leaf: int) -> bool | None:
+    """Whether a snapshot uses the cluster; None for one of the active table alone, as the flags *own* say."""
+    return None if leaf & own else bool(leaf & OFFSET)
 
 
 def _extents(file: int, head: Header, row: Row) -> Iterator[Extent]:
@@ -238,24 +249,22 @@ def _extents(file: int, head: Header, row: Row) -> Iterator[Extent]:
     if last > row.l1_size:
         raise Damaged("the state's tables are shorter than it is")
     file_size = qcow2.size_of(file)
-    current = Extent(0, 0, 0)
+    l1 = qcow2.entries(file, row.l1_at + 8 * first, last - first)
     begin = 0
-    for entry in qcow2.entries(file, row.l1_at + 8 * first, last - first):
-        if not entry & OFFSET:
-            raise Damaged("a part of the state is missing")
-        for leaf in qcow2.entries(file, entry & OFFSET, cluster // 8):
-            if begin >= size:
-                break
-            offset, length = leaf & OFFSET, min(cluster, size - begin)
-            if leaf & (qcow2.COMPRESSED | qcow2.ZERO) or not offset or offset + length > file_size:
-                raise Damaged("a part of the state is compressed, or missing")
-            if offset == current.offset + current.size:
-                current = current._replace(size=current.size + length)
-            else:
-                if current.size:
-                    yield current
-                current = Extent(begin, offset, length)
-            begin += length
+    # Clusters that follow each other in the file are as far from each other as they are in the state
+    for distance, clusters in groupby(map(sub, _leaves(file, l1, cluster), range(0, size, cluster))):
+        leaf, length = distance + begin, min(cluster * len(list(clusters)), size - begin)
+        offset = leaf & OFFSET
+        if leaf & (qcow2.COMPRESSED | qcow2.ZERO) or not offset or offset + length > file_size:
+            raise Damaged("a part of the state is compressed, or missing")
+        yield Extent(begin, offset, length)
+        begin += length
     if begin < size:
         raise Damaged("a part of the state is missing")
-    yield current
+
+
+def _leaves(file: int, l1: Sequence[int], cluster: int) -> Iterator[int]:
+    for entry in l1:
+        if not entry & OFFSET:
+            raise Damaged("a part of the state is missing")
+        yield from qcow2.entries(file, entry & OFFSET, cluster // 8)

@@ -19,7 +19,7 @@ def address(buffer: bytearray | mmap.mmap) -> int:
 
 
 @pytest.mark.parametrize("pages", [1, 2, 255, 256, 257, 700])
-@pytest.mark.parametrize("stride", [PAGE, PAGE + 8, PAGE + 30])
+@pytest.mark.parametrize("stride", [PAGE, PAGE + 8, PAGE + 24])
 @pytest.mark.parametrize("begin", [0, 8, 17])
 def test_what_differs(pages: int, stride: int, begin: int) -> None:
     """In one byte, the first or the last one of a page; what is between the pages makes no difference."""
@@ -39,6 +39,13 @@ def test_what_differs(pages: int, stride: int, begin: int) -> None:
         assert found == [(page, 1) for page in changed]
         for page in changed:
             theirs[page * PAGE : (page + 1) * PAGE] = ours[begin + page * stride : begin + page * stride + PAGE]
+
+
+def test_pages_at_odd_distances_are_refused() -> None:
+    """What is between them would be copied over them."""
+    ours, theirs = bytearray(4 * PAGE), bytearray(3 * PAGE)
+    with pytest.raises(ValueError, match="4100"):
+        list(Comparison(os.getpid()).differing(memoryview(ours), 0, PAGE + 4, address(theirs), 3))
 
 
 @pytest.mark.parametrize("pages", [1, 256, 600])
