@@ -172,8 +172,9 @@ class StateStore:
 
         Another user's QEMU whose image we cannot see must not claim the name of a third user's image.
         """
-        if (image := self.image(graph, node)) is not None:
-            return image
+        return self.image(graph, node) or self._name_of_unseen(graph, node)
+
+    def _name_of_unseen(self, graph: BlockGraph, node: str) -> Path:
         file = rules.protocol(graph, node)
         name = (file and file.filename) or node
         try:
@@ -307,7 +308,8 @@ class StateStore:
     def _images(self, graph: BlockGraph, devices: Iterable[Device]) -> dict[Path, bool]:
         """The identity of each image, and whether the image can be seen."""
         nodes = dict.fromkeys(d.image for d in devices if d.image)
-        return {self.identity(graph, node): self.image(graph, node) is not None for node in nodes}
+        images = {node: self.image(graph, node) for node in nodes}
+        return {image or self._name_of_unseen(graph, node): image is not None for node, image in images.items()}
 
     def _directories(self, images: Mapping[Path, bool]) -> Sequence[Path]:
         directories = dict.fromkeys(image.parent for image, is_seen in images.items() if is_seen)

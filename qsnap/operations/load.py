@@ -89,6 +89,8 @@ async def do_loadvm(run: Run, request: LoadRequest) -> LoadResult:
             await refuse_incomparable(run, plan.snapshot, source)
         state = source.state if plan.snapshot.file else plan.state
         contents = None if request.force else await refuse_other_machine(monitor, plan.snapshot, state)
+        if not request.full:
+            from qsnap.operations.delta import delta  # noqa: F401 (loaded here, and not in the pause)
         await journal.meet(Point.CHECKED)
         if was_reset:
             await reset(monitor)
