@@ -1,8 +1,9 @@
 """Compare memory of another process with bytes of our own, as fast as the machine copies.
 
 Facts (Linux): process_vm_readv(2) copies memory of a process of the same user (or for root); it takes up to 1024
-stretches, and stops at one that is not mapped. Both it and memcmp are called without the interpreter's lock, so that
-several threads compare at once. cgroup v2: what a file without a disk (memfd_create(2)) takes counts as memory.
+stretches, and stops at one that is not mapped. It and memcmp of many pages are called without the interpreter's lock,
+so that several threads compare at once; memcmp of few keeps it. cgroup v2: what a file without a disk
+(memfd_create(2)) takes counts as memory.
 
 Measured on an AMD EPYC: a copy to where in its page the source is, and 16 bytes further, takes twice as long as any
 other. A large bytearray begins just there, so buffers are memory of their own and begin with a page.
@@ -60,6 +61,7 @@ class Comparison:
         :param data: what they are compared with: a page at *begin*, and each next one *stride* bytes further, a
             multiple of 8. What is in between counts as equal.
         :raise OSError: the memory cannot be read.
+        :raise ValueError: *stride* is not a multiple of 8.
         """
         if stride % 8:
             raise ValueError(f"pages cannot be {stride} bytes from each other")

@@ -78,7 +78,7 @@ def process_vm_readv() -> Callable[..., int]:
 def memcmp(*, keeps_lock: bool = False) -> Callable[..., int]:
     """The function of memcmp(3), which takes addresses.
 
-    :param keeps_lock: keep the interpreter's lock during a call. For few bytes that is quicker than to give it back.
+    :param keeps_lock: keep the interpreter's lock during a call. For some pages that is quicker than to give it back.
     """
     function = (ctypes.PyDLL(None) if keeps_lock else _libc)["memcmp"]
     function.restype = ctypes.c_int

@@ -242,7 +242,7 @@ def _is_shared(own: int, leaf: int) -> bool | None:
 
 
 def _extents(file: int, head: Header, row: Row) -> Iterator[Extent]:
-    """The stretches of the state, as long as the clusters of which they are follow each other."""
+    """The stretches of the state: clusters that follow each other, with the same flags."""
     cluster, size = head.cluster, row.size
     first = head.first_of_state(row.disk_size)
     last = first + -(-size // head.of_l1)

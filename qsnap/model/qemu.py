@@ -248,6 +248,11 @@ class BlockGraph(Struct, frozen=True):
     jobs: tuple[BlockJob, ...] = ()
     peripherals: tuple[Peripheral, ...] = ()
 
+    @property
+    def tables(self) -> SnapshotTables:
+        """The snapshot tables of all nodes."""
+        return {name: node.snapshots for name, node in self.nodes.items()}
+
     def with_tables(self, tables: SnapshotTables) -> BlockGraph:
         """This graph with snapshot tables that were read later; a node without a table then holds no snapshots."""
         nodes = {

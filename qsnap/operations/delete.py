@@ -120,7 +120,7 @@ async def _agree(run: Run, request: DeleteRequest, inventory: Inventory) -> None
 
 
 async def _deleted(monitor: Monitor, held: Holding, inventory: Inventory) -> None:
-    tables: SnapshotTables = {name: node.snapshots for name, node in inventory.graph.nodes.items()}
+    tables = inventory.graph.tables
     try:
         tables = await delete_all(monitor, inventory.devices, held.tags, held.files, tables)
     except JobFailed as failure:

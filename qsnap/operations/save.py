@@ -111,7 +111,7 @@ async def do_savevm(run: Run, request: SaveRequest, watch: Watcher | None = None
             if replaced:
                 by_qemu = attempt.begin_deletion(inventory.graph)
                 if not by_qemu:
-                    await delete_everywhere(monitor, report.devices, new.disk_tag)
+                    await delete_everywhere(monitor, report.devices, new.disk_tag, inventory.graph.tables)
 
             # Save the VM state, and create the snapshots
             journal.advance(saving=True)
@@ -265,7 +265,7 @@ class SaveAttempt:
             return (), "; ".join((kept, *(finding.message for finding in left)))
         outcome = ""
         if self.work.saving and (not held or self._has_made_something(graph)):
-            await delete_everywhere(self._monitor, self._devices, self.work.disk_tag)
+            await delete_everywhere(self._monitor, self._devices, self.work.disk_tag, graph.tables)
             outcome = (
                 f"what this save made was removed from {self._displayed(held)}" if held else "nothing of it is left"
             )

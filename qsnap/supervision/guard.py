@@ -26,9 +26,10 @@ _READY = b"r"
 #: Guards that were handed over and may still be working: they are waited for when the next one is started.
 _left: list[subprocess.Popen[bytes]] = []
 
-#: Its own interpreter, without the time that ``site`` takes.
+#: Its own interpreter, without the time that ``site`` takes. The standard library comes first in its path, so that what
+#: it imports when the run is gone cannot be something else of that name.
 _CODE = (
-    "import sys; given = sys.argv[2:]; sys.path[:] = given[5:]; "
+    "import sys; given = sys.argv[2:]; sys.path += given[5:]; "
     "from qsnap.supervision.guard_process import main; main(*given[:5])"
 )
 

@@ -18,7 +18,7 @@ def address(buffer: bytearray | mmap.mmap) -> int:
     return ctypes.addressof(ctypes.c_char.from_buffer(buffer))
 
 
-@pytest.mark.parametrize("pages", [1, 2, 255, 256, 257, 700])
+@pytest.mark.parametrize("pages", [1, 2, 511, 512, 513, 700])
 @pytest.mark.parametrize("stride", [PAGE, PAGE + 8, PAGE + 24])
 @pytest.mark.parametrize("begin", [0, 8, 17])
 def test_what_differs(pages: int, stride: int, begin: int) -> None:

@@ -291,6 +291,21 @@ async def test_of_a_qemu_that_has_ended_only_the_journal_is_left(runtime_directo
     assert journals(runtime_directory) == []
 
 
+async def test_a_guard_takes_the_standard_library_s_own_modules(
+    runtime_directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It imports most of them when the run is gone; what has such a name beside qsnap must not come first."""
+    (tmp_path / "pathlib.py").write_text("raise ImportError")
+    monkeypatch.syspath_prepend(tmp_path)
+    journal = Journal.create(Record(token="a" * 16, qemu=Process(pid=os.getpid(), start=1)))
+    started = guard.start(journal, None)
+    await started.ready()
+    journal.close(remove=False)
+    started.hand_over()
+    wait_for_the_guard(runtime_directory)
+    assert journals(runtime_directory) == []
+
+
 async def test_of_a_qemu_that_nobody_can_reach_the_journal_stays(
     runtime_directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -109,12 +109,12 @@ class Load:
         :raise NotSupported: it cannot be compared, and is to be verified; nothing was loaded.
         :raise PrecheckRefused: it is damaged; nothing was loaded.
         """
-        from qsnap.operations.delta.delta import comparison
-
         self.why_full = why_full
         async with AsyncExitStack() as stack:
             try:
                 if not why_full or self._verifies:
+                    from qsnap.operations.delta.delta import comparison
+
                     found = comparison(self._run, self._snapshot, self._source.state)
                     self._comparison = await stack.enter_async_context(found)
                     if not why_full:
