@@ -445,18 +445,24 @@ def test_another_client_in_the_queue_does_not_keep_the_guard_out(
 
 
 @pytest.fixture
-def abandoned(launch: Launch, tmp_path: Path, runtime_directory: Path) -> tuple[Guest, Path]:
+def abandoned(launch: Launch, intercept: Intercept, tmp_path: Path, runtime_directory: Path) -> tuple[Guest, Path]:
     """A guest that a killed qsnap has stopped, and whose guard was killed too. Its save was not to replace anything."""
-    guest, image = big_guest(launch, tmp_path)
+
+    def kill_both(data: bytes) -> bytes:
+        if "snapshot-save" in proxy.commands and process.poll() is None:
+            kill_guard(runtime_directory)
+            process.kill()
+            process.wait(DEADLINE_S)
+        return data
+
+    image = make_boot_disk(tmp_path / "a")
+    guest = launch(*blockdev("a", image), *disk_device("a"))
+    guest.wait_for_ticks()
     cli("save", "good", monitor=guest.address)
-    process = start_cli("save", "--no-prepare", "t", monitor=guest.address)
-    base = image.stat().st_blocks
-    until("the VM state to be written", lambda: image.stat().st_blocks > base + (64 << 20) // 512)
-    kill_guard(runtime_directory)
-    process.kill()
-    process.communicate()
-    until("the save to end", lambda: guest.runstate == "paused")
-    assert tags(image) == ["good", "t"]
+    proxy = intercept(guest, on_data=kill_both)
+    process = start_cli("save", "t", monitor=proxy.address)
+    assert finish(process).code == -signal.SIGKILL
+    until("the save to end", lambda: tags(image) == ["good", "t"] and guest.runstate == "paused")
     return guest, image
 
 
@@ -468,7 +474,7 @@ def test_the_next_command_sees_to_it(abandoned: tuple[Guest, Path], runtime_dire
     assert "which died: qsnap recover" in cli("status", monitor=guest.address).out
     assert guest.runstate == "paused", "status only looks"
     run = cli("list", "-m", guest.address)
-    assert "the guest was resumed; what this save made was removed from big" in run.err
+    assert "the guest was resumed; what this save made was removed from a" in run.err
     assert [line.split()[0] for line in run.out.splitlines()] == ["TAG", "good"]
     assert_all_is_well(guest, runtime_directory, {image: ["good"]})
     assert cli("status", "--json", monitor=guest.address).json["run"] is None
@@ -488,7 +494,7 @@ def test_what_recover_says(abandoned: tuple[Guest, Path]) -> None:
     guest, _ = abandoned
     (item,) = cli("recover", "--json", monitor=guest.address).json["recovered"]
     assert (item["operation"], item["tags"]) == ("save", ["t"])
-    assert item["actions"] == ["the guest was resumed", "what this save made was removed from big"]
+    assert item["actions"] == ["the guest was resumed", "what this save made was removed from a"]
     assert cli("recover", "--json", monitor=guest.address).json["recovered"] == []
     assert "nothing to recover" in cli("recover", monitor=guest.address).err
 
