@@ -38,8 +38,8 @@ TAGS = [
     "5 MiB 2020-01-01 00:00:00 00:00:00.000",
 ]
 
-few = settings(max_examples=2000, deadline=None, derandomize=True)
-many = settings(few, max_examples=10_000)
+few = settings(max_examples=1000, deadline=None, derandomize=True)
+many = settings(few, max_examples=3000)
 
 
 class Recording:
