@@ -35,7 +35,7 @@ from qsnap.operations.translation import flush_translations, leave_own_stop
 from qsnap.runs.group import Point
 from qsnap.runs.journal import AFTERMATH_TIMEOUT_S
 from qsnap.runs.pause import stopped
-from qsnap.runs.record import LoadWork
+from qsnap.runs.record import LoadStage, LoadWork
 from qsnap.runs.run import Run
 from qsnap.runs.shield import shielded
 
@@ -114,15 +114,17 @@ async def do_loadvm(run: Run, request: LoadRequest) -> LoadResult:
             await load.load()
         with suppress(QsnapError):
             await monitor.clear_mark(HALF_RESTORED)
-        await attempt.leave_paused(runs=runs)
-        journal.done(work=None)
-        if not runs:
-            journal.done(stopped=False)  # its guard does not resume it either, whatever ends the rest
+        if not runs:  # its guard does not resume it either, whatever ends the rest
+            journal.done(stopped=False, work=LoadWork(was_running=False, stage=LoadStage.LOADED))
 
         # if (saved_vm_running) vm_start(): done by leaving the block
         pause.deed = f"{tag!r} was loaded"
         pause.resume = runs
-        await load.verify()
+        try:
+            await load.verify()
+        finally:
+            await run.shielded(attempt.leave_paused(runs=runs))
+            journal.done(work=None)
         await journal.meet(Point.WRITTEN)
     if running and not request.may_sleep and pause.runstate is RunState.SUSPENDED:
         raise QsnapError(f"{tag!r} was loaded, but the guest does not run: as it was saved, {cure_of(pause.runstate)}")
@@ -206,12 +208,12 @@ def _standing(*, was_reset: bool, was_stopped: bool) -> str:
 
 
 async def _flush(run: Run, attempt: LoadAttempt, *, runs: bool) -> None:
-    """Have QEMU drop its translated code: see :func:`flush_translations`. A guest that will not run is paused from now
-    on, whatever stopped it."""
+    """Have QEMU drop its translated code: see :func:`flush_translations`. A guest that will not run is not left as if
+    it had stopped by itself."""
     monitor, journal = run.monitor, run.journal
     journal.note(work=LoadWork(was_running=attempt.was_running))
     try:
-        await run.shielded(_flushed(monitor, runs=runs))
+        await run.shielded(_flushed(monitor))
         if not runs:
             await run.shielded(leave_own_stop(monitor))
     except BaseException:
@@ -220,19 +222,19 @@ async def _flush(run: Run, attempt: LoadAttempt, *, runs: bool) -> None:
         raise
 
 
-async def _flushed(monitor: Monitor, *, runs: bool) -> None:
+async def _flushed(monitor: Monitor) -> None:
     """Have QEMU drop its translated code; if the guest stops by itself too soon for that, reset it first.
 
     :raise JobFailed: QEMU keeps the code, and would end at a reset, or may end.
     """
     try:
-        await flush_translations(monitor, runs=runs)
+        await flush_translations(monitor)
     except JobFailed as failure:
         if not reboots(monitor.pid):
             failure.outcome += f". Reset the guest first: {RESET_CURE}"
             raise
         await reset(monitor)
-        await flush_translations(monitor, runs=runs)
+        await flush_translations(monitor)
 
 
 async def _forget_failure(run: Run, tag: str) -> None:

@@ -90,7 +90,7 @@ class LoadAttempt:
 
     def be_sure(self) -> None:
         """What was loaded is certain: the guest may run."""
-        self._journal.done(work=None)
+        self._note_loaded()
         self._pause.resume = self.was_running
 
     async def fail(self, failure: QsnapError) -> NoReturn:
@@ -117,12 +117,16 @@ class LoadAttempt:
         """Note the end of the load in the journal, while QEMU still keeps the job."""
         if error is None:
             if is_sure:
-                self._journal.done(work=None)
+                self._note_loaded()
         elif self._has_touched_nothing(error):
             self._run.loads = False
             self._journal.done(work=None)
         else:
             self._journal.has_advanced(stage=LoadStage.FAILED)
+
+    def _note_loaded(self) -> None:
+        loaded = LoadWork(was_running=False, stage=LoadStage.LOADED)
+        self._journal.done(work=None if self.was_running else loaded)
 
     async def _outcome_after(self, lost: MonitorLost) -> QsnapError | None:
         """The error of a load whose connection was lost, found over a new one; None if the load ended well."""

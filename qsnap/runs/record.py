@@ -74,6 +74,8 @@ class LoadStage(StrEnum):
     """QEMU may have got the command to load."""
     UNSURE = "unsure"
     """As BEGUN, and also when it has ended well the guest must not run before RAM was compared."""
+    LOADED = "loaded"
+    """The load has ended well. A guest that was not running is to be left paused yet."""
     FAILED = "failed"
     """QEMU reported an error after the load had begun."""
 

@@ -149,7 +149,7 @@ async def _end_load(monitor: Monitor, journal: Journal, work: LoadWork) -> list[
     """How the load of the dead run ended: the guest may run on only if that was well."""
     record = journal.record
     failure: QsnapError | None
-    if work.stage is LoadStage.FLUSHING:
+    if work.stage in (LoadStage.FLUSHING, LoadStage.LOADED):
         if not work.was_running:
             await leave_restore_vm(monitor)
         journal.done(work=None)

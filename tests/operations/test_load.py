@@ -72,7 +72,8 @@ class Qemu(FakeMonitor):
     :ivar after: the run state in which the load leaves the guest.
     :ivar before_load: is done by somebody else just before QEMU begins.
     :ivar on_look: is done by somebody else before the second look at the VM.
-    :ivar translations: how often QEMU still has translated code when it is asked.
+    :ivar translates: it translates code, as TCG does.
+    :ivar stops: the run state in which it stops as soon as it runs to have its code dropped.
     :ivar outcome: of the load, as it is found over a new connection or after an interrupt.
     :ivar settles: it ends.
     :ivar answers: QEMU answers while it is waited for after an interrupt.
@@ -84,7 +85,8 @@ class Qemu(FakeMonitor):
     after: RunState = RunState.RESTORE_VM
     before_load: Callable[[], object] = lambda: None
     on_look: Callable[[], object] = lambda: None
-    translations: int = 0
+    translates: bool = False
+    stops: RunState | None = None
     outcome: QsnapError | None = None
     settles: bool = True
     answers: bool = True
@@ -116,12 +118,14 @@ class Qemu(FakeMonitor):
 
     async def human_answer(self, line: str) -> str:
         word = line.split()[0]
-        if line == "info jit":
-            self.translations -= 1
-            return f"TB count   {max(0, self.translations + 1)}"
+        if line == "info kvm":
+            return "kvm support: disabled" if self.translates else "kvm support: enabled"
         if word in ("cont", "stop", "loadvm"):
             self.note(f"`{word}`")
-            self.state = {"cont": RunState.RUNNING, "stop": RunState.PAUSED, "loadvm": RunState.RESTORE_VM}[word]
+        if word == "cont":
+            self.state = self.stops or RunState.RUNNING
+        elif word in ("stop", "loadvm") and self.state is RunState.RUNNING:
+            self.state = RunState.PAUSED if word == "stop" else RunState.RESTORE_VM
         return ""
 
     @asynccontextmanager
@@ -167,7 +171,7 @@ async def attempt_of(qemu: Qemu) -> tuple[Run, LoadAttempt]:
     return run, LoadAttempt(run, await plan_load(run, "t"), Pause(qemu.state, qemu.version))
 
 
-PAUSED = ["`cont`", "`stop`"]
+FLUSHED, PAUSED = ["`cont`", "`loadvm`"], ["`cont`", "`stop`"]
 
 
 @pytest.mark.parametrize(
@@ -200,9 +204,9 @@ async def test_who_stops_and_resumes_the_guest(
     ("state", "running", "after", "calls"),
     [
         (RunState.RUNNING, None, RunState.RUNNING, ["load"]),
-        (RunState.RUNNING, False, RunState.RESTORE_VM, ["stop", "load", *PAUSED]),
-        (RunState.PAUSED, None, RunState.PAUSED, ["load"]),
-        (RunState.PAUSED, True, RunState.PAUSED, ["load", "cont"]),
+        (RunState.RUNNING, False, RunState.RESTORE_VM, ["stop", *FLUSHED, "load", *PAUSED]),
+        (RunState.PAUSED, None, RunState.PAUSED, [*FLUSHED, "load"]),
+        (RunState.PAUSED, True, RunState.PAUSED, [*FLUSHED, "load", "cont"]),
     ],
 )
 async def test_a_human_monitor_stops_it_by_itself(
@@ -210,10 +214,9 @@ async def test_a_human_monitor_stops_it_by_itself(
 ) -> None:
     """A guest that runs, and is to run on. Of any other the translated code has to go first."""
     qemu.chooses_devices = False
-    qemu.state, qemu.after = state, after
+    qemu.state, qemu.after, qemu.translates = state, after, True
     await load(qemu, running)
     assert qemu.calls == calls
-    assert (qemu.translations < 0) is (calls != ["load"] or state is RunState.PAUSED)
 
 
 class Others:
@@ -511,12 +514,13 @@ async def test_a_guard_that_is_not_ready(qemu: Qemu, monkeypatch: pytest.MonkeyP
 
 @pytest.mark.parametrize("state", [RunState.RUNNING, RunState.PAUSED])
 async def test_translated_code_that_stays(qemu: Qemu, state: RunState) -> None:
-    """Nothing is loaded, the guest is as before, and the way out is told: whether a reset ends QEMU is not seen."""
-    qemu.state, qemu.translations = state, 1000
+    """Of a guest that stops before QEMU can drop it. Nothing is loaded, a guest that ran is resumed, and the way out is
+    told: whether a reset ends QEMU is not seen."""
+    qemu.state, qemu.translates, qemu.stops = state, True, RunState.GUEST_PANICKED
     with pytest.raises(JobFailed, match="QEMU keeps code that it has translated") as kept:
         await load(qemu)
     assert "RAM and disks are as they were. Reset the guest first: by QMP" in kept.value.outcome
-    assert qemu.state is state
+    assert qemu.state is (RunState.GUEST_PANICKED if state is RunState.PAUSED else state)
     assert "load" not in qemu.calls
     assert "reset" not in qemu.calls
     assert {work for what, work in qemu.works if what[0] == "`"} == {LoadStage.FLUSHING}
@@ -526,11 +530,11 @@ async def test_translated_code_that_stays(qemu: Qemu, state: RunState) -> None:
 async def test_translated_code_that_a_reset_ends(qemu: Qemu) -> None:
     """Where a reset does not end QEMU, as its command line tells."""
     qemu.pid = os.getpid()
-    qemu.state, qemu.translations = RunState.GUEST_PANICKED, 1000
+    qemu.state, qemu.translates, qemu.stops = RunState.GUEST_PANICKED, True, RunState.GUEST_PANICKED
 
     async def reset() -> None:
         qemu.note("reset")
-        qemu.state, qemu.translations = RunState.PRELAUNCH, 1
+        qemu.state, qemu.stops = RunState.PRELAUNCH, None
 
     qemu.reset = reset  # type: ignore[method-assign]
     result = await load(qemu)
@@ -638,7 +642,7 @@ class Compared:
         self.qemu = qemu
 
     async def differing(self) -> int:
-        self.qemu.note(f"compared, {'stopped' if self.qemu.journal.record.stopped else 'paused'}")
+        self.qemu.note(f"compared, {'stopped' if self.qemu.journal.record.stopped else 'to stay so'}")
         return 0
 
 
@@ -648,7 +652,8 @@ async def test_a_comparison_before_the_load_and_after_it(
 ) -> None:
     """That RAM cannot be compared is found out before the guest is touched, or at least before anything is loaded.
 
-    A guest that is to be paused is not resumed by its guard, whatever ends the last comparison.
+    A guest that is to be paused is not resumed by its guard, whatever ends the last comparison. To be paused it may run
+    for a moment, so that it is compared before.
     """
     begun = 0
 
@@ -670,7 +675,9 @@ async def test_a_comparison_before_the_load_and_after_it(
         assert qemu.calls == ([] if fails == 1 else [*before, "cont"])
         return
     result = await loading
-    after = ["compared, stopped", "WRITTEN", "cont"] if running is None else [*PAUSED, "compared, paused", "WRITTEN"]
+    after = (
+        ["compared, stopped", "WRITTEN", "cont"] if running is None else ["compared, to stay so", *PAUSED, "WRITTEN"]
+    )
     assert qemu.calls == [*before, "decided", "load", *after]
     assert (result.why_full, result.differing_pages) == ("it was asked for", 0)
 

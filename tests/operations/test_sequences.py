@@ -632,7 +632,7 @@ async def test_what_a_load_has_not_ended_stays_for_the_guard(monkeypatch: pytest
         raise MonitorLost("it is gone")
 
     async def human_answer(line: str) -> str:
-        if line != "info jit":
+        if line != "info kvm":
             return ""
         monitor.runstate = monitor.reconnect = lost  # type: ignore[method-assign, assignment]
         return str(await lost())

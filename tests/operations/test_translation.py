@@ -109,22 +109,6 @@ def test_a_paused_guest(modifier: Modifier, how: list[str], paused_by: str) -> N
         modifier.assert_runs("a", since=seen)
 
 
-@newer((10, 1), "before 10.2 QEMU itself drops translated code in every load")
-async def test_a_guest_that_executes_something_in_each_instant(
-    modifier: Modifier, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """It cannot be paused without new translations, so they are dropped last of all."""
-    monkeypatch.setattr(translation, "_TRIES", 0)
-    async with qsnap.connect(modifier.guest.address) as vm:
-        await vm.save("t")
-        modifier.change()
-        assert (await vm.load("t", running=False)).runstate == "paused"
-    assert modifier.letter == "a"
-    seen = len(modifier.printed())
-    modifier.guest.qmp("cont")
-    modifier.assert_runs("a", since=seen)
-
-
 @both_monitors
 def test_a_paused_guest_that_is_to_run(modifier: Modifier) -> None:
     cli("save", "t", monitor=modifier.guest.address)
@@ -197,12 +181,12 @@ def test_a_guest_that_panics_at_once_and_is_not_reset(launch: Launch, disk: list
 
 
 @newer((10, 1), "before 10.2 QEMU itself drops translated code in every load")
-@pytest.mark.parametrize("command", ["flush", "stop"])
+@pytest.mark.parametrize(("command", "is_loaded"), [("flush", False), ("stop", True)])
 @both_monitors
-def test_killed_while_translated_code_is_dropped(
-    modifier: Modifier, intercept: Intercept, runtime_directory: Path, command: str, transport: str
+def test_killed_while_translated_code_is_dropped_and_after_the_load(
+    modifier: Modifier, intercept: Intercept, runtime_directory: Path, command: str, is_loaded: bool, transport: str
 ) -> None:
-    """The guest that the user had paused is paused again, and not loaded."""
+    """The guest that the user had paused is paused again."""
     guest = modifier.guest
     cli("save", "t", monitor=guest.address)
     changed = modifier.change()
@@ -210,86 +194,56 @@ def test_killed_while_translated_code_is_dropped(
     killer = Killer(command)
     killer.run("load", "t", monitor=intercept(guest, on_command=killer).address)
     wait_for_the_guard(runtime_directory)
-    assert (guest.runstate, modifier.letter, marks(guest)) == ("paused", changed, [])
+    assert (guest.runstate, modifier.letter, marks(guest)) == ("paused", "a" if is_loaded else changed, [])
 
 
 @dataclass
 class Translating(FakeMonitor):
-    """Counts translation blocks as QEMU from 10.2 on does: the guest has made some, and makes more whenever it runs."""
+    """Goes from run state to run state as QEMU does."""
 
-    #: What it has, and what it makes each time.
-    blocks: int = 7
-    makes: int = 0
     lines: list[str] = field(default_factory=list)
-    #: QEMU drops them.
-    drops: bool = True
+    #: As soon as it runs, the guest stops so.
+    stops: RunState | None = None
+    kvm: str = "kvm support: disabled\r\n"
 
     async def human_answer(self, line: str) -> str:
         self.lines.append(line.partition("qsnap-none-")[0].strip())
-        if line == "info jit":
-            return f"TB count            {self.blocks}/1000\r\nTB avg target size  9\r\n"
+        if line == "info kvm":
+            return self.kvm
         if line == "cont":
-            self.state = RunState.RUNNING
-        elif line == "stop":
-            self.state, self.blocks = RunState.PAUSED, self.blocks + self.makes
-        else:
-            self.state, self.blocks = RunState.RESTORE_VM, 0 if self.drops else self.blocks
+            self.state = self.stops or RunState.RUNNING
+        elif self.state is RunState.RUNNING:
+            self.state = RunState.PAUSED if line == "stop" else RunState.RESTORE_VM
         return ""
 
 
-LOOK, DROP, LEAVE = ["info jit"], ["cont", "loadvm"], ["cont", "stop"]
+LOOK, DROP, LEAVE = ["info kvm"], ["cont", "loadvm"], ["cont", "stop"]
 
 
 @pytest.mark.no_qemu
 @pytest.mark.parametrize(
-    ("how", "runs", "lines"),
+    ("how", "lines"),
     [
-        ({"version": QemuVersion(10, 0, 99)}, True, []),
-        ({"version": QemuVersion(10, 1, 0)}, True, [*LOOK, *DROP, *LOOK]),
-        ({"blocks": 0}, True, LOOK),
-        ({"blocks": 0}, False, LOOK),
-        ({}, True, [*LOOK, *DROP, *LOOK]),
-        ({}, False, [*LOOK, *DROP, *LEAVE, *LOOK]),
-        # One that executes something in each instant is left where it has executed nothing
-        ({"makes": 1}, False, [*(LOOK + DROP + LEAVE) * 2, *DROP, *LOOK]),
+        ({"version": QemuVersion(10, 0, 99)}, []),
+        ({"version": QemuVersion(10, 1, 0)}, [*LOOK, *DROP]),
+        ({"kvm": "kvm support: enabled\r\n"}, LOOK),
+        ({"kvm": "of another QEMU"}, [*LOOK, *DROP]),
     ],
 )
-async def test_what_it_takes_to_drop_translated_code(
-    monkeypatch: pytest.MonkeyPatch, how: dict[str, Any], runs: bool, lines: list[str]
-) -> None:
-    """A guest that is to stand still is not left in "restore-vm", if that can be had."""
-    monkeypatch.setattr(translation, "_TRIES", 2)
+async def test_what_it_takes_to_drop_translated_code(how: dict[str, Any], lines: list[str]) -> None:
+    """QEMU is never asked how much there is: it may not survive that question."""
     monitor = Translating(state=RunState.PAUSED, **how)
-    await translation.flush_translations(monitor, runs=runs)
+    await translation.flush_translations(monitor)
     assert monitor.lines == lines
-    has_flushed = "loadvm" in lines
-    assert (monitor.state is RunState.RESTORE_VM) == (has_flushed and lines[-3:] == [*DROP, *LOOK])
+    assert monitor.state is (RunState.RESTORE_VM if "loadvm" in lines else RunState.PAUSED)
 
 
 @pytest.mark.no_qemu
-@pytest.mark.parametrize("answer", ["TB count   7/9", "of another QEMU"])
-@pytest.mark.parametrize("runs", [True, False])
-async def test_translated_code_that_stays_refuses_the_load(
-    monkeypatch: pytest.MonkeyPatch, answer: str, runs: bool
-) -> None:
-    """So it does where QEMU does not say whether there is some."""
-    monkeypatch.setattr(translation, "_TRIES", 2)
-    monitor = FakeMonitor()
-
-    async def human_answer(line: str) -> str:
-        return answer
-
-    monitor.human_answer = human_answer  # type: ignore[method-assign]
+async def test_translated_code_that_stays_refuses_the_load() -> None:
+    """As of a guest that panics at once: the run state tells that QEMU had nothing to stop."""
+    monitor = Translating(state=RunState.PAUSED, stops=RunState.GUEST_PANICKED)
     with pytest.raises(JobFailed, match="QEMU keeps code that it has translated"):
-        await translation.flush_translations(monitor, runs=runs)
-
-
-@pytest.mark.no_qemu
-async def test_without_tcg_there_is_none() -> None:
-    monitor = FakeMonitor()
-    monitor.version = QemuVersion(10, 1, 0)
-    await translation.flush_translations(monitor, runs=False)
-    assert (monitor.calls, monitor.state) == ([], RunState.RUNNING)
+        await translation.flush_translations(monitor)
 
 
 @pytest.mark.no_qemu

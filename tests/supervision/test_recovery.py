@@ -158,8 +158,9 @@ async def test_a_load_that_failed(stage: LoadStage, knows: bool, why: str) -> No
     assert (monitor.calls, monitor.texts) == ([], {HALF_RESTORED: "yes"})
 
 
+@pytest.mark.parametrize("stage", [LoadStage.FLUSHING, LoadStage.LOADED])
 @pytest.mark.parametrize("was_running", [True, False])
-async def test_a_load_that_had_not_begun(was_running: bool) -> None:
+async def test_a_load_that_had_not_begun_or_was_done(was_running: bool, stage: LoadStage) -> None:
     """Its guest runs on, or is paused, as before. Once it is, a later try would do that to whatever it is then."""
     lines: list[str] = []
 
@@ -169,7 +170,7 @@ async def test_a_load_that_had_not_begun(was_running: bool) -> None:
             return ""
 
     monitor = Human(state=RunState.RESTORE_VM)
-    journal = dead(monitor, "load", stopped=was_running, work=LoadWork(was_running=was_running))
+    journal = dead(monitor, "load", stopped=was_running, work=LoadWork(was_running=was_running, stage=stage))
     done = await recovery.recover(monitor, journal)
     assert done.actions == (("the guest was resumed",) if was_running else ())
     assert (lines, monitor.calls) == (([], ["cont"]) if was_running else (["cont", "stop"], []))

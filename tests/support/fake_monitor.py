@@ -96,7 +96,7 @@ class FakeMonitor:
         return ""
 
     async def human_answer(self, line: str) -> str:
-        return "Error: JIT information is only available with accel=tcg\r\n" if line == "info jit" else ""
+        return "kvm support: enabled\r\n" if line == "info kvm" else ""
 
     async def block_graph(self) -> BlockGraph:
         await asyncio.sleep(0)
