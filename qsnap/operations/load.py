@@ -31,7 +31,7 @@ from qsnap.operations.plan import LoadPlan, plan_load
 from qsnap.operations.position import leave_position, origin_of
 from qsnap.operations.reset import RESET_CURE, reboots, reset
 from qsnap.operations.same_machine import refuse_other_devices, refuse_other_machine
-from qsnap.operations.translation import flush_translations, leave_own_stop
+from qsnap.operations.translation import flush_translations
 from qsnap.runs.group import Point
 from qsnap.runs.journal import AFTERMATH_TIMEOUT_S
 from qsnap.runs.pause import stopped
@@ -208,33 +208,31 @@ def _standing(*, was_reset: bool, was_stopped: bool) -> str:
 
 
 async def _flush(run: Run, attempt: LoadAttempt, *, runs: bool) -> None:
-    """Have QEMU drop its translated code: see :func:`flush_translations`. A guest that will not run is not left as if
-    it had stopped by itself."""
+    """Have QEMU drop its translated code: see :func:`flush_translations`. A guest that will not run is paused from now
+    on, whatever stopped it."""
     monitor, journal = run.monitor, run.journal
     journal.note(work=LoadWork(was_running=attempt.was_running))
     try:
-        await run.shielded(_flushed(monitor))
-        if not runs:
-            await run.shielded(leave_own_stop(monitor))
+        await run.shielded(_flushed(monitor, runs=runs))
     except BaseException:
-        await run.shielded(attempt.leave_paused(runs=attempt.was_running))
+        await run.shielded(attempt.end_flush())
         journal.done(work=None)
         raise
 
 
-async def _flushed(monitor: Monitor) -> None:
+async def _flushed(monitor: Monitor, *, runs: bool) -> None:
     """Have QEMU drop its translated code; if the guest stops by itself too soon for that, reset it first.
 
     :raise JobFailed: QEMU keeps the code, and would end at a reset, or may end.
     """
     try:
-        await flush_translations(monitor)
+        await flush_translations(monitor, runs=runs)
     except JobFailed as failure:
         if not reboots(monitor.pid):
             failure.outcome += f". Reset the guest first: {RESET_CURE}"
             raise
         await reset(monitor)
-        await flush_translations(monitor)
+        await flush_translations(monitor, runs=runs)
 
 
 async def _forget_failure(run: Run, tag: str) -> None:

@@ -20,7 +20,7 @@ from qsnap.errors import (
 from qsnap.model.runstates import is_live
 from qsnap.monitor.names import HALF_RESTORED
 from qsnap.operations.plan import LoadPlan
-from qsnap.operations.translation import leave_restore_vm
+from qsnap.operations.translation import end_flush, leave_restore_vm
 from qsnap.runs.pause import Pause, has_ended, reconnect
 from qsnap.runs.record import LoadStage, LoadWork
 from qsnap.runs.run import Run
@@ -102,6 +102,14 @@ class LoadAttempt:
             raise await self._not_loaded(failure) from failure
         self._pause.resume = False
         await shielded(self._left_stopped(failure), self._journal.patience_s)
+
+    async def end_flush(self) -> None:
+        """After a flush of translated code that has failed: see :func:`qsnap.operations.translation.end_flush`."""
+        try:
+            await end_flush(self._monitor, was_running=self.was_running)
+        except MonitorLost:
+            await reconnect(self._monitor, self._journal)
+            await end_flush(self._monitor, was_running=self.was_running)
 
     async def leave_paused(self, *, runs: bool) -> None:
         """Make sure that a guest that will not run is paused, and not left in "restore-vm"."""

@@ -33,7 +33,7 @@ from qsnap.monitor.names import CLAIM, HALF_RESTORED, RECOVERY
 from qsnap.operations.delete import delete_all
 from qsnap.operations.live.save import LiveSaveAttempt
 from qsnap.operations.save import SaveAttempt
-from qsnap.operations.translation import leave_restore_vm
+from qsnap.operations.translation import end_flush
 from qsnap.runs import mark
 from qsnap.runs.journal import Journal
 from qsnap.runs.mark import decode
@@ -150,8 +150,7 @@ async def _end_load(monitor: Monitor, journal: Journal, work: LoadWork) -> list[
     record = journal.record
     failure: QsnapError | None
     if work.stage in (LoadStage.FLUSHING, LoadStage.LOADED):
-        if not work.was_running:
-            await leave_restore_vm(monitor)
+        await end_flush(monitor, was_running=work.was_running)
         journal.done(work=None)
         return []
     if work.stage is LoadStage.FAILED:

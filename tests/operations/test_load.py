@@ -204,8 +204,8 @@ async def test_who_stops_and_resumes_the_guest(
     ("state", "running", "after", "calls"),
     [
         (RunState.RUNNING, None, RunState.RUNNING, ["load"]),
-        (RunState.RUNNING, False, RunState.RESTORE_VM, ["stop", *FLUSHED, "load", *PAUSED]),
-        (RunState.PAUSED, None, RunState.PAUSED, [*FLUSHED, "load"]),
+        (RunState.RUNNING, False, RunState.RESTORE_VM, ["stop", *FLUSHED, *PAUSED, "load", *PAUSED]),
+        (RunState.PAUSED, None, RunState.PAUSED, [*FLUSHED, *PAUSED, "load"]),
         (RunState.PAUSED, True, RunState.PAUSED, [*FLUSHED, "load", "cont"]),
     ],
 )
@@ -652,8 +652,8 @@ async def test_a_comparison_before_the_load_and_after_it(
 ) -> None:
     """That RAM cannot be compared is found out before the guest is touched, or at least before anything is loaded.
 
-    A guest that is to be paused is not resumed by its guard, whatever ends the last comparison. To be paused it may run
-    for a moment, so that it is compared before.
+    A guest that is to be paused is not resumed by its guard, whatever ends the last comparison. If a moment has to pass
+    before it is, it is compared before that.
     """
     begun = 0
 

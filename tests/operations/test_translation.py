@@ -181,12 +181,12 @@ def test_a_guest_that_panics_at_once_and_is_not_reset(launch: Launch, disk: list
 
 
 @newer((10, 1), "before 10.2 QEMU itself drops translated code in every load")
-@pytest.mark.parametrize(("command", "is_loaded"), [("flush", False), ("stop", True)])
+@pytest.mark.parametrize("command", ["flush", "stop"])
 @both_monitors
-def test_killed_while_translated_code_is_dropped_and_after_the_load(
-    modifier: Modifier, intercept: Intercept, runtime_directory: Path, command: str, is_loaded: bool, transport: str
+def test_killed_while_translated_code_is_dropped(
+    modifier: Modifier, intercept: Intercept, runtime_directory: Path, command: str, transport: str
 ) -> None:
-    """The guest that the user had paused is paused again."""
+    """The guest that the user had paused is paused again, and not loaded; QEMU translates as before."""
     guest = modifier.guest
     cli("save", "t", monitor=guest.address)
     changed = modifier.change()
@@ -194,7 +194,8 @@ def test_killed_while_translated_code_is_dropped_and_after_the_load(
     killer = Killer(command)
     killer.run("load", "t", monitor=intercept(guest, on_command=killer).address)
     wait_for_the_guard(runtime_directory)
-    assert (guest.runstate, modifier.letter, marks(guest)) == ("paused", "a" if is_loaded else changed, [])
+    assert (guest.runstate, modifier.letter, marks(guest)) == ("paused", changed, [])
+    assert "one-insn-per-tb: off" in guest.qmp.hmp("info jit")
 
 
 @dataclass
@@ -218,32 +219,50 @@ class Translating(FakeMonitor):
 
 
 LOOK, DROP, LEAVE = ["info kvm"], ["cont", "loadvm"], ["cont", "stop"]
+ON, OFF = ["one-insn-per-tb on"], ["one-insn-per-tb off"]
 
 
 @pytest.mark.no_qemu
 @pytest.mark.parametrize(
-    ("how", "lines"),
+    ("how", "runs", "lines"),
     [
-        ({"version": QemuVersion(10, 0, 99)}, []),
-        ({"version": QemuVersion(10, 1, 0)}, [*LOOK, *DROP]),
-        ({"kvm": "kvm support: enabled\r\n"}, LOOK),
-        ({"kvm": "of another QEMU"}, [*LOOK, *DROP]),
+        ({"version": QemuVersion(10, 0, 99)}, True, []),
+        ({"version": QemuVersion(10, 0, 99), "state": RunState.GUEST_PANICKED}, False, LEAVE),
+        ({"version": QemuVersion(10, 1, 0)}, True, [*LOOK, *DROP]),
+        ({}, False, [*LOOK, *ON, *DROP, *LEAVE, *OFF]),
+        ({"kvm": "kvm support: enabled\r\n"}, True, LOOK),
+        ({"kvm": "kvm support: enabled\r\n", "state": RunState.IO_ERROR}, False, [*LOOK, *LEAVE]),
+        ({"kvm": "of another QEMU"}, True, [*LOOK, *DROP]),
     ],
 )
-async def test_what_it_takes_to_drop_translated_code(how: dict[str, Any], lines: list[str]) -> None:
+async def test_what_it_takes_to_drop_translated_code(how: dict[str, Any], runs: bool, lines: list[str]) -> None:
     """QEMU is never asked how much there is: it may not survive that question."""
-    monitor = Translating(state=RunState.PAUSED, **how)
-    await translation.flush_translations(monitor)
+    monitor = Translating(**{"state": RunState.PAUSED, **how})
+    await translation.flush_translations(monitor, runs=runs)
     assert monitor.lines == lines
-    assert monitor.state is (RunState.RESTORE_VM if "loadvm" in lines else RunState.PAUSED)
+    assert monitor.state is (RunState.RESTORE_VM if lines[-2:] == DROP else RunState.PAUSED)
 
 
 @pytest.mark.no_qemu
 async def test_translated_code_that_stays_refuses_the_load() -> None:
     """As of a guest that panics at once: the run state tells that QEMU had nothing to stop."""
     monitor = Translating(state=RunState.PAUSED, stops=RunState.GUEST_PANICKED)
-    with pytest.raises(JobFailed, match="QEMU keeps code that it has translated"):
-        await translation.flush_translations(monitor)
+    for runs in True, False:
+        monitor.lines.clear()
+        with pytest.raises(JobFailed, match="QEMU keeps code that it has translated"):
+            await translation.flush_translations(monitor, runs=runs)
+        assert monitor.lines == [*LOOK, *DROP] if runs else [*LOOK, *ON, *DROP, *OFF]
+
+
+@pytest.mark.no_qemu
+@pytest.mark.parametrize("was_running", [True, False])
+async def test_what_ends_a_flush(was_running: bool) -> None:
+    monitor = Translating(state=RunState.RESTORE_VM)
+    await translation.end_flush(monitor, was_running=was_running)
+    assert monitor.lines == [*OFF, *([] if was_running else LEAVE)]
+    monitor = Translating(state=RunState.PAUSED, version=QemuVersion(10, 0, 99))
+    await translation.end_flush(monitor, was_running=was_running)
+    assert monitor.lines == []
 
 
 @pytest.mark.no_qemu
@@ -252,7 +271,7 @@ async def test_what_is_made_a_pause(runstate: RunState) -> None:
     """A guest that a load has left in "restore-vm", or running; one that has stopped by itself, and may go on."""
     left = RunState.RESTORE_VM, RunState.RUNNING, RunState.SUSPENDED
     own = RunState.GUEST_PANICKED, RunState.IO_ERROR, RunState.WATCHDOG
-    for leave, those in (translation.leave_restore_vm, left), (translation.leave_own_stop, own):
+    for leave, those in (translation.leave_restore_vm, left), (translation._leave_own_stop, own):
         monitor = Translating(state=runstate)
         await leave(monitor)
         assert monitor.lines == (LEAVE if runstate in those else [])

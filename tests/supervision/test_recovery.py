@@ -173,7 +173,9 @@ async def test_a_load_that_had_not_begun_or_was_done(was_running: bool, stage: L
     journal = dead(monitor, "load", stopped=was_running, work=LoadWork(was_running=was_running, stage=stage))
     done = await recovery.recover(monitor, journal)
     assert done.actions == (("the guest was resumed",) if was_running else ())
-    assert (lines, monitor.calls) == (([], ["cont"]) if was_running else (["cont", "stop"], []))
+    assert (lines, monitor.calls) == (
+        (["one-insn-per-tb off"], ["cont"]) if was_running else (["one-insn-per-tb off", "cont", "stop"], [])
+    )
     assert journal.record.work is None
 
 
