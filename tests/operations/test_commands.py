@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from support.guest import Guest, cli, needs_snapshot_jobs
+from support.guest import Guest, cli, needs_snapshot_jobs, qemu_version
 from support.proxy import Intercept
 
 #: With two disks, on a VM on which nothing else is left. Through a proxy notes cannot be seen.
@@ -13,7 +13,7 @@ MOST = {
     ("save", "b"): 46,
     ("save", "c"): 46,
     ("save", "c", "--ignore-unseen"): 51,
-    ("load", "c", "--full"): 48,
+    ("load", "c", "--full"): 51 if qemu_version() >= (10, 1) else 48,  # there, translated code has to be dropped
     ("delete", "a", "--ignore-unseen"): 22,
     ("delete", "b", "c", "--ignore-unseen"): 26,
 }
