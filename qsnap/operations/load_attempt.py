@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from contextlib import suppress
 from typing import Any, NoReturn
 
@@ -105,21 +105,19 @@ class LoadAttempt:
 
     async def end_flush(self) -> None:
         """After a flush of translated code that has failed: see :func:`qsnap.operations.translation.end_flush`."""
-        try:
-            await end_flush(self._monitor, was_running=self.was_running)
-        except MonitorLost:
-            await reconnect(self._monitor, self._journal)
-            await end_flush(self._monitor, was_running=self.was_running)
+        await self._again_if_lost(lambda: end_flush(self._monitor, was_running=self.was_running))
 
     async def leave_paused(self, *, runs: bool) -> None:
         """Make sure that a guest that will not run is paused, and not left in "restore-vm"."""
-        if runs:
-            return
+        if not runs:
+            await self._again_if_lost(lambda: leave_restore_vm(self._monitor))
+
+    async def _again_if_lost(self, deed: Callable[[], Awaitable[None]]) -> None:
         try:
-            await leave_restore_vm(self._monitor)
+            await deed()
         except MonitorLost:
             await reconnect(self._monitor, self._journal)
-            await leave_restore_vm(self._monitor)
+            await deed()
 
     def _note_end(self, error: JobFailed | None, *, is_sure: bool) -> None:
         """Note the end of the load in the journal, while QEMU still keeps the job."""

@@ -527,6 +527,26 @@ async def test_translated_code_that_stays(qemu: Qemu, state: RunState) -> None:
     assert qemu.journal.record.work is None
 
 
+async def test_the_monitor_is_lost_while_translated_code_is_dropped(qemu: Qemu) -> None:
+    """Over the new connection QEMU is told to translate as ever, and the guest is paused as before."""
+    qemu.state, qemu.translates = RunState.PAUSED, True
+    answer, lines, is_lost = qemu.human_answer, list[str](), False
+
+    async def human_answer(line: str) -> str:
+        nonlocal is_lost
+        if is_lost and "reconnect" not in qemu.calls:
+            raise a_loss()
+        lines.append(line)
+        is_lost = is_lost or line.startswith("loadvm")
+        return await answer(line)
+
+    qemu.human_answer = human_answer  # type: ignore[method-assign]
+    with pytest.raises(MonitorLost):
+        await load(qemu)
+    assert lines[-3:] == ["one-insn-per-tb off", "cont", "stop"]
+    assert (qemu.state, qemu.journal.record.work) == (RunState.PAUSED, None)
+
+
 async def test_translated_code_that_a_reset_ends(qemu: Qemu) -> None:
     """Where a reset does not end QEMU, as its command line tells."""
     qemu.pid = os.getpid()
