@@ -13,9 +13,9 @@ import os
 import socket
 import subprocess
 import sys
-from pathlib import Path
 
 from qsnap.errors import QsnapError
+from qsnap.host import interpreter
 from qsnap.runs.journal import Journal
 
 #: Seconds for the guard to report that it is ready; it takes some hundredths.
@@ -25,18 +25,6 @@ _READY = b"r"
 
 #: Guards that were handed over and may still be working: they are waited for when the next one is started.
 _left: list[subprocess.Popen[bytes]] = []
-
-#: Its own interpreter, without the time that ``site`` takes. The standard library comes first in its path, so that what
-#: it imports when the run is gone cannot be something else of that name.
-_CODE = (
-    "import sys; given = sys.argv[2:]; sys.path += given[5:]; "
-    "from qsnap.supervision.guard_process import main; main(*given[:5])"
-)
-
-
-#: What it needs of our environment, and may keep for hours: how names are spelt, what time a human monitor tells, where
-#: the interpreter's libraries are, and where journals are. No secrets of whoever has started us.
-_ENVIRONMENT = ("LANG", "LC_ALL", "LC_CTYPE", "TZ", "LD_LIBRARY_PATH", "PATH", "QSNAP_RUNTIME_DIR")
 
 
 class Guard:
@@ -101,13 +89,11 @@ def start(journal: Journal, connection: socket.socket | None) -> Guard:
     control, record = theirs.fileno(), journal.fileno()
     monitor = None if connection is None else connection.fileno()
     given = [str(control), str(os.getpid()), str(record), str(journal.path), "" if monitor is None else str(monitor)]
-    path = [str(Path(__file__).absolute().parents[2]), *map(os.path.abspath, filter(None, sys.path))]
+    files = [file for file in (control, record, monitor) if file is not None]
     try:
-        process = subprocess.Popen(
-            [sys.executable, "-I", "-S", "-B", "-c", _CODE, "qsnap-guard", *given, *path],
-            stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-            env={name: os.environ[name] for name in _ENVIRONMENT if name in os.environ},
-            pass_fds=[file for file in (control, record, monitor) if file is not None], start_new_session=True,
+        process = interpreter.start(
+            "qsnap-guard", "qsnap.supervision.guard_process.main", *given,
+            files=files, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
         )  # fmt: skip
     except OSError as error:
         ours.close()
