@@ -92,6 +92,8 @@ class StateStore:
         self._pid = pid
         self._listener = listener
         self._owners: set[int] = set()
+        self._seen_of: BlockGraph | None = None
+        self._seen: dict[str, Path | str] = {}
         self.state_dir = None if state_dir is None else _real(state_dir)
         self.ignores_unseen = ignores_unseen
 
@@ -134,12 +136,26 @@ class StateStore:
 
     def image(self, graph: BlockGraph, node: str) -> Path | None:
         """The real path of a node's image, if it can be seen and QEMU may lead us there: :mod:`qsnap.host.trust`."""
-        try:
-            return self._image(graph, node)
-        except OSError:
-            return None
+        found = self._image(graph, node)
+        return found if isinstance(found, Path) else None
 
-    def _image(self, graph: BlockGraph, node: str) -> Path:
+    def why_unseen(self, graph: BlockGraph, node: str) -> str:
+        """Why there is no :meth:`image`."""
+        found = self._image(graph, node)
+        return f"{found} is seen" if isinstance(found, Path) else found
+
+    def _image(self, graph: BlockGraph, node: str) -> Path | str:
+        """The path, or why it is not seen: the same for the whole time that we go by one graph."""
+        if self._seen_of is not graph:
+            self._seen_of, self._seen = graph, {}
+        if node not in self._seen:
+            try:
+                self._seen[node] = self._looked_up(graph, node)
+            except OSError as error:
+                self._seen[node] = str(error.strerror)
+        return self._seen[node]
+
+    def _looked_up(self, graph: BlockGraph, node: str) -> Path:
         file = rules.protocol(graph, node)
         if why := _why_no_file(graph, node):
             raise FileNotFoundError(errno.ENOENT, why)
@@ -147,13 +163,6 @@ class StateStore:
         image = trust.image(self._user, file.filename if file else "", ways)
         self._owners.add(files.status(image).st_uid)
         return image
-
-    def why_unseen(self, graph: BlockGraph, node: str) -> str:
-        """Why there is no :meth:`image`."""
-        try:
-            return f"{self._image(graph, node)} is seen"
-        except OSError as error:
-            return str(error.strerror)
 
     @cached_property
     def _user(self) -> int | None:

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from qsnap.errors import NotSupported
+from qsnap.inventory import descriptors
 from qsnap.inventory.devices import survey
 from qsnap.inventory.state_file import Content
 from qsnap.inventory.state_store import PART_SUFFIX, SUFFIX, LeftBehind, StateStore
@@ -225,12 +226,14 @@ def moved(image: Path) -> Path:
 def test_what_stayed_behind_when_an_image_was_renamed(image: Path, states: Path) -> None:
     """It is what belongs to that snapshot by its clock, and lies where QEMU may lead us."""
     old = image
-    of = graph(*disk("a", old, row("t")))
+    disks = disk("a", old, row("t"))
+    of = graph(*disks)
     store, chosen = StateStore(os.getpid()), StateStore(os.getpid(), states)
     path, there = store.path_for(of, "a", "t"), chosen.path_for(of, "a", "t")
 
     def left(store: StateStore = store, tag: str = "t") -> LeftBehind | None:
-        return store.left_behind(of, devices(of), tag)
+        again = graph(*disks)
+        return store.left_behind(again, devices(again), tag)
 
     state(path, "t", old)
     assert left() is None, "it was not renamed"
@@ -262,11 +265,12 @@ def test_what_stayed_behind_when_an_image_was_renamed(image: Path, states: Path)
 
 def test_notes_that_stayed_behind(image: Path) -> None:
     """Where none lie beside the image as it is called now."""
-    of = graph(*disk("a", image), *disk("b", "/none"), *disk("c", "nbd://x", driver="nbd"))
+    disks = [*disk("a", image), *disk("b", "/none"), *disk("c", "nbd://x", driver="nbd")]
     store = StateStore(os.getpid())
     notes = image.with_name("vm.x")
 
     def left() -> list[LeftBehind]:
+        of = graph(*disks)
         return [*store.left_beside(of, devices(of), ".x")]
 
     notes.touch()
@@ -312,3 +316,22 @@ def test_no_file_stays_open(image: Path) -> None:
         with pytest.raises(PermissionError, match=f"it belongs to user {NOBODY}, and the images to user 0"):
             store.opened(file)
         assert open_files() == before
+
+
+def test_an_image_is_looked_for_once_in_a_look(image: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also one that cannot be seen; the next look looks again."""
+    disks = [*disk("a", image), *disk("b", "/none")]
+    store, asked = StateStore(os.getpid()), []
+    ways = descriptors.ways
+
+    def counted(pid: int | None, of: BlockGraph, node: str) -> object:
+        asked.append(node)
+        return ways(pid, of, node)
+
+    monkeypatch.setattr(descriptors, "ways", counted)
+    for number in (1, 2):
+        of = graph(*disks)
+        for _ in range(2):
+            assert [store.image(of, "a"), store.image(of, "b")] == [image, None]
+            assert "seen" in store.why_unseen(of, "b")
+        assert sorted(asked) == ["a"] * number + ["b"] * number
