@@ -9,8 +9,10 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
-import signal
-from collections.abc import Callable
+
+TYPE_CHECKING = False  # typing takes longer to load than all the rest
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -51,7 +53,9 @@ def become_subreaper() -> None:
 
 def die_with_parent() -> None:
     """Have the kernel kill this process when the thread that has started it ends: PR_SET_PDEATHSIG of prctl(2)."""
-    _checked(_function("prctl")(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0))
+    from signal import SIGKILL
+
+    _checked(_function("prctl")(_PR_SET_PDEATHSIG, SIGKILL, 0, 0, 0))
 
 
 def collapse(process: int, address: int, size: int) -> None:
@@ -75,12 +79,11 @@ def process_vm_readv() -> Callable[..., int]:
     return function
 
 
-def memcmp(*, keeps_lock: bool = False) -> Callable[..., int]:
-    """The function of memcmp(3), which takes addresses.
-
-    :param keeps_lock: keep the interpreter's lock during a call. For some pages that is quicker than to give it back.
+def memcmp() -> Callable[..., int]:
+    """The function of memcmp(3), which takes addresses. (It keeps the interpreter's lock; to give that back and take it
+    again takes longer than to compare some pages.)
     """
-    function = (ctypes.PyDLL(None) if keeps_lock else _libc)["memcmp"]
+    function = ctypes.PyDLL(None)["memcmp"]
     function.restype = ctypes.c_int
     function.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t]
     return function

@@ -24,25 +24,20 @@ import struct
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
-#: Bytes of a page of RAM in the stream of an x86 guest.
-PAGE = 4096
-#: Bytes of a record's address and flags.
-HEADER = 8
+from qsnap.inventory.rows import FILLED, HEADER, PAGE, SAME_BLOCK, WHOLE, going_on
+
 #: Bytes that are enough for whatever is not RAM and comes before the devices.
 LONGEST_FRAME = 1 << 17
 
 _HEAD = b"QEVM\0\0\0\3"
 _EOF, _START, _PART, _END, _FULL, _SUBSECTION, _CONFIGURATION, _COMMAND = 0, 1, 2, 3, 4, 5, 7, 8
 _FOOTER = 0x7E
-_FILLED, _SIZES, _WHOLE, _EOS, _SAME_BLOCK = 0x02, 0x04, 0x08, 0x10, 0x20
+_SIZES, _EOS = 0x04, 0x10
 _FLAGS = PAGE - 1
 _RAM_VERSION = 4
 _U64 = struct.Struct(">Q")
 _U32 = struct.Struct(">I")
 _START_OF_COMMAND = struct.Struct(">BHH")
-#: Records that are looked at together, and how: whole pages, and filled ones.
-_BATCH = 64
-_HEADERS = {PAGE: struct.Struct(">" + f"Q{PAGE}x" * _BATCH), 1: struct.Struct(">" + "Qx" * _BATCH)}
 
 
 class Unknown(ValueError):
@@ -88,7 +83,7 @@ class Run(NamedTuple):
 
     def cut(self, first: int, count: int) -> Run:
         """*Count* pages of it, from the *first* one on."""
-        return self._replace(page=self.page + first, pages=count, data=self.data + first * self.stride)
+        return Run(self.block, self.page + first, count, self.data + first * self.stride, self.body, self.is_kept)
 
 
 Part = Frame | Run
@@ -260,60 +255,59 @@ class Stream:
             self._has_ended = self._part == _END
             self._part = 0
             return Frame(at, end)
-        body = {_WHOLE: PAGE, _FILLED: 1}.get(flags & ~_SAME_BLOCK)
+        body = {WHOLE: PAGE, FILLED: 1}.get(flags & ~SAME_BLOCK)
         if body is None:
             # Of those that tell what it is there is always one (ram.c: ram_load_precopy)
-            is_one = (flags & ~_SAME_BLOCK).bit_count() == 1
+            is_one = (flags & ~SAME_BLOCK).bit_count() == 1
             raise (Unknown if is_one else Broken)(f"a record of RAM has the flags {flags:#x}")
-        block, data = (self._block, at + HEADER) if flags & _SAME_BLOCK else _name(piece, at + HEADER)
+        block, data = (self._block, at + HEADER) if flags & SAME_BLOCK else _name(piece, at + HEADER)
         if (size := self.blocks.get(block)) is None or address >= size:
             raise Broken(f"there is no page at {address:#x} of the RAM block {block!r}")
         if data + body > len(piece):
             raise _Short
         self._block = block
-        count = 1 + _more(piece, data + body, body, address + PAGE, min(size, address + _most(piece, data, body)))
-        page = address // PAGE
-        come = self._come.get(block)
-        is_kept = come is None or come.find(1, page, page + count) >= 0
-        if come is not None:
-            come[page : page + count] = b"\1" * count
-        return Run(block, page, count, data, body, is_kept or (body == 1 and any(piece[data : data + count * 9 : 9])))
+        count = 1 + going_on(piece, data + body, body, address + PAGE, min(size, address + _most(piece, data, body)))
+        is_kept = body == 1 and any(piece[data : data + count * 9 : 9])
+        return self.come(Run(block, address // PAGE, count, data, body, is_kept))
+
+    def come(self, run: Run) -> Run:
+        """The run, which has come now: if one of its pages had come before, or is not compared, it has to stay."""
+        come = self._come.get(run.block)
+        if come is None:
+            return run._replace(is_kept=True)
+        end = run.page + run.pages
+        is_kept = run.is_kept or come.find(1, run.page, end) >= 0
+        come[run.page : end] = b"\1" * run.pages
+        return run._replace(is_kept=is_kept)
 
 
-def _more(piece: memoryview, at: int, body: int, address: int, end: int) -> int:
-    """How many records from *at* on go on with the pages from *address* on, up to *end* at the most."""
-    headers, stride = _HEADERS[body], HEADER + body
-    flags = (_WHOLE if body == PAGE else _FILLED) | _SAME_BLOCK
-    count = 0
-    left = (end - address) // PAGE
-    while count < left and _U64.unpack_from(piece, at)[0] == address | flags:
-        if left - count >= _BATCH:
-            words = headers.unpack_from(piece, at)
-            wanted = range(address | flags, (address | flags) + _BATCH * PAGE, PAGE)
-            same = _BATCH if words == tuple(wanted) else next(
-                number for number, pair in enumerate(zip(words, wanted, strict=True)) if pair[0] != pair[1]
-            )  # fmt: skip
-        else:
-            same = 1
-        count += same
-        at += same * stride
-        address += same * PAGE
-    return count
+def lead(run: Run) -> int:
+    """Bytes that the first header of a run may have."""
+    return HEADER + 1 + len(run.block)
 
 
 def is_one(piece: memoryview, run: Run) -> bool:
-    """Whether the records of a run that is read again still follow each other."""
+    """Whether the records of a run that is read again, from its :func:`lead` on, are as they were."""
+    before = bytes(piece[run.data - lead(run) : run.data])
+    word = run.page * PAGE | (WHOLE if run.body == PAGE else FILLED)
+    if before != _named(word, run.block) and not before.endswith(_U64.pack(word | SAME_BLOCK)):
+        return False
     first = (run.page + 1) * PAGE
-    return run.pages == 1 + _more(piece, run.data + run.body, run.body, first, first + (run.pages - 1) * PAGE)
+    return run.pages == 1 + going_on(piece, run.data + run.body, run.body, first, first + (run.pages - 1) * PAGE)
 
 
-def kept(piece: memoryview, run: Run, first: int, count: int) -> Iterator[bytes | memoryview]:
-    """The records of *count* pages of a run, from the *first* one on, so that they can come behind any other record."""
-    word = (run.page + first) * PAGE | (_WHOLE if run.body == PAGE else _FILLED)
-    name = run.block.encode()
-    yield _U64.pack(word) + bytes([len(name)]) + name
-    begin = run.data + first * run.stride
-    yield piece[begin : begin + (count - 1) * run.stride + run.body]
+def kept(run: Run, data: bytes | memoryview) -> Iterator[bytes | memoryview]:
+    """The records of a run, so that they can come behind any other record.
+
+    :param data: the bytes from the first one's contents on.
+    """
+    yield _named(run.page * PAGE | (WHOLE if run.body == PAGE else FILLED), run.block)
+    yield data
+
+
+def _named(word: int, block: str) -> bytes:
+    """A record's header with its block's name."""
+    return _U64.pack(word) + bytes([len(block)]) + block.encode()
 
 
 def _most(piece: memoryview, data: int, body: int) -> int:

@@ -15,7 +15,6 @@ Facts: docs/interop/qcow2.txt of QEMU; block/qcow2.h: qcow2_vm_state_offset and 
 
 from __future__ import annotations
 
-import errno
 import os
 import struct
 from collections.abc import Collection, Iterator, Sequence
@@ -27,6 +26,7 @@ from typing import NamedTuple
 
 from qsnap.host import files
 from qsnap.inventory import descriptors, qcow2, state_file
+from qsnap.inventory.extents import Extents
 from qsnap.inventory.qcow2 import COPIED, OFFSET, Damaged, Header, Row, Unreadable
 from qsnap.model.qemu import BlockGraph, NodeSnapshot
 from qsnap.model.snapshots import Snapshot
@@ -35,31 +35,19 @@ from qsnap.model.snapshots import Snapshot
 _HARMLESS = qcow2.DIRTY | qcow2.COMPRESSION
 
 
-class Extent(NamedTuple):
-    """A stretch of the state, in bytes: where in the state it begins, where in the file, and how much it is."""
-
-    begin: int
-    offset: int
-    size: int
-
-
-class VmState:
+class VmState(Extents):
     """The state of one snapshot.
 
-    :ivar size: its bytes.
     :ivar identity: tells it from all other states, also from a later one of the same tag.
     """
 
-    def __init__(self, file: int, size: int, extents: list[Extent], identity: str) -> None:
-        self.size = size
+    def __init__(self, file: int, extents: Sequence[tuple[int, int, int]], identity: str) -> None:
+        super().__init__(file, extents)
         self.identity = identity
-        self._file = file
-        self._extents = extents
-        self._at = 0
 
     def close(self) -> None:
         """Close the file."""
-        os.close(self._file)
+        os.close(self.file)
 
     def bytes(self, begin: int, size: int) -> bytes:
         """The *size* bytes of the state from *begin* on; less where it ends.
@@ -69,31 +57,6 @@ class VmState:
         buffer = bytearray(max(0, min(size, self.size - begin)))
         self.read(memoryview(buffer), begin)
         return bytes(buffer)
-
-    def read(self, buffer: memoryview, begin: int) -> int:
-        """Read what of the state fits into *buffer*, from *begin* on; how many bytes that is.
-
-        It is fast if each call goes on near the end of the one before.
-
-        :raise OSError: it cannot be read; EIO where the file is shorter than it was.
-        """
-        wanted = min(len(buffer), self.size - begin)
-        done = 0
-        while done < wanted:
-            extent = self._extent(begin + done)
-            inside = begin + done - extent.begin
-            room = buffer[done : min(wanted, done + extent.size - inside)]
-            if not (got := os.preadv(self._file, [room], extent.offset + inside)):
-                raise OSError(errno.EIO, "the file is shorter than it was")
-            done += got
-        return wanted
-
-    def _extent(self, begin: int) -> Extent:
-        while self._extents[self._at].begin > begin:
-            self._at -= 1
-        while self._extents[self._at].begin + self._extents[self._at].size <= begin:
-            self._at += 1
-        return self._extents[self._at]
 
 
 class Place(NamedTuple):
@@ -128,7 +91,7 @@ def of_snapshot(snapshot: Snapshot, state: Place | int | None) -> VmState:
     if isinstance(state, int):
         size = snapshot.vm_state_size
         identity = _identity(state, snapshot.disk_tag, snapshot.date.timestamp(), snapshot.vm_clock_ns, size)
-        return VmState(os.dup(state), size, [Extent(0, state_file.STREAM_OFFSET, size)], identity)
+        return VmState(os.dup(state), [(0, state_file.STREAM_OFFSET, size)], identity)
     file = os.open(state.image, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
     try:
         return of_image(file, state.row)
@@ -158,7 +121,7 @@ def _of_image(file: int, row: NodeSnapshot) -> VmState:
     found = qcow2.row_of(file, head, row)
     if not found.size:
         raise Unreadable("the image's table of snapshots tells of no state")
-    return VmState(file, found.size, [*_extents(file, head, found)], _identity(file, *found))
+    return VmState(file, [*_extents(file, head, found)], _identity(file, *found))
 
 
 def _identity(file: int, *facts: object) -> str:
@@ -241,8 +204,8 @@ def _is_shared(own: int, leaf: int) -> bool | None:
     return None if leaf & own else bool(leaf & OFFSET)
 
 
-def _extents(file: int, head: Header, row: Row) -> Iterator[Extent]:
-    """The stretches of the state: clusters that follow each other, with the same flags."""
+def _extents(file: int, head: Header, row: Row) -> Iterator[tuple[int, int, int]]:
+    """The stretches of the state, as for :class:`Extents`: clusters that follow each other, with the same flags."""
     cluster, size = head.cluster, row.size
     first = head.first_of_state(row.disk_size)
     last = first + -(-size // head.of_l1)
@@ -257,7 +220,7 @@ def _extents(file: int, head: Header, row: Row) -> Iterator[Extent]:
         offset = leaf & OFFSET
         if leaf & (qcow2.COMPRESSED | qcow2.ZERO) or not offset or offset + length > file_size:
             raise Damaged("a part of the state is compressed, or missing")
-        yield Extent(begin, offset, length)
+        yield begin, offset, length
         begin += length
     if begin < size:
         raise Damaged("a part of the state is missing")

@@ -86,9 +86,8 @@ async def do_loadvm(run: Run, request: LoadRequest) -> LoadResult:
     async with AsyncExitStack() as stack:
         source = await stack.enter_async_context(_source(run, plan))
         if request.verify:
-            await refuse_incomparable(run, plan.snapshot, source)
-        state = source.state if plan.snapshot.file else plan.state
-        contents = None if request.force else await refuse_other_machine(monitor, plan.snapshot, state)
+            await refuse_incomparable(run, plan, source)
+        contents = None if request.force else await refuse_other_machine(monitor, plan.snapshot, source.state)
         if not request.full:
             from qsnap.operations.delta import delta  # noqa: F401 (loaded here, and not in the pause)
         await journal.meet(Point.CHECKED)
@@ -99,7 +98,7 @@ async def do_loadvm(run: Run, request: LoadRequest) -> LoadResult:
         after_resume = await stack.enter_async_context(AsyncExitStack())
         pause = await stack.enter_async_context(stopped(monitor, journal, by_qemu=by_qemu))
         standing = _standing(was_reset=was_reset, was_stopped=pause.was_running and not by_qemu)
-        await _refuse_change(run, request, plan, standing)
+        plan = await _seen_again(run, request, plan, standing)
         attempt = LoadAttempt(run, plan, pause)
         if not (by_qemu and pause.was_running):
             if contents is not None:
@@ -131,13 +130,15 @@ async def do_loadvm(run: Run, request: LoadRequest) -> LoadResult:
     return _load_result(plan, load, began, pause.runstate)
 
 
-async def _refuse_change(run: Run, request: LoadRequest, plan: LoadPlan, standing: str) -> None:
+async def _seen_again(run: Run, request: LoadRequest, plan: LoadPlan, standing: str) -> LoadPlan:
     """Look at the VM again, and make sure that the decisions from before the stop still hold.
 
     :param standing: the guest's state, for the message of a refusal.
+    :return: the plan, with the devices that the guest has now.
     :raise PrecheckRefused: they do not.
     """
     again = await plan_load(run, request.tag, exclude=request.exclude, force=request.force, standing=standing)
+    plan = plan._replace(peripherals=again.peripherals)
     if again._replace(runstate=plan.runstate) != plan:
         change = Finding.refusal(
             "snapshots-changed",
@@ -145,6 +146,7 @@ async def _refuse_change(run: Run, request: LoadRequest, plan: LoadPlan, standin
             "try again",
         )
         raise PrecheckRefused("nothing was loaded", [change], standing)
+    return plan
 
 
 def _load_result(plan: LoadPlan, load: Load, began: float, runstate: RunState) -> LoadResult:
@@ -263,7 +265,7 @@ async def _source(run: Run, plan: LoadPlan) -> AsyncIterator[Source]:
     snapshot = plan.snapshot
     if snapshot.file is None:
         assert plan.vmstate is not None
-        yield Source(plan.vmstate, plan.devices)
+        yield Source(plan.vmstate, plan.devices, plan.state)
         return
     node = state_node()
     with _state_file(run, snapshot) as file:

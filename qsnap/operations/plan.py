@@ -17,7 +17,7 @@ from qsnap.inventory import devices as rules
 from qsnap.inventory.inventory import Inventory
 from qsnap.inventory.vm_state import Place
 from qsnap.model.checks import CheckReport, Verdict
-from qsnap.model.qemu import BlockGraph, QemuVersion, RunState
+from qsnap.model.qemu import BlockGraph, Peripheral, QemuVersion, RunState
 from qsnap.model.requests import SaveRequest
 from qsnap.model.snapshots import Snapshot
 from qsnap.monitor import Monitor
@@ -86,6 +86,7 @@ class LoadPlan(NamedTuple):
     :ivar first: QEMU's name for the device that it puts back first; "" if that is not certain.
     :ivar runstate: the guest's, before the load.
     :ivar state: where the VM state of an ordinary snapshot can be read; None if it cannot be seen from here.
+    :ivar peripherals: the guest's devices.
     :ivar spoiled: a migration has failed, and QEMU must forget that first: see
         :meth:`qsnap.model.qemu.Migration.spoils_loads`.
     """
@@ -97,6 +98,7 @@ class LoadPlan(NamedTuple):
     first: str
     runstate: RunState
     state: Place | None
+    peripherals: tuple[Peripheral, ...]
     spoiled: bool
 
 
@@ -219,6 +221,7 @@ async def plan_load(
         first=_first_to_go_back(graph, devices, snapshot.disk_tag),
         runstate=runstate,
         state=vm_state.place(monitor.pid, graph, snapshot),
+        peripherals=graph.peripherals,
         spoiled=spoiled,
     )
 

@@ -8,49 +8,24 @@ from collections.abc import Iterator
 
 import pytest
 
-from qsnap.inventory.stream import PAGE, Broken, Frame, Run, Stream, Unknown, is_one, joined, kept, moved
+from qsnap.inventory.rows import PAGE
+from qsnap.inventory.stream import Broken, Frame, Run, Stream, Unknown, is_one, joined, kept, moved
+from support.streams import (
+    BLOCKS,
+    DEVICES,
+    FOOTER,
+    SECTION,
+    configuration,
+    named,
+    part,
+    record,
+    sized,
+    start,
+    started,
+    subsection,
+)
 
 pytestmark = pytest.mark.no_qemu
-
-SECTION = 2
-BLOCKS = {"pc.ram": 64 * PAGE, "vga.vram": 2 * PAGE}
-FOOTER = b"\x7e" + struct.pack(">I", SECTION)
-
-
-def named(text: str) -> bytes:
-    return bytes([len(text)]) + text.encode()
-
-
-def configuration(more: bytes = b"") -> bytes:
-    return b"QEVM\0\0\0\3\7" + struct.pack(">I", 11) + b"pc-q35-10.0" + more
-
-
-def subsection(name: str, version: int = 1, data: bytes = b"") -> bytes:
-    return b"\5" + named(f"configuration/{name}") + struct.pack(">I", version) + data
-
-
-def start(name: str = "ram", version: int = 4, blocks: dict[str, int] = BLOCKS, more: bytes = b"") -> bytes:
-    sizes = b"".join(named(block) + struct.pack(">Q", size) for block, size in blocks.items())
-    return started(sum(blocks.values()) | 4, sizes + more, name, version)
-
-
-def started(total: int, sizes: bytes, name: str = "ram", version: int = 4) -> bytes:
-    head = b"\1" + struct.pack(">I", SECTION) + named(name) + struct.pack(">II", 0, version)
-    return head + struct.pack(">Q", total) + sizes + struct.pack(">Q", 0x10) + FOOTER
-
-
-def sized(block: str, pages: int) -> bytes:
-    return named(block) + struct.pack(">Q", pages * PAGE)
-
-
-def record(page: int, body: bytes, block: str = "") -> bytes:
-    flags = 0x08 if len(body) == PAGE else 0x02
-    head = struct.pack(">Q", page * PAGE | flags | (0 if block else 0x20))
-    return head + (named(block) if block else b"") + body
-
-
-def part(*records: bytes, kind: int = 2) -> bytes:
-    return bytes([kind]) + struct.pack(">I", SECTION) + b"".join(records) + struct.pack(">Q", 0x10) + FOOTER
 
 
 def walked(stream: bytes, piece_bytes: int, compared: dict[str, int] | None = None) -> list[tuple[bytes, Run | None]]:
@@ -69,14 +44,13 @@ def _walked(stream: bytes, piece_bytes: int, compared: dict[str, int]) -> Iterat
             if isinstance(one, Frame):
                 yield bytes(piece[one.begin : one.end]), None
             else:
-                yield b"".join(kept(piece, one, 0, one.pages)), one
+                yield b"".join(kept(one, piece[one.data : one.end])), one
         begin += length
     assert walk.is_at_devices
     assert walk.machine == "pc-q35-10.0"
 
 
 PAGES = [os.urandom(PAGE) for _ in range(5)]
-DEVICES = b"\4" + os.urandom(9000) + b"\0\6{}"
 ZEROES = [record(page, b"\0") for page in range(3, 60)]
 GOOD = (
     configuration() + b"\x08" + struct.pack(">HH", 9, 2) + b"xx" + start()
@@ -114,7 +88,8 @@ def test_each_record_by_itself_stands_alone() -> None:
     walk = Stream({"pc.ram": BLOCKS["pc.ram"]})
     piece = memoryview(GOOD)
     runs = [one for one in walk.parts(piece)[0] if isinstance(one, Run)]
-    assert b"".join(kept(piece, runs[0], 1, 1)) == record(1, PAGES[1], "pc.ram")
+    one = runs[0].cut(1, 1)
+    assert b"".join(kept(one, piece[one.data : one.end])) == record(1, PAGES[1], "pc.ram")
     assert run.pages == 3
 
 
@@ -229,23 +204,33 @@ def test_a_piece_may_end_anywhere() -> None:
 
 
 @pytest.mark.parametrize("body", [b"\0", PAGES[0]], ids=["filled", "whole"])
-@pytest.mark.parametrize("before", [1, 63, 64, 65, 66, 100, 129, 130])
+@pytest.mark.parametrize("before", [1, 2, 8, 9, 10, 11, 100, 520, 521, 522, 523, 1034])
 def test_a_run_ends_where_its_pages_do(before: int, body: bytes) -> None:
     """Wherever that is among the records that are looked at together."""
-    blocks = {"pc.ram": 400 * PAGE}
-    pages = [*range(7, 7 + before), *range(210, 399)]
+    blocks = {"pc.ram": 1500 * PAGE}
+    pages = [*range(7, 7 + before), *range(1310, 1499)]
     records = [record(page, body, "" if number else "pc.ram") for number, page in enumerate(pages)]
     stream = memoryview(configuration() + start(blocks=blocks) + part(*records))
     runs = [one for one in Stream(blocks).parts(stream)[0] if isinstance(one, Run)]
-    assert [(run.page, run.pages) for run in runs] == [(7, before), (210, 189)]
+    assert [(run.page, run.pages) for run in runs] == [(7, before), (1310, 189)]
     for run in runs:
         assert run.end == run.data + len(body) + (run.pages - 1) * (8 + len(body))
         assert is_one(stream, run)
         assert joined(run.cut(0, run.pages - 1), run.cut(run.pages - 1, 1)) == run
-    changed = bytearray(stream)
-    last = runs[1].end - len(body) - 8
-    changed[last : last + 8] = struct.pack(">Q", 3)
-    assert not is_one(memoryview(changed), runs[1])
+    for number in range(1, 189):
+        at = runs[1].data + number * (8 + len(body)) - 8
+        for byte in (0, 7):
+            changed = memoryview(bytearray(stream))
+            changed[at + byte] ^= 1
+            assert not is_one(changed, runs[1])
+
+
+def test_what_pages_are_filled_with_may_differ() -> None:
+    """It is no address: such a run goes on, and stays."""
+    records = [record(page, bytes([page % 256])) for page in range(1, 40)]
+    stream = memoryview(configuration() + start() + part(record(0, b"\0", "pc.ram"), *records))
+    runs = [one for one in Stream(None).parts(stream)[0] if isinstance(one, Run)]
+    assert [(run.page, run.pages, run.is_kept) for run in runs] == [(0, 40, True)]
 
 
 def test_parts_are_moved_and_joined() -> None:

@@ -15,8 +15,9 @@ import pytest
 
 from qsnap.inventory.devices import survey
 from qsnap.inventory.qcow2 import COMPRESSED, COPIED, EXTENDED_L2, ZERO, Damaged, Unreadable
+from qsnap.inventory.rows import PAGE
 from qsnap.inventory.snapshots import snapshots
-from qsnap.inventory.stream import PAGE, Frame, Stream
+from qsnap.inventory.stream import Frame, Stream
 from qsnap.inventory.vm_state import Place, Stretch, VmState, of_image, of_snapshot, place, unprepared
 from qsnap.model.qemu import NodeSnapshot
 from qsnap.monitor.qmp import replies

@@ -4,22 +4,25 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager, suppress
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import ExitStack, asynccontextmanager, contextmanager, suppress
 from typing import Literal, NamedTuple
 
 from qsnap.errors import CommandFailed, JobFailed, NotSupported, QsnapError
 from qsnap.host import files, memory, soft_dirty
 from qsnap.inventory import state_file, vm_state
 from qsnap.inventory.qcow2 import Damaged, Unreadable
+from qsnap.inventory.rows import PAGE
 from qsnap.inventory.state_file import STREAM_OFFSET, Content
 from qsnap.inventory.stream import Broken, Unknown
-from qsnap.inventory.vm_state import VmState
+from qsnap.inventory.vm_state import Place, VmState
+from qsnap.model.qemu import Peripheral
 from qsnap.model.snapshots import Snapshot
 from qsnap.monitor.names import STATE_NODE, state_node
 from qsnap.monitor.qmp.background import Background
 from qsnap.operations.delta import BrokenState, NoDelta, difference, ram
 from qsnap.operations.delta.base import Base
+from qsnap.operations.delta.comparers import Comparers
 from qsnap.operations.delta.difference import Found, Layout, Output, Parts, TooMuch, Whole
 from qsnap.operations.delta.ram import GuestRam
 from qsnap.runs.journal import AFTERMATH_TIMEOUT_S
@@ -48,9 +51,18 @@ class Delta(NamedTuple):
 class Comparison:
     """A comparison of the guest's RAM with the snapshot's. Its result is valid as long as the guest is stopped."""
 
-    def __init__(self, background: Background, guest: GuestRam, state: VmState, snapshot: Snapshot, base: Base) -> None:
+    def __init__(
+        self,
+        background: Background,
+        guest: GuestRam,
+        comparers: Comparers,
+        state: VmState,
+        snapshot: Snapshot,
+        base: Base,
+    ) -> None:
         self._background = background
         self._guest = guest
+        self._comparers = comparers
         self._state = state
         self._snapshot = snapshot
         self._base = base
@@ -84,7 +96,7 @@ class Comparison:
                 if self.was_resumed:
                     raise NoDelta("another client has resumed the guest during the comparison")
                 found_by: Literal["soft-dirty", "comparison"] = "soft-dirty" if self._layout else "comparison"
-                yield Delta(node, found.differing * memory.PAGE, found_by)
+                yield Delta(node, found.differing * PAGE, found_by)
             finally:
                 if self._snapshot.file is None:  # that of a state file is still needed, and goes together with this one
                     with suppress(QsnapError):
@@ -96,9 +108,9 @@ class Comparison:
         output = Output(file, STREAM_OFFSET, most)
         guest, state = self._guest, self._state
         states, self._layout = self._base.begin(state.identity)
-        source = self._whole if self._layout is None else Parts(state, self._layout, states)
+        source = self._whole if self._layout is None else Parts(state, self._layout, states, guest.blocks)
         found = difference.walk(
-            source, guest.pid, guest.blocks, ended, states=states, write=output.write, accept=guest.refuse_board
+            source, self._comparers, guest.blocks, ended, states=states, write=output.write, accept=guest.refuse_board
         )
         content = Content(
             tag=self._snapshot.disk_tag,
@@ -119,7 +131,7 @@ class Comparison:
         guest = self._guest
         with _doubts():
             whole = Whole(self._state, guest.blocks)
-            found = await in_thread(lambda ended: difference.walk(whole, guest.pid, guest.blocks, ended))
+            found = await in_thread(lambda ended: difference.walk(whole, self._comparers, guest.blocks, ended))
         return found.differing
 
     async def settle(self) -> None:
@@ -128,25 +140,35 @@ class Comparison:
 
 
 @asynccontextmanager
-async def comparison(run: Run, snapshot: Snapshot, state: int | None) -> AsyncIterator[Comparison]:
+async def comparison(
+    run: Run,
+    snapshot: Snapshot,
+    state: Place | int | None,
+    peripherals: Sequence[Peripheral],
+    *,
+    only_checks: bool = False,
+) -> AsyncIterator[Comparison]:
     """A comparison with a snapshot, for the duration of a block.
 
-    :param state: the open state file of a live snapshot.
+    :param state: where its VM state is, as for :func:`qsnap.inventory.vm_state.of_snapshot`.
+    :param peripherals: the guest's devices.
+    :param only_checks: whether it is possible is all that counts.
     :raise NoDelta: the RAM of the guest or of the snapshot cannot be seen from here; or others than QEMU may write RAM.
     """
     monitor = run.monitor
-    graph = await monitor.block_graph()
-    with _doubts():
-        guest = await ram.find(monitor, graph, firmware=soft_dirty.is_kept())
+    pid = ram.process(monitor)
     background = monitor.live
     background.forget_stop_resume_events()
-    with _doubts():
-        place = vm_state.place(guest.pid, graph, snapshot) if state is None else state
-        found = await asyncio.to_thread(vm_state.of_snapshot, snapshot, place)
-    try:
-        yield Comparison(background, guest, found, snapshot, Base(guest, run.token, run.former))
-    finally:
-        found.close()
+    is_kept = soft_dirty.is_kept()
+    with ExitStack() as stack:
+        with _doubts():
+            found = await asyncio.to_thread(vm_state.of_snapshot, snapshot, state)
+            stack.callback(found.close)
+            comparers = stack.enter_context(Comparers(found, pid))
+            if not is_kept and not only_checks:  # it will be all of RAM
+                comparers.start(found.size)
+            guest = await ram.find(monitor, peripherals, firmware=is_kept)
+        yield Comparison(background, guest, comparers, found, snapshot, Base(guest, run.token, run.former))
 
 
 @contextmanager

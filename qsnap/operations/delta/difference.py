@@ -1,7 +1,8 @@
 """Compare RAM with a VM state, and write a stream of what differs.
 
-The state is read in pieces, in its order; several threads compare. What is in memory at a time is a few pieces, however
-large the guest is. The new stream goes to a file, in the same order.
+The state is read in pieces, in its order. If one ends in a row of pages, that probably goes on. Then all cores compare
+what is expected (:mod:`qsnap.operations.delta.comparers`), each reading the state itself, as far as it is so. What is
+in memory at a time is a few pieces, however large the guest is. The new stream goes to a file, in the same order.
 
 All of the state is read (:class:`Whole`); or no more than what may differ and what is not compared (:class:`Parts`),
 where it is known which pages the guest has as they are in the state, and where each part of the state is.
@@ -9,17 +10,16 @@ where it is known which pages the guest has as they are in the state, and where 
 
 from __future__ import annotations
 
-import os
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import NamedTuple, Protocol
 
-from qsnap.host import files, memory, soft_dirty
+from qsnap.host import comparison, files, soft_dirty
+from qsnap.host.comparison import AT_ONCE
+from qsnap.inventory.rows import HEADER, PAGE
 from qsnap.inventory.stream import (
     LONGEST_FRAME,
-    PAGE,
     Broken,
     Frame,
     Part,
@@ -29,16 +29,18 @@ from qsnap.inventory.stream import (
     is_one,
     joined,
     kept,
+    lead,
     moved,
 )
 from qsnap.inventory.vm_state import VmState
+from qsnap.operations.delta.comparers import Comparers, Job
 
 #: Bytes of a piece: large enough that calls cost little, small enough to stay in the processor's cache. (Of 1, 2 and
 #: 4 MiB with as many pages at once, 2 took the least time, a sixth less than 1.)
 _PIECE = 2 << 20
 assert _PIECE > LONGEST_FRAME
-#: More threads gain nothing: one reads the state, and is as quick as two or three that compare.
-_MOST_THREADS = 4
+#: Comparisons that are asked for at a time, at the most.
+_MOST_JOBS = 16
 
 #: The states of the pages of RAM blocks, a byte each: see :mod:`qsnap.host.soft_dirty`.
 States = Mapping[str, bytes]
@@ -74,7 +76,14 @@ class TooMuch(Exception):
 
 
 class Source(Protocol):
-    """What is read of a state."""
+    """What is read of a state.
+
+    :ivar state: the state.
+    :ivar size: about how many bytes of it are read.
+    """
+
+    state: VmState
+    size: int
 
     def machine(self) -> str:
         """The name of the state's machine; known when the first piece is read."""
@@ -86,6 +95,12 @@ class Source(Protocol):
         :raise OSError: it cannot be read.
         """
 
+    def expected(self) -> Run | None:
+        """The whole pages that probably come next, by their place in the state; None if that cannot be said."""
+
+    def go_on(self, run: Run) -> Run:
+        """Go on behind a part of these: the same with what is to stay of it."""
+
 
 class Whole:
     """All of a state.
@@ -94,7 +109,9 @@ class Whole:
     """
 
     def __init__(self, state: VmState, blocks: Mapping[str, Block]) -> None:
-        self._state = state
+        self.state = state
+        self.size = state.size
+        self._blocks = blocks
         self._stream = Stream({name: block.size for name, block in blocks.items()})
         self._begin = 0
         self._parts: list[Part] = []
@@ -110,34 +127,54 @@ class Whole:
     def fill(self, buffer: memoryview) -> tuple[memoryview, list[Part]] | None:
         """As :meth:`Source.fill`."""
         begin = self._begin
-        if begin >= self._state.size:
+        if begin >= self.state.size:
             if not self._stream.is_at_devices:
                 raise Unknown("it ends before the devices")
             return None
-        piece = buffer[: self._state.read(buffer, begin)]
+        piece = buffer[: self.state.read(buffer, begin)]
         parts, length = self._stream.parts(piece)
         if not length:
             raise Unknown("it cannot be read to its end")
         self._begin += length
         for part in parts:
-            one = moved(part, begin)
-            if self._parts and (both := joined(self._parts[-1], one)):
-                self._parts[-1] = both
-            else:
-                self._parts.append(one)
+            self._append(moved(part, begin))
         return piece, parts
+
+    def expected(self) -> Run | None:
+        """As :meth:`Source.expected`."""
+        if not self._parts or isinstance(last := self._parts[-1], Frame) or last.body != PAGE:
+            return None
+        if last.block not in self._blocks:
+            return None
+        left = self._blocks[last.block].size // PAGE - last.page - last.pages
+        return last.cut(last.pages, min(left, (self.state.size - self._begin) // last.stride))
+
+    def go_on(self, run: Run) -> Run:
+        """As :meth:`Source.go_on`."""
+        run = self._stream.come(run._replace(is_kept=False))
+        self._begin = run.end
+        self._append(run)
+        return run
+
+    def _append(self, part: Part) -> None:
+        if self._parts and (both := joined(self._parts[-1], part)):
+            self._parts[-1] = both
+        else:
+            self._parts.append(part)
 
 
 class Parts:
     """Of a state the pages that may differ, and all that is not compared.
 
     :param states: those of the pages of some blocks. Others may differ whole.
+    :param blocks: the RAM blocks that are compared.
     """
 
-    def __init__(self, state: VmState, layout: Layout, states: States) -> None:
-        self._state = state
+    def __init__(self, state: VmState, layout: Layout, states: States, blocks: Collection[str]) -> None:
+        self.state = state
+        self.size = PAGE * sum(soft_dirty.not_unwritten(one).count(1) for one in states.values())
         self._layout = layout
-        self._left = _wanted(layout.parts, states)
+        self._left = _wanted(layout.parts, states, blocks)
         self._next = next(self._left, None)
 
     def machine(self) -> str:
@@ -149,11 +186,12 @@ class Parts:
         found: list[Part] = []
         at = 0
         while self._next is not None:
-            part, rest = _split(self._next, len(buffer) - at)
+            before = 0 if isinstance(self._next, Frame) else lead(self._next)
+            part, rest = _split(self._next, max(0, len(buffer) - at - before))
             if part is None:
                 break
-            begin = part.begin if isinstance(part, Frame) else part.data
-            size = self._state.read(buffer[at : at + part.end - begin], begin)
+            begin = (part.begin if isinstance(part, Frame) else part.data) - before
+            size = self.state.read(buffer[at : at + part.end - begin], begin)
             part = moved(part, at - begin)
             if isinstance(part, Run) and not is_one(buffer, part):
                 raise Broken("it has changed since it was loaded")
@@ -162,22 +200,37 @@ class Parts:
             self._next = rest or next(self._left, None)
         return (buffer[:at], found) if found else None
 
+    def expected(self) -> Run | None:
+        """As :meth:`Source.expected`."""
+        if isinstance(self._next, Run) and self._next.body == PAGE and not self._next.is_kept:
+            return self._next
+        return None
 
-def _wanted(parts: list[Part], states: States) -> Iterator[Part]:
+    def go_on(self, run: Run) -> Run:
+        """As :meth:`Source.go_on`."""
+        assert isinstance(self._next, Run)
+        rest = self._next.pages - run.pages
+        self._next = self._next.cut(run.pages, rest) if rest else next(self._left, None)
+        return run
+
+
+def _wanted(parts: list[Part], states: States, blocks: Collection[str]) -> Iterator[Part]:
     not_unwritten = {name: soft_dirty.not_unwritten(one) for name, one in states.items()}
     written = {name: soft_dirty.written(one) for name, one in states.items()}
     for part in parts:
-        if isinstance(part, Frame) or part.is_kept or part.block not in states:
+        if isinstance(part, Frame) or part.is_kept:
             yield part
+        elif part.block not in states:
+            yield part._replace(is_kept=part.block not in blocks)
         else:
             pages = (not_unwritten if part.body == PAGE else written)[part.block]
-            yield from (part.cut(first - part.page, count) for first, count in _stretches(pages, part))
+            found = _ones(pages, part.page, part.page + part.pages)
+            yield from (part.cut(first - part.page, count) for first, count in found)
 
 
-def _stretches(pages: bytes, run: Run) -> Iterator[tuple[int, int]]:
-    """Where in a map there is 1, for the pages of a run: (first, how many)."""
-    end = run.page + run.pages
-    first = pages.find(1, run.page, end)
+def _ones(pages: bytes | bytearray, begin: int, end: int) -> Iterator[tuple[int, int]]:
+    """Where in a part of a map there is 1: (first, how many)."""
+    first = pages.find(1, begin, end)
     while first >= 0:
         last = pages.find(0, first, end)
         last = end if last < 0 else last
@@ -197,7 +250,7 @@ def _split(part: Part, room: int) -> tuple[Part | None, Part | None]:
 
 def walk(
     source: Source,
-    pid: int,
+    comparers: Comparers,
     blocks: Mapping[str, Block],
     ended: threading.Event,
     *,
@@ -205,7 +258,7 @@ def walk(
     write: Callable[[bytes], None] = lambda _: None,
     accept: Callable[[str], None] = lambda _: None,
 ) -> Found:
-    """Compare the RAM *blocks* of process *pid* with what is read of a state.
+    """Compare the RAM *blocks* of a process with what is read of a state.
 
     :param states: those of the pages, where they are known. Of those that are zeroes in the state, only the written
         ones are read.
@@ -215,86 +268,103 @@ def walk(
     :raise Unknown: the state is not as QEMU is known to write it.
     :raise OSError: the state, or the memory, cannot be read.
     """
-    local = threading.local()
     written = {name: soft_dirty.written(one) for name, one in (states or {}).items()}
-
-    def compared(piece: memoryview, parts: list[Part]) -> tuple[bytes, int, int]:
-        if not hasattr(local, "comparison"):
-            local.comparison = memory.Comparison(pid)
-        return _compared(local.comparison, blocks, written, piece, parts)
-
-    threads = min(_MOST_THREADS, len(os.sched_getaffinity(0)))
-    buffers = [memory.buffer(_PIECE) for _ in range(2 * threads)]
-    pending: deque[tuple[Future[tuple[bytes, int, int]], memoryview]] = deque()
     differing = kept_bytes = 0
-    is_begun = is_read = False
-    with ThreadPoolExecutor(threads) as pool:
-        try:
-            while not is_read or pending:
-                if not is_read and buffers:
-                    filled = source.fill(buffers[-1])
-                    if ended.is_set():
-                        raise Unknown("it cannot be read to its end")
-                    if filled is None:
-                        is_read = True
-                        continue
-                    if not is_begun:
-                        accept(source.machine())
-                        is_begun = True
-                    pending.append((pool.submit(compared, *filled), buffers.pop()))
-                else:
-                    future, buffer = pending.popleft()
-                    data, pages, size = future.result()
-                    buffers.append(buffer)
-                    differing += pages
-                    kept_bytes += size
-                    write(data)
-        finally:
-            for future, _ in pending:
-                future.cancel()
+    is_begun = False
+    buffer = comparison.buffer(_PIECE)
+    comparers.start(source.size)
+    while (filled := source.fill(buffer)) is not None:
+        _refuse_ended(ended)
+        if not is_begun:
+            accept(source.machine())
+            is_begun = True
+        piece, parts = filled
+        out: list[bytes | memoryview] = []
+        for part in parts:
+            if isinstance(part, Frame):
+                out.append(piece[part.begin : part.end])
+                continue
+            found = _differs(comparers, blocks, written, piece, part)
+            differing += found.count(1)
+            for run in _staying(part, found):
+                out += kept(run, piece[run.data : run.end])
+                kept_bytes += run.pages * PAGE
+        write(b"".join(out))
+        expected = source.expected()
+        if expected is not None and expected.pages >= AT_ONCE:
+            for row, differs in _ahead(comparers, expected, blocks[expected.block].address):
+                _refuse_ended(ended)
+                out = []
+                differing += differs.count(1)
+                for run in _staying(source.go_on(row), differs):
+                    out += kept(run, source.state.bytes(run.data, run.end - run.data))
+                    kept_bytes += run.pages * PAGE
+                write(b"".join(out))
     return Found(differing, kept_bytes)
 
 
-def _compared(
-    comparison: memory.Comparison,
-    blocks: Mapping[str, Block],
-    written: Mapping[str, bytes],
-    piece: memoryview,
-    parts: list[Part],
-) -> tuple[bytes, int, int]:
-    """What of a piece goes into the new stream; the pages that differ, and the bytes of RAM that are kept."""
-    out: list[bytes | memoryview] = []
-    differing = size = 0
-    for part in parts:
-        if isinstance(part, Frame):
-            out.append(piece[part.begin : part.end])
-            continue
-        found = list(memory.joined(_differing(comparison, blocks, written, piece, part)))
-        if part.block in blocks:
-            differing += sum(count for _, count in found)
-        for first, count in [(0, part.pages)] if part.is_kept else found:
-            out += kept(piece, part, first, count)
-            size += count * PAGE
-    return b"".join(out), differing, size
+def _refuse_ended(ended: threading.Event) -> None:
+    if ended.is_set():
+        raise Unknown("it cannot be read to its end")
 
 
-def _differing(
-    comparison: memory.Comparison,
-    blocks: Mapping[str, Block],
-    written: Mapping[str, bytes],
-    piece: memoryview,
-    run: Run,
-) -> Iterator[tuple[int, int]]:
+def _differs(
+    comparers: Comparers, blocks: Mapping[str, Block], written: Mapping[str, bytes], piece: memoryview, run: Run
+) -> bytearray:
+    """Which pages of a run differ: a byte of each, 1 or 0. Those of a block that is not compared do not."""
+    differs = bytearray(run.pages)
     if run.block not in blocks:
-        return
+        return differs
     base = blocks[run.block].address
     if run.body == PAGE:
-        yield from comparison.differing(piece, run.data, run.stride, base + run.page * PAGE, run.pages)
-        return
-    pages = written.get(run.block)
-    for page, length in [(run.page, run.pages)] if pages is None else _stretches(pages, run):
-        for first, count in comparison.not_zero(base + page * PAGE, length):
-            yield page - run.page + first, count
+        for first in range(0, run.pages, AT_ONCE):
+            pages = min(AT_ONCE, run.pages - first)
+            differs[first : first + pages] = comparers.records.comparison.differing(
+                piece, run.data + first * run.stride, run.stride, base + (run.page + first) * PAGE, pages
+            )
+        return differs
+    stretches: Iterable[tuple[int, int]] = [(run.page, run.pages)]
+    if (pages_written := written.get(run.block)) is not None:
+        stretches = _ones(pages_written, run.page, run.page + run.pages)
+    jobs = [
+        comparers.compare(-1, page, base + page * PAGE, min(AT_ONCE, first + count - page))
+        for first, count in stretches
+        for page in range(first, first + count, AT_ONCE)
+    ]
+    for job in jobs:
+        first = job.page - run.page
+        differs[first : first + job.pages] = comparers.result(job)
+    return differs
+
+
+def _staying(run: Run, differs: bytes | bytearray) -> Iterator[Run]:
+    """What of a run goes into the new stream."""
+    for first, count in [(0, run.pages)] if run.is_kept else _ones(differs, 0, run.pages):
+        yield run.cut(first, count)
+
+
+def _ahead(comparers: Comparers, expected: Run, base: int) -> Iterator[tuple[Run, bytes]]:
+    """Compare what is expected, in parts, as far as it is so: each part, and which of its pages differ.
+
+    No more is asked for ahead than has been right so far: many rows are short.
+
+    :param base: where the block of RAM is in memory.
+    """
+    jobs: deque[Job] = deque()
+    asked = right = 0
+    while asked < expected.pages or jobs:
+        if asked < expected.pages and len(jobs) <= min(right, _MOST_JOBS) and not (jobs and jobs[0].found is not None):
+            run = expected.cut(asked, min(AT_ONCE, expected.pages - asked))
+            asked += run.pages
+            jobs.append(comparers.compare(run.data - HEADER, run.page, base + run.page * PAGE, run.pages))
+            continue
+        job = jobs.popleft()
+        differs = comparers.result(job)
+        if differs:
+            yield expected.cut(job.page - expected.page, len(differs)), differs
+        if len(differs) < job.pages:
+            return
+        right += 1
 
 
 class Output:

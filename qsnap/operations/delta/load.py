@@ -25,6 +25,7 @@ from qsnap.operations.findings import damaged_finding
 from qsnap.runs.run import Run
 
 if TYPE_CHECKING:
+    from qsnap.inventory.vm_state import Place
     from qsnap.operations.delta.delta import Comparison, Delta
     from qsnap.operations.load_attempt import LoadAttempt
     from qsnap.operations.plan import LoadPlan
@@ -33,12 +34,13 @@ if TYPE_CHECKING:
 class Source(NamedTuple):
     """The source of the whole VM state for QEMU, and all nodes that take part in the load.
 
-    :ivar state: the open state file of a live snapshot.
+    :ivar state: where it can be read: its place in an image, or the open state file of a live snapshot; None if it
+        cannot be seen from here.
     """
 
     vmstate: str
     devices: Sequence[str]
-    state: int | None = None
+    state: Place | int | None
 
 
 def refuse_flawed(file: int, snapshot: Snapshot, standing: str = UNTOUCHED) -> None:
@@ -56,7 +58,7 @@ def refuse_flawed(file: int, snapshot: Snapshot, standing: str = UNTOUCHED) -> N
         raise PrecheckRefused(f"snapshot {snapshot.tag!r} cannot be loaded", [finding], standing)
 
 
-async def refuse_incomparable(run: Run, snapshot: Snapshot, source: Source) -> None:
+async def refuse_incomparable(run: Run, plan: LoadPlan, source: Source) -> None:
     """Check that RAM can be compared with a snapshot, as far as that is known before the guest is touched.
 
     :raise NotSupported: RAM cannot be compared.
@@ -64,10 +66,10 @@ async def refuse_incomparable(run: Run, snapshot: Snapshot, source: Source) -> N
     from qsnap.operations.delta.delta import comparison
 
     try:
-        async with comparison(run, snapshot, source.state):
+        async with comparison(run, plan.snapshot, source.state, plan.peripherals, only_checks=True):
             pass
     except NoDelta as reason:
-        raise NotSupported(f"{snapshot.tag!r} cannot be verified: {reason}; {UNTOUCHED}") from reason
+        raise NotSupported(f"{plan.snapshot.tag!r} cannot be verified: {reason}; {UNTOUCHED}") from reason
 
 
 class Load:
@@ -92,6 +94,7 @@ class Load:
         self.differing_pages: int | None = None
         self._run = run
         self._snapshot = plan.snapshot
+        self._peripherals = plan.peripherals
         self._devices = plan.devices
         self._source = source
         self._attempt = attempt
@@ -115,7 +118,7 @@ class Load:
                 if not why_full or self._verifies:
                     from qsnap.operations.delta.delta import comparison
 
-                    found = comparison(self._run, self._snapshot, self._source.state)
+                    found = comparison(self._run, self._snapshot, self._source.state, self._peripherals)
                     self._comparison = await stack.enter_async_context(found)
                     if not why_full:
                         self._delta = await stack.enter_async_context(self._comparison.delta())
@@ -126,7 +129,7 @@ class Load:
                     raise PrecheckRefused(
                         f"snapshot {self._snapshot.tag!r} cannot be loaded", [damaged_finding(reason)], standing
                     ) from reason
-                if self._source.state is not None:  # it may have been damaged since it was looked at
+                if isinstance(self._source.state, int):  # it may have been damaged since it was looked at
                     await asyncio.to_thread(refuse_flawed, self._source.state, self._snapshot, standing)
                 if self._verifies and self._comparison is None:
                     raise NotSupported(f"RAM cannot be compared: {reason}; {standing}") from reason

@@ -17,13 +17,14 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from qsnap.model import outside
-from qsnap.model.qemu import BlockGraph
+from qsnap.model.qemu import Peripheral
 from qsnap.monitor import Monitor
 from qsnap.monitor.hmp import ram
 from qsnap.monitor.qmp.replies import Memdev
 from qsnap.operations.delta import NoDelta
 from qsnap.operations.delta.difference import Block
 from qsnap.operations.writers import other_writers
+from qsnap.targets.running import is_qemu
 
 #: Machines of which it is known what their reset writes, by what their names begin with.
 _BOARDS = ("pc-i440fx-", "pc-q35-")
@@ -60,20 +61,28 @@ class GuestRam(NamedTuple):
             raise NoDelta(f"it is not known what a reset of the machine {machine!r} writes into RAM")
 
 
-async def find(monitor: Monitor, graph: BlockGraph, *, firmware: bool) -> GuestRam:
-    """Find the guest's RAM.
+def process(monitor: Monitor) -> int:
+    """The QEMU process.
 
-    :param firmware: find the firmware, too.
-    :raise NoDelta: the RAM cannot be seen, or other processes may write it.
+    :raise NoDelta: it cannot be seen, or takes no other state than its own.
     """
-    from qsnap.targets.running import is_qemu
-
     if monitor.live_obstacle:
         raise NoDelta(monitor.live_obstacle)
     if monitor.pid is None or not is_qemu(monitor.pid):
         raise NoDelta("QEMU's process cannot be seen from here")
+    return monitor.pid
+
+
+async def find(monitor: Monitor, peripherals: Sequence[Peripheral], *, firmware: bool) -> GuestRam:
+    """Find the guest's RAM.
+
+    :param peripherals: the guest's devices.
+    :param firmware: find the firmware, too.
+    :raise NoDelta: the RAM cannot be seen, or other processes may write it.
+    """
+    pid = process(monitor)
     try:
-        writers = await other_writers(monitor, graph)
+        writers = await other_writers(monitor, peripherals)
     except OSError as error:
         raise NoDelta("the guest's memory is shared, and it cannot be seen with whom") from error
     if writers:
@@ -88,9 +97,9 @@ async def find(monitor: Monitor, graph: BlockGraph, *, firmware: bool) -> GuestR
     blocks = {row.name: found[row.name] for row in of_backends if row.name in found}
     if not blocks:
         raise NoDelta("QEMU does not tell where the guest's memory lies")
-    is_still = all(outside.is_still(one.model) for one in graph.peripherals)
+    is_still = all(outside.is_still(one.model) for one in peripherals)
     in_roms = [found[row.name] for row in roms_of_board if row.name in found]
-    return GuestRam(monitor.pid, blocks, ram.roms_in_ram(roms), is_still, in_roms)
+    return GuestRam(pid, blocks, ram.roms_in_ram(roms), is_still, in_roms)
 
 
 def _of_backend(memdev: Memdev, rows: Sequence[ram.RamBlock]) -> list[ram.RamBlock]:

@@ -124,7 +124,7 @@ async def _refuse_other_writers(monitor: Monitor, graph: BlockGraph) -> None:
     :raise NotSupported: a device has RAM written from outside, or another process has it mapped, or may have.
     """
     try:
-        writers = await other_writers(monitor, graph)
+        writers = await other_writers(monitor, graph.peripherals)
     except OSError:
         raise NotSupported(
             "a live save is not possible: the guest's memory is shared, and from here it cannot be seen whether "

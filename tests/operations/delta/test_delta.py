@@ -23,7 +23,10 @@ from qemu.qmp import Message
 import qsnap
 from qsnap.errors import GuestLeftStopped, VerifyFailed
 from qsnap.inventory import state_file
-from qsnap.operations.delta import NoDelta, delta, difference
+from qsnap.inventory.stream import Run
+from qsnap.operations import load as operations_load
+from qsnap.operations.delta import NoDelta, comparers, delta, difference
+from qsnap.operations.delta.comparers import Comparers, Job
 from qsnap.vm import VM
 from support.delta import MIB, PAGE, host_address, in_process, load, loaded_by_qemu, ram, scribble, seeded
 from support.guest import (
@@ -231,16 +234,19 @@ both_kinds = pytest.mark.parametrize("changed", [[], ["--live"]], indirect=True,
 
 def losing(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Have that one of the differing pages lost from the new stream."""
-    left = [number]
-    found = difference._differing
+    left = number
+    staying = difference._staying
 
-    def differing(*given: Any) -> Iterator[tuple[int, int]]:
-        for first, count in found(*given):
-            left[0] -= 1
-            if left[0] != 0:
-                yield first, count
+    def found(run: Run, differs: bytes) -> Iterator[Run]:
+        nonlocal left
+        kept = bytearray(differs)
+        for page, one in enumerate(differs):
+            left -= one
+            if one and not left:
+                kept[page] = 0
+        return staying(run, kept)
 
-    monkeypatch.setattr(difference, "_differing", differing)
+    monkeypatch.setattr(difference, "_staying", found)
 
 
 def test_one_page_left_out_is_found(changed: Changed, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -248,6 +254,56 @@ def test_one_page_left_out_is_found(changed: Changed, monkeypatch: pytest.Monkey
     losing(50, monkeypatch)
     assert in_process(changed.guest, running=False).method == "delta"
     assert ram(changed.guest) != changed.expected
+
+
+def filled(guest: Guest, *rows: int) -> None:
+    """Have rows of so many pages with something in them, and a page of zeroes behind each; by default one long row."""
+    guest.qmp("stop")
+    with Path(f"/proc/{guest.pid}/mem").open("r+b", buffering=0) as memory:
+        memory.seek(host_address(guest, 4 * MIB))
+        for pages in rows or [24 * MIB // PAGE]:
+            memory.write(os.urandom(pages * PAGE) + bytes(PAGE))
+    guest.qmp("cont")
+
+
+@pytest.mark.parametrize("ended_by", [None, signal.SIGKILL, signal.SIGSTOP])
+def test_compared_by_several_processes(
+    guest: Guest, monkeypatch: pytest.MonkeyPatch, ended_by: signal.Signals | None
+) -> None:
+    """The result is the same, also where those that help stop in the middle."""
+    filled(guest)
+    changed = Changed(guest)
+    start, ask = Comparers.start, comparers._Helper.ask
+    asked: list[Job] = []
+
+    def started(self: Comparers, size: int) -> None:
+        start(self, size)
+        until("the helpers", lambda: self._take(0) or all(helper.has_room for helper in self._helpers.values()))
+
+    def asks(self: comparers._Helper, job: Job) -> None:
+        ask(self, job)
+        asked.append(job)
+        if ended_by and job.begin > 0:
+            os.kill(self._process.pid, ended_by)
+
+    monkeypatch.setattr(comparers, "_WORTHWHILE", MIB)
+    monkeypatch.setattr(comparers, "_SILENT_S", 0.2)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(3))
+    monkeypatch.setattr(Comparers, "start", started)
+    monkeypatch.setattr(comparers._Helper, "ask", asks)
+    result = in_process(changed.guest, running=False, verify=True)
+    assert (result.method, result.differing_pages) == ("delta", 0)
+    assert ram(changed.guest) == changed.expected
+    assert any(job.begin > 0 for job in asked)
+
+
+def test_rows_that_do_not_go_on_as_expected(guest: Guest) -> None:
+    """Rows of all lengths, among them those that end just where what is expected does."""
+    lengths = [511, 512, 513, 1, 1022, 1023, 1024, 1025, 300]
+    filled(guest, *lengths)
+    changed = Changed(guest)
+    assert load(guest, "t", "--verify", "--paused")["method"] == "delta"
+    assert ram(guest) == changed.expected
 
 
 def test_verify_finds_it_and_loads_everything(changed: Changed, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -335,6 +391,25 @@ def test_a_device_that_may_write_meanwhile(restless: Guest, monkeypatch: pytest.
     scribble(guest, seeded(3))
     losing(50, monkeypatch)
     assert in_process(guest, running=False).method == "full"
+    assert ram(guest) == changed.expected
+
+
+def test_a_device_that_comes_after_the_check(launch: Launch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What may write RAM is seen when the guest has been stopped."""
+    guest = launch(
+        *blockdev("a", make_boot_disk(tmp_path / "a")), *disk_device("a"), "-device", "pcie-root-port,id=behind",
+    )  # fmt: skip
+    guest.wait_for_ticks()
+    changed = Changed(guest)
+    refuse = vars(operations_load)["refuse_other_machine"]
+
+    async def plugged(*given: Any) -> Any:
+        guest.qmp("device_add", driver="virtio-serial-pci", id="late", bus="behind")
+        return await refuse(*given)
+
+    monkeypatch.setattr(operations_load, "refuse_other_machine", plugged)
+    result = in_process(guest, running=False)
+    assert (result.method, result.differing_pages) == ("delta", 0)
     assert ram(guest) == changed.expected
 
 
