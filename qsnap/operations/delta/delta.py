@@ -161,9 +161,14 @@ async def comparison(
     background.forget_stop_resume_events()
     is_kept = soft_dirty.is_kept()
     with ExitStack() as stack:
-        with _doubts():
-            found = await asyncio.to_thread(vm_state.of_snapshot, snapshot, state)
+
+        def opened(_: threading.Event) -> VmState:
+            found = vm_state.of_snapshot(snapshot, state)
             stack.callback(found.close)
+            return found
+
+        with _doubts():
+            found = await in_thread(opened)
             comparers = stack.enter_context(Comparers(found, pid))
             if not is_kept and not only_checks:  # it will be all of RAM
                 comparers.start(found.size)

@@ -11,6 +11,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -22,7 +23,7 @@ from qemu.qmp import Message
 
 import qsnap
 from qsnap.errors import GuestLeftStopped, VerifyFailed
-from qsnap.inventory import state_file
+from qsnap.inventory import state_file, vm_state
 from qsnap.inventory.stream import Run
 from qsnap.operations import load as operations_load
 from qsnap.operations.delta import NoDelta, comparers, delta, difference
@@ -39,6 +40,7 @@ from support.guest import (
     make_boot_disk,
     make_disk,
     needs_snapshot_jobs,
+    open_files,
     start_cli,
     until,
 )
@@ -637,6 +639,33 @@ def test_interrupted_during_the_comparison(guest: Guest, monkeypatch: pytest.Mon
 
     asyncio.run(main())
     assert guest.counter > count
+    guest.assert_running()
+
+
+def test_interrupted_while_the_state_is_opened(guest: Guest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is closed again."""
+    cli("save", "t", monitor=guest.address)
+    of_snapshot = vm_state.of_snapshot
+    tasks: list[asyncio.Task[Any]] = []
+
+    async def main() -> None:
+        async with qsnap.connect(guest.address) as vm:
+            before = open_files()
+            tasks.append(asyncio.ensure_future(vm.load("t")))
+            with pytest.raises(asyncio.CancelledError):
+                await tasks[0]
+            assert open_files() == before
+
+    def opened(*given: Any) -> vm_state.VmState:
+        if asked := guest.runstate == "paused":  # in the pause: before, the machines are compared
+            cancelled = threading.Event()
+            loop = tasks[0].get_loop()
+            loop.call_soon_threadsafe(lambda: (tasks[0].cancel(), loop.call_soon(cancelled.set)))
+            assert cancelled.wait(10) is asked
+        return of_snapshot(*given)
+
+    monkeypatch.setattr(vm_state, "of_snapshot", opened)
+    asyncio.run(main())
     guest.assert_running()
 
 
