@@ -678,9 +678,10 @@ async def test_a_comparison_before_the_load_and_after_it(
     begun = 0
 
     @asynccontextmanager
-    async def comparison(*_: object) -> AsyncIterator[Compared]:
+    async def comparison(*_: object, only_checks: bool = False) -> AsyncIterator[Compared]:
         nonlocal begun
         begun += 1
+        assert only_checks is (begun == 1)
         if begun == fails:
             raise NoDelta("this user may not read QEMU's memory")
         yield Compared(qemu)
