@@ -37,7 +37,7 @@ def buffer(size: int) -> memoryview:
 class Comparison:
     """Comparisons with the memory of one process, one after the other.
 
-    :raise OSError: this system has no process_vm_readv.
+    :raise OSError: the C library lacks process_vm_readv.
     """
 
     def __init__(self, pid: int) -> None:
@@ -58,12 +58,12 @@ class Comparison:
             multiple of 8, from one page to two. What is in between counts as equal.
         :param pages: up to :data:`AT_ONCE`.
         :raise OSError: the memory cannot be read.
-        :raise ValueError: there are other pages, or less data.
+        :raise ValueError: an argument is outside these limits, or *data* is too short.
         """
         if stride % 8 or not PAGE <= stride <= 2 * PAGE or not 0 < pages <= AT_ONCE:
-            raise ValueError(f"{pages} pages, {stride} bytes from each other, cannot be compared")
+            raise ValueError(f"cannot compare {pages} pages that are {stride} bytes apart")
         if begin + (pages - 1) * stride + PAGE > len(data):
-            raise ValueError(f"the data have only {len(data)} bytes")
+            raise ValueError(f"data has only {len(data)} bytes")
         self._read(address, pages, stride)
         if stride > PAGE and pages > 1:
             # What is between the pages is put between theirs, so that all of it is one comparison

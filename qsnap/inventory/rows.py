@@ -44,7 +44,7 @@ def going_on(piece: memoryview, at: int, body: int, address: int, end: int) -> i
 
 
 class _Row:
-    """The most records that are looked at together, as one number: that is many times as quick as one by one.
+    """Up to :data:`_MANY` records as one large integer, which is compared many times faster than they are one by one.
 
     :param spare: bits of each behind the address and flags. The first record has the highest ones.
     """

@@ -145,7 +145,7 @@ class StateStore:
         return f"{found} is seen" if isinstance(found, Path) else found
 
     def _image(self, graph: BlockGraph, node: str) -> Path | str:
-        """The path, or why it is not seen: the same for the whole time that we go by one graph."""
+        """The path, or why it cannot be seen. It is looked up once for each graph."""
         if self._seen_of is not graph:
             self._seen_of, self._seen = graph, {}
         if node not in self._seen:

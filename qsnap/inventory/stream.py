@@ -271,7 +271,7 @@ class Stream:
         return self.come(Run(block, address // PAGE, count, data, body, is_kept))
 
     def come(self, run: Run) -> Run:
-        """The run, which has come now: if one of its pages had come before, or is not compared, it has to stay."""
+        """Note that a run has come. The same run; it has to stay if it is not compared, or a page of it came before."""
         come = self._come.get(run.block)
         if come is None:
             return run._replace(is_kept=True)
@@ -282,7 +282,7 @@ class Stream:
 
 
 def lead(run: Run) -> int:
-    """Bytes that the first header of a run may have."""
+    """The most bytes that the header before the first contents of a run can have."""
     return HEADER + 1 + len(run.block)
 
 

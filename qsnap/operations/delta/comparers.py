@@ -4,7 +4,7 @@
 as the work. Measured for 1 GiB with 16 MiB changed on two cores: one thread 235 ms; two 205, with a third more
 processor time; two processes 150.)
 
-A helper is a convenience: what one does not answer, this process does itself.
+Helpers are optional: what they do not answer, this process does itself.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from qsnap.operations.delta.records import READY, Records
 _MOST_HELPERS = 3
 #: Bytes of the state for which another helper is worth its start.
 _WORTHWHILE = 64 << 20
-#: Requests that a helper has at a time: with the second one it does not wait for us.
+#: Requests that a helper has at a time: with a second one it need not wait for us.
 _AT_A_TIME = 2
 #: Seconds without any answer after which this process does what helpers were asked for.
 _SILENT_S = 2.0
@@ -67,7 +67,7 @@ class _Helper:
 
     @property
     def has_room(self) -> bool:
-        """Whether it would begin another request soon."""
+        """Whether it is ready and could be asked for more."""
         return self._is_ready and len(self.jobs) < _AT_A_TIME
 
     def ask(self, job: Job) -> None:
@@ -104,7 +104,7 @@ class Comparers:
     """Comparisons of a *state* with the memory of process *pid*, for the duration of a block.
 
     :ivar records: those of this process.
-    :raise OSError: this system has no process_vm_readv, or there is no memory.
+    :raise OSError: the C library lacks process_vm_readv, or memory is short.
     """
 
     def __init__(self, state: Extents, pid: int) -> None:

@@ -152,7 +152,7 @@ async def comparison(
 
     :param state: where its VM state is, as for :func:`qsnap.inventory.vm_state.of_snapshot`.
     :param peripherals: the guest's devices.
-    :param only_checks: whether it is possible is all that counts.
+    :param only_checks: check only whether a comparison is possible; start no helpers.
     :raise NoDelta: the RAM of the guest or of the snapshot cannot be seen from here; or others than QEMU may write RAM.
     """
     monitor = run.monitor
@@ -172,7 +172,7 @@ async def comparison(
             comparers = stack.enter_context(Comparers(found, pid))
             if not is_kept and not only_checks:  # it will be all of RAM
                 comparers.start(found.size)
-            guest = await ram.find(monitor, peripherals, firmware=is_kept)
+            guest = await ram.find(monitor, pid, peripherals, firmware=is_kept)
         yield Comparison(background, guest, comparers, found, snapshot, Base(guest, run.token, run.former))
 
 

@@ -1,8 +1,9 @@
 """Compare RAM with a VM state, and write a stream of what differs.
 
-The state is read in pieces, in its order. If one ends in a row of pages, that probably goes on. Then all cores compare
-what is expected (:mod:`qsnap.operations.delta.comparers`), each reading the state itself, as far as it is so. What is
-in memory at a time is a few pieces, however large the guest is. The new stream goes to a file, in the same order.
+The state is read in pieces, in its order. If a piece ends within a row of pages, the row probably goes on. Then all
+cores compare what is expected next (:mod:`qsnap.operations.delta.comparers`), and each reads the state itself. A result
+counts only as far as the records are the expected ones. Only a few pieces are in memory at a time, however large the
+guest is. The new stream goes to a file, in the same order.
 
 All of the state is read (:class:`Whole`); or no more than what may differ and what is not compared (:class:`Parts`),
 where it is known which pages the guest has as they are in the state, and where each part of the state is.
@@ -13,6 +14,7 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from functools import partial
 from typing import NamedTuple, Protocol
 
 from qsnap.host import comparison, files, soft_dirty
@@ -96,10 +98,10 @@ class Source(Protocol):
         """
 
     def expected(self) -> Run | None:
-        """The whole pages that probably come next, by their place in the state; None if that cannot be said."""
+        """The whole pages that probably come next, and where in the state; None if nothing is known of them."""
 
     def go_on(self, run: Run) -> Run:
-        """Go on behind a part of these: the same with what is to stay of it."""
+        """Continue behind *run*, a part of what was expected; the same run, which stays whole if it has to."""
 
 
 class Whole:
@@ -228,7 +230,7 @@ def _wanted(parts: list[Part], states: States, blocks: Collection[str]) -> Itera
             yield from (part.cut(first - part.page, count) for first, count in found)
 
 
-def _ones(pages: bytes | bytearray, begin: int, end: int) -> Iterator[tuple[int, int]]:
+def _ones(pages: bytes, begin: int, end: int) -> Iterator[tuple[int, int]]:
     """Where in a part of a map there is 1: (first, how many)."""
     first = pages.find(1, begin, end)
     while first >= 0:
@@ -269,7 +271,7 @@ def walk(
     :raise OSError: the state, or the memory, cannot be read.
     """
     written = {name: soft_dirty.written(one) for name, one in (states or {}).items()}
-    differing = kept_bytes = 0
+    new = _New(write)
     is_begun = False
     buffer = comparison.buffer(_PIECE)
     comparers.start(source.size)
@@ -279,28 +281,54 @@ def walk(
             accept(source.machine())
             is_begun = True
         piece, parts = filled
-        out: list[bytes | memoryview] = []
         for part in parts:
             if isinstance(part, Frame):
-                out.append(piece[part.begin : part.end])
-                continue
-            found = _differs(comparers, blocks, written, piece, part)
-            differing += found.count(1)
-            for run in _staying(part, found):
-                out += kept(run, piece[run.data : run.end])
-                kept_bytes += run.pages * PAGE
-        write(b"".join(out))
-        expected = source.expected()
-        if expected is not None and expected.pages >= AT_ONCE:
-            for row, differs in _ahead(comparers, expected, blocks[expected.block].address):
-                _refuse_ended(ended)
-                out = []
-                differing += differs.count(1)
-                for run in _staying(source.go_on(row), differs):
-                    out += kept(run, source.state.bytes(run.data, run.end - run.data))
-                    kept_bytes += run.pages * PAGE
-                write(b"".join(out))
-    return Found(differing, kept_bytes)
+                new.add(piece[part.begin : part.end])
+            else:
+                differs = _differs(comparers, blocks, written, piece, part)
+                new.add_run(part, differs, partial(_within, piece))
+        new.write()
+        for row, differs in _ahead(comparers, blocks, source.expected()):
+            _refuse_ended(ended)
+            new.add_run(source.go_on(row), differs, lambda run: source.state.bytes(run.data, run.end - run.data))
+            new.write()
+    return Found(new.differing, new.kept)
+
+
+class _New:
+    """The new stream, as it is found.
+
+    :ivar differing: as :attr:`Found.differing`; *kept* as there, too.
+    """
+
+    def __init__(self, write: Callable[[bytes], None]) -> None:
+        self.differing = self.kept = 0
+        self._write = write
+        self._out: list[bytes | memoryview] = []
+
+    def add(self, data: memoryview) -> None:
+        """Add what is no record of RAM."""
+        self._out.append(data)
+
+    def add_run(self, run: Run, differs: bytes, data: Callable[[Run], bytes | memoryview]) -> None:
+        """Add what has to be in it of a run.
+
+        :param differs: of each page 1 if it differs, or 0.
+        :param data: gives the bytes of a part of the run.
+        """
+        self.differing += differs.count(1)
+        for one in _staying(run, differs):
+            self._out += kept(one, data(one))
+            self.kept += one.pages * PAGE
+
+    def write(self) -> None:
+        """Write what was added."""
+        self._write(b"".join(self._out))
+        self._out.clear()
+
+
+def _within(piece: memoryview, run: Run) -> memoryview:
+    return piece[run.data : run.end]
 
 
 def _refuse_ended(ended: threading.Event) -> None:
@@ -310,11 +338,11 @@ def _refuse_ended(ended: threading.Event) -> None:
 
 def _differs(
     comparers: Comparers, blocks: Mapping[str, Block], written: Mapping[str, bytes], piece: memoryview, run: Run
-) -> bytearray:
+) -> bytes:
     """Which pages of a run differ: a byte of each, 1 or 0. Those of a block that is not compared do not."""
     differs = bytearray(run.pages)
     if run.block not in blocks:
-        return differs
+        return bytes(differs)
     base = blocks[run.block].address
     if run.body == PAGE:
         for first in range(0, run.pages, AT_ONCE):
@@ -322,7 +350,7 @@ def _differs(
             differs[first : first + pages] = comparers.records.comparison.differing(
                 piece, run.data + first * run.stride, run.stride, base + (run.page + first) * PAGE, pages
             )
-        return differs
+        return bytes(differs)
     stretches: Iterable[tuple[int, int]] = [(run.page, run.pages)]
     if (pages_written := written.get(run.block)) is not None:
         stretches = _ones(pages_written, run.page, run.page + run.pages)
@@ -334,22 +362,23 @@ def _differs(
     for job in jobs:
         first = job.page - run.page
         differs[first : first + job.pages] = comparers.result(job)
-    return differs
+    return bytes(differs)
 
 
-def _staying(run: Run, differs: bytes | bytearray) -> Iterator[Run]:
+def _staying(run: Run, differs: bytes) -> Iterator[Run]:
     """What of a run goes into the new stream."""
     for first, count in [(0, run.pages)] if run.is_kept else _ones(differs, 0, run.pages):
         yield run.cut(first, count)
 
 
-def _ahead(comparers: Comparers, expected: Run, base: int) -> Iterator[tuple[Run, bytes]]:
+def _ahead(comparers: Comparers, blocks: Mapping[str, Block], expected: Run | None) -> Iterator[tuple[Run, bytes]]:
     """Compare what is expected, in parts, as far as it is so: each part, and which of its pages differ.
 
     No more is asked for ahead than has been right so far: many rows are short.
-
-    :param base: where the block of RAM is in memory.
     """
+    if expected is None or expected.pages < AT_ONCE:
+        return
+    base = blocks[expected.block].address
     jobs: deque[Job] = deque()
     asked = right = 0
     while asked < expected.pages or jobs:

@@ -64,7 +64,7 @@ class GuestRam(NamedTuple):
 def process(monitor: Monitor) -> int:
     """The QEMU process.
 
-    :raise NoDelta: it cannot be seen, or takes no other state than its own.
+    :raise NoDelta: it cannot be seen from here, or its monitor cannot load a stream of ours.
     """
     if monitor.live_obstacle:
         raise NoDelta(monitor.live_obstacle)
@@ -73,14 +73,14 @@ def process(monitor: Monitor) -> int:
     return monitor.pid
 
 
-async def find(monitor: Monitor, peripherals: Sequence[Peripheral], *, firmware: bool) -> GuestRam:
+async def find(monitor: Monitor, pid: int, peripherals: Sequence[Peripheral], *, firmware: bool) -> GuestRam:
     """Find the guest's RAM.
 
+    :param pid: the QEMU process, as :func:`process` finds it.
     :param peripherals: the guest's devices.
     :param firmware: find the firmware, too.
     :raise NoDelta: the RAM cannot be seen, or other processes may write it.
     """
-    pid = process(monitor)
     try:
         writers = await other_writers(monitor, peripherals)
     except OSError as error:

@@ -22,7 +22,7 @@ READY = b"r"
 class Records:
     """Comparisons of records of a state with the memory of a process.
 
-    :raise OSError: this system has no process_vm_readv.
+    :raise OSError: the C library lacks process_vm_readv.
     """
 
     def __init__(self, state: Extents, pid: int) -> None:

@@ -246,7 +246,7 @@ def losing(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
             left -= one
             if one and not left:
                 kept[page] = 0
-        return staying(run, kept)
+        return staying(run, bytes(kept))
 
     monkeypatch.setattr(difference, "_staying", found)
 
